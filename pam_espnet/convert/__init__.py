@@ -1,0 +1,1 @@
+"""Converters from other packages' weight formats to safetensors; run once, by recipes."""

@@ -1,0 +1,1 @@
+"""Kaldi-style tables, audio reading, validation, passports and the feature cache."""

@@ -1,0 +1,1 @@
+"""The LLM that answers: prompt layout, LoRA, stepping with a cache."""

@@ -1,0 +1,41 @@
+"""The errors a user can cause and repair; everything else is a bug and keeps its stack trace.
+
+Every message says what is wrong, where (file and line when there is one) and what to type or change next.
+Command lines print them without a stack trace and exit with 1 (see ``pam_espnet.bin._cli``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class PamError(Exception):
+    """Base of all errors whose message is meant for the user."""
+
+
+class DataError(PamError):
+    """Something in a data file is wrong.
+
+    Args:
+        path: the file (or directory) that is wrong.
+        message: what is wrong, one sentence.
+        line: line number in ``path``, counted from 1.
+        hint: what to do next, one sentence or a command.
+    """
+
+    def __init__(
+        self, path: str | Path, message: str, *, line: int | None = None, hint: str | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.line = line
+        self.hint = hint
+        where = f"{path}:{line}" if line is not None else f"{path}"
+        super().__init__(f"{where}: {message}" + (f"\n  -> {hint}" if hint else ""))
+
+
+class ConfigError(PamError):
+    """A configuration key has a value that cannot work; the message names the key."""
+
+
+class CheckpointError(PamError):
+    """A checkpoint is truncated or does not fit the model; the message lists the keys."""

@@ -1,0 +1,1 @@
+"""Frozen audio encoders, one file each; ``registry.py`` names them."""

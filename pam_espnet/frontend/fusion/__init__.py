@@ -1,0 +1,1 @@
+"""How several encoders become one stream: single, average, concat, static, pam."""

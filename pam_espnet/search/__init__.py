@@ -1,0 +1,1 @@
+"""Search over a decoder: knows tensors and a decoder, nothing of audio, files or tokenizers."""

@@ -1,0 +1,1 @@
+"""ESPnet's task machinery meets this project here and nowhere else."""
