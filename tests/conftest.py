@@ -1,0 +1,126 @@
+"""What every test shares: one thread, no network, and tiny random models of the real classes.
+
+Heavy imports stay inside the fixtures, so that collecting or running a shell test costs no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# Before torch is imported anywhere: two busy threads on a shared machine can be a hundred times slower than one.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_name] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+
+# ChatML: the layout that SmolLM2 and Qwen use. An absent system turn stays absent.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_SENTENCES = (
+    "Transcribe the speech.",
+    "How many people are speaking?",
+    "Describe the sounds.",
+    "A dog barks while rain falls on the roof.",
+    "The number you have dialed is not in service.",
+    "two people are speaking at the same time",
+    "user assistant system",
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> None:
+    """Keep torch at one thread, also in tests that imported it before or changed the number."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The root of the checkout."""
+    return REPO_ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_llm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a random LlamaForCausalLM (2 layers, width 32) and its own tokenizer.
+
+    The tokenizer is a byte-level BPE of at most 300 entries with the ChatML turn marks as special tokens
+    (``<|im_end|>`` ends an answer, ``<|endoftext|>`` is the padding). Weights are float32 with a fixed seed, the
+    input and output embeddings are tied, as in small real models. Tests share the folder: do not write into it.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("models") / "tiny-llm"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_SENTENCES, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(path)
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        # Larger than the default 0.02: with it, the logits of a model this narrow are nearly flat.
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tone() -> Callable[..., np.ndarray]:
+    """``tone(seconds, hz, sample_rate=16000) -> (N,)``: a sine at half of full scale, float32 in [-1, 1]."""
+    import numpy as np
+
+    def make(seconds: float, hz: float, sample_rate: int = 16000) -> np.ndarray:
+        times = np.arange(round(seconds * sample_rate)) / sample_rate
+        return (0.5 * np.sin(2 * np.pi * hz * times)).astype(np.float32)
+
+    return make
