@@ -1,0 +1,176 @@
+"""The contract every audio encoder meets: a frozen network from waveforms to hidden states at a fixed frame rate.
+
+Dimension letters: B utterances, N samples, T encoder frames, H hidden layers, D width.
+
+A new encoder subclasses :class:`AbsEncoder`, builds its network in ``__init__``, ends with ``self.finish(...)`` and
+implements two methods, ``output_lengths`` and ``hidden_states``. What all encoders share is done here: frozen weights,
+choice of layers, silence beyond each utterance's end going in and zeros coming out.
+
+The promise: an utterance's hidden states do not depend on its neighbours in the batch (padded = unpadded). The base
+class cannot keep it alone: ``hidden_states`` has to mask after every convolution, normalise and attend within each
+utterance's own length, and reverse recurrent layers from each utterance's own end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pam_espnet.errors import CheckpointError, ConfigError
+from pam_espnet.fileio import read_json
+
+MODEL_STAGE = "./run.sh --stage 1 --stop_stage 1"
+
+
+class AbsEncoder(torch.nn.Module, ABC):
+    """A frozen encoder of waveforms.
+
+    Attributes:
+        sample_rate: of the waveforms it expects, Hz.
+        frame_rate: hidden states per second, Hz.
+        width: D, the width of every hidden state.
+        layers: which hidden states of the model are emitted (0 = what enters the first block).
+        num_layers: H, how many are emitted.
+    """
+
+    sample_rate: int
+    frame_rate: float
+    width: int
+    num_layers: int
+    layers: tuple[int, ...]
+
+    def finish(
+        self, *, layers: Sequence[int] | None, available: int, width: int, frame_rate: float, sample_rate: int = 16000
+    ) -> None:
+        """Fill the attributes and freeze the weights; the last line of a subclass's ``__init__``.
+
+        Args:
+            layers: indices of the hidden states to emit, in this order; None for all of them.
+            available: how many hidden states the model has.
+            width: D.
+            frame_rate: Hz.
+            sample_rate: Hz.
+
+        Raises:
+            ConfigError: an index out of range or given twice.
+        """
+        chosen = tuple(range(available)) if layers is None else tuple(layers)
+        if not chosen or len(set(chosen)) != len(chosen) or any(not 0 <= index < available for index in chosen):
+            raise ConfigError(
+                f"layers: {list(chosen)} for {type(self).__name__}; allowed are distinct indices from 0 to "
+                f"{available - 1} (leave the option out for all {available})"
+            )
+        self.layers, self.num_layers = chosen, len(chosen)
+        self.width, self.frame_rate, self.sample_rate = width, float(frame_rate), sample_rate
+        self.requires_grad_(False)
+        self.eval()
+
+    @abstractmethod
+    def output_lengths(self, num_samples: Tensor) -> Tensor:
+        """Frames (B,) that come out of clips of ``num_samples`` (B,); both integers, at least 1."""
+
+    @abstractmethod
+    def hidden_states(self, wave: Tensor, lengths: Tensor) -> Sequence[Tensor]:
+        """All hidden states, or those up to ``max(self.layers)``, each (B,T,D).
+
+        Args:
+            wave: (B,N) float32 in [-1, 1], zero beyond each utterance's length.
+            lengths: (B,) samples, on the same device.
+
+        T must be at least the largest of ``output_lengths(lengths)``; what lies beyond an utterance's own frames is
+        thrown away by the caller.
+        """
+
+    @torch.no_grad()
+    def forward(self, wave: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (B,H,T,D) of the chosen layers, zero beyond each utterance's frames, and the frames (B,).
+
+        Args:
+            wave: (B,N) float32 in [-1, 1]; anything may stand beyond an utterance's length.
+            lengths: (B,) samples.
+        """
+        if wave.dim() != 2 or lengths.shape != wave.shape[:1]:
+            raise ValueError(f"wave {tuple(wave.shape)} and lengths {tuple(lengths.shape)}: expected (B,N) and (B,)")
+        lengths = lengths.to(wave.device)
+        longest = int(lengths.max())
+        if int(lengths.min()) < 1 or longest > wave.shape[1]:
+            raise ValueError(f"lengths must be within 1..{wave.shape[1]} samples, got {lengths.tolist()}")
+        # Cut the common tail as well: what a caller padded beyond the longest utterance costs nothing.
+        wave = wave[:, :longest].masked_fill(padding_mask(lengths, longest), 0.0)
+        states = self.hidden_states(wave, lengths)
+        frames = self.output_lengths(lengths)
+        num_frames = int(frames.max())
+        hidden = torch.stack([states[index][:, :num_frames] for index in self.layers], dim=1)
+        return hidden.masked_fill(padding_mask(frames, num_frames)[:, None, :, None], 0.0), frames
+
+    def train(self, mode: bool = True) -> AbsEncoder:
+        """Stay in evaluation mode, whatever the surrounding model is switched to."""
+        return super().train(False)
+
+    def weights_sha256(self) -> str:
+        """SHA-256 over the names, types, shapes and bytes of all weights; part of the feature cache's key."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def padding_mask(lengths: Tensor, size: int) -> Tensor:
+    """(B,size) bool, True where an index is at or beyond its row's length (B,)."""
+    return torch.arange(size, device=lengths.device)[None, :] >= lengths[:, None]
+
+
+def model_folder(path: str | Path) -> Path:
+    """The local folder of a converted model.
+
+    Raises:
+        ConfigError: no such folder; says which recipe stage makes it.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"path: no model folder {folder} (relative paths start at the recipe's directory)\n"
+            f"  -> the recipe's first stage downloads and converts the models: {MODEL_STAGE}"
+        )
+    return folder
+
+
+def model_folder_or_id(path: str | Path) -> str:
+    """A local folder, or else a Hugging Face id such as ``microsoft/wavlm-base-plus``, to be given to transformers.
+
+    Raises:
+        ConfigError: neither an existing folder nor the shape of an id.
+    """
+    text = str(path)
+    # "downloads/gone" has the shape of an id too; where its first part is a folder, a folder was meant.
+    names_folder = Path(text).exists() or ("/" in text and Path(text).parent.is_dir())
+    if not names_folder and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", text):
+        return text
+    return str(model_folder(path))
+
+
+def load_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """``config.json`` and the tensors of ``model.safetensors`` of a converted model's folder.
+
+    Raises:
+        ConfigError: no such folder.
+        CheckpointError: a file is missing or unreadable.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = model_folder(path)
+    try:
+        return read_json(folder / "config.json"), load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: incomplete model folder ({error})\n  -> delete it and make it again: {MODEL_STAGE}"
+        ) from error

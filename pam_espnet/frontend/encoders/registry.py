@@ -1,0 +1,61 @@
+"""Encoders by name. A new one is one file beside this and one line here, or no line at all: ``my_module:MyEncoder``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+from pam_espnet.errors import ConfigError
+from pam_espnet.frontend.encoders.base import AbsEncoder
+
+_HERE = "pam_espnet.frontend.encoders"
+
+# name -> "module:class"; imported when the encoder is built
+ENCODERS: dict[str, str] = {
+    "whisper": f"{_HERE}.whisper:WhisperEncoder",
+    "hf_wave": f"{_HERE}.hf_wave:HFWaveEncoder",
+    "yamnet": f"{_HERE}.yamnet:YAMNetEncoder",
+    "pyannote": f"{_HERE}.pyannote:PyannoteEncoder",
+    "ge2e": f"{_HERE}.ge2e:GE2EEncoder",
+}
+
+
+def encoder_class(type: str) -> type[AbsEncoder]:
+    """The class behind a registered name or an import path ``module:Class``.
+
+    Raises:
+        ConfigError: unknown name, or an import path that leads nowhere or to something that is no encoder.
+    """
+    target = type if ":" in type else ENCODERS.get(type)
+    if target is None:
+        raise ConfigError(
+            f"type: unknown encoder {type!r}; known are {', '.join(sorted(ENCODERS))}, "
+            "or an import path such as my_module:MyEncoder"
+        )
+    module, _, name = target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"type: cannot import encoder {target}: {error}") from error
+    if not (inspect.isclass(found) and issubclass(found, AbsEncoder)):
+        raise ConfigError(f"type: {target} is not a subclass of {AbsEncoder.__module__}.AbsEncoder")
+    return found
+
+
+def build_encoder(type: str, **options: Any) -> AbsEncoder:
+    """Build a frozen encoder.
+
+    Args:
+        type: a key of ``ENCODERS``, or ``module:Class``.
+        options: what its ``__init__`` takes: ``path`` (a local model folder), ``layers`` and its own.
+
+    Raises:
+        ConfigError: unknown type or option, missing model folder, layer out of range.
+    """
+    cls = encoder_class(type)
+    try:
+        inspect.signature(cls).bind(**options)
+    except TypeError as error:
+        raise ConfigError(f"encoder {type}: {error}; it takes {inspect.signature(cls)}") from error
+    return cls(**options)
