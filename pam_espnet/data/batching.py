@@ -1,0 +1,136 @@
+"""Which utterances are trained on together, and when: length buckets, drawn anew in every pass.
+
+ESPnet's own samplers fix the batches once and shuffle their order; sorted by length they also separate the tasks
+(counting clips all last five seconds). Here every pass shuffles the utterances, sorts by length only within a pool
+of a few batches, and shuffles the batches, so that a batch mixes tasks at little padding. A plan is a pure function
+of (durations, options, seed, pass): resuming needs no state but the step number.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from pam_espnet.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BatchingOptions:
+    """How batches are made.
+
+    Attributes:
+        max_utterances: utterances in a batch, over all ranks.
+        max_seconds: padded audio in a batch (longest utterance times utterances), seconds.
+        pool: number of batches whose utterances are sorted by length together; 1 keeps batches random.
+        task_share: task name -> how often each of its utterances is seen in a pass (1 = once; 0.5 = every other
+            pass; 2 = twice). Tasks not named: once.
+    """
+
+    max_utterances: int = 8
+    max_seconds: float = 80.0
+    pool: int = 8
+    task_share: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("max_utterances", "max_seconds", "pool"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"batching_conf.{name} must be positive, got {getattr(self, name)}")
+        if any(share < 0 for share in self.task_share.values()):
+            raise ConfigError(f"batching_conf.task_share must not be negative: {dict(self.task_share)}")
+
+
+def plan_pass(
+    seconds: Mapping[str, float],
+    tasks: Mapping[str, str],
+    options: BatchingOptions,
+    seed: int,
+    number: int,
+    world_size: int = 1,
+) -> list[list[str]]:
+    """Batches of one pass over the training data.
+
+    Args:
+        seconds: utterance -> duration, seconds.
+        tasks: utterance -> task.
+        options: see ``BatchingOptions``.
+        seed: of the experiment.
+        number: which pass, from 0.
+        world_size: ranks that share each batch; every batch has at least that many utterances.
+
+    Returns:
+        lists of utterance ids; an utterance whose task's share is above one may appear more than once.
+    """
+    rng = random.Random(f"{seed}:{number}")
+    keys: list[str] = []
+    for key in sorted(seconds):
+        share = options.task_share.get(tasks[key], 1.0)
+        keys += [key] * (int(share) + (rng.random() < share % 1))
+    rng.shuffle(keys)
+    size = options.max_utterances * options.pool
+    batches: list[list[str]] = []
+    for start in range(0, len(keys), size):
+        batches += cut(sorted(keys[start : start + size], key=lambda k: (seconds[k], k)), seconds, options)
+    batches = [batch for batch in batches if len(batch) >= world_size]
+    rng.shuffle(batches)
+    return batches
+
+
+def cut(keys: list[str], seconds: Mapping[str, float], options: BatchingOptions) -> list[list[str]]:
+    """Cut ``keys``, in their order, into batches within the limits; a longer utterance makes a batch of its own."""
+    batches: list[list[str]] = []
+    longest = 0.0
+    for key in keys:
+        longest = max(longest, seconds[key])
+        full = batches and (
+            len(batches[-1]) >= options.max_utterances or longest * (len(batches[-1]) + 1) > options.max_seconds
+        )
+        if not batches or full:
+            batches.append([])
+            longest = seconds[key]
+        batches[-1].append(key)
+    return batches
+
+
+def epoch_batches(
+    seconds: Mapping[str, float],
+    tasks: Mapping[str, str],
+    options: BatchingOptions,
+    seed: int,
+    epoch: int,
+    batches_per_epoch: int | None,
+    world_size: int = 1,
+) -> list[list[str]]:
+    """Batches of one epoch: one pass, or the epoch's slice of the endless sequence of passes.
+
+    Args:
+        epoch: from 1, as ESPnet counts.
+        batches_per_epoch: None = a pass is an epoch.
+    """
+    if batches_per_epoch is None:
+        return plan_pass(seconds, tasks, options, seed, epoch - 1, world_size)
+    first = (epoch - 1) * batches_per_epoch
+    batches: list[list[str]] = []
+    skipped = 0
+    for plan in _passes(seconds, tasks, options, seed, world_size):
+        if skipped + len(plan) <= first:
+            skipped += len(plan)
+            continue
+        batches += plan[max(0, first - skipped) :]
+        skipped = max(skipped + len(plan), first)
+        if len(batches) >= batches_per_epoch:
+            return batches[:batches_per_epoch]
+    raise AssertionError("unreachable: passes never end")
+
+
+def _passes(
+    seconds: Mapping[str, float], tasks: Mapping[str, str], options: BatchingOptions, seed: int, world_size: int
+) -> Iterator[list[list[str]]]:
+    number = empty = 0
+    while True:
+        plan = plan_pass(seconds, tasks, options, seed, number, world_size)
+        empty = 0 if plan else empty + 1
+        if empty > 100:
+            raise ConfigError("no batch can be made: no utterances, or batching_conf.task_share is 0 for all tasks")
+        yield plan
+        number += 1
