@@ -1,0 +1,321 @@
+"""The LLM that answers: any Hugging Face causal LM, frozen, with LoRA beside it.
+
+It knows embeddings, masks and tokens; it knows nothing of audio, prompts' layout in a batch, beams or files of data.
+No token is ever added to its vocabulary and its tokenizer is kept as it is.
+
+B utterances, R rows (utterances or hypotheses), P positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pam_espnet.decoder.lora import add_lora, lora_off, set_lora_training
+from pam_espnet.decoder.prompt_layout import Placed, end_of_turn_id, layout
+from pam_espnet.errors import ConfigError
+
+# Settings of models whose logits are more than final norm + output layer; exit_logits and loss would be wrong.
+_SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+
+
+class DecoderState:
+    """Keys and values of all positions so far, one row per hypothesis; made by ``LLMDecoder.prefill``."""
+
+    def __init__(self, cache: Any, mask: Tensor, positions: Tensor) -> None:
+        self.cache = cache  # transformers.DynamicCache
+        self.mask = mask  # (R,P) bool: which cached slots a row may attend to
+        self.positions = positions  # (R,) position of the next token
+
+    def select(self, rows: Tensor) -> None:
+        """Keep ``rows`` (any number, repeats allowed): re-orders beams, copies a prefix, drops what is finished."""
+        count = self.mask.size(0)
+        if len(rows) == count and torch.equal(rows, torch.arange(count, device=rows.device)):
+            return
+        self.cache.batch_select_indices(rows)
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+
+
+class LLMDecoder(nn.Module):
+    """A frozen causal LLM with optional LoRA.
+
+    Attributes:
+        tokenizer: the model's own Hugging Face tokenizer.
+        width: D, size of its embeddings.
+        num_layers: transformer blocks.
+        eos_ids: tokens that end an answer, the chat template's end of turn first.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        tokenizer: Any,
+        lora: Mapping[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+        prompt_position: str = "prompt",
+        system: str | None = "",
+    ) -> None:
+        """
+        Args:
+            lm: a transformers causal LM; it is frozen in place.
+            tokenizer: its tokenizer, with a chat template.
+            lora: options of ``decoder.lora.add_lora``, or None for a frozen LLM.
+            gradient_checkpointing: recompute activations in the backward pass (less memory, more time).
+            prompt_position: where the prompt vector is read: "prompt" (last token of the prompt text) or "template"
+                (last token of the whole template).
+            system: system prompt of every conversation; "" is an empty one, None the template's default.
+
+        Raises:
+            ConfigError: a value out of range, or an LLM whose logits are not final norm + output layer.
+        """
+        super().__init__()
+        if prompt_position not in ("prompt", "template"):
+            raise ConfigError(f"prompt_position must be 'prompt' or 'template', not {prompt_position!r}")
+        scaled = [name for name in _SCALED_LOGITS if getattr(lm.config, name, None) not in (None, 1, 1.0)]
+        if scaled:
+            raise ConfigError(f"this LLM scales its logits ({', '.join(scaled)}), which is not supported yet")
+        self.lm = lm.requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.prompt_position = prompt_position
+        self.system = system
+        self.gradient_checkpointing = gradient_checkpointing
+        if lora is not None:
+            add_lora(lm, lora)
+        if gradient_checkpointing:
+            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.width: int = lm.get_input_embeddings().weight.size(1)
+        self.num_layers: int = lm.config.num_hidden_layers
+        self.end_id = end_of_turn_id(tokenizer)
+        self.eos_ids = _eos_ids(self.end_id, tokenizer, lm)
+        self._prompt_vectors: dict[str, Tensor] = {}
+        self.register_load_state_dict_post_hook(lambda module, _: module._prompt_vectors.clear())
+        self.train(self.training)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str,
+        lora: Mapping[str, Any] | None = None,
+        dtype: str = "auto",
+        attention: str = "sdpa",
+        revision: str | None = None,
+        local_files_only: bool = False,
+        chat_template: str | None = None,
+        **options: Any,
+    ) -> LLMDecoder:
+        """Load from a Hugging Face folder or id.
+
+        Args:
+            path_or_id: a folder (nothing is fetched), or an id such as "org/name".
+            lora: as in the constructor.
+            dtype: "float32", "bfloat16", or "auto": bfloat16 on a CUDA device that has it, else float32.
+            attention: transformers' attention implementation ("sdpa", "eager", "flash_attention_2").
+            revision: commit, branch or tag of an id.
+            local_files_only: for an id: use the local Hugging Face cache only.
+            chat_template: a Jinja text or file, in place of the tokenizer's own.
+            options: further options of the constructor.
+
+        Raises:
+            ConfigError: no such folder or id, or a value out of range.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = _check_path(path_or_id)
+        source: dict[str, Any] = {"local_files_only": folder or local_files_only}
+        if revision is not None and not folder:
+            source["revision"] = revision
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path_or_id, **source)
+            lm = AutoModelForCausalLM.from_pretrained(
+                path_or_id, dtype=_dtype(dtype), attn_implementation=attention, **source
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(f"cannot load the LLM {path_or_id!r}: {error}") from error
+        if chat_template is not None:
+            is_file = "\n" not in chat_template and os.path.isfile(chat_template)
+            tokenizer.chat_template = Path(chat_template).read_text("utf-8") if is_file else chat_template
+        return cls(lm, tokenizer, lora=lora, **options)
+
+    # ---- module behaviour -------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> LLMDecoder:
+        """Training mode switches on LoRA's dropout alone; the frozen LLM's dropout stays off."""
+        super().train(mode)
+        self.lm.eval()
+        set_lora_training(self.lm, mode)
+        if self.gradient_checkpointing:
+            for layer in self.transformer.layers:
+                layer.training = mode  # the flag by which transformers decides to checkpoint; not recursive
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LLMDecoder:
+        """Devices change, dtypes do not: a trainer's ``model.to(dtype)`` must not blow a bfloat16 LLM up."""
+        self._prompt_vectors.clear()  # they live on the old device
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
+
+    @property
+    def transformer(self) -> Any:
+        """The blocks without the output layer."""
+        return self.lm.base_model
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights and of the hidden states."""
+        return self.lm.get_input_embeddings().weight.dtype
+
+    # ---- the pieces of a forward pass -------------------------------------------------------------------------
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (...) -> input embeddings (...,D)."""
+        return self.lm.get_input_embeddings()(ids)
+
+    def forward(self, embeds: Tensor, mask: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            embeds: (B,P,D), right-padded, any floating dtype.
+            mask: (B,P) bool, False on padding.
+            positions: (B,P) positions, by default 0..P-1 in every row.
+
+        Returns:
+            (B,P,D) in the LLM's dtype; rows at padding are meaningless.
+        """
+        if positions is None:
+            positions = torch.arange(embeds.size(1), device=embeds.device).expand(embeds.shape[:2])
+        # use_cache=False: keys and values are not kept, and gradient checkpointing is allowed.
+        return self.transformer(
+            inputs_embeds=embeds.to(self.dtype), attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states after the final norm (...,D) -> float32 logits (...,V)."""
+        return self.lm.get_output_embeddings()(hidden).float()
+
+    def exit_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states of any block (...,D) -> float32 logits (...,V), through the shared final norm."""
+        return self.logits(self.final_norm(hidden))
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm between the last block and the output layer."""
+        for name in _NORM_NAMES:
+            if isinstance(norm := getattr(self.transformer, name, None), nn.Module):
+                return norm
+        raise ConfigError(f"{type(self.transformer).__name__} has no final norm under a known name {_NORM_NAMES}")
+
+    def loss(self, placed: Placed) -> tuple[Tensor, int, Tensor]:
+        """Negative log-likelihood of the answer tokens; logits are computed only where there is a target.
+
+        Returns:
+            sum over targets (float32 scalar), number of targets, number predicted correctly (scalar).
+        """
+        hidden = self(placed.embeds, placed.mask)
+        logits = self.logits(hidden.flatten(0, 1)[placed.target_index])  # (targets,V)
+        nll = F.cross_entropy(logits, placed.target_ids, reduction="sum")
+        correct = (logits.detach().argmax(-1) == placed.target_ids).sum()
+        return nll, placed.target_ids.numel(), correct
+
+    @torch.no_grad()
+    def prompt_vector(self, prompt: str) -> Tensor:
+        """(D,) float32: the base LLM's last hidden state at the end of the prompt, without audio and without LoRA.
+
+        It depends on the frozen weights alone, so each distinct prompt is computed once.
+        """
+        if prompt not in self._prompt_vectors:
+            parts = layout(self.tokenizer, prompt, self.system)
+            ids = parts.head_ids + (parts.prompt_ids if self.prompt_position == "prompt" else parts.tail_ids)
+            with lora_off(self.lm):
+                embeds = self.embed(torch.tensor([ids], device=self.device))
+                hidden = self(embeds, torch.ones_like(embeds[..., 0], dtype=torch.bool))
+            self._prompt_vectors[prompt] = hidden[0, -1].float()
+        return self._prompt_vectors[prompt]
+
+    # ---- stepping, for the search -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prefill(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, DecoderState]:
+        """Run the prefix of every utterance once.
+
+        Args:
+            prefix: (B,P,D) embeddings, right-padded.
+            lengths: (B,) valid positions, at least 1.
+
+        Returns:
+            float32 logits (B,V) of the first answer token, and the state for ``step``.
+        """
+        from transformers import DynamicCache
+
+        positions = torch.arange(prefix.size(1), device=prefix.device)
+        mask = positions < lengths[:, None]
+        cache = DynamicCache()
+        hidden = self.transformer(
+            inputs_embeds=prefix.to(self.dtype),
+            attention_mask=mask,
+            position_ids=positions.expand(mask.shape),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
+        return self.logits(last), DecoderState(cache, mask, lengths.clone())
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
+        """Append one token to every row; ``state`` is updated in place.
+
+        Args:
+            tokens: (R,) ids.
+            state: of the same R rows.
+
+        Returns:
+            float32 logits (R,V) of the next token.
+        """
+        # A row's new slot may lie behind padding of its prefix: the mask hides those slots, the position skips them.
+        state.mask = F.pad(state.mask, (0, 1), value=True)
+        hidden = self.transformer(
+            inputs_embeds=self.embed(tokens)[:, None],
+            attention_mask=state.mask,
+            position_ids=state.positions[:, None],
+            past_key_values=state.cache,
+            use_cache=True,
+        ).last_hidden_state
+        state.positions = state.positions + 1
+        return self.logits(hidden[:, 0])
+
+
+def _check_path(path_or_id: str) -> bool:
+    """True for a folder, False for what can be an id; a path that does not exist is an error."""
+    if os.path.isdir(path_or_id):
+        return True
+    if path_or_id.count("/") > 1 or path_or_id.startswith((".", "/", "~")) or path_or_id.startswith("downloads"):
+        raise ConfigError(
+            f"the LLM folder {path_or_id} does not exist; make it with stage 1 of the recipe: "
+            "./run.sh --stage 1 --stop_stage 1"
+        )
+    return False
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name == "auto":
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bf16 else torch.float32
+    if name not in ("float32", "bfloat16"):
+        raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', not {name!r}")
+    return getattr(torch, name)
+
+
+def _eos_ids(end_id: int, tokenizer: Any, lm: Any) -> tuple[int, ...]:
+    """End of turn, then the EOS tokens that the tokenizer and the model name."""
+    named = lm.generation_config.eos_token_id if lm.generation_config is not None else None
+    named = named if isinstance(named, list) else [named]
+    return tuple(dict.fromkeys(int(token) for token in [end_id, tokenizer.eos_token_id, *named] if token is not None))

@@ -1,0 +1,75 @@
+"""LoRA through peft: low-rank updates beside the frozen weights of an LLM (Hu et al. 2021, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pam_espnet.errors import ConfigError
+
+DEFAULTS: dict[str, Any] = {"r": 16, "alpha": 32, "dropout": 0.05, "target_modules": "all-linear"}
+
+
+def add_lora(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Insert LoRA matrices into ``model`` in place; they are float32 and the only parameters that stay trainable.
+
+    Args:
+        model: a Hugging Face causal LM.
+        options: r, alpha (the update is scaled by alpha / r), dropout (on the update's input), target_modules
+            (a list of name endings, a regular expression, or "all-linear": all but the output layer).
+
+    Raises:
+        ConfigError: an unknown option, or target_modules that match nothing.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    unknown = sorted(set(options) - set(DEFAULTS))
+    if unknown:
+        raise ConfigError(f"lora: unknown option(s) {', '.join(unknown)}; known: {', '.join(DEFAULTS)}")
+    chosen = {**DEFAULTS, **options}
+    targets = chosen["target_modules"]
+    config = LoraConfig(
+        r=int(chosen["r"]),
+        lora_alpha=chosen["alpha"],
+        lora_dropout=float(chosen["dropout"]),
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:  # peft's answer to names that match no layer
+        raise ConfigError(f"lora.target_modules: {error}") from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:  # peft follows the dtype of the base; small updates vanish in bfloat16
+            parameter.data = parameter.data.to(torch.float32)
+
+
+@contextmanager
+def lora_off(model: nn.Module) -> Iterator[None]:
+    """Run the base model alone; a model without LoRA is left as it is."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    # peft also toggles requires_grad, which would thaw a LoRA that was frozen on purpose.
+    trainable = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+
+
+def set_lora_training(model: nn.Module, mode: bool) -> None:
+    """Switch LoRA's own dropout on or off."""
+    for name, module in model.named_modules():
+        if name.endswith("lora_dropout"):
+            module.train(mode)
