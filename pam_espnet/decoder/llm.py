@@ -50,6 +50,7 @@ class LLMDecoder(nn.Module):
         tokenizer: the model's own Hugging Face tokenizer.
         width: D, size of its embeddings.
         num_layers: transformer blocks.
+        vocab_size: V, rows of its embedding matrix.
         eos_ids: tokens that end an answer, the chat template's end of turn first.
     """
 
@@ -92,6 +93,7 @@ class LLMDecoder(nn.Module):
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.width: int = lm.get_input_embeddings().weight.size(1)
         self.num_layers: int = lm.config.num_hidden_layers
+        self.vocab_size: int = lm.get_input_embeddings().weight.size(0)
         self.end_id = end_of_turn_id(tokenizer)
         self.eos_ids = _eos_ids(self.end_id, tokenizer, lm)
         self._prompt_vectors: dict[str, Tensor] = {}
@@ -115,7 +117,7 @@ class LLMDecoder(nn.Module):
         Args:
             path_or_id: a folder (nothing is fetched), or an id such as "org/name".
             lora: as in the constructor.
-            dtype: "float32", "bfloat16", or "auto": bfloat16 on a CUDA device that has it, else float32.
+            dtype: "float32", "bfloat16", or "auto": bfloat16 where the device (CUDA or CPU) computes it natively, else float32.
             attention: transformers' attention implementation ("sdpa", "eager", "flash_attention_2").
             revision: commit, branch or tag of an id.
             local_files_only: for an id: use the local Hugging Face cache only.
@@ -125,14 +127,11 @@ class LLMDecoder(nn.Module):
         Raises:
             ConfigError: no such folder or id, or a value out of range.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
-        folder = _check_path(path_or_id)
-        source: dict[str, Any] = {"local_files_only": folder or local_files_only}
-        if revision is not None and not folder:
-            source["revision"] = revision
+        source = _source(path_or_id, revision, local_files_only)
+        tokenizer = load_tokenizer(path_or_id, revision, local_files_only)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path_or_id, **source)
             lm = AutoModelForCausalLM.from_pretrained(
                 path_or_id, dtype=_dtype(dtype), attn_implementation=attention, **source
             )
@@ -214,17 +213,16 @@ class LLMDecoder(nn.Module):
                 return norm
         raise ConfigError(f"{type(self.transformer).__name__} has no final norm under a known name {_NORM_NAMES}")
 
-    def loss(self, placed: Placed) -> tuple[Tensor, int, Tensor]:
-        """Negative log-likelihood of the answer tokens; logits are computed only where there is a target.
+    def token_losses(self, placed: Placed) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of each answer token; logits are computed only where there is a target.
 
         Returns:
-            sum over targets (float32 scalar), number of targets, number predicted correctly (scalar).
+            float32 (targets,), and whether the most likely token was the target, bool (targets,).
         """
         hidden = self(placed.embeds, placed.mask)
         logits = self.logits(hidden.flatten(0, 1)[placed.target_index])  # (targets,V)
-        nll = F.cross_entropy(logits, placed.target_ids, reduction="sum")
-        correct = (logits.detach().argmax(-1) == placed.target_ids).sum()
-        return nll, placed.target_ids.numel(), correct
+        nll = F.cross_entropy(logits, placed.target_ids, reduction="none")
+        return nll, logits.detach().argmax(-1) == placed.target_ids
 
     @torch.no_grad()
     def prompt_vector(self, prompt: str) -> Tensor:
@@ -293,6 +291,29 @@ class LLMDecoder(nn.Module):
         return self.logits(hidden[:, 0])
 
 
+def load_tokenizer(path_or_id: str, revision: str | None = None, local_files_only: bool = False) -> Any:
+    """The LLM's own tokenizer, from a folder or id.
+
+    Raises:
+        ConfigError: no such folder or id.
+    """
+    from transformers import AutoTokenizer
+
+    source = _source(path_or_id, revision, local_files_only)
+    try:
+        return AutoTokenizer.from_pretrained(path_or_id, **source)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"cannot load the tokenizer of {path_or_id!r}: {error}") from error
+
+
+def _source(path_or_id: str, revision: str | None, local_files_only: bool) -> dict[str, Any]:
+    folder = _check_path(path_or_id)
+    source: dict[str, Any] = {"local_files_only": folder or local_files_only}
+    if revision is not None and not folder:
+        source["revision"] = revision
+    return source
+
+
 def _check_path(path_or_id: str) -> bool:
     """True for a folder, False for what can be an id; a path that does not exist is an error."""
     if os.path.isdir(path_or_id):
@@ -305,10 +326,16 @@ def _check_path(path_or_id: str) -> bool:
     return False
 
 
+def _has_bfloat16() -> bool:
+    """Whether the device multiplies bfloat16 natively; a CPU that emulates it is slower than in float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+
+
 def _dtype(name: str) -> torch.dtype:
     if name == "auto":
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if has_bf16 else torch.float32
+        return torch.bfloat16 if _has_bfloat16() else torch.float32
     if name not in ("float32", "bfloat16"):
         raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', not {name!r}")
     return getattr(torch, name)
