@@ -56,7 +56,7 @@ class LLMDecoder(nn.Module):
 
     def __init__(
         self,
-        lm: nn.Module,
+        lm: Any,
         tokenizer: Any,
         lora: Mapping[str, Any] | None = None,
         gradient_checkpointing: bool = False,
@@ -82,7 +82,7 @@ class LLMDecoder(nn.Module):
         scaled = [name for name in _SCALED_LOGITS if getattr(lm.config, name, None) not in (None, 1, 1.0)]
         if scaled:
             raise ConfigError(f"this LLM scales its logits ({', '.join(scaled)}), which is not supported yet")
-        self.lm = lm.requires_grad_(False)
+        self.lm: Any = lm.requires_grad_(False)
         self.tokenizer = tokenizer
         self.prompt_position = prompt_position
         self.system = system
@@ -97,7 +97,7 @@ class LLMDecoder(nn.Module):
         self.end_id = end_of_turn_id(tokenizer)
         self.eos_ids = _eos_ids(self.end_id, tokenizer, lm)
         self._prompt_vectors: dict[str, Tensor] = {}
-        self.register_load_state_dict_post_hook(lambda module, _: module._prompt_vectors.clear())
+        self.register_load_state_dict_post_hook(_forget_prompt_vectors)
         self.train(self.training)
 
     @classmethod
@@ -117,7 +117,8 @@ class LLMDecoder(nn.Module):
         Args:
             path_or_id: a folder (nothing is fetched), or an id such as "org/name".
             lora: as in the constructor.
-            dtype: "float32", "bfloat16", or "auto": bfloat16 where the device (CUDA or CPU) computes it natively, else float32.
+            dtype: "float32", "bfloat16", or "auto": bfloat16 where the device (CUDA or CPU) computes it natively,
+                else float32.
             attention: transformers' attention implementation ("sdpa", "eager", "flash_attention_2").
             revision: commit, branch or tag of an id.
             local_files_only: for an id: use the local Hugging Face cache only.
@@ -291,6 +292,10 @@ class LLMDecoder(nn.Module):
         return self.logits(hidden[:, 0])
 
 
+def _forget_prompt_vectors(decoder: LLMDecoder, _: Any) -> None:
+    decoder._prompt_vectors.clear()
+
+
 def load_tokenizer(path_or_id: str, revision: str | None = None, local_files_only: bool = False) -> Any:
     """The LLM's own tokenizer, from a folder or id.
 
@@ -330,7 +335,7 @@ def _has_bfloat16() -> bool:
     """Whether the device multiplies bfloat16 natively; a CPU that emulates it is slower than in float32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 def _dtype(name: str) -> torch.dtype:
