@@ -5,6 +5,7 @@ libsndfile (soundfile) reads what it can; PyAV (ffmpeg) the formats it does not 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import shlex
 import subprocess
@@ -102,7 +103,7 @@ def _read_pyav(name: str, source: str | io.BytesIO) -> tuple[np.ndarray, int]:
     pieces: list[np.ndarray] = []
     rate = 0
     try:
-        with av.open(source, format=container_format) as container:
+        with av.open(source, mode="r", format=container_format) as container:
             if not container.streams.audio:
                 raise DataError(name, "has no audio stream", hint="list another file")
             # planar float: one row per channel, whatever the codec gives
@@ -129,7 +130,7 @@ def _run_pipe(value: str, allow_pipes: bool) -> bytes:
         raise DataError(value, f"cannot be split into words ({error})", hint="repair the quotes") from error
     if not command:
         raise DataError(value, "is an empty command", hint="write the command before the '|'")
-    if "|" in command:
+    if any("|" in word for word in command):
         hint = "put the commands into an executable script and list '<script> <arguments> |'"
         raise DataError(value, "is a pipeline of several commands", hint=hint)
     try:
@@ -141,6 +142,18 @@ def _run_pipe(value: str, allow_pipes: bool) -> bytes:
         message = f"exited with status {result.returncode}: {lines[-1] if lines else 'no message'}"
         raise DataError(value, message, hint="run the command by hand and repair it")
     return result.stdout
+
+
+def to_pcm16(wave: np.ndarray) -> tuple[np.ndarray, int]:
+    """``wave`` (N,) float in [-1, 1] as (int16 samples (N,), how many of them were clipped)."""
+    scaled = np.round(wave.astype(np.float64) * 32768)
+    clipped = int(np.count_nonzero((scaled < -32768) | (scaled > 32767)))
+    return np.clip(scaled, -32768, 32767).astype("<i2"), clipped
+
+
+def pcm16_sha256(samples: np.ndarray) -> str:
+    """SHA-256 of int16 samples (N,) as little-endian bytes: the audio's identity, whatever file format holds it."""
+    return hashlib.sha256(np.ascontiguousarray(samples, dtype="<i2").tobytes()).hexdigest()
 
 
 def resample(wave: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:

@@ -140,27 +140,25 @@ def validate(path: str | Path, *, allow_pipes: bool = False) -> DataDir:
         DataError: lists every problem with file, line and remedy.
     """
     data, problems = inspect(path)
-    problems += audio_problems(scan_table(Path(path) / "wav.scp"), allow_pipes)
+    wav = scan_table(Path(path) / "wav.scp")
+    for key, value in wav.values.items():
+        if trouble := audio_problem(value, allow_pipes):
+            problems.append(Problem(wav.path, wav.lines[key], f"{key!r}: {trouble[0]}", trouble[1]))
     raise_problems(path, problems)
     return data
 
 
-def audio_problems(wav: Scan, allow_pipes: bool) -> list[Problem]:
-    """Problems of ``wav.scp`` values: pipes that were not asked for, files that are missing or empty."""
-    problems = []
-    for key, value in wav.values.items():
-
-        def note(message: str, hint: str, key: str = key) -> None:
-            problems.append(Problem(wav.path, wav.lines[key], f"{key!r}: {message}", hint))
-
-        if value.endswith("|"):
-            if not allow_pipes:
-                note("the value is a command (it ends in '|')", "run it once and list the file, or pass --allow-pipes")
-        elif not Path(value).exists():
-            note(f"no such audio file: {value}", "relative paths start at the current directory; cd there or repair it")
-        elif not Path(value).is_file():
-            note(f"{value} is not a file", "list one audio file per key")
-    return problems
+def audio_problem(value: str, allow_pipes: bool) -> tuple[str, str] | None:
+    """(what is wrong, remedy) of a ``wav.scp`` value that is an unwanted command or no file; None when it is good."""
+    if value.endswith("|"):
+        hint = "run the command once and list the file it makes, or pass --allow-pipes if you trust it"
+        return None if allow_pipes else ("the value is a command (it ends in '|')", hint)
+    if not Path(value).exists():
+        hint = "relative paths start at the current directory; go there, or correct the path"
+        return f"no such audio file: {value}", hint
+    if not Path(value).is_file():
+        return f"{value} is not a file", "list one audio file per key"
+    return None
 
 
 def inspect(path: str | Path) -> tuple[DataDir, list[Problem]]:
@@ -175,10 +173,12 @@ def inspect(path: str | Path) -> tuple[DataDir, list[Problem]]:
     usable = {name: scan for name, scan in scans.items() if scan.values}
     text = usable.get("text")
     if text is not None:
-        problems += [problem for key in text.values for problem in _key_problems(text, key)]
-        others = [name for name in usable if name not in ("text", "references")]
-        if "segments" in scans:
-            others.remove("wav.scp") if "wav.scp" in others else None
+        for key in text.values:
+            if message := key_problem(key):
+                problems.append(Problem(text.path, text.lines[key], message, "rename the utterance in every table"))
+        # with segments, wav.scp is keyed by recording
+        apart = {"text", "references"} | ({"wav.scp"} if "segments" in scans else set())
+        others = [name for name in usable if name not in apart]
         for name in others:
             problems += sorted(difference_problems(text, usable[name]), key=lambda p: (p.path.name, p.line or 0))
         if "references" in usable:
@@ -201,14 +201,13 @@ def scan_tables(path: Path) -> dict[str, Scan]:
     return {name: scan_table(path / name) for name in names}
 
 
-def _key_problems(scan: Scan, key: str) -> Iterable[Problem]:
-    """Utterance keys become file names, so what cannot be one is refused."""
-    hint = "rename the utterance in every table"
+def key_problem(key: str) -> str:
+    """Why an utterance key cannot be used, or ""; keys become file names."""
     if "/" in key or "\\" in key or key.startswith((".", "-")):
-        message = f"key {key!r} contains a slash or begins with '.' or '-'; it could not be a file name"
-        yield Problem(scan.path, scan.lines[key], message, hint)
+        return f"key {key!r} contains a slash or begins with '.' or '-', so it cannot be a file name"
     if len(key.encode()) > MAX_KEY_BYTES:
-        yield Problem(scan.path, scan.lines[key], f"key {key[:40]!r}... is longer than {MAX_KEY_BYTES} bytes", hint)
+        return f"key {key[:40]!r}... is longer than {MAX_KEY_BYTES} bytes"
+    return ""
 
 
 def _parse_segments(scan: Scan, wav: Scan | None, problems: list[Problem]) -> dict[str, Segment]:
@@ -249,15 +248,23 @@ def parse_segment(value: str) -> tuple[Segment | None, str]:
 def _parse_references(scan: Scan, problems: list[Problem]) -> dict[str, list[str]]:
     references = {}
     for key, value in scan.values.items():
-        try:
-            answers = json.loads(value)
-        except json.JSONDecodeError as error:
-            answers, reason = None, f"not JSON ({error.msg})"
-        else:
-            reason = "not a list of non-empty strings"
-        if isinstance(answers, list) and answers and all(isinstance(a, str) and a.strip() for a in answers):
-            references[key] = answers
-        else:
+        answers, message = parse_references(value)
+        if answers is None:
             hint = 'write a JSON list on one line: ["a dog barks", "barking of a dog"]'
-            problems.append(Problem(scan.path, scan.lines[key], f"{key!r}: {reason}", hint))
+            problems.append(Problem(scan.path, scan.lines[key], f"{key!r}: {message}", hint))
+        else:
+            references[key] = answers
     return references
+
+
+def parse_references(value: str) -> tuple[list[str] | None, str]:
+    """A ``references`` value as a list of answers, or None and what is wrong with it."""
+    try:
+        answers = json.loads(value)
+    except json.JSONDecodeError as error:
+        return None, f"not JSON ({error.msg} at column {error.colno})"
+    if not isinstance(answers, list) or not answers:
+        return None, "not a list of strings"
+    if not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        return None, "the list has something else than non-empty strings"
+    return answers, ""

@@ -1,0 +1,185 @@
+"""Hidden states of a frozen encoder, computed once per utterance and kept as Kaldi matrices.
+
+Knows no encoder: the caller hands in a function from a wave to its hidden states, and a description of it that
+becomes part of the cache's key. Written in shards, each whole or absent, so a killed run loses one shard at most.
+Shape letters: N samples, H layers, T encoder frames, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pam_espnet.data.audio import pcm16_sha256, read_audio, to_pcm16
+from pam_espnet.data.datadir import DataDir
+from pam_espnet.data.kaldi_io import write_matrices
+from pam_espnet.data.passport import FORMAT_HINT, Passport
+from pam_espnet.data.tables import read_table, write_table
+from pam_espnet.errors import DataError
+from pam_espnet.fileio import read_json, write_json
+
+REBUILD_HINT = "pass --rebuild true to compute it again, or name another directory"
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """A complete cache: ``scp`` indexes matrices (T, H*D), columns [h*D:(h+1)*D] are layer h."""
+
+    scp: Path
+    num_layers: int
+    width: int
+
+
+def cache_features(
+    encode: Callable[[np.ndarray], np.ndarray],
+    spec: dict[str, Any],
+    data_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    shard_size: int = 100,
+    rebuild: bool = False,
+) -> FeatureCache:
+    """Write ``<out_dir>/feats.scp`` for every utterance of a formatted data directory; return at once if it is there.
+
+    Args:
+        encode: wave (N,) float32 at the data directory's sample rate -> hidden states (H, T, D) float.
+        spec: what the hidden states depend on besides the audio (encoder type, layers, weights_sha256 ...), as JSON
+            values; with the digest of the audio it is the cache's key.
+        data_dir: ``dump/raw/<set>``, with a passport.
+        out_dir: ``dump/feats/<encoder>/<set>``; paths in feats.scp begin with it as it is given.
+        shard_size: utterances per ark file.
+        rebuild: throw away what is there instead of going on with it.
+
+    Raises:
+        DataError: a cache with another key is there and ``rebuild`` is false; audio differs from its passport; the
+            disk is too small; ``encode`` gave something else than finite (H, T, D).
+    """
+    data, passport, out = DataDir.load(data_dir), Passport.load(data_dir), Path(out_dir)
+    key = {**spec, "audio_sha256": passport.audio_digest(data.wav)}
+    if rebuild:
+        _remove(out)
+    state = _read_state(out, key)
+    shards = _shards(data, out, state.get("shard_size", shard_size))
+    todo = [shard for shard in shards if not shard.is_done()]
+    scp = out / "feats.scp"
+    if state.get("complete") and not todo and scp.is_file():
+        logging.info("%s is complete", scp)
+        return FeatureCache(scp, state["num_layers"], state["width"])
+    for leftover in out.glob(".*.tmp-*"):
+        leftover.unlink()
+    encoder = _Encoder(encode, data, passport)
+    encoder.probe(out)
+    state = {
+        "complete": False,
+        "num_layers": encoder.num_layers,
+        "width": encoder.width,
+        "shard_size": state.get("shard_size", shard_size),
+        "key": key,
+    }
+    write_json(out / "cache.json", state)
+    _write_shards(encoder, shards, todo, f"{out.parent.name} {out.name}")
+    write_table(scp, {utt: place for shard in shards for utt, place in read_table(shard.scp).items()})
+    write_json(out / "cache.json", state | {"complete": True})
+    return FeatureCache(scp, encoder.num_layers, encoder.width)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    ark: Path
+    scp: Path
+    utterances: list[str]
+
+    def is_done(self) -> bool:
+        """The index is written after the ark, so where it is, the ark is whole (unless somebody removed it)."""
+        return self.scp.is_file() and self.ark.is_file() and list(read_table(self.scp)) == self.utterances
+
+
+def _shards(data: DataDir, out: Path, size: int) -> list[_Shard]:
+    starts = range(0, len(data), size)
+    names = [f"feats.{number}" for number in range(1, len(starts) + 1)]
+    return [
+        _Shard(out / f"{name}.ark", out / f"{name}.scp", data.utterances[start : start + size])
+        for name, start in zip(names, starts, strict=True)
+    ]
+
+
+def _write_shards(encoder: _Encoder, shards: list[_Shard], todo: list[_Shard], name: str) -> None:
+    from tqdm import tqdm
+
+    total = sum(len(shard.utterances) for shard in shards)
+    left = sum(len(shard.utterances) for shard in todo)
+    if left < total:
+        logging.info("features %s: %d of %d utterances are there already", name, total - left, total)
+    with tqdm(total=total, initial=total - left, desc=f"features {name}", disable=not todo) as progress:
+        for shard in todo:
+
+            def matrices(shard: _Shard = shard) -> Iterator[tuple[str, np.ndarray]]:
+                for utt in shard.utterances:
+                    yield utt, encoder(utt)
+                    progress.update()
+
+            write_matrices(shard.ark, shard.scp, matrices())
+
+
+class _Encoder:
+    """From an utterance's name to its matrix (T, H*D), checking what goes in and what comes out."""
+
+    def __init__(self, encode: Callable[[np.ndarray], np.ndarray], data: DataDir, passport: Passport) -> None:
+        self.encode, self.data, self.passport = encode, data, passport
+        self.num_layers = self.width = 0
+
+    def probe(self, out: Path) -> None:
+        """Encode one utterance to learn H and D, and whether the disk can hold them all."""
+        utt = self.data.utterances[0]
+        per_second = self(utt).nbytes / self.passport.utterances[utt]["seconds"]
+        needed = per_second * sum(self.passport.utterances[utt]["seconds"] for utt in self.data.utterances)
+        out.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out).free + sum(ark.stat().st_size for ark in out.glob("feats.*.ark"))
+        if needed > free:
+            message = f"the features need about {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left"
+            raise DataError(out, message, hint="cache fewer layers, make room, or train without the cache")
+
+    def __call__(self, utt: str) -> np.ndarray:
+        value, start, end = self.data.source(utt)
+        wave, _ = read_audio(value, start=start, end=end)
+        if pcm16_sha256(to_pcm16(wave)[0]) != self.passport.utterances[utt]["sha256"]:
+            raise DataError(value, "is not the audio its passport describes", hint=FORMAT_HINT + " again")
+        hidden = np.asarray(self.encode(wave), dtype=np.float32)  # (H,T,D)
+        problem = ""
+        if hidden.ndim != 3 or 0 in hidden.shape:
+            problem = f"the encoder gave shape {hidden.shape} where (layers, frames, width) is expected"
+        elif self.width and (hidden.shape[0], hidden.shape[2]) != (self.num_layers, self.width):
+            expected = f"({self.num_layers}, frames, {self.width})"
+            problem = f"the encoder gave shape {hidden.shape}, and {expected} for other utterances"
+        elif not np.isfinite(hidden).all():
+            problem = "the encoder's hidden states are not finite"
+        if problem:
+            raise DataError(value, f"{utt}: {problem}", hint="try float32, or leave the utterance out")
+        self.num_layers, _, self.width = hidden.shape
+        return hidden.transpose(1, 0, 2).reshape(hidden.shape[1], -1)  # (T, H*D)
+
+
+def _read_state(out: Path, key: dict[str, Any]) -> dict[str, Any]:
+    """``cache.json``, or {} when there is no cache; refuses one that was made of something else."""
+    path = out / "cache.json"
+    if not path.is_file():
+        return {}
+    state = read_json(path)
+    if state["key"] != key:
+        names = sorted(name for name in state["key"].keys() | key.keys() if state["key"].get(name) != key.get(name))
+        message = f"these features were made with another {', '.join(names)}"
+        raise DataError(path, message, hint=REBUILD_HINT)
+    return state
+
+
+def _remove(out: Path) -> None:
+    """Remove a cache, the key last: what is left by a kill is still recognised as the old one."""
+    for pattern in ("feats.scp", "feats.*.scp", "feats.*.ark", "cache.json"):
+        for path in out.glob(pattern):
+            path.unlink()

@@ -1,0 +1,252 @@
+"""Formatting a data directory: every utterance as its own mono 16-bit file at one sample rate, with a passport.
+
+Every finished utterance is noted in a journal, so a killed run goes on where it stopped, and a second run does only
+what changed at the source. Shape letter: N samples.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+import pam_espnet
+from pam_espnet.data.audio import RESAMPLER, pcm16_sha256, read_audio, resample, to_pcm16
+from pam_espnet.data.datadir import DataDir
+from pam_espnet.data.passport import PASSPORT_NAME, Passport
+from pam_espnet.data.tables import write_table
+from pam_espnet.errors import ConfigError, DataError
+from pam_espnet.fileio import atomic_path, write_text
+
+AUDIO_FORMATS = ("flac", "wav")
+JOURNAL_NAME = ".passport.jsonl"
+SILENCE_PEAK = 1e-4  # -80 dB of full scale: three steps of a 16-bit file
+SHOWN_SKIPS = 20
+MAX_SKIPPED = 0.5  # more than this fraction means a wrong path or format, not a few bad files
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a formatted file depends on besides its source; another value formats everything again."""
+
+    sample_rate: int
+    audio_format: str
+    max_seconds: float
+    min_seconds: float
+    resampler: str = RESAMPLER
+
+
+@dataclass(frozen=True)
+class Job:
+    """One utterance to format: value of wav.scp, piece in seconds (None: whole file), file to write."""
+
+    utt: str
+    source: str
+    start: float | None
+    end: float | None
+    target: str
+    settings: Settings
+
+    def stamp(self) -> dict[str, Any]:
+        """What tells whether the source is still the one that was formatted; a command counts by its text alone."""
+        path = Path(self.source)
+        stat = path.stat() if not self.source.endswith("|") and path.exists() else None
+        return {
+            "source": self.source,
+            "piece": [self.start, self.end],
+            "size": stat.st_size if stat else None,
+            "mtime_ns": stat.st_mtime_ns if stat else None,
+        }
+
+
+def format_data_dir(
+    source: str | Path,
+    target: str | Path,
+    *,
+    sample_rate: int = 16000,
+    audio_format: str = "flac",
+    max_seconds: float = 30.0,
+    min_seconds: float = 0.1,
+    jobs: int = 1,
+    allow_pipes: bool = False,
+) -> Passport:
+    """Write ``target`` (``dump/raw/<set>``) from ``source`` (``data/<set>``) and return its passport.
+
+    ``target`` gets one audio file per utterance (``audio/<utt>.flac``; the paths in its ``wav.scp`` begin with
+    ``target`` as it was given), the tables of ``source``, ``utt2num_samples`` and ``passport.json``. Utterances that
+    cannot be read, are empty, silent, not finite, too long or too short are left out and listed with the reason.
+
+    Args:
+        sample_rate: Hz; other rates are resampled, and the passport notes the original one.
+        audio_format: "flac" or "wav", 16 bit either way.
+        max_seconds, min_seconds: duration limits, inclusive.
+        jobs: processes.
+        allow_pipes: run ``wav.scp`` values that end in ``|`` (see ``read_audio``).
+
+    Raises:
+        DataError: the source is inconsistent, has pipes that were not allowed, or more than half is skipped.
+        ConfigError: an option that cannot work.
+    """
+    if audio_format not in AUDIO_FORMATS:
+        raise ConfigError(f"audio_format: {audio_format!r} is not one of {', '.join(AUDIO_FORMATS)}")
+    if sample_rate < 1 or jobs < 1 or not 0 <= min_seconds < max_seconds:
+        raise ConfigError("needs sample_rate >= 1, jobs >= 1 and 0 <= min_seconds < max_seconds")
+    data, target = DataDir.load(source), Path(target)
+    if target.resolve() == data.path.resolve():
+        raise ConfigError(f"target: {target} is the source; name another directory, such as dump/raw/{target.name}")
+    for recording, value in data.wav.items():
+        if value.endswith("|") and not allow_pipes:
+            message = f"{recording!r}: the value is a command (it ends in '|')"
+            raise DataError(data.path / "wav.scp", message, hint="pass --allow-pipes if you trust it")
+    settings = Settings(sample_rate, audio_format, max_seconds, min_seconds)
+    (target / "audio").mkdir(parents=True, exist_ok=True)
+    todo = [
+        Job(utt, *data.source(utt), target=str(target / "audio" / f"{utt}.{audio_format}"), settings=settings)
+        for utt in data.utterances
+    ]
+    records = _run_journaled(todo, target / JOURNAL_NAME, settings, jobs)
+    return _write_tables(data, target, settings, records)
+
+
+def _run_journaled(todo: list[Job], journal: Path, settings: Settings, jobs: int) -> dict[str, dict[str, Any]]:
+    """{utt: record} of all jobs, formatting only those whose record in the journal does not hold any more."""
+    from tqdm import tqdm
+
+    old = _read_journal(journal, settings)
+    records = {}
+    for job in todo:
+        record = old.get(job.utt)
+        if record and record["stamp"] == job.stamp() and ("skipped" in record or Path(job.target).is_file()):
+            records[job.utt] = record
+    for utt in old.keys() - {job.utt for job in todo}:
+        for suffix in AUDIO_FORMATS:  # files of utterances that are no longer in the source
+            (journal.parent / "audio" / f"{utt}.{suffix}").unlink(missing_ok=True)
+    # written anew, so that a line a kill cut short does not swallow the next one
+    head = {"settings": asdict(settings)}
+    write_text(journal, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (head, *records.values())))
+    rest = [job for job in todo if job.utt not in records]
+    if records:
+        logging.info("%s: %d of %d utterances are formatted already", journal.parent, len(records), len(todo))
+    with journal.open("a", encoding="utf-8") as file:
+        for record in tqdm(_run(rest, jobs), total=len(rest), desc=f"format {journal.parent.name}", disable=not rest):
+            records[record["utt"]] = record
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+    return records
+
+
+def _run(rest: list[Job], jobs: int) -> Iterator[dict[str, Any]]:
+    if jobs == 1 or len(rest) < 2:
+        yield from map(format_one, rest)
+        return
+    # spawn: a forked copy of a process that has threads (torch, ffmpeg) can hang
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(rest)), mp_context=context) as pool:
+        try:
+            yield from pool.map(format_one, rest, chunksize=8)
+        except BrokenProcessPool as error:
+            hint = "run the same command again with fewer --jobs; what is done is kept"
+            raise DataError(rest[0].target, "a worker died (out of memory?)", hint=hint) from error
+
+
+def _read_journal(path: Path, settings: Settings) -> dict[str, dict[str, Any]]:
+    """{utt: record} of an earlier run with the same settings; the last line of a killed run may be cut short."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return {}
+    records: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if number == 0 and record != {"settings": asdict(settings)}:
+            logging.info("%s: the settings changed; everything is formatted again", path.parent)
+            return {}
+        if "utt" in record:
+            records[record["utt"]] = record
+    return records
+
+
+def format_one(job: Job) -> dict[str, Any]:
+    """Format one utterance; returns its journal record, with ``entry`` (of the passport) or ``skipped`` (reason)."""
+    record: dict[str, Any] = {"utt": job.utt, "stamp": job.stamp()}
+    settings = job.settings
+    try:
+        # pipes were refused, or allowed, for the whole directory before any job was made
+        wave, rate = read_audio(job.source, start=job.start, end=job.end, allow_pipes=True)
+    except DataError as error:
+        return record | {"skipped": f"unreadable: {str(error).splitlines()[0]}"}
+    if reason := skip_reason(wave, rate, settings):
+        return record | {"skipped": reason}
+    samples, clipped = to_pcm16(resample(wave, rate, settings.sample_rate))
+    with atomic_path(job.target) as tmp:
+        soundfile.write(tmp, samples, settings.sample_rate, subtype="PCM_16", format=settings.audio_format.upper())
+    entry: dict[str, Any] = {
+        "sha256": pcm16_sha256(samples),
+        "num_samples": len(samples),
+        "seconds": len(samples) / settings.sample_rate,
+        "source": job.source,
+        "source_rate": rate,
+    }
+    if job.start is not None:
+        entry["segment"] = [job.start, job.end]
+    if clipped:
+        entry["clipped"] = clipped
+    return record | {"entry": entry}
+
+
+def skip_reason(wave: np.ndarray, rate: int, settings: Settings) -> str | None:
+    """Why ``wave`` (N,) at ``rate`` Hz cannot be used, as ``"<class>: <detail>"``; None when it can."""
+    if len(wave) == 0:
+        return "empty: no samples"
+    if bad := int(np.count_nonzero(~np.isfinite(wave))):
+        return f"not finite: {bad} samples are NaN or infinite"
+    seconds = len(wave) / rate
+    if seconds > settings.max_seconds:
+        return f"too long: {seconds:.2f} s is more than {settings.max_seconds:g} s"
+    if seconds < settings.min_seconds:
+        return f"too short: {seconds:.3f} s is less than {settings.min_seconds:g} s"
+    peak = float(np.abs(wave).max())
+    if peak == 0:
+        return "digital silence: all samples are zero"
+    if peak < SILENCE_PEAK:
+        return f"silent: peak {peak:.1e} is below {SILENCE_PEAK:g}"
+    return None
+
+
+def _write_tables(data: DataDir, target: Path, settings: Settings, records: dict[str, dict[str, Any]]) -> Passport:
+    """Tables and passport of everything that was not skipped; the passport last, as the sign that all is there."""
+    kept = {utt: records[utt]["entry"] for utt in data.utterances if "entry" in records[utt]}
+    skipped = {utt: records[utt]["skipped"] for utt in data.utterances if "skipped" in records[utt]}
+    if len(skipped) > MAX_SKIPPED * len(data):
+        some = "".join(f"\n  {utt}: {reason}" for utt, reason in list(skipped.items())[:5])
+        message = f"{len(skipped)} of {len(data)} utterances cannot be used, for example:{some}"
+        raise DataError(data.path, message, hint="check the paths in wav.scp, --max-seconds and --min-seconds")
+    for utt, reason in skipped.items():
+        Path(target / "audio" / f"{utt}.{settings.audio_format}").unlink(missing_ok=True)
+    for utt, reason in list(skipped.items())[:SHOWN_SKIPS]:
+        logging.warning("skipped %s: %s", utt, reason)
+    if len(skipped) > SHOWN_SKIPS:
+        logging.warning("... and %d more, listed in %s", len(skipped) - SHOWN_SKIPS, target / PASSPORT_NAME)
+    wav = {utt: str(target / "audio" / f"{utt}.{settings.audio_format}") for utt in kept}
+    formatted = replace(data.subset(kept), wav=wav, segments=None)
+    formatted.save(target)
+    write_table(target / "utt2num_samples", {utt: str(entry["num_samples"]) for utt, entry in kept.items()})
+    versions = (pam_espnet.__version__, soundfile.__version__, soundfile.__libsndfile_version__)
+    created_by = "pam_espnet {}, soundfile {}, libsndfile {}".format(*versions)
+    passport = Passport(
+        settings.sample_rate, settings.resampler, created_by, settings.audio_format, formatted.per_task(), kept, skipped
+    )
+    passport.save(target)
+    return passport
