@@ -1,0 +1,64 @@
+"""Run one frozen encoder once over a formatted data directory and keep its hidden states.
+
+Writes dump/feats/<encoder>/<set>/feats.scp (Kaldi ark, float32, (frames, layers x width)) and
+dump/feats/<encoder>/spec.json. Resumable; a cache made with other weights, layers or audio is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pam_espnet.bin._cli import run_main
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="experiment configuration (frontend_conf.encoders)")
+    parser.add_argument("--encoder", nargs="*", help="names of encoders (default: all that the fusion uses)")
+    parser.add_argument("--data", nargs="+", required=True, help="formatted data directories, dump/raw/<set>")
+    parser.add_argument("--out", default="dump/feats", help="root of the cache (default: dump/feats)")
+    parser.add_argument("--rebuild", choices=("true", "false"), default="false", help="compute again what is there")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0 = torch's choice)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    args = build_parser().parse_args(argv)
+    import torch
+
+    from pam_espnet.config import load_yaml
+    from pam_espnet.frontend.caching import cache_encoder
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    frontend_conf = load_yaml(args.config).get("frontend_conf") or {}
+    device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in args.encoder or used_encoders(frontend_conf):
+        for data in args.data:
+            cache = cache_encoder(
+                name, frontend_conf, data, Path(args.out), rebuild=args.rebuild == "true", device=device
+            )
+            print(f"{cache.scp}: {cache.num_layers} layers of width {cache.width}")
+    return 0
+
+
+def used_encoders(frontend_conf: dict) -> list[str]:
+    """The encoders that the configured fusion listens to: all, or the one of ``single``."""
+    from pam_espnet.errors import ConfigError
+
+    encoders = list(frontend_conf.get("encoders") or {})
+    if not encoders:
+        raise ConfigError("frontend_conf.encoders: none given")
+    if frontend_conf.get("fusion") == "single":
+        return [(frontend_conf.get("fusion_conf") or {}).get("encoder", encoders[0])]
+    return encoders
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

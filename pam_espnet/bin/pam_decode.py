@@ -1,0 +1,91 @@
+"""Decode a formatted data directory with a trained experiment.
+
+Writes text, score, nbest.jsonl and stats.json into --out. A killed run goes on where it stopped; a finished one
+returns at once. With --shard i/n several processes share the work and --merge joins their parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pam_espnet.bin._cli import run_main
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exp", required=True, help="experiment directory (config.yaml, model.safetensors)")
+    parser.add_argument("--data", required=True, help="formatted data directory, dump/raw/<set>")
+    parser.add_argument("--out", required=True, help="exp/<tag>/decode_<name>/<set>")
+    parser.add_argument("--config", help="YAML with options of the beam search (conf/decode.yaml)")
+    parser.add_argument("--batch_size", type=int, default=8, help="utterances decoded together (default: 8)")
+    parser.add_argument("--audio", choices=("on", "zero"), default="on", help="zero: the audio-off control")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="decode the I-th of N parts (default: 1/1)")
+    parser.add_argument("--merge", action="store_true", help="only join the N finished parts")
+    parser.add_argument("--limit", type=int, default=0, help="decode only the first utterances (default: 0 = all)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="precision of the LLM (default: as trained)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0 = torch's choice)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    args = build_parser().parse_args(argv)
+    from pam_espnet.config import load_yaml
+    from pam_espnet.errors import ConfigError
+
+    try:
+        shard, shards = (int(part) for part in args.shard.split("/"))
+    except ValueError as error:
+        raise ConfigError(f"--shard must look like 2/8, got {args.shard!r}") from error
+
+    import torch
+
+    from pam_espnet.inference import DecodeOptions, SpeechLLM, check_key, decode_key, decode_shard, merge_shards
+    from pam_espnet.search.options import BeamOptions
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    options = DecodeOptions(args.batch_size, args.audio, shard, shards, args.limit)
+    search = load_yaml(args.config) if args.config else {}
+    try:
+        beam = BeamOptions(**search)
+    except TypeError as error:
+        raise ConfigError(f"{args.config}: {error}") from error
+    if check_key(args.out, decode_key(args.exp, options, {**search, "dtype": args.dtype})):
+        print(f"{args.out}: already decoded")
+        return 0
+    if not args.merge:
+        device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        model = SpeechLLM.load(args.exp, beam, device, args.dtype)
+        decode_shard(model, args.data, args.out, options)
+    if args.merge or shards == 1:
+        run = {"command": ["python", "-m", "pam_espnet.bin.pam_decode", *sys.argv[1:]], "commit": _commit()}
+        stats = merge_shards(args.data, args.out, options, run)
+        rtf = stats["seconds_wall"] / max(stats["seconds_audio"], 1e-9)
+        print(f"{args.out}: {stats['seconds_audio']:.0f} s of audio, real-time factor {rtf:.3f} per process")
+    return 0
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, or None outside a git checkout."""
+    folder = Path(__file__).resolve().parent
+    if os.environ.get("PAM_COMMIT"):
+        return os.environ["PAM_COMMIT"]
+    found = subprocess.run(
+        ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,41 @@
+"""Train a prompt-aware speech LLM with ESPnet's trainer.
+
+Takes all options of ESPnet's training commands (--config, --output_dir, --train_data_path_and_name_and_type,
+--ngpu, --max_epoch, ...) and those of this project: --llm, --llm_conf, --frontend_conf, --model_conf,
+--batching_conf, --lr_scale_conf, --init_trained. --help_all lists every one of them (slow: it loads ESPnet).
+A killed run resumes (--resume true). At the end the averaged model is exported as model.safetensors.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pam_espnet.bin._cli import run_main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    from pam_espnet.tasks.pam import PaMTask
+
+    if "--help_all" in argv:
+        PaMTask.get_parser().print_help()
+        return 0
+    PaMTask.main(cmd=argv)
+    args = PaMTask.get_parser().parse_args(argv)
+    if args.dry_run or args.collect_stats or int(os.environ.get("RANK", "0")) != 0:
+        return 0
+    from pam_espnet.tasks.export import export_trained
+
+    export_trained(Path(args.output_dir), args.best_model_criterion)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

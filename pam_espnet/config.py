@@ -1,0 +1,89 @@
+"""Configurations: YAML files laid over each other, ``key.sub=value`` changes on top.
+
+A recipe keeps one base configuration and small overlays (fusion, size) instead of a copy per experiment; the merged
+mapping is written to the experiment directory, so that what was run can be read in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pam_espnet.errors import ConfigError
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ConfigError: missing file, broken YAML (with its line), or not a mapping.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: must be a mapping of options, got {type(value).__name__}")
+    return value
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid over ``base``: mappings merge key by key, other values replace, null removes the key."""
+    merged = dict(base)
+    for key, value in over.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = merge(merged[key], value)
+        elif isinstance(value, Mapping):
+            merged[key] = merge({}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse_change(text: str) -> dict[str, Any]:
+    """``"a.b=3"`` -> ``{"a": {"b": 3}}``; the value is YAML.
+
+    Raises:
+        ConfigError: no ``=`` or an empty key.
+    """
+    import yaml
+
+    key, found, value = text.partition("=")
+    if not found or not all(key.split(".")):
+        raise ConfigError(f"a change must look like key.sub=value, got {text!r}")
+    nested: Any = yaml.safe_load(value)
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    return nested
+
+
+def resolve(files: Sequence[str | Path], changes: Sequence[str] = ()) -> dict[str, Any]:
+    """Merge configuration files from left to right, then the changes."""
+    config: dict[str, Any] = {}
+    for file in files:
+        config = merge(config, load_yaml(file))
+    for change in changes:
+        config = merge(config, parse_change(change))
+    return config
+
+
+def write_config(config: Mapping[str, Any], path: str | Path) -> bool:
+    """Write ``config`` as YAML, atomically; an equal file is left alone (its time stays). Returns whether it wrote."""
+    import yaml
+
+    from pam_espnet.fileio import write_text
+
+    if Path(path).is_file() and load_yaml(path) == dict(config):
+        return False
+    write_text(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    return True

@@ -1,0 +1,197 @@
+"""ESPnetPaMModel: waveform (or cached features) + prompt + answer -> loss, statistics, weight.
+
+The one place where frontend and decoder meet. The loss is the mean cross-entropy over target tokens (the answer and
+its end token); ``weight`` is the number of target tokens, so that ESPnet's trainer weights every token the same over
+ranks and logging intervals.
+
+Dimension letters: B utterances, N samples, T encoder frames, U adapter frames, P prefix positions, L text tokens,
+H layers, D width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed
+from espnet2.train.abs_espnet_model import AbsESPnetModel
+from torch import Tensor
+
+from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.decoder.prompt_layout import Placed, layout, place
+from pam_espnet.errors import DataError
+from pam_espnet.frontend.ctc_head import EmbeddingCTC
+from pam_espnet.frontend.frontend import AudioEmbeddings, PaMFrontend
+from pam_espnet.frontend.fusion.routing import router_loss
+
+FEATURE_PREFIX = "feats_"
+IGNORE = -1  # padding value of token ids, prompts and task indices in a batch
+
+
+class ESPnetPaMModel(AbsESPnetModel):
+    """Prompt-aware speech LLM (PaM, Shan et al., EMNLP 2025, arXiv 2502.15178, section 3).
+
+    Args:
+        frontend: encoders, adapters and fusion.
+        decoder: the LLM.
+        tasks: task names; a batch's ``task`` holds indices into it.
+        ctc: head of the warm start; trained on with ``ctc_weight`` and kept in checkpoints.
+        router_loss_weight: weight of the router's supervision by task; 0 leaves the router to the answer's loss
+            (the paper names no such supervision, so 0 is its reading).
+        ctc_weight: weight of the CTC loss on ASR utterances during joint training; 0 turns it off.
+    """
+
+    def __init__(
+        self,
+        frontend: PaMFrontend,
+        decoder: LLMDecoder,
+        tasks: Sequence[str],
+        ctc: EmbeddingCTC | None = None,
+        router_loss_weight: float = 0.0,
+        ctc_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.frontend = frontend
+        self.decoder = decoder
+        self.ctc = ctc
+        self.tasks = tuple(tasks)
+        self.router_loss_weight = router_loss_weight
+        self.ctc_weight = ctc_weight
+        self.register_state_dict_post_hook(_drop_frozen)
+        self.register_load_state_dict_post_hook(_forgive_frozen)
+
+    # -- audio and prompt -------------------------------------------------------------------------------------------
+
+    def prompt_vectors(self, prompts: Sequence[str]) -> Tensor:
+        """The LLM's last hidden state of each prompt, (B, D); each distinct prompt is run once and kept."""
+        return torch.stack([self.decoder.prompt_vector(prompt) for prompt in prompts])
+
+    def audio_embeddings(
+        self,
+        prompts: Sequence[str],
+        num_samples: Tensor,
+        wave: Tensor | None = None,
+        features: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> AudioEmbeddings:
+        """Route by the prompts, then encode, adapt and mix: (B, U, D) embeddings of the LLM's width.
+
+        Args:
+            prompts: one per utterance.
+            num_samples: (B,) samples of each utterance.
+            wave: (B, N) in [-1, 1]; may be None when ``features`` holds what the routing needs.
+            features: cached hidden states per encoder, ((B, T, H*D), (B,)).
+        """
+        return self.frontend(num_samples, self.prompt_vectors(prompts), wave=wave, features=features)
+
+    def place(self, prompts: Sequence[str], audio: AudioEmbeddings, answers: Sequence[Tensor] | None) -> Placed:
+        """Lay out ``[prompt head | audio | prompt tail | answer]`` (see ``decoder.prompt_layout``)."""
+        layouts = [layout(self.decoder.tokenizer, prompt, self.decoder.system) for prompt in prompts]
+        device = audio.embeddings.device
+        heads = [torch.tensor(one.head_ids, device=device) for one in layouts]
+        tails = [torch.tensor(one.tail_ids, device=device) for one in layouts]
+        return place(heads, audio.embeddings, audio.lengths, tails, answers, self.decoder.embed)
+
+    # -- ESPnet's contract ------------------------------------------------------------------------------------------
+
+    def forward(self, **batch: Any) -> tuple[Tensor, dict[str, Tensor | None], Tensor]:
+        """Loss of one batch.
+
+        Args (as ESPnet's collate function names them):
+            text: (B, L) answer token ids with the end token, padded with -1.
+            prompt: (B, bytes) UTF-8 bytes of the prompt, padded with -1.
+            task: (B, 1) index into ``tasks``.
+            num_samples: (B, 1).
+            speech, speech_lengths: (B, N) waveform; or, instead,
+            feats_<encoder>, feats_<encoder>_lengths: (B, T, H*D) cached hidden states.
+
+        Returns:
+            loss (scalar), statistics, weight (number of target tokens).
+        """
+        prompts = decode_prompts(batch["prompt"])
+        answers = [row[row != IGNORE] for row in batch["text"]]
+        task = batch["task"][:, 0]
+        audio = self.audio_embeddings(
+            prompts, batch["num_samples"][:, 0], batch.get("speech"), cached_features(batch)
+        )
+        placed = self.place(prompts, audio, answers)
+        nll, correct = self.decoder.token_losses(placed)
+        weight = torch.tensor(float(nll.numel()), device=nll.device)
+        loss = nll.mean()
+        task_of_token = torch.repeat_interleave(task, torch.tensor([len(a) for a in answers], device=task.device))
+        stats = self._task_statistics(nll.detach(), correct, task_of_token)
+        stats["acc"] = correct.float().mean()
+        stats["loss_answer"] = loss.detach()
+        if self.router_loss_weight > 0 and audio.routing.expert_logits is not None:
+            value = router_loss(audio.routing, task)
+            loss = loss + self.router_loss_weight * value
+            stats["loss_router"] = value.detach()
+        if self.ctc_weight > 0 and self.ctc is not None and "asr" in self.tasks:
+            rows = (task == self.tasks.index("asr")).nonzero()[:, 0]
+            total, count, _ = self.ctc.loss(
+                audio.embeddings[rows], audio.lengths[rows], [answers[r][:-1].tolist() for r in rows]
+            )
+            value = total / max(count, 1)
+            loss = loss + self.ctc_weight * value
+            stats["loss_ctc"] = value.detach()
+        stats["loss"] = loss.detach()
+        return loss, stats, weight
+
+    def _task_statistics(self, nll: Tensor, correct: Tensor, task: Tensor) -> dict[str, Tensor | None]:
+        """Loss and accuracy per task, the same keys on every rank.
+
+        ESPnet reduces statistics key by key over ranks: a rank without a sample of some task would wait for ever, so
+        sums and counts are reduced here and every rank reports every task (None where no rank had one).
+        """
+        size = len(self.tasks)
+        table = torch.zeros(3, size, device=nll.device)
+        table[0].index_add_(0, task, nll.float())
+        table[1].index_add_(0, task, correct.float())
+        table[2].index_add_(0, task, torch.ones_like(nll, dtype=torch.float32))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(table)
+        stats: dict[str, Tensor | None] = {}
+        for i, name in enumerate(self.tasks):
+            count = table[2, i]
+            stats[f"loss_{name}"] = table[0, i] / count if count > 0 else None
+            stats[f"acc_{name}"] = table[1, i] / count if count > 0 else None
+        return stats
+
+    def collect_feats(self, **batch: Any) -> dict[str, Tensor]:
+        """Nothing to collect: no statistics of features are used, lengths come from ``utt2num_samples``."""
+        raise NotImplementedError("set model_conf.extract_feats_in_collect_stats: false")
+
+    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Everything that training changes, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def decode_prompts(padded: Tensor) -> list[str]:
+    """Prompts (B strings) from their padded UTF-8 bytes (B, bytes)."""
+    return [bytes(row[row != IGNORE].tolist()).decode("utf-8") for row in padded]
+
+
+def cached_features(batch: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]] | None:
+    """The ``feats_<encoder>`` streams of a batch by encoder name, or None when there is none."""
+    names = [key for key in batch if key.startswith(FEATURE_PREFIX) and not key.endswith("_lengths")]
+    if not names:
+        if "speech" not in batch:
+            raise DataError("batch", "neither 'speech' nor a 'feats_<encoder>' stream is in the data list")
+        return None
+    return {name.removeprefix(FEATURE_PREFIX): (batch[name], batch[f"{name}_lengths"]) for name in names}
+
+
+def _frozen_names(model: torch.nn.Module) -> set[str]:
+    # remove_duplicate=False: tied weights (output layer = embedding) appear in state dicts under both names.
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return frozen | {n for n, _ in model.named_buffers() if n.startswith("decoder.")}
+
+
+def _drop_frozen(model: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in _frozen_names(model):
+        state.pop(prefix + name, None)
+
+
+def _forgive_frozen(model: torch.nn.Module, incompatible: Any) -> None:
+    frozen = _frozen_names(model)
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in frozen]

@@ -1,0 +1,52 @@
+"""Encoders meet the feature cache: what the cache is keyed by, and how one utterance is encoded for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pam_espnet.data.feature_cache import FeatureCache, cache_features
+from pam_espnet.errors import ConfigError
+from pam_espnet.fileio import write_json
+from pam_espnet.frontend.encoders.registry import build_encoder
+from pam_espnet.frontend.frontend import EncoderSpec
+
+
+def cache_encoder(
+    name: str,
+    frontend_conf: Mapping[str, Any],
+    data_dir: str | Path,
+    root: Path,
+    *,
+    rebuild: bool = False,
+    device: str = "cpu",
+) -> FeatureCache:
+    """Cache the hidden states of encoder ``name`` over ``data_dir`` under ``root/<name>/<set>``.
+
+    Also writes ``root/<name>/spec.json``, with which training uses the cache without loading the encoder.
+
+    Raises:
+        ConfigError: no such encoder in ``frontend_conf.encoders``.
+        DataError: see ``data.feature_cache.cache_features``.
+    """
+    encoders = frontend_conf.get("encoders") or {}
+    if name not in encoders:
+        raise ConfigError(f"frontend_conf.encoders has no {name!r}; it has {', '.join(encoders)}")
+    encoder = build_encoder(**encoders[name]).to(device)
+    spec = EncoderSpec.of(name, encoder)
+
+    def encode(wave: np.ndarray) -> np.ndarray:
+        batch = torch.from_numpy(wave)[None].to(device)
+        hidden, frames = encoder(batch, torch.tensor([len(wave)], device=device))
+        return hidden[0, :, : int(frames[0])].cpu().numpy()
+
+    # The path is left out: the same weights in another folder give the same features.
+    options = {key: value for key, value in encoders[name].items() if key != "path"}
+    key = {"encoder": options, "spec": spec.to_dict(), "weights_sha256": encoder.weights_sha256()}
+    cache = cache_features(encode, key, data_dir, root / name / Path(data_dir).name, rebuild=rebuild)
+    write_json(root / name / "spec.json", spec.to_dict())
+    return cache

@@ -1,0 +1,95 @@
+"""CTC in the embedding space of a frozen LLM: the head of the adapters' warm start.
+
+The classes are the LLM's own input embeddings of the token types that occur in the training transcripts, plus a
+learned blank; a frame's score for a token is the cosine between the frame and that embedding over a learned
+temperature. An adapter fitted this way puts audio where the LLM's words are before the LLM has been run once.
+The head draws no conclusion about the LLM: it is handed rows of a matrix.
+
+CTC: Graves et al., ICML 2006. Cosine classes follow ``torch.nn.functional.cosine_similarity``.
+
+Dimension letters: B utterances, U adapter frames, L tokens, D width, C classes (token types + 1 blank).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLANK = 0
+
+
+class EmbeddingCTC(nn.Module):
+    """Cosine CTC over a subset of an LLM's vocabulary.
+
+    Args:
+        token_ids: the LLM's token ids that may be predicted, each once.
+        embeddings: their input embeddings, (len(token_ids), D). Frozen; not stored in checkpoints, because the LLM
+            that is named in the configuration holds them.
+        temperature: initial temperature of the cosine scores.
+    """
+
+    token_ids: Tensor
+    rows: Tensor
+
+    def __init__(self, token_ids: Sequence[int], embeddings: Tensor, temperature: float = 0.07) -> None:
+        super().__init__()
+        if len(set(token_ids)) != len(token_ids) or embeddings.shape[0] != len(token_ids):
+            raise ValueError(f"{len(token_ids)} token ids need as many distinct rows; got {tuple(embeddings.shape)}")
+        self.register_buffer("token_ids", torch.tensor(list(token_ids), dtype=torch.long))
+        self.register_buffer("rows", F.normalize(embeddings.detach().float(), dim=-1), persistent=False)
+        self.blank = nn.Parameter(torch.randn(embeddings.shape[1]) / math.sqrt(embeddings.shape[1]))
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self._class_of = {token: i + 1 for i, token in enumerate(token_ids)}
+
+    def log_probs(self, frames: Tensor) -> Tensor:
+        """Log-probabilities (B, U, C) of audio embeddings (B, U, D); class 0 is the blank."""
+        classes = torch.cat([F.normalize(self.blank, dim=0)[None], self.rows])
+        cosine = F.normalize(frames.float(), dim=-1) @ classes.T
+        return torch.log_softmax(cosine / self.log_temperature.exp(), dim=-1)
+
+    def classes(self, tokens: Sequence[int]) -> list[int] | None:
+        """Class indices of an answer's tokens, or None when one of them is outside the head's vocabulary."""
+        found = [self._class_of.get(int(token)) for token in tokens]
+        return None if any(c is None for c in found) else [c for c in found if c is not None]
+
+    def loss(self, frames: Tensor, lengths: Tensor, answers: Sequence[Sequence[int]]) -> tuple[Tensor, int, int]:
+        """Summed CTC loss of the answers that can be aligned.
+
+        Args:
+            frames: audio embeddings (B, U, D).
+            lengths: valid frames (B,).
+            answers: token ids of each utterance, without the end token.
+
+        Returns:
+            the summed negative log-likelihood, the number of target tokens it sums over, and the number of
+            utterances left out (a token outside the head's vocabulary, or fewer frames than CTC needs).
+        """
+        rows, targets = [], []
+        for b, answer in enumerate(answers):
+            found = self.classes(answer)
+            if found and len(found) + sum(x == y for x, y in pairwise(found)) <= int(lengths[b]):
+                rows.append(b)
+                targets.append(found)
+        skipped = len(answers) - len(rows)
+        if not rows:
+            return frames.sum() * 0.0, 0, skipped
+        log_probs = self.log_probs(frames[rows]).transpose(0, 1)
+        flat = torch.tensor([c for target in targets for c in target], device=frames.device)
+        target_lengths = torch.tensor([len(target) for target in targets], device=frames.device)
+        total = F.ctc_loss(log_probs, flat, lengths[rows], target_lengths, blank=BLANK, reduction="sum")
+        return total, int(flat.numel()), skipped
+
+    @torch.no_grad()
+    def greedy(self, frames: Tensor, lengths: Tensor) -> list[list[int]]:
+        """Best-path decoding: token ids of each utterance (B lists)."""
+        best = self.log_probs(frames).argmax(dim=-1)
+        answers = []
+        for row, length in zip(best, lengths.tolist(), strict=True):
+            collapsed = torch.unique_consecutive(row[:length])
+            answers.append(self.token_ids[collapsed[collapsed != BLANK] - 1].tolist())
+        return answers

@@ -1,0 +1,33 @@
+"""The end of training: ESPnet's averaged checkpoint becomes ``model.safetensors``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pam_espnet.checkpoint import MODEL_FILE, save_trained
+from pam_espnet.errors import CheckpointError
+
+
+def export_trained(exp_dir: Path, criteria: Sequence[Sequence[str]]) -> Path:
+    """Write ``<exp_dir>/model.safetensors`` from the n-best average by the first criterion.
+
+    Args:
+        exp_dir: experiment directory.
+        criteria: ESPnet's ``best_model_criterion``, e.g. [("valid", "acc", "max")].
+
+    Raises:
+        CheckpointError: training left no averaged model.
+    """
+    phase, key, _ = criteria[0]
+    averaged = exp_dir / f"{phase}.{key}.ave.pth"
+    if not averaged.exists():
+        found = sorted(path.name for path in exp_dir.glob("*.ave*.pth"))
+        raise CheckpointError(f"{averaged}: no such file (found: {', '.join(found) or 'none'})\n  -> run stage 3 again")
+    state = torch.load(averaged, map_location="cpu", weights_only=True)
+    save_trained(state, exp_dir / MODEL_FILE, {"source": averaged.resolve().name})
+    logging.info(f"wrote {exp_dir / MODEL_FILE} ({len(state)} tensors) from {averaged.resolve().name}")
+    return exp_dir / MODEL_FILE

@@ -1,0 +1,193 @@
+"""PaMTask: the only place that knows ESPnet's task machinery.
+
+Importing it costs seconds (``espnet2.tasks.abs_task``); nothing that decodes, scores or prepares data does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed
+import yaml
+from espnet2.iterators.abs_iter_factory import AbsIterFactory
+from espnet2.tasks.abs_task import AbsTask, IteratorOptions, optim_classes
+from espnet2.train.collate_fn import CommonCollateFn
+from espnet2.utils.nested_dict_action import NestedDictAction
+from espnet2.utils.types import str_or_none
+
+from pam_espnet.build import build_model
+from pam_espnet.data.batching import BatchingOptions
+from pam_espnet.data.tables import read_table
+from pam_espnet.data.tasks import TASKS
+from pam_espnet.errors import ConfigError
+from pam_espnet.espnet_model import IGNORE, ESPnetPaMModel
+from pam_espnet.tasks.iterator import PaMIterFactory
+from pam_espnet.tasks.preprocessor import PaMPreprocessor
+from pam_espnet.tasks.trainer import PaMTrainer
+
+
+class PaMTask(AbsTask):
+    """Train ``ESPnetPaMModel`` with ESPnet's trainer, launcher and data list.
+
+    Data list names: ``text``, ``prompt``, ``task`` (type text), ``num_samples`` (text_int), and either ``speech``
+    (sound) or one ``feats_<encoder>`` (kaldi_ark) per encoder.
+    """
+
+    num_optimizers = 1
+    trainer = PaMTrainer
+    class_choices_list: ClassVar[list[Any]] = []
+
+    @classmethod
+    def add_task_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """This task's own options; each mapping is given in YAML."""
+        group = parser.add_argument_group(description="Prompt-aware speech LLM")
+        group.add_argument("--llm", type=str_or_none, default=None, help="LLM folder or Hugging Face id")
+        for name, text in (
+            ("llm_conf", "options of LLMDecoder.from_pretrained (lora, dtype, ...)"),
+            ("frontend_conf", "options of PaMFrontend (encoders, fusion, ...)"),
+            ("model_conf", "options of ESPnetPaMModel"),
+            ("batching_conf", "options of BatchingOptions"),
+            ("lr_scale_conf", "parameter-name prefix -> factor on the learning rate (default 1)"),
+            ("warm_start_conf", "options of the CTC warm start, a step of its own before training"),
+            ("resources", "what the doctor checks before a run: disk_gb, memory_gb"),
+        ):
+            group.add_argument(f"--{name}", action=NestedDictAction, default={}, help=text)
+        group.add_argument(
+            "--init_trained",
+            type=str_or_none,
+            default=None,
+            help="safetensors file to start from: every tensor in it must fit (the warm start writes one)",
+        )
+        parser.set_defaults(
+            iterator_type="task",
+            # Batches are planned from utt2num_samples, whose streams are named by the encoders in use.
+            allow_variable_data_keys=True,
+            unused_parameters=True,  # an expert that no utterance of a batch is routed to has no gradient
+            num_att_plot=0,
+            use_matplotlib=False,
+            use_tensorboard=False,
+        )
+
+    @classmethod
+    def build_collate_fn(cls, args: argparse.Namespace, train: bool) -> Callable[..., Any]:
+        """Zero-padded floats; integers padded with a value that no token, byte or index has."""
+        return CommonCollateFn(float_pad_value=0.0, int_pad_value=IGNORE)
+
+    @classmethod
+    def build_preprocess_fn(cls, args: argparse.Namespace, train: bool) -> Callable[[str, dict], dict[str, np.ndarray]]:
+        """Strings to ids; the tokenizer object stays the LLM's own."""
+        from pam_espnet.decoder.llm import load_tokenizer
+
+        options = {k: v for k, v in (args.llm_conf or {}).items() if k in ("revision", "local_files_only")}
+        return PaMPreprocessor(load_tokenizer(args.llm, **options), tasks=tuple(TASKS), train=train)
+
+    @classmethod
+    def required_data_names(cls, train: bool = True, inference: bool = False) -> tuple[str, ...]:
+        """Streams that every training set must have."""
+        return ("num_samples", "prompt") if inference else ("num_samples", "prompt", "task", "text")
+
+    @classmethod
+    def optional_data_names(cls, train: bool = True, inference: bool = False) -> tuple[str, ...]:
+        """Streams it may have, besides one ``feats_<encoder>`` per encoder."""
+        return ("speech",)
+
+    @classmethod
+    def build_model(cls, args: argparse.Namespace) -> ESPnetPaMModel:
+        """Build the model and, with ``--init_trained``, load what an earlier step trained."""
+        model = build_model(vars(args))
+        if getattr(args, "init_trained", None):
+            _load_part(model, args.init_trained)
+        return model
+
+    @classmethod
+    def build_optimizers(cls, args: argparse.Namespace, model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+        """Trainable parameters only, in groups by ``lr_scale_conf``; a prefix that matches nothing is an error."""
+        optim_class = optim_classes.get(args.optim)
+        if optim_class is None:
+            raise ConfigError(f"optim: unknown optimizer {args.optim!r}; one of {sorted(optim_classes)}")
+        scales: dict[str, float] = dict(args.lr_scale_conf or {})
+        groups: dict[float, list[torch.nn.Parameter]] = {}
+        matched = set()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                prefix = max((p for p in scales if name.startswith(p)), key=len, default=None)
+                matched.add(prefix)
+                groups.setdefault(scales[prefix] if prefix is not None else 1.0, []).append(parameter)
+        if unmatched := sorted(set(scales) - matched):
+            raise ConfigError(f"lr_scale_conf: no trainable parameter begins with {', '.join(map(repr, unmatched))}")
+        conf = dict(args.optim_conf)
+        if "lr" not in conf:
+            raise ConfigError("optim_conf.lr is missing")
+        lr = float(conf["lr"])
+        return [optim_class([{"params": ps, "lr": lr * s} for s, ps in sorted(groups.items())], **conf)]
+
+    @classmethod
+    def build_task_iter_factory(
+        cls, args: argparse.Namespace, iter_options: IteratorOptions, mode: str
+    ) -> AbsIterFactory:
+        """Length-bucketed batches that mix the tasks (``data.batching``)."""
+        paths = {name: path for path, name, _ in iter_options.data_path_and_name_and_type}
+        for name in ("num_samples", "task"):
+            if name not in paths:
+                raise ConfigError(f"the {mode} data list lacks the stream {name!r}; pam.sh adds it from dump/raw")
+        sample_rate = 16000
+        seconds = {utt: int(n) / sample_rate for utt, n in read_table(paths["num_samples"]).items()}
+        tasks = read_table(paths["task"])
+        world_size = torch.distributed.get_world_size() if iter_options.distributed else 1
+        rank = torch.distributed.get_rank() if iter_options.distributed else 0
+        conf = dict(args.batching_conf or {})
+        try:
+            options = BatchingOptions(**conf)
+        except TypeError as error:
+            raise ConfigError(f"config key 'batching_conf': {error}") from error
+        counts = {task: sum(t == task for t in tasks.values()) for task in sorted(set(tasks.values()))}
+        hours = sum(seconds.values()) / 3600
+        logging.info(f"[{mode}] {len(seconds)} utterances, {hours:.2f} h, per task: {counts}, {options}")
+        return PaMIterFactory(
+            dataset=cls.build_dataset(args, iter_options),
+            seconds=seconds,
+            tasks=tasks,
+            options=options,
+            train=iter_options.train,
+            seed=args.seed,
+            batches_per_epoch=iter_options.num_iters_per_epoch if iter_options.train else None,
+            collate_fn=iter_options.collate_fn,
+            num_workers=args.num_workers,
+            pin_memory=args.ngpu > 0,
+            rank=rank,
+            world_size=world_size,
+        )
+
+
+def _load_part(model: ESPnetPaMModel, path: str) -> None:
+    """Load a file that holds some of the trained tensors; whole top-level parts only (frontend, ctc, decoder)."""
+    from pam_espnet.checkpoint import load_strict, read_trained
+
+    state = read_trained(path)
+    for part in sorted({name.split(".")[0] for name in state}):
+        child = getattr(model, part, None)
+        if child is None:
+            raise ConfigError(f"init_trained: {path} holds tensors of {part!r}, which this model does not have")
+        own = {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")}
+        load_strict(child, own, f"{path} ({part})")
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """An experiment's ``config.yaml`` as a mapping.
+
+    Raises:
+        ConfigError: missing, or not a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file\n  -> run stage 3, which writes it")
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: not a mapping of options")
+    return config

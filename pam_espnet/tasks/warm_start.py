@@ -1,0 +1,248 @@
+"""CTC warm start: fit the adapters for ASR in the LLM's embedding space before the LLM is trained.
+
+No LLM forward pass is needed beyond one per distinct prompt, so it takes seconds to minutes where joint training
+takes hours. What it trains (frontend and CTC head) is written as safetensors and loaded by training through
+``--init_trained``.
+
+Dimension letters: B utterances, U adapter frames, D width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pam_espnet.checkpoint import read_trained, save_trained
+from pam_espnet.errors import ConfigError
+from pam_espnet.espnet_model import IGNORE, ESPnetPaMModel, cached_features, decode_prompts
+from pam_espnet.fileio import atomic_path, write_text
+
+OUTPUT = "warm_start.safetensors"
+STATE = "warm_start.pth"
+LOG = "warm_start.jsonl"
+
+
+@dataclass(frozen=True)
+class WarmStartOptions:
+    """How long and how fast.
+
+    Attributes:
+        steps: optimizer steps.
+        lr: peak learning rate of AdamW (linear warm-up over a tenth of the steps, cosine to zero).
+        max_utterances, max_seconds: limits of a batch (``data.batching``).
+        save_every: steps between checkpoints that a killed run resumes from.
+        report_every: steps between lines in the log.
+    """
+
+    steps: int = 400
+    lr: float = 2e-3
+    max_utterances: int = 16
+    max_seconds: float = 120.0
+    save_every: int = 100
+    report_every: int = 20
+
+
+def write_token_ids(texts: Sequence[str], tokenizer: Any, path: str | Path) -> int:
+    """Write the ids of all token types in ``texts``, one per line, sorted; returns how many."""
+    from pam_espnet.decoder.prompt_layout import answer_ids
+
+    ids = sorted({token for text in texts for token in answer_ids(tokenizer, text)[:-1]})
+    write_text(path, "".join(f"{token}\n" for token in ids))
+    return len(ids)
+
+
+def ctc_batch(model: ESPnetPaMModel, batch: Mapping[str, Any]) -> tuple[Tensor, int, int, Tensor, Tensor]:
+    """CTC loss of a batch: summed loss, target tokens, utterances left out, embeddings (B, U, D), lengths (B,)."""
+    assert model.ctc is not None
+    audio = model.audio_embeddings(
+        decode_prompts(batch["prompt"]), batch["num_samples"][:, 0], batch.get("speech"), cached_features(batch)
+    )
+    answers = [row[row != IGNORE][:-1].tolist() for row in batch["text"]]
+    total, count, skipped = model.ctc.loss(audio.embeddings, audio.lengths, answers)
+    return total, count, skipped, audio.embeddings, audio.lengths
+
+
+@torch.no_grad()
+def token_errors(model: ESPnetPaMModel, batches: Iterator[tuple[list[str], dict[str, Any]]]) -> tuple[int, int]:
+    """Greedy CTC on held-out data: (edit distance in tokens, reference tokens)."""
+    from rapidfuzz.distance import Levenshtein
+
+    assert model.ctc is not None
+    errors = tokens = 0
+    for _, batch in batches:
+        *_, embeddings, lengths = ctc_batch(model, batch)
+        answers = [row[row != IGNORE][:-1].tolist() for row in batch["text"]]
+        for answer, found in zip(answers, model.ctc.greedy(embeddings, lengths), strict=True):
+            errors += Levenshtein.distance(answer, found)
+            tokens += len(answer)
+    return errors, tokens
+
+
+def rate(step: int, options: WarmStartOptions) -> float:
+    """Learning-rate factor at ``step`` (from 0)."""
+    warm = max(1, options.steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))
+
+
+def fit(
+    model: ESPnetPaMModel,
+    train: Any,
+    valid: Any,
+    options: WarmStartOptions,
+    output_dir: Path,
+    device: str = "cpu",
+) -> Path:
+    """Fit frontend and CTC head; resumes from ``warm_start.pth``; returns the path of ``warm_start.safetensors``.
+
+    Args:
+        model: with a CTC head; its LLM is not trained.
+        train, valid: ``PaMIterFactory`` over ASR utterances.
+        options: see ``WarmStartOptions``.
+        output_dir: the experiment directory.
+
+    Raises:
+        ConfigError: no utterance can be aligned.
+    """
+    from tqdm import tqdm
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    done = output_dir / OUTPUT
+    if done.exists():
+        read_trained(done)
+        logging.info(f"{done}: already there")
+        return done
+    model.to(device)
+    model.train()
+    parameters = [p for n, p in model.trainable_parameters().items() if not n.startswith("decoder.")]
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.01)
+    step, epoch, lines = _resume(output_dir / STATE, model, optimizer)
+    started = time.monotonic()
+    with tqdm(total=options.steps, initial=step, desc="CTC warm start", unit="step", mininterval=2.0) as bar:
+        while step < options.steps:
+            epoch += 1
+            torch.manual_seed(epoch)
+            for _, batch in train.build_iter(epoch):
+                batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                total, count, skipped, *_ = ctc_batch(model, batch)
+                if count == 0:
+                    raise ConfigError("warm start: no utterance of a batch can be aligned; are the answers longer "
+                                      "than the audio, or is frontend_conf.frame_rate too low?")
+                for group in optimizer.param_groups:
+                    group["lr"] = options.lr * rate(step, options)
+                optimizer.zero_grad()
+                (total / count).backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+                optimizer.step()
+                step += 1
+                bar.update()
+                if step % options.report_every == 0 or step == options.steps:
+                    loss = total.item() / count
+                    lines.append({"step": step, "loss": round(loss, 4), "unaligned": skipped})
+                    bar.set_postfix(loss=f"{loss:.2f}")
+                    write_text(output_dir / LOG, "".join(json.dumps(line) + "\n" for line in lines))
+                if step >= options.steps:
+                    break
+            # Saved between passes over the data, so that a resumed run sees the same batches.
+            if step < options.steps and step - _saved_step(output_dir / STATE) >= options.save_every:
+                _save(output_dir / STATE, model, optimizer, step, epoch, lines)
+    model.eval()
+    errors, tokens = token_errors(model, valid.build_iter(1))
+    lines.append({"step": step, "valid_token_error_rate": round(errors / max(tokens, 1), 4), "valid_tokens": tokens})
+    write_text(output_dir / LOG, "".join(json.dumps(line) + "\n" for line in lines))
+    trained = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
+    save_trained(trained, done)
+    (output_dir / STATE).unlink(missing_ok=True)
+    logging.info(
+        f"warm start: {step} steps, token error rate of greedy CTC on dev {errors / max(tokens, 1):.1%} "
+        f"of {tokens} tokens, {time.monotonic() - started:.0f} s; wrote {done}"
+    )
+    return done
+
+
+def _save(path: Path, model: ESPnetPaMModel, optimizer: Any, step: int, epoch: int, lines: list[dict]) -> None:
+    trained = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
+    with atomic_path(path) as tmp:
+        torch.save(
+            {"model": trained, "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch, "lines": lines}, tmp
+        )
+
+
+def _saved_step(path: Path) -> int:
+    return int(torch.load(path, map_location="cpu", weights_only=True)["step"]) if path.exists() else 0
+
+
+def _resume(path: Path, model: ESPnetPaMModel, optimizer: Any) -> tuple[int, int, list[dict]]:
+    if not path.exists():
+        return 0, 0, []
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    rest = {k: v for k, v in model.state_dict().items() if k.startswith("decoder.")}
+    model.load_state_dict({**rest, **state["model"]})
+    optimizer.load_state_dict(state["optimizer"])
+    logging.info(f"warm start: resumed at step {state['step']} from {path}")
+    return state["step"], state["epoch"], state["lines"]
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Warm start as ``bin/pam_warm_start.py`` calls it, with the options of a training run.
+
+    Args:
+        args: parsed by ``PaMTask.get_parser()``; ``model_conf.ctc_tokens`` names the file of token ids, which is
+            written here when it is missing.
+
+    Raises:
+        ConfigError: no ASR utterances, or keys that nobody reads in ``warm_start_conf``.
+    """
+    from espnet2.tasks.abs_task import DistributedOption
+    from espnet2.torch_utils.set_all_random_seed import set_all_random_seed
+
+    from pam_espnet.build import build_model
+    from pam_espnet.data.batching import BatchingOptions
+    from pam_espnet.tasks.pam import PaMTask
+
+    try:
+        options = WarmStartOptions(**(args.warm_start_conf or {}))
+    except TypeError as error:
+        raise ConfigError(f"config key 'warm_start_conf': {error}") from error
+    output_dir = Path(args.output_dir)
+    if (output_dir / OUTPUT).exists():
+        read_trained(output_dir / OUTPUT)
+        logging.info(f"{output_dir / OUTPUT}: already there")
+        return output_dir / OUTPUT
+    set_all_random_seed(args.seed)
+    factories = {}
+    for mode in ("train", "valid"):
+        factory = PaMTask.build_iter_factory(args, DistributedOption(), mode)
+        asr = {utt for utt, task in factory.tasks.items() if task == "asr"}
+        if not asr:
+            raise ConfigError(f"warm start: the {mode} set has no utterance of the task 'asr'; set warm_start: false")
+        factory.seconds = {utt: s for utt, s in factory.seconds.items() if utt in asr}
+        factory.tasks = dict.fromkeys(asr, "asr")
+        factory.options = BatchingOptions(max_utterances=options.max_utterances, max_seconds=options.max_seconds)
+        factory.batches_per_epoch = None
+        factories[mode] = factory
+    tokens = Path(args.model_conf["ctc_tokens"])
+    if not tokens.exists():
+        from pam_espnet.data.tables import read_table
+        from pam_espnet.decoder.llm import load_tokenizer
+
+        paths = {name: path for path, name, _ in args.train_data_path_and_name_and_type}
+        texts = read_table(paths["text"])
+        chosen = [texts[utt] for utt in factories["train"].tasks]
+        count = write_token_ids(chosen, load_tokenizer(args.llm), tokens)
+        logging.info(f"{tokens}: {count} token types in {len(chosen)} training transcripts")
+    model = build_model(vars(args))
+    return fit(
+        model, factories["train"], factories["valid"], options, output_dir, "cuda" if args.ngpu > 0 else "cpu"
+    )
