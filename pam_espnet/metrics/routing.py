@@ -1,0 +1,97 @@
+"""How a decoding was routed, per task: which expert, and how much each encoder and layer weighed.
+
+Reads ``nbest.jsonl`` of decode directories; knows nothing about models. Dimension letters: E experts, H layers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pam_espnet.errors import DataError
+
+
+@dataclass
+class TaskRouting:
+    """Means over the utterances of one task.
+
+    Args:
+        utterances: how many.
+        expert_share: (E,) fraction of utterances that were sent to each expert (top-1).
+        expert_probs: (E,) mean probability of the router.
+        layers: encoder -> (H,) mean weight of its selected layers; all encoders and layers together add up to 1.
+    """
+
+    utterances: int
+    expert_share: np.ndarray
+    expert_probs: np.ndarray
+    layers: dict[str, np.ndarray]
+
+    @property
+    def expert(self) -> int:
+        """The expert that most utterances went to, counted from 0."""
+        return int(self.expert_share.argmax())
+
+    @property
+    def encoders(self) -> dict[str, float]:
+        """Encoder -> its weight, summed over its layers."""
+        return {name: float(weights.sum()) for name, weights in self.layers.items()}
+
+    def describe(self) -> str:
+        """One cell of a table: ``expert 2: whisper 0.71, yamnet 0.29`` (largest first; no expert if there is one)."""
+        parts = sorted(self.encoders.items(), key=lambda item: (-item[1], item[0]))
+        weights = ", ".join(f"{name} {weight:.2f}" for name, weight in parts)
+        if len(self.expert_share) == 1:
+            return weights
+        share = self.expert_share[self.expert]
+        return f"expert {self.expert}{'' if share == 1 else f' ({share:.0%})'}: {weights}"
+
+    def record(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return {
+            "utterances": self.utterances,
+            "expert": self.expert,
+            "expert_share": self.expert_share.tolist(),
+            "expert_probs": self.expert_probs.tolist(),
+            "encoders": self.encoders,
+            "layers": {name: weights.tolist() for name, weights in self.layers.items()},
+        }
+
+
+def read_routing(paths: Iterable[Path]) -> dict[str, TaskRouting]:
+    """Mean routing per task over the utterances of some ``nbest.jsonl`` files; tasks in alphabetic order.
+
+    Raises:
+        DataError: a line is no JSON object with ``task`` and ``routing``, or two lines come from different models.
+    """
+    paths = list(paths)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in paths:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    entry = json.loads(line)
+                    routing = entry["routing"]
+                    found.setdefault(entry["task"], []).append(
+                        {key: routing[key] for key in ("expert", "expert_probs", "layers")}
+                    )
+                except (ValueError, KeyError, TypeError) as error:
+                    hint = "decode this set again (stage 4)"
+                    raise DataError(path, f"not an n-best entry: {error!r}", line=number, hint=hint) from error
+    try:
+        return {task: _mean(entries) for task, entries in sorted(found.items())}
+    except (ValueError, KeyError, IndexError) as error:
+        names = ", ".join(map(str, paths))
+        raise DataError(names, f"entries of different models: {error!r}", hint="decode again (stage 4)") from error
+
+
+def _mean(entries: list[dict[str, Any]]) -> TaskRouting:
+    probs = np.array([entry["expert_probs"] for entry in entries], dtype=np.float64)
+    share = np.bincount([entry["expert"] for entry in entries], minlength=probs.shape[1]) / len(entries)
+    layers = {name: np.array([entry["layers"][name] for entry in entries]).mean(0) for name in entries[0]["layers"]}
+    return TaskRouting(len(entries), share, probs.mean(0), layers)

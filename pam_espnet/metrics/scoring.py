@@ -1,0 +1,183 @@
+"""Score one decoded test set against its data directory, each task by its own metric.
+
+    exp/<tag>/decode_<name>/<set>/text        hypotheses (a value may be empty)            read
+    exp/<tag>/decode_<name>/<set>/stats.json  time, tokens, memory of the decoding          read
+    dump/raw/<set>/                           text, utt2task, references, ...               read
+    .../<set>/scores.json                     figures with intervals, counts, versions      written
+    .../<set>/utt_scores.jsonl                numerator and denominator per utterance       written
+
+Nothing is dropped in silence: an utterance without a hypothesis, or a hypothesis for an unknown utterance, is an
+error. The second output file is what a paired comparison of two experiments needs (``metrics/compare.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pam_espnet
+from pam_espnet.data.datadir import DataDir
+from pam_espnet.data.tables import read_table
+from pam_espnet.data.tasks import task_spec
+from pam_espnet.errors import DataError
+from pam_espnet.fileio import read_json, write_json, write_text
+from pam_espnet.metrics.captions import score_captions
+from pam_espnet.metrics.counting import parse_count, score_counts
+from pam_espnet.metrics.intervals import LEVEL, RESAMPLES, SEED, bootstrap
+from pam_espnet.metrics.result import MAIN_METRICS, METRICS, TaskResult
+from pam_espnet.metrics.wer import normaliser_record, score_wer
+
+SCORES = "scores.json"
+UTT_SCORES = "utt_scores.jsonl"
+
+_LISTED = 20  # keys named in an error message
+
+
+def _score_wer(data: DataDir, keys: list[str], hypotheses: dict[str, str]) -> TaskResult:
+    return score_wer({key: data.text[key] for key in keys}, hypotheses)
+
+
+def _score_counts(data: DataDir, keys: list[str], hypotheses: dict[str, str]) -> TaskResult:
+    for key in keys:
+        if parse_count(data.text[key]) is None:
+            line = data.utterances.index(key) + 1  # the table is sorted
+            message = f"the reference of {key!r} is not a number: {data.text[key]!r}"
+            raise DataError(data.path / "text", message, line=line, hint="write digits, or zero to ten in words")
+    return score_counts({key: data.text[key] for key in keys}, hypotheses)
+
+
+def _score_captions(data: DataDir, keys: list[str], hypotheses: dict[str, str]) -> TaskResult:
+    references = data.references or {}
+    alone = [key for key in keys if key not in references]
+    if alone:
+        logging.warning(
+            "%s: %d of %d captions have one reference only (their text); published scores use five",
+            data.path, len(alone), len(keys),
+        )  # fmt: skip
+    return score_captions({key: references.get(key, [data.text[key]]) for key in keys}, hypotheses)
+
+
+# By the `metric` of a task.
+SCORERS: dict[str, Callable[[DataDir, list[str], dict[str, str]], TaskResult]] = {
+    "wer": _score_wer,
+    "count": _score_counts,
+    "caption": _score_captions,
+}
+
+
+def score_directory(
+    decode_dir: str | Path, data_dir: str | Path, *, resamples: int = RESAMPLES, seed: int = SEED
+) -> dict[str, Any]:
+    """Score the hypotheses of ``decode_dir`` against ``data_dir``; write and return the scores.
+
+    Args:
+        decode_dir: ``exp/<tag>/decode_<name>/<set>``.
+        data_dir: the data directory that was decoded; one or several tasks.
+        resamples: bootstrap resamples behind each 95 % interval.
+        seed: of the bootstrap.
+
+    Returns:
+        ``{"tasks": {task: {metric: {value, low, high, n, ...}}}, "details": {task: ...}, "speed": ..., ...}``.
+
+    Raises:
+        DataError: a table is wrong, the keys of the two directories differ, or a reference cannot be scored.
+    """
+    decode_dir, data_dir = Path(decode_dir), Path(data_dir)
+    data = DataDir.load(data_dir)
+    hypotheses = read_table(decode_dir / "text", allow_empty=True)
+    _check_keys(decode_dir / "text", data, hypotheses)
+
+    by_task: dict[str, list[str]] = {}
+    for key in data.utterances:
+        by_task.setdefault(data.utt2task[key], []).append(key)
+
+    tasks: dict[str, Any] = {}
+    details: dict[str, Any] = {}
+    lines: list[str] = []
+    for task, keys in sorted(by_task.items()):
+        result = SCORERS[task_spec(task).metric](data, keys, hypotheses)
+        tasks[task] = {}
+        details[task] = result.details
+        for name, ratio in result.metrics.items():
+            interval = bootstrap(ratio, resamples=resamples, seed=seed)
+            tasks[task][name] = {**interval._asdict(), "n": len(keys), **result.fields.get(name, {})}
+        lines += _utterance_lines(task, result)
+
+    scores = {
+        "data_dir": str(data_dir),
+        "utterances": len(data.utterances),
+        "tasks": tasks,
+        "details": details,
+        "speed": _speed(decode_dir / "stats.json"),
+        "bootstrap": {"method": "percentile over utterances", "level": LEVEL, "resamples": resamples, "seed": seed},
+        "normaliser": normaliser_record(),
+        "versions": {
+            "pam_espnet": pam_espnet.__version__,
+            **{package: version(package) for package in ("jiwer", "whisper-normalizer", "numpy")},
+        },
+    }
+    write_text(decode_dir / UTT_SCORES, "".join(f"{line}\n" for line in lines))
+    write_json(decode_dir / SCORES, scores)  # last: whoever sees it finds the other file too
+    return scores
+
+
+def _check_keys(path: Path, data: DataDir, hypotheses: dict[str, str]) -> None:
+    """Both directories must hold the same utterances."""
+    known = set(data.utterances)
+    for wrong, what, hint in (
+        (known - hypotheses.keys(), f"no hypothesis for {{}} of {data.path}", "decode this set again (stage 4)"),
+        (
+            hypotheses.keys() - known,
+            f"hypotheses for {{}} that {data.path} does not have",
+            "score it against the data directory that was decoded (--data_dir)",
+        ),
+    ):
+        if wrong:
+            names = ", ".join(sorted(wrong)[:_LISTED]) + (", ..." if len(wrong) > _LISTED else "")
+            plural = "utterance" if len(wrong) == 1 else "utterances"
+            raise DataError(path, f"{what.format(f'{len(wrong)} {plural}')}: {names}", hint=hint)
+
+
+def _utterance_lines(task: str, result: TaskResult) -> list[str]:
+    """One JSON object per utterance: ``{"utt", "task", <metric>: [numerator, denominator]}``."""
+    pairs = {
+        name: list(zip(ratio.numerator.tolist(), ratio.denominator.tolist(), strict=True))
+        for name, ratio in result.metrics.items()
+    }
+    return [
+        json.dumps({"utt": key, "task": task, **{name: pair[row] for name, pair in pairs.items()}})
+        for row, key in enumerate(result.utterances)
+    ]
+
+
+def _speed(path: Path) -> dict[str, Any] | None:
+    """Real-time factor, tokens per second and peak memory of the decoding; None where it left no ``stats.json``."""
+    if not path.is_file():
+        logging.warning("%s: no such file, so no speed is reported", path)
+        return None
+    stats = read_json(path)
+    audio, wall = stats["seconds_audio"], stats["seconds_wall"]
+    return {
+        "rtf": wall / audio if audio else None,
+        "tokens_per_second": stats["tokens"] / wall if wall else None,
+        **{
+            key: stats.get(key)
+            for key in ("peak_memory_bytes", "seconds_audio", "seconds_wall", "batch_size", "device", "threads")
+        },
+    }
+
+
+def format_scores(scores: dict[str, Any]) -> str:
+    """The main figures of ``score_directory`` as lines for a terminal."""
+    lines = []
+    for task, metrics in scores["tasks"].items():
+        for name in MAIN_METRICS[task_spec(task).metric]:
+            entry = metrics[name]
+            lines.append(f"{task:10} {METRICS[name].title:18} {METRICS[name].show_entry(entry)}  (n = {entry['n']})")
+    if scores["speed"] and scores["speed"]["rtf"] is not None:
+        lines.append(f"real-time factor {scores['speed']['rtf']:.3g}")
+    return "\n".join(lines)
