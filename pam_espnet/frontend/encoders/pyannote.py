@@ -1,0 +1,161 @@
+"""pyannote segmentation 3.0: who speaks when, up to two of three voices at once (Plaquet & Bredin, Interspeech 2023).
+
+SincNet (Ravanelli & Bengio, 2018) on the waveform, four bidirectional LSTM layers, two linear layers, and seven
+"powerset" classes: silence, each of three speakers alone, each pair of them. Trained on windows of 10 s; here it runs
+over the whole clip.
+
+Dimension letters: B utterances, N samples, S frames of the network, T encoder frames, C channels, D width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from pam_espnet.frontend.encoders.base import AbsEncoder, load_folder, padding_mask
+from pam_espnet.frontend.encoders.converted import average_to_grid, load_weights
+
+SAMPLE_RATE = 16000  # Hz
+KERNEL, STRIDE, POOL = 251, 10, 3  # of the sinc filters (samples) and of the pooling behind each convolution
+CONV_KERNEL = 5
+# What these make of the network: one frame each 270 samples (59.3 Hz), which sees 991 samples.
+NATIVE_HOP = STRIDE * POOL**3
+RECEPTIVE_FIELD = 991
+# Emitted frames: 25 Hz, the mean of the two or three native frames in each 40 ms.
+CELL = 640
+
+
+class MaskedInstanceNorm(nn.Module):
+    """Instance normalisation over each utterance's own length (nn.InstanceNorm1d counts the padding in)."""
+
+    def __init__(self, num_channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+        """(B,C,S) and (B,) -> (B,C,S); what stands beyond an utterance's end has no meaning."""
+        beyond = padding_mask(lengths, hidden.shape[2])[:, None]
+        count = lengths[:, None, None]
+        centred = hidden - hidden.masked_fill(beyond, 0.0).sum(2, keepdim=True) / count
+        variance = centred.masked_fill(beyond, 0.0).square().sum(2, keepdim=True) / count
+        return centred * torch.rsqrt(variance + self.eps) * self.weight[:, None] + self.bias[:, None]
+
+
+class PyanNet(nn.Module):
+    """The segmentation network, its sinc filters stored as an ordinary convolution.
+
+    Args:
+        num_filters: sinc filters.
+        channels: C of the two convolutions behind them.
+        lstm_width: of one direction of an LSTM layer.
+        num_lstm_layers: each is a module of its own, since torch's stacked LSTM shows only its last layer.
+        linear_width: of the two linear layers.
+        num_classes: powerset classes.
+    """
+
+    def __init__(
+        self,
+        num_filters: int = 80,
+        channels: int = 60,
+        lstm_width: int = 128,
+        num_lstm_layers: int = 4,
+        linear_width: int = 128,
+        num_classes: int = 7,
+    ) -> None:
+        super().__init__()
+        self.wave_norm = MaskedInstanceNorm(1)
+        self.sinc = nn.Conv1d(1, num_filters, KERNEL, stride=STRIDE, bias=False)
+        self.convs = nn.ModuleList([nn.Conv1d(num_filters, channels, CONV_KERNEL)])
+        self.convs.append(nn.Conv1d(channels, channels, CONV_KERNEL))
+        self.norms = nn.ModuleList(MaskedInstanceNorm(wide) for wide in (num_filters, channels, channels))
+        sizes = [channels] + [2 * lstm_width] * (num_lstm_layers - 1)
+        self.lstms = nn.ModuleList(nn.LSTM(size, lstm_width, batch_first=True, bidirectional=True) for size in sizes)
+        self.linears = nn.ModuleList([nn.Linear(2 * lstm_width, linear_width), nn.Linear(linear_width, linear_width)])
+        self.classifier = nn.Linear(linear_width, num_classes)
+        self.num_states = 1 + num_lstm_layers + len(self.linears) + 1
+        self.width = max(channels, 2 * lstm_width, linear_width, num_classes)
+
+    def frame_lengths(self, num_samples: Tensor) -> Tensor:
+        """Native frames of clips of ``num_samples``, which are at least ``RECEPTIVE_FIELD``."""
+        frames = ((num_samples - KERNEL) // STRIDE + 1) // POOL
+        for _ in self.convs:
+            frames = (frames - CONV_KERNEL + 1) // POOL
+        return frames
+
+    def sincnet(self, wave: Tensor, lengths: Tensor) -> Tensor:
+        """(B,N) -> (B,S,C). No convolution is padded, so an utterance's own frames see nothing beyond its end."""
+        hidden = self.sinc(self.wave_norm(wave[:, None], lengths)).abs()
+        frames = (lengths - KERNEL) // STRIDE + 1
+        for index, norm in enumerate(self.norms):
+            if index:
+                hidden = self.convs[index - 1](hidden)
+                frames = frames - CONV_KERNEL + 1
+            frames = frames // POOL
+            hidden = functional.leaky_relu(norm(functional.max_pool1d(hidden, POOL), frames))
+        return hidden.transpose(1, 2)
+
+    def states(self, wave: Tensor, lengths: Tensor) -> Iterator[Tensor]:
+        """SincNet, each LSTM layer, both linear layers, class posteriors: (B,S,·) each, computed as asked for."""
+        hidden = self.sincnet(wave, lengths)
+        yield hidden
+        # Packed, so that the backward direction starts at each utterance's own end.
+        frames = self.frame_lengths(lengths).cpu()
+        packed = pack_padded_sequence(hidden, frames, batch_first=True, enforce_sorted=False)
+        for lstm in self.lstms:
+            packed, _ = lstm(packed)
+            hidden, _ = pad_packed_sequence(packed, batch_first=True)
+            yield hidden
+        for linear in self.linears:
+            yield (hidden := functional.leaky_relu(linear(hidden)))
+        yield self.classifier(hidden).softmax(-1)
+
+
+class PyannoteEncoder(AbsEncoder):
+    """Hidden states of pyannote's segmentation network at 25 Hz, each 256 wide.
+
+    Layers: 0 SincNet (60 wide), 1 to 4 the LSTM layers (256), 5 and 6 the linear layers (128), 7 the posteriors of the
+    seven classes. Narrower ones are filled with zeros up to 256. Clips shorter than the network's field of view (991
+    samples, 62 ms) are padded with silence.
+
+    Args:
+        path: local folder with ``config.json`` (the arguments of :class:`PyanNet`) and ``model.safetensors``, as
+            ``pam_espnet.convert.pyannote_segmentation`` writes it.
+        layers: hidden states to emit, 0 to 7; None for all.
+
+    Raises:
+        ConfigError: no such folder, or a layer out of range.
+        CheckpointError: the folder's files do not fit together.
+    """
+
+    def __init__(self, path: str, layers: Sequence[int] | None = None) -> None:
+        super().__init__()
+        config, tensors = load_folder(path)
+        self.net = PyanNet(**config["network"])
+        load_weights(self.net, tensors, path)
+        rate = SAMPLE_RATE / CELL
+        self.finish(layers=layers, available=self.net.num_states, width=self.net.width, frame_rate=rate)
+
+    def output_lengths(self, num_samples: Tensor) -> Tensor:
+        """One frame for each begun 640 samples."""
+        return (num_samples + CELL - 1) // CELL
+
+    def hidden_states(self, wave: Tensor, lengths: Tensor) -> list[Tensor]:
+        """(B,T,D) per layer; see the base class."""
+        wave = functional.pad(wave, (0, max(RECEPTIVE_FIELD - wave.shape[1], 0)))
+        seen = lengths.clamp_min(RECEPTIVE_FIELD)
+        frames = self.net.frame_lengths(seen)
+        num_cells = int(self.output_lengths(lengths).max())
+        emitted = []
+        for state in itertools.islice(self.net.states(wave, seen), max(self.layers) + 1):
+            cells = average_to_grid(
+                state, frames, hop=NATIVE_HOP, centre=RECEPTIVE_FIELD // 2, cell=CELL, num_cells=num_cells
+            )
+            emitted.append(functional.pad(cells, (0, self.width - cells.shape[2])))
+        return emitted
