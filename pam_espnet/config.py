@@ -77,6 +77,35 @@ def resolve(files: Sequence[str | Path], changes: Sequence[str] = ()) -> dict[st
     return config
 
 
+def used_encoders(config: Mapping[str, Any]) -> list[str]:
+    """The encoders that the configured fusion listens to: all, or the one of ``single``.
+
+    Raises:
+        ConfigError: none is configured.
+    """
+    frontend = config.get("frontend_conf") or {}
+    encoders = list(frontend.get("encoders") or {})
+    if not encoders:
+        raise ConfigError("frontend_conf.encoders: none given")
+    if frontend.get("fusion") == "single":
+        return [(frontend.get("fusion_conf") or {}).get("encoder", encoders[0])]
+    return encoders
+
+
+def add_specs(config: Mapping[str, Any], cache: str | Path) -> dict[str, Any]:
+    """``config`` with the specs that the feature cache knows, so that training loads no encoder it does not run.
+
+    Args:
+        config: an experiment's configuration.
+        cache: root of the feature cache; holds ``<encoder>/spec.json``.
+    """
+    from pam_espnet.fileio import read_json
+
+    found = {name: Path(cache) / name / "spec.json" for name in (config.get("frontend_conf") or {}).get("encoders", {})}
+    specs = {name: read_json(path) for name, path in found.items() if path.is_file()}
+    return merge(config, {"frontend_conf": {"specs": specs}})
+
+
 def write_config(config: Mapping[str, Any], path: str | Path) -> bool:
     """Write ``config`` as YAML, atomically; an equal file is left alone (its time stays). Returns whether it wrote."""
     import yaml

@@ -32,32 +32,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     import torch
 
-    from pam_espnet.config import load_yaml
+    from pam_espnet.config import load_yaml, used_encoders
     from pam_espnet.frontend.caching import cache_encoder
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    frontend_conf = load_yaml(args.config).get("frontend_conf") or {}
+    config = load_yaml(args.config)
+    frontend_conf = config.get("frontend_conf") or {}
     device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in args.encoder or used_encoders(frontend_conf):
+    for name in args.encoder or used_encoders(config):
         for data in args.data:
             cache = cache_encoder(
                 name, frontend_conf, data, Path(args.out), rebuild=args.rebuild == "true", device=device
             )
             print(f"{cache.scp}: {cache.num_layers} layers of width {cache.width}")
     return 0
-
-
-def used_encoders(frontend_conf: dict) -> list[str]:
-    """The encoders that the configured fusion listens to: all, or the one of ``single``."""
-    from pam_espnet.errors import ConfigError
-
-    encoders = list(frontend_conf.get("encoders") or {})
-    if not encoders:
-        raise ConfigError("frontend_conf.encoders: none given")
-    if frontend_conf.get("fusion") == "single":
-        return [(frontend_conf.get("fusion_conf") or {}).get("encoder", encoders[0])]
-    return encoders
 
 
 if __name__ == "__main__":

@@ -14,17 +14,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", nargs="+", required=True, help="YAML files; later ones are laid over earlier ones")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY.SUB=VALUE", help="changes on top (YAML values)")
-    parser.add_argument("--out", required=True, help="file to write")
+    parser.add_argument("--specs", help="root of the feature cache: adds its encoders' spec.json to frontend_conf.specs")
+    parser.add_argument("--list_encoders", action="store_true", help="print the encoders that the fusion listens to")
+    parser.add_argument("--out", help="file to write")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     args = build_parser().parse_args(argv)
-    from pam_espnet.config import resolve, write_config
+    from pam_espnet.config import add_specs, resolve, used_encoders, write_config
 
-    written = write_config(resolve(args.config, args.set), args.out)
-    print(f"{args.out}: {'written' if written else 'unchanged'}")
+    config = resolve(args.config, args.set)
+    if args.specs:
+        config = add_specs(config, args.specs)
+    if args.list_encoders:
+        print("\n".join(used_encoders(config)))
+    if args.out:
+        written = write_config(config, args.out)
+        print(f"{args.out}: {'written' if written else 'unchanged'}")
     return 0
 
 

@@ -1,0 +1,250 @@
+#!/usr/bin/env bash
+# All stages of a PaM recipe, once. A recipe's run.sh calls it from the recipe's directory with its own defaults.
+set -euo pipefail
+
+help_message="Usage: ./run.sh [options]
+
+Stages
+  1 data        fetch corpora and models, write data/<size>/<set>             (local/data.sh)
+  2 format      validate; 16 kHz copies with passports in dump/<size>/raw
+  3 train       feature cache, CTC warm start, training                       -> exp/<tag>
+  4 decode      beam search on the test sets, with and without audio          -> exp/<tag>/decode_*
+  5 score       scores with intervals, RESULTS.md, results.json, pictures     -> exp/<tag>
+
+Options (default)
+  --stage N             first stage (1)
+  --stop_stage N        last stage (5)
+  --dry_run BOOL        print what would be run, and stop (false)
+  --size NAME           size of the corpus and of the training: conf/size/<name>.yaml (quick)
+  --fusion NAME         how encoders are combined: conf/fusion/<name>.yaml (pam)
+  --tag NAME            experiment directory exp/<tag> (<fusion>_<size>)
+  --train_config FILES  base configurations, separated by blanks (conf/train.yaml)
+  --set CHANGES         changes to the configuration, key.sub=value separated by blanks ()
+  --decode_config FILE  options of the beam search (conf/decode.yaml)
+  --decode_tag NAME     decode directory exp/<tag>/decode_<name> (beam)
+  --audio_off BOOL      also decode with the waveform set to zero, as control (true)
+  --use_cache BOOL      train on cached hidden states; false runs the encoders in every step (true)
+  --rebuild_cache BOOL  compute cached hidden states again (false)
+  --warm_start BOOL     CTC warm start of the adapters before training (true)
+  --train_set NAME      (train)
+  --valid_set NAME      (dev)
+  --test_sets NAMES     separated by blanks (test_asr test_count test_caption)
+  --max_seconds N       longer utterances are skipped, and listed (30)
+  --nj N                parallel processes where work is split (number of cores, at most 8)
+  --ngpu N              GPUs for training; 0 = CPU (0)
+  --batch_size N        utterances decoded together (8)
+
+A second run skips what is done; a killed one goes on where it stopped."
+
+stage=1
+stop_stage=5
+dry_run=false
+size=quick
+fusion=pam
+tag=
+train_config=conf/train.yaml
+set=
+decode_config=conf/decode.yaml
+decode_tag=beam
+audio_off=true
+use_cache=true
+rebuild_cache=false
+warm_start=true
+train_set=train
+valid_set=dev
+test_sets="test_asr test_count test_caption"
+max_seconds=30
+nj=$(nproc 2>/dev/null || echo 1)
+((nj <= 8)) || nj=8
+ngpu=0
+batch_size=8
+
+template=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+command_line="./run.sh $*"
+# shellcheck source=utils/parse_options.sh
+. "${template}/../../../utils/parse_options.sh"
+
+fail() {
+    printf 'error: %s\n' "$@" >&2
+    exit 1
+}
+[ $# -eq 0 ] || fail "unexpected word '$1'" "  -> options look like --stage 1; --help lists them"
+for number in stage stop_stage nj ngpu batch_size; do
+    [[ ${!number} =~ ^[0-9]+$ ]] || fail "--${number} must be a whole number, not '${!number}'"
+done
+[ -d conf ] || fail "no conf/ here: call pam.sh through the run.sh of a recipe"
+
+tag=${tag:-${fusion}_${size}}
+data=data/${size}
+dump=dump/${size}
+exp=exp/${tag}
+read -r -a configs <<<"${train_config}"
+for overlay in "conf/fusion/${fusion}.yaml" "conf/size/${size}.yaml"; do
+    [ -f "${overlay}" ] || fail "${overlay}: no such file" "  -> there are: $(echo "${overlay%/*}"/*.yaml)"
+    configs+=("${overlay}")
+done
+read -r -a changes <<<"${set}"
+read -r -a tests <<<"${test_sets}"
+
+if [ "${dry_run}" = false ]; then
+    # shellcheck source=egs/TEMPLATE/pam1/path.sh
+    . "${template}/path.sh"
+else
+    python=python
+    PAM_ROOT=$(cd "${template}/../../.." && pwd)
+fi
+# shellcheck source=egs/TEMPLATE/pam1/cmd.sh
+. "${template}/cmd.sh"
+read -r -a train_run <<<"${train_cmd}"
+read -r -a decode_run <<<"${decode_cmd}"
+
+run() {
+    # Run a command, or print it in a dry run.
+    if [ "${dry_run}" = true ]; then
+        printf '    '
+        printf '%q ' "$@"
+        echo
+    else
+        "$@"
+    fi
+}
+module() { run "${python}" -m "pam_espnet.bin.$1" "${@:2}"; }
+
+begin() {
+    # begin N NAME READS WRITES
+    stage_name="stage $1 ($2)"
+    echo "== ${stage_name}: reads $3; writes $4"
+    stage_start=${SECONDS}
+}
+end() {
+    [ "${dry_run}" = true ] || echo "== ${stage_name}: done in $((SECONDS - stage_start)) s; next: $1"
+}
+wants() { ((stage <= $1 && $1 <= stop_stage)); }
+
+follow() {
+    # Show the progress file $1 while the process $2 runs; its bar goes to the terminal.
+    touch "$1"
+    tail -n 0 -f --pid="$2" "$1" 2>/dev/null || true
+}
+
+if wants 1; then
+    begin 1 data "local/ (packages and their checksums)" "downloads/, ${data}/"
+    run local/data.sh --size "${size}" --data_dir "${data}" --nj "${nj}"
+    end "./run.sh --stage 2"
+fi
+
+if wants 2; then
+    begin 2 format "${data}/" "${dump}/raw/"
+    for set_name in "${train_set}" "${valid_set}" "${tests[@]}"; do
+        run "${python}" "${PAM_ROOT}/utils/validate_data_dir.py" "${data}/${set_name}"
+        module pam_format "${data}/${set_name}" "${dump}/raw/${set_name}" --jobs "${nj}" --max-seconds "${max_seconds}"
+    done
+    end "./run.sh --stage 3"
+fi
+
+if wants 3; then
+    begin 3 train "${dump}/raw/, ${configs[*]}" "${dump}/feats/, ${exp}/"
+    mkdir_exp=(mkdir -p "${exp}/log")
+    run "${mkdir_exp[@]}"
+    module pam_config --config "${configs[@]}" --set "${changes[@]}" \
+        "model_conf.ctc_tokens=$([ "${warm_start}" = true ] && echo "${exp}/ctc_tokens.txt" || echo null)" \
+        --out "${exp}/model.yaml"
+    encoders=()
+    if [ "${dry_run}" = false ]; then
+        [ -d "${dump}/raw/${train_set}" ] || fail "${dump}/raw/${train_set}: missing" "  -> ./run.sh --stage 1 --stop_stage 2"
+        mapfile -t encoders < <("${python}" -m pam_espnet.bin.pam_config --config "${exp}/model.yaml" --list_encoders)
+    else
+        encoders=(ENCODER)
+    fi
+    data_args=()
+    for mode in train valid; do
+        set_name=${train_set}
+        [ "${mode}" = train ] || set_name=${valid_set}
+        raw=${dump}/raw/${set_name}
+        for stream in text,text,text prompt,prompt,text utt2task,task,text utt2num_samples,num_samples,text_int; do
+            data_args+=("--${mode}_data_path_and_name_and_type" "${raw}/${stream}")
+        done
+        if [ "${use_cache}" = true ]; then
+            for encoder in "${encoders[@]}"; do
+                scp=${dump}/feats/${encoder}/${set_name}/feats.scp
+                data_args+=("--${mode}_data_path_and_name_and_type" "${scp},feats_${encoder},kaldi_ark")
+            done
+        else
+            data_args+=("--${mode}_data_path_and_name_and_type" "${raw}/wav.scp,speech,sound")
+        fi
+    done
+    specs=()
+    if [ "${use_cache}" = true ]; then
+        for encoder in "${encoders[@]}"; do
+            module pam_cache_features --config "${exp}/model.yaml" --encoder "${encoder}" --out "${dump}/feats" \
+                --data "${dump}/raw/${train_set}" "${dump}/raw/${valid_set}" --rebuild "${rebuild_cache}"
+        done
+        specs=(--specs "${dump}/feats")
+    fi
+    module pam_config --config "${exp}/model.yaml" "${specs[@]}" --out "${exp}/train.yaml"
+    train_args=(--config "${exp}/train.yaml" --output_dir "${exp}" "${data_args[@]}")
+    if [ "${warm_start}" = true ]; then
+        module pam_warm_start "${train_args[@]}" --ngpu "${ngpu}"
+        train_args+=(--init_trained "${exp}/warm_start.safetensors")
+    fi
+    if [ -f "${exp}/model.safetensors" ] && [ "${dry_run}" = false ]; then
+        echo "${exp}/model.safetensors: already trained"
+    else
+        launch=("${python}" -m espnet2.bin.launch --cmd "${train_run[*]}" --log "${exp}/log/train.log" --ngpu "${ngpu}"
+            --num_nodes 1 --init_file_prefix "${exp}/.dist_init_" --multiprocessing_distributed true --
+            "${python}" -m pam_espnet.bin.pam_train "${train_args[@]}" --resume true)
+        if [ "${dry_run}" = true ]; then
+            run "${launch[@]}"
+        else
+            echo "training; log: ${exp}/log/train.log"
+            "${launch[@]}" >"${exp}/log/launch.log" 2>&1 &
+            pid=$!
+            trap 'kill "${pid}" 2>/dev/null || true' EXIT
+            follow "${exp}/progress.txt" "${pid}"
+            status=0
+            wait "${pid}" || status=$?
+            trap - EXIT
+            if ((status != 0)); then
+                tail -n 30 "${exp}/log/train.log" >&2 || true
+                fail "training failed (status ${status}); the log is ${exp}/log/train.log" \
+                    "  -> run the same command again to go on from the last checkpoint"
+            fi
+        fi
+    fi
+    end "./run.sh --stage 4"
+fi
+
+if wants 4; then
+    begin 4 decode "${exp}/model.safetensors, ${dump}/raw/" "${exp}/decode_${decode_tag}*/"
+    audios=(on)
+    [ "${audio_off}" = false ] || audios+=(zero)
+    for audio in "${audios[@]}"; do
+        decode_dir=${exp}/decode_${decode_tag}
+        [ "${audio}" = on ] || decode_dir=${decode_dir}_audio_off
+        for set_name in "${tests[@]}"; do
+            args=(--exp "${exp}" --data "${dump}/raw/${set_name}" --out "${decode_dir}/${set_name}"
+                --config "${decode_config}" --batch_size "${batch_size}" --audio "${audio}")
+            if [ "${dry_run}" = false ] && [ -f "${decode_dir}/${set_name}/stats.json" ]; then
+                module pam_decode "${args[@]}" --shard "1/${nj}" --merge
+                continue
+            fi
+            run "${decode_run[@]}" --max-jobs-run "${nj}" JOB=1:"${nj}" "${decode_dir}/${set_name}/log/decode.JOB.log" \
+                "${python}" -m pam_espnet.bin.pam_decode "${args[@]}" --shard "JOB/${nj}" --threads 1
+            module pam_decode "${args[@]}" --shard "1/${nj}" --merge
+        done
+    done
+    end "./run.sh --stage 5"
+fi
+
+if wants 5; then
+    begin 5 score "${exp}/decode_*/, ${dump}/raw/" "${exp}/RESULTS.md, ${exp}/results.json, ${exp}/images/"
+    decode_dirs=("${exp}/decode_${decode_tag}")
+    [ "${audio_off}" = false ] || decode_dirs+=("${exp}/decode_${decode_tag}_audio_off")
+    for decode_dir in "${decode_dirs[@]}"; do
+        for set_name in "${tests[@]}"; do
+            module pam_score --decode_dir "${decode_dir}/${set_name}" --data_dir "${dump}/raw/${set_name}"
+        done
+    done
+    module pam_report --exp "${exp}" --recipe_command "${command_line}"
+    end "see ${exp}/RESULTS.md"
+fi

@@ -1,0 +1,15 @@
+# shellcheck shell=bash
+# Sourced by recipes: the root of the repository, its Python, and the environment set up on first use.
+PAM_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
+export PAM_ROOT
+if [ -n "${PAM_NO_SETUP:-}" ]; then
+    # An environment of the user's own, made with `pip install -e .`
+    python=${PAM_PYTHON:-python3}
+else
+    "${PAM_ROOT}/tools/setup.sh"
+    python=${PAM_ROOT}/.venv/bin/python
+fi
+export python
+export PATH="${PAM_ROOT}/utils:${PATH}"
+export PYTHONUNBUFFERED=1
+export LC_ALL=C.UTF-8
