@@ -1,0 +1,243 @@
+#!/usr/bin/env python3
+"""Run a command n times on this machine, each run with its log: the job-runner contract of Kaldi's recipes.
+
+    utils/run.py [options] [JOB=1:n] LOG command [argument ...]
+
+    utils/run.py exp/train.log python -m my.training --conf conf/train.yaml
+    utils/run.py --max-jobs-run 4 JOB=1:8 logs/decode.JOB.log python decode.py --keys split8/JOB/text
+
+JOB (any name) is replaced by the run's number in LOG and in every argument. The command is started as it stands,
+without a shell. A log begins with the command and the time and ends with the status and the seconds. If a run fails,
+the others still end; then the failed logs' last lines go to stderr and the exit status is 1. Ctrl-C, SIGTERM and SIGHUP
+end the commands with everything that they started.
+
+Standard library only, any Python 3.8 or newer: it has to run where the environment is not yet active.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NoReturn
+
+TAIL_LINES = 20
+SHOWN_LOGS = 5
+GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
+POLL_SECONDS = 0.05
+TIME_FORMAT = "%a %b %d %H:%M:%S %Z %Y"
+
+
+@dataclass
+class Running:
+    """A started command: its slot (which says what GPUs it has) and its log."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    file: IO[bytes]
+    slot: int
+    started: float
+
+
+def parse_gib(text: str) -> float:
+    """Kaldi's memory sizes: ``4G``, ``500M``, ``1.5T``, or a plain number of GiB -> GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([MGT]?)", text.upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size like 4G or 500M")
+    return float(match[1]) * {"M": 1 / 1024, "": 1.0, "G": 1.0, "T": 1024.0}[match[2]]
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """An integer of at least 0."""
+    return 0 if text == "0" else positive(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; options may be written with dashes or underscores."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n\n")[0],
+        usage="%(prog)s [options] [JOB=1:n] LOG command [argument ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpu", type=count, metavar="N", help="GPUs per run; 0 hides them all (default: as they are)")
+    parser.add_argument("--mem", type=parse_gib, metavar="4G", help="memory per run: not more at once than fit")
+    parser.add_argument("--num-threads", "--num_threads", type=positive, metavar="N", help="OMP_NUM_THREADS of a run")
+    parser.add_argument(
+        "--max-jobs-run", "--max_jobs_run", type=positive, metavar="N", help="runs at once (default: one per core)"
+    )
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that runs may be given: those of $CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name for name in chosen.split(",") if name.strip()]
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return []
+    listing = subprocess.run([smi, "-L"], capture_output=True, text=True, check=False).stdout
+    return re.findall(r"^GPU (\d+):", listing, flags=re.MULTILINE)
+
+
+def at_once(args: argparse.Namespace, gpus: list[str]) -> int:
+    """How many runs fit on this machine at the same time (at least 1)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limits = [args.max_jobs_run or max(1, cores // (args.num_threads or 1))]
+    if args.mem:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30)
+        limits.append(max(1, int(total / args.mem)))
+    if args.gpu:
+        limits.append(len(gpus) // args.gpu)
+    return min(limits)
+
+
+def die_with_parent() -> None:
+    """In the child, on Linux: be killed when run.py is (even by SIGKILL), so that no orphan goes on writing."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+
+
+def start(command: list[str], log: Path, slot: int, args: argparse.Namespace, gpus: list[str]) -> Running:
+    """Write the log's header and start the command in a process group of its own."""
+    environment = dict(os.environ)
+    if args.num_threads:
+        environment["OMP_NUM_THREADS"] = str(args.num_threads)
+    if args.gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[slot * args.gpu : (slot + 1) * args.gpu])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = log.open("wb")
+    file.write(f"# {shlex.join(command)}\n# Started at {time.strftime(TIME_FORMAT)}\n#\n".encode())
+    file.flush()
+    begun = time.monotonic()
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=die_with_parent,  # safe: this program has no threads
+        )
+    except OSError as error:
+        file.write(f"{command[0]}: {error.strerror}\n".encode())
+        # Stands in for the command, so that there is one way in which a run ends: status 127, as in a shell.
+        process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(127)"])
+    return Running(process, log, file, slot, begun)
+
+
+def finish(run: Running, killed: bool = False) -> int:
+    """Write the log's last lines; return the exit status (128 + signal when a signal ended it)."""
+    status = run.process.wait()
+    status = 128 - status if status < 0 else status
+    seconds = round(time.monotonic() - run.started)
+    how = "killed with run.py" if killed else f"code {status}"
+    ended = time.strftime(TIME_FORMAT)
+    run.file.seek(0, os.SEEK_END)
+    run.file.write(f"# Ended ({how}) at {ended}, elapsed time {seconds} seconds\n".encode())
+    run.file.close()
+    return status
+
+
+def kill(runs: list[Running]) -> None:
+    """End process groups: SIGTERM, a few seconds of grace, SIGKILL; then close the logs."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it is ending already
+    for wanted in (signal.SIGTERM, signal.SIGKILL):
+        for run in runs:
+            try:
+                os.killpg(run.process.pid, wanted)
+            except ProcessLookupError:
+                continue  # already gone
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline and any(run.process.poll() is None for run in runs):
+            time.sleep(POLL_SECONDS)
+    for run in runs:
+        finish(run, killed=True)
+
+
+def show_failures(failed: list[tuple[Path, int]], total: int) -> None:
+    """Print the last lines of failed logs to stderr."""
+    for log, status in failed[:SHOWN_LOGS]:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        print(f"----- last lines of {log} (status {status})", file=sys.stderr)
+        print("\n".join(lines[-TAIL_LINES:]), file=sys.stderr)
+    if len(failed) > SHOWN_LOGS:
+        print("also failed: " + " ".join(str(log) for log, _ in failed[SHOWN_LOGS:]), file=sys.stderr)
+    print(f"run.py: {len(failed)} of {total} runs failed; log: {failed[0][0]}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run all jobs; return 0 if every one succeeded, else 1 (128 + signal when ended by a signal)."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    rest: list[str] = args.rest
+    name, numbers = "", ["1"]
+    job = re.fullmatch(r"([A-Za-z_]\w*)=(\d+)(?::(\d+))?", rest[0]) if rest else None
+    if job is not None:
+        rest = rest[1:]
+        name, first, last = job[1], int(job[2]), int(job[3] or job[2])
+        if first > last:
+            parser.error(f"{job[0]}: the range is empty")
+        numbers = [str(number) for number in range(first, last + 1)]
+    if len(rest) < 2:
+        parser.error("give a log file and a command")
+    if rest[0].startswith("-"):
+        parser.error(f"unknown option {rest[0]}")
+    if len(numbers) > 1 and name not in rest[0]:
+        parser.error(f"the log's name must contain {name}, or {len(numbers)} runs would write to {rest[0]}")
+    gpus = visible_gpus() if args.gpu else []
+    if args.gpu and len(gpus) < args.gpu:
+        parser.error(f"--gpu {args.gpu}: {len(gpus)} GPUs are visible; use --gpu 0, or look at CUDA_VISIBLE_DEVICES")
+
+    def on_signal(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    for wanted in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(wanted, on_signal)
+
+    waiting = deque([part.replace(name, number) if name else part for part in rest] for number in numbers)
+    free = list(range(min(at_once(args, gpus), len(numbers))))
+    running: list[Running] = []
+    failed: list[tuple[Path, int]] = []
+    try:
+        while waiting or running:
+            while waiting and free:
+                log, *command = waiting.popleft()
+                running.append(start(command, Path(log), free.pop(0), args, gpus))
+            time.sleep(POLL_SECONDS)
+            for run in [run for run in running if run.process.poll() is not None]:
+                running.remove(run)
+                free.append(run.slot)
+                if status := finish(run):
+                    failed.append((run.log, status))
+    finally:
+        if running:  # a signal or a bug: leave nothing behind
+            kill(running)
+    if failed:
+        show_failures(failed, len(numbers))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
