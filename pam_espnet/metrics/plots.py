@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pam_espnet.data.tasks import TASKS
 from pam_espnet.errors import DataError
 from pam_espnet.fileio import atomic_path
 from pam_espnet.metrics.routing import TaskRouting
@@ -38,7 +39,9 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def read_curve(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of ``curve.jsonl``: ``{"step", "epoch", "split", "loss", "acc", "task_losses": {task: loss}}``.
+    """The lines of ``curve.jsonl``: ``{"step", "epoch", "split", "loss", "acc", "loss_<task>", ...}``.
+
+    A figure that was not finite is absent from its line.
 
     Raises:
         DataError: a line is not such an object. A last line without an end, left by a killed run, is skipped.
@@ -47,9 +50,9 @@ def read_curve(path: str | Path) -> list[dict[str, Any]]:
     content = Path(path).read_text(encoding="utf-8")
     for number, line in enumerate(content[: content.rfind("\n") + 1].splitlines(), start=1):
         try:
-            entry = {key.replace(" ", "_"): value for key, value in json.loads(line).items()}
-            entries.append({**entry, "step": int(entry["step"]), "split": str(entry["split"]), "loss": entry["loss"]})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            entry = json.loads(line)
+            entries.append({**entry, "step": int(entry["step"]), "split": str(entry["split"])})
+        except (ValueError, KeyError, TypeError) as error:
             hint = "remove the line; the rest can still be drawn"
             raise DataError(path, f"not a point of a learning curve: {error!r}", line=number, hint=hint) from error
     # A run that was resumed writes some steps twice; the later line is the one that counted.
@@ -73,15 +76,15 @@ def plot_curve(entries: list[dict[str, Any]], path: str | Path, title: str = "")
         path: the PNG file to write.
         title: stands above the panels.
     """
-    tasks = sorted({task for entry in entries for task in (entry.get("task_losses") or {})})
+    tasks = [task for task in sorted(TASKS) if any(f"loss_{task}" in entry for entry in entries)]
     panels = [("loss", "loss (nats per token)", "Loss")]
     if any(entry.get("acc") is not None for entry in entries):
         panels.append(("acc", "next-token accuracy", "Accuracy"))
     if tasks:
-        panels.append(("task_losses", "cross-entropy (nats per token)", "Loss per task"))
+        panels.append(("tasks", "cross-entropy (nats per token)", "Loss per task"))
     figure, grid = _figure(1, len(panels), (5.2 * len(panels), 3.8))
     for axes, (key, unit, heading) in zip(grid[0], panels, strict=True):
-        if key == "task_losses":
+        if key == "tasks":
             _draw_tasks(axes, entries, tasks)
         else:
             _draw_splits(axes, entries, key)
@@ -116,14 +119,12 @@ def _draw_splits(axes: Any, entries: list[dict[str, Any]], key: str) -> None:
 
 def _draw_tasks(axes: Any, entries: list[dict[str, Any]], tasks: list[str]) -> None:
     # Validation where there is any: training batches may hold few utterances of a task.
-    split = "valid" if any(entry["split"] == "valid" and entry.get("task_losses") for entry in entries) else "train"
+    split = "valid" if any(entry["split"] == "valid" for entry in entries) else "train"
+    name = "validation" if split == "valid" else "training"
     for index, task in enumerate(tasks):
-        flat = [{**entry, "task": (entry.get("task_losses") or {}).get(task)} for entry in entries]
-        steps, values = _series(flat, split, "task")
-        name = "validation" if split == "valid" else "training"
-        axes.plot(
-            steps, values, color=COLOURS[index % len(COLOURS)], marker="o", markersize=4, label=f"{task}, {name}"
-        )
+        steps, values = _series(entries, split, f"loss_{task}")
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(steps, values, color=colour, marker="o", markersize=4, label=f"{task}, {name}")
 
 
 def plot_routing(routing: Mapping[str, TaskRouting], path: str | Path, title: str = "") -> None:

@@ -1,6 +1,6 @@
 """Collect everything an experiment measured into ``RESULTS.md``, ``results.json`` and two pictures.
 
-    exp/<tag>/decode_<name>/<set>/{scores.json, stats.json, nbest.jsonl}    read
+    exp/<tag>/decode_<name>/<set>/{scores,stats,key}.json, nbest.jsonl      read
     exp/<tag>/curve.jsonl                                                    read, where training left one
     exp/<tag>/model.safetensors                                              hashed
     exp/<tag>/{RESULTS.md, results.json, learning_curve.png, routing.png}    written
@@ -20,7 +20,7 @@ from pam_espnet.errors import DataError
 from pam_espnet.fileio import read_json, sha256_file, write_json, write_text
 from pam_espnet.metrics.result import METRICS
 from pam_espnet.metrics.routing import TaskRouting, read_routing
-from pam_espnet.metrics.scoring import SCORES
+from pam_espnet.metrics.scoring import SCORES, SPEED_CONDITIONS
 
 DECODE_PREFIX = "decode_"
 CHECKPOINT = "model.safetensors"
@@ -49,6 +49,12 @@ class Decoding:
     def name(self) -> str:
         """Name of the decoding, without the prefix ``decode_``."""
         return self.path.parent.name.removeprefix(DECODE_PREFIX)
+
+    @property
+    def checkpoint_sha256(self) -> str | None:
+        """Hash of the checkpoint that was decoded with, as decoding noted it in ``key.json``."""
+        key = self.path / "key.json"
+        return read_json(key).get("checkpoint_sha256") if key.is_file() else None
 
     @property
     def audio_off(self) -> bool:
@@ -95,6 +101,7 @@ def provenance(decoding: Decoding) -> dict[str, Any]:
     return {
         "command": shlex.join(map(str, stats.get("command") or [])),
         "commit": stats.get("commit"),
+        "checkpoint_sha256": decoding.checkpoint_sha256,
         "versions": {**(stats.get("versions") or {}), **decoding.scores["versions"]},
     }
 
@@ -208,13 +215,11 @@ def _speed_table(decodings: list[Decoding]) -> str:
                 _number(speed["tokens_per_second"]),
                 "–" if memory is None else f"{memory / 2**30:.2f}",
                 _number(speed["seconds_audio"]),
-                *("–" if speed[key] is None else str(speed[key]) for key in ("batch_size", "device", "threads")),
+                *("–" if speed[key] is None else str(speed[key]) for key in SPEED_CONDITIONS),
             ]
         )
-    return table(
-        ("decoding", "set", "real-time factor", "tokens/s", "peak memory GiB", "audio s", "batch", "device", "threads"),
-        rows,
-    )
+    head = ("decoding", "set", "real-time factor", "tokens/s", "peak memory GiB", "audio s")
+    return table((*head, *map(_words, SPEED_CONDITIONS)), rows)
 
 
 def _number(value: float | None) -> str:
@@ -233,7 +238,8 @@ def _details(details: dict[str, Any]) -> str:
         parts.append(table(("true \\ said", *confusion["columns"]), rows))
     if worst := details.get("worst"):
         blocks = [
-            f"{entry['utt']}: {entry['errors']} errors in {entry['words']} words\n{entry['alignment']}" for entry in worst
+            f"{entry['utt']}: {entry['errors']} errors in {entry['words']} words\n{entry['alignment']}"
+            for entry in worst
         ]
         body = "\n\n".join(blocks)
         parts.append(f"The utterances with the most word errors:\n\n```\n{body}\n```\n")
@@ -246,6 +252,9 @@ def _made(results: dict[str, Any]) -> str:
         lines.append(f"- checkpoint: `{checkpoint['file']}`, SHA-256 `{checkpoint['sha256']}`")
     for entry in results["decodings"]:
         versions = ", ".join(f"{name} {number}" for name, number in sorted(entry["versions"].items()))
+        used = entry["checkpoint_sha256"]
+        if used and checkpoint and used != checkpoint["sha256"]:
+            lines.append(f"- **{entry['decode']}, {entry['set']} was decoded with another checkpoint**: `{used}`")
         lines.append(f"- {entry['decode']}, {entry['set']}: commit {entry['commit'] or 'unknown'}; {versions}")
         if entry["command"]:
             lines.append(f"  ```\n  {entry['command']}\n  ```")

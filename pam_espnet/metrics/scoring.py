@@ -34,6 +34,9 @@ from pam_espnet.metrics.wer import normaliser_record, score_wer
 SCORES = "scores.json"
 UTT_SCORES = "utt_scores.jsonl"
 
+# What a speed depends on, kept beside it.
+SPEED_CONDITIONS = ("batch_size", "shards", "device", "threads", "dtype")
+
 _LISTED = 20  # keys named in an error message
 
 
@@ -155,7 +158,10 @@ def _utterance_lines(task: str, result: TaskResult) -> list[str]:
 
 
 def _speed(path: Path) -> dict[str, Any] | None:
-    """Real-time factor, tokens per second and peak memory of the decoding; None where it left no ``stats.json``."""
+    """Real-time factor, tokens per second and peak memory of one process; None where there is no ``stats.json``.
+
+    Times are summed over the shards of a decoding, so both rates are those of one of its processes.
+    """
     if not path.is_file():
         logging.warning("%s: no such file, so no speed is reported", path)
         return None
@@ -166,7 +172,7 @@ def _speed(path: Path) -> dict[str, Any] | None:
         "tokens_per_second": stats["tokens"] / wall if wall else None,
         **{
             key: stats.get(key)
-            for key in ("peak_memory_bytes", "seconds_audio", "seconds_wall", "batch_size", "device", "threads")
+            for key in ("peak_memory_bytes", "seconds_audio", "seconds_wall", "tokens", *SPEED_CONDITIONS)
         },
     }
 

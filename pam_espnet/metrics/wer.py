@@ -38,7 +38,7 @@ def normaliser_record() -> dict[str, str]:
 
 
 def _normalise(texts: Sequence[str]) -> list[str]:
-    from whisper_normalizer.english import EnglishTextNormalizer  # type: ignore[import-untyped]
+    from whisper_normalizer.english import EnglishTextNormalizer
 
     normalise = EnglishTextNormalizer()
     return [" ".join(normalise(text).split()) for text in texts]

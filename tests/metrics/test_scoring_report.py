@@ -14,7 +14,7 @@ from pam_espnet.bin import pam_report, pam_score
 from pam_espnet.bin._cli import run_main
 from pam_espnet.data.tables import write_table
 from pam_espnet.errors import DataError
-from pam_espnet.fileio import read_json, write_json, write_text
+from pam_espnet.fileio import read_json, sha256_file, write_json, write_text
 from pam_espnet.metrics.compare import compare, find_rows
 from pam_espnet.metrics.plots import plot_curve, plot_routing, read_curve
 from pam_espnet.metrics.report import find_decodings, write_report
@@ -130,9 +130,11 @@ def test_without_statistics_and_references(tmp_path: Path, caplog: pytest.LogCap
 def test_report(experiments: Path) -> None:
     exp = experiments / "pam"
     points = [{"step": step, "epoch": 1, "split": "train", "loss": 1 / step, "acc": 0.5} for step in (1, 2, 3)]
-    points += [{"step": 3, "epoch": 1, "split": "valid", "loss": 0.5, "acc": 0.4, "task_losses": {"asr": 0.3}}]
+    points += [{"step": 3, "epoch": 1, "split": "valid", "loss": 0.5, "acc": 0.4, "loss_asr": 0.3}]
     write_text(exp / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in points))
     write_text(exp / "model.safetensors", "weights")
+    write_json(exp / "decode_beam/test/key.json", {"checkpoint_sha256": sha256_file(exp / "model.safetensors")})
+    write_json(exp / "decode_beam_off/test/key.json", {"checkpoint_sha256": "0" * 64})
     report = write_report(exp).read_text(encoding="utf-8")
     for text in (
         "# pam\n",
@@ -143,9 +145,11 @@ def test_report(experiments: Path) -> None:
         "| **3** | 0 | 0 | 1 |",
         "pam_decode --set 'a b'",
         "commit 0123abc",
+        "**beam_off, test was decoded with another checkpoint**",
         "![Learning curve](learning_curve.png)",
     ):
         assert text in report
+    assert "**beam, test was" not in report
     for name in ("learning_curve.png", "routing.png"):
         assert (exp / name).read_bytes().startswith(b"\x89PNG")
     results = read_json(exp / "results.json")
