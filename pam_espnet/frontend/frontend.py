@@ -1,0 +1,269 @@
+"""PaMFrontend: waveform (or cached hidden states) and prompt vector in, audio embeddings of the LLM's width out.
+
+Dimension letters: B utterances, N samples, T encoder frames, U adapter frames, M encoders, H layers, D width, P
+prompt-vector width.
+
+route(prompt) -> run the encoders that have weight -> layer normalisation and mix over each encoder's layers ->
+adapter per encoder -> fusion. An utterance's embeddings depend on its own audio and prompt alone, their number on
+its sample count alone. The frontend knows no LLM: the prompt vector is handed in.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from espnet2.asr.frontend.abs_frontend import AbsFrontend
+from torch import Tensor, nn
+
+from pam_espnet.errors import ConfigError
+from pam_espnet.frontend.adapter import FrameStackingAdapter, mix_layers
+from pam_espnet.frontend.encoder_spec import EncoderSpec
+from pam_espnet.frontend.encoders.base import AbsEncoder, padding_mask
+from pam_espnet.frontend.encoders.registry import build_encoder
+from pam_espnet.frontend.fusion.registry import build_fusion
+from pam_espnet.frontend.fusion.routing import Routing, skip_encoders
+
+Hidden = tuple[Tensor, Tensor]  # hidden states (B,H,T,D) and frames (B,)
+
+
+@dataclass
+class AudioEmbeddings:
+    """What takes the audio's place in the LLM's input.
+
+    Attributes:
+        embeddings: (B,U,D), zero beyond each utterance's length.
+        lengths: (B,) frames.
+        routing: how the encoders were combined.
+    """
+
+    embeddings: Tensor
+    lengths: Tensor
+    routing: Routing
+
+
+class PaMFrontend(AbsFrontend):
+    """Frozen encoders, trainable adapters and fusion.
+
+    The encoders are kept outside PyTorch's module tree: they are in no checkpoint, no optimizer and no train(), but
+    move with the frontend from device to device. They always compute in float32, outside autocast, so that
+    features computed on the fly equal cached ones.
+
+    Args:
+        encoders: name -> options of ``build_encoder`` (``type``, ``path``, ``layers``, ...), in a fixed order.
+        fusion: see ``fusion.registry``.
+        width: D of the LLM.
+        prompt_width: P.
+        fusion_conf: options of the fusion.
+        adapter_conf: options of every FrameStackingAdapter.
+        frame_rate: of the audio embeddings, Hz.
+        sample_rate: of the waveforms, Hz.
+        skip_threshold: at inference an encoder with less weight than this for a prompt is not run for it, and the
+            others share its weight; 0 runs all. In training all encoders take part, or one that once fell below
+            the threshold could never come back. Fusions that combine all encoders by definition skip none.
+        specs: name -> EncoderSpec (or its dict). Encoders with a spec are loaded only when a waveform has to be
+            encoded; the others are loaded at once.
+
+    Raises:
+        ConfigError: encoders, options or rates that cannot work.
+    """
+
+    def __init__(
+        self,
+        encoders: Mapping[str, Mapping[str, Any]],
+        fusion: str,
+        width: int,
+        prompt_width: int,
+        fusion_conf: Mapping[str, Any] | None = None,
+        adapter_conf: Mapping[str, Any] | None = None,
+        frame_rate: float = 12.5,
+        sample_rate: int = 16000,
+        skip_threshold: float = 0.0,
+        specs: Mapping[str, EncoderSpec | Mapping[str, Any]] | None = None,
+    ) -> None:
+        super().__init__()
+        _check(encoders, adapter_conf or {}, frame_rate, skip_threshold, specs or {})
+        self.names = tuple(encoders)
+        self.width, self.frame_rate, self.sample_rate = width, frame_rate, sample_rate
+        self.skip_threshold = skip_threshold
+        self._encoder_conf = {name: dict(options) for name, options in encoders.items()}
+        self._encoders: dict[str, AbsEncoder] = {}  # a plain dict: nn.Module does not look into it
+        self.specs: dict[str, EncoderSpec] = {}
+        for name in self.names:
+            known = (specs or {}).get(name)
+            if isinstance(known, Mapping):
+                known = EncoderSpec.from_dict(name, known)
+            self.specs[name] = known or EncoderSpec.of(name, self.encoder(name))
+            if self.specs[name].sample_rate != sample_rate:
+                raise ConfigError(
+                    f"sample_rate: {sample_rate} Hz, but encoder {name!r} is made for "
+                    f"{self.specs[name].sample_rate} Hz: format the data at that rate"
+                )
+        counts = [self.specs[name].num_layers for name in self.names]
+        self.fusion = build_fusion(
+            fusion, num_layers=counts, width=width, prompt_width=prompt_width, names=self.names, **(fusion_conf or {})
+        )
+        adapters = {}
+        for name in self.fusion.used:
+            spec = self.specs[name]
+            adapters[name] = FrameStackingAdapter(
+                spec.width, width, spec.frame_rate, frame_rate, **(adapter_conf or {}), name=name
+            )
+        self.adapters = nn.ModuleDict(adapters)
+
+    # Encoders
+
+    def encoder(self, name: str) -> AbsEncoder:
+        """An encoder, loaded on the first call.
+
+        Raises:
+            ConfigError: it cannot be built, or is not what its spec says.
+        """
+        if name not in self._encoders:
+            try:
+                encoder = build_encoder(**self._encoder_conf[name])
+            except ConfigError as error:
+                raise ConfigError(f"encoders.{name}: {error}") from error
+            found = EncoderSpec.of(name, encoder)
+            if self.specs.get(name, found) != found:
+                raise ConfigError(
+                    f"specs.{name}: {self.specs[name]}, but the encoder is {found}: "
+                    "drop the spec and compute the features again"
+                )
+            trained = next(self.parameters(), None)
+            self._encoders[name] = encoder if trained is None else encoder.to(trained.device)
+        return self._encoders[name]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PaMFrontend:
+        super()._apply(fn, recurse)
+        for encoder in self._encoders.values():  # follow to the device, but keep float32
+            encoder.to(next(self.parameters()).device)
+        return self
+
+    def encode(self, wave: Tensor, lengths: Tensor, names: Sequence[str] | None = None) -> dict[str, Hidden]:
+        """Run frozen encoders.
+
+        Args:
+            wave: (B,N) in [-1, 1].
+            lengths: (B,) samples.
+            names: which encoders; None for all.
+
+        Returns:
+            name -> (hidden states (B,H,T,D), frames (B,)).
+        """
+        with torch.no_grad(), torch.autocast(wave.device.type, enabled=False):
+            return {
+                name: self.encoder(name)(wave.float(), lengths) for name in (self.names if names is None else names)
+            }
+
+    # Routing
+
+    def route(self, prompt_vector: Tensor) -> Routing:
+        """Routing for prompt vectors (B,P), with the encoders below the threshold dropped (at inference)."""
+        # float32: in half precision near ties between experts could fall differently in training and decoding
+        with torch.autocast(prompt_vector.device.type, enabled=False):
+            routing = self.fusion.route(prompt_vector.float())
+            if self.fusion.learns_encoder_weights and self.skip_threshold > 0 and not self.training:
+                routing = skip_encoders(routing, self.skip_threshold)
+        return routing
+
+    def needed_encoders(self, routing: Routing) -> list[str]:
+        """The encoders that have weight for at least one utterance of the batch."""
+        needed = (routing.encoder_weights > 0).any(dim=0).tolist()
+        return [name for name, need in zip(self.names, needed, strict=True) if need]
+
+    # From samples to embeddings
+
+    def output_size(self) -> int:
+        """D of the audio embeddings."""
+        return self.width
+
+    def output_lengths(self, num_samples: Tensor) -> Tensor:
+        """Audio embeddings (B,) for sample counts (B,): the exact ``ceil(num_samples / sample_rate * frame_rate)``."""
+        per_sample = Fraction(self.frame_rate).limit_denominator(10**6) / self.sample_rate
+        return -(-num_samples.long() * per_sample.numerator // per_sample.denominator)
+
+    def forward(
+        self,
+        num_samples: Tensor,
+        prompt_vector: Tensor,
+        wave: Tensor | None = None,
+        features: Mapping[str, Hidden] | None = None,
+    ) -> AudioEmbeddings:
+        """Audio embeddings for a batch.
+
+        Args:
+            num_samples: (B,).
+            prompt_vector: (B,P).
+            wave: (B,N) in [-1, 1]; needed for the encoders that ``features`` does not cover.
+            features: name -> (hidden states (B,T,H*D) layer by layer as the cache stores them, or (B,H,T,D);
+                frames (B,)).
+
+        Raises:
+            ConfigError: an encoder has weight but neither features nor a waveform, or features of another shape.
+        """
+        routing = self.route(prompt_vector)
+        needed = self.needed_encoders(routing)
+        hidden = {name: self._unflatten(name, *pair) for name, pair in (features or {}).items() if name in needed}
+        missing = [name for name in needed if name not in hidden]
+        if missing and wave is None:
+            raise ConfigError(
+                f"no cached features and no waveform for encoder(s) {', '.join(missing)}: run the feature cache for "
+                "them or give the waveforms"
+            )
+        if missing and wave is not None:
+            hidden.update(self.encode(wave, num_samples, missing))
+        lengths = self.output_lengths(num_samples)
+        num_frames = int(lengths.max())
+        streams: list[Tensor | None] = []
+        for name, weights in zip(self.names, routing.layer_weights, strict=True):
+            stream = None
+            if name in hidden:
+                mixed = mix_layers(*hidden[name], weights, self.specs[name].layer_widths)
+                stream = self.adapters[name](mixed, num_frames)
+            streams.append(stream)
+        fused = self.fusion(streams, routing)
+        return AudioEmbeddings(fused.masked_fill(padding_mask(lengths, num_frames)[..., None], 0.0), lengths, routing)
+
+    def _unflatten(self, name: str, states: Tensor, frames: Tensor) -> Hidden:
+        spec = self.specs[name]
+        if states.dim() == 3 and states.shape[2] == spec.num_layers * spec.width:
+            states = states.unflatten(2, (spec.num_layers, spec.width)).transpose(1, 2)
+        if states.dim() != 4 or (states.shape[1], states.shape[3]) != (spec.num_layers, spec.width):
+            raise ConfigError(
+                f"cached features of encoder {name!r} have shape {tuple(states.shape)}, but the configuration says "
+                f"{spec.num_layers} layers of width {spec.width}: was the cache made with other layers? Rebuild it"
+            )
+        return states, frames
+
+
+def _check(
+    encoders: Mapping[str, Mapping[str, Any]],
+    adapter_conf: Mapping[str, Any],
+    frame_rate: float,
+    skip_threshold: float,
+    specs: Mapping[str, Any],
+) -> None:
+    if not encoders:
+        raise ConfigError("encoders: none given")
+    for name, options in encoders.items():
+        # names are keys of checkpoints and parts of paths
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or hasattr(nn.ModuleDict, name):
+            raise ConfigError(f"encoders: {name!r} cannot be a name; use letters, digits, '-' and '_'")
+        if "type" not in options:
+            raise ConfigError(f"encoders.{name}: key 'type' is missing")
+    unknown = sorted(set(specs) - set(encoders))
+    if unknown:
+        raise ConfigError(f"specs: {', '.join(unknown)} not among the encoders {', '.join(encoders)}")
+    set_here = {"width_in", "width_out", "encoder_rate", "frame_rate", "name"}
+    allowed = sorted(set(inspect.signature(FrameStackingAdapter).parameters) - set_here)
+    unknown = sorted(set(adapter_conf) - set(allowed))
+    if unknown:
+        raise ConfigError(f"adapter_conf: no option {', '.join(unknown)}; it takes {', '.join(allowed)}")
+    if frame_rate <= 0 or not 0 <= skip_threshold < 1:
+        raise ConfigError("frame_rate must be above 0 Hz, skip_threshold at least 0 and below 1")

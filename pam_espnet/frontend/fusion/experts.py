@@ -1,0 +1,72 @@
+"""The experts' feed-forward networks: E residual blocks, of which an utterance normally uses one.
+
+Dimension letters: B utterances, U adapter frames, E experts, D width, F hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pam_espnet.errors import ConfigError
+
+
+class ResidualExperts(nn.Module):
+    """``sum over e of gate_e * (x + FFN_e(x))`` with ``FFN = linear(GELU(linear(layer norm)))``.
+
+    The output layers start at zero, so that an untrained expert hands its input on unchanged.
+
+    The weights of all experts are stacked in one tensor each: an expert that no utterance of a batch chose gets a
+    gradient of zeros rather than none, which is what DistributedDataParallel needs.
+
+    Args:
+        num_experts: E.
+        width: D.
+        hidden: F; 0 leaves the networks out.
+
+    Raises:
+        ConfigError: F below zero.
+    """
+
+    # The streams have the scale of LLM embeddings, variance about 0.01. This leaves them alone but keeps the
+    # gradient of an all-zero frame (an encoder that stops before the clip does) from being blown up by 1/std.
+    norm_eps = 1e-4
+
+    def __init__(self, num_experts: int, width: int, hidden: int) -> None:
+        super().__init__()
+        if hidden < 0:
+            raise ConfigError(f"fusion_conf.expert_hidden: {hidden}; must be at least 0 (0: no network)")
+        self.num_experts, self.width, self.hidden = num_experts, width, hidden
+        if hidden:
+            bound = 1 / math.sqrt(width)  # as nn.Linear
+            self.in_weight = nn.Parameter(torch.empty(num_experts, width, hidden).uniform_(-bound, bound))
+            self.in_bias = nn.Parameter(torch.zeros(num_experts, hidden))
+            self.out_weight = nn.Parameter(torch.zeros(num_experts, hidden, width))
+            self.out_bias = nn.Parameter(torch.zeros(num_experts, width))
+
+    def _expert(self, index: int, x: Tensor) -> Tensor:
+        if not self.hidden:
+            return x
+        normed = nn.functional.layer_norm(x, (self.width,), eps=self.norm_eps)
+        inner = nn.functional.gelu(normed @ self.in_weight[index] + self.in_bias[index])
+        return x + inner @ self.out_weight[index] + self.out_bias[index]
+
+    def forward(self, x: Tensor, gate: Tensor, expert: Tensor | None = None) -> Tensor:
+        """Gated sum (B,U,D).
+
+        Args:
+            x: (B,U,D).
+            gate: (B,E).
+            expert: (B,) long, the only expert whose gate counts for each utterance; None runs all of them.
+        """
+        if expert is None:
+            outputs = [gate[:, index, None, None] * self._expert(index, x) for index in range(self.num_experts)]
+            return torch.stack(outputs).sum(dim=0)
+        rows, outputs = [], []
+        for index in expert.unique().tolist():
+            chosen = (expert == index).nonzero().squeeze(1)
+            rows.append(chosen)
+            outputs.append(gate[chosen, index, None, None] * self._expert(index, x[chosen]))
+        return torch.cat(outputs)[torch.cat(rows).argsort()]

@@ -1,0 +1,62 @@
+"""The routing a fusion decides on from the prompt, and what is done with it apart from the mixing itself.
+
+Dimension letters: B utterances, M encoders, E experts, H layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Routing:
+    """How the encoders are combined for each utterance; travels to the logs and the result files.
+
+    Attributes:
+        expert_logits: (B,E) router logits, those that went into the softmax; None for a fusion without a router.
+        expert_probs: (B,E), rows sum to one; ones (B,1) without a router.
+        expert: (B,) long, the top-1 expert.
+        gate: (B,E) what each expert's output is multiplied by.
+        layer_weights: per encoder (B,H_m); over all encoders and layers they sum to one for each utterance.
+    """
+
+    expert_logits: Tensor | None
+    expert_probs: Tensor
+    expert: Tensor
+    gate: Tensor
+    layer_weights: list[Tensor]
+
+    @property
+    def encoder_weights(self) -> Tensor:
+        """(B,M): each encoder's weight, its layers' weights summed."""
+        return torch.stack([weights.sum(dim=1) for weights in self.layer_weights], dim=1)
+
+
+def skip_encoders(routing: Routing, threshold: float) -> Routing:
+    """Set the encoders below ``threshold`` to zero, utterance by utterance, and renormalise the others.
+
+    The decision for an utterance looks at its own weights only, so that its result does not depend on which other
+    prompts are in the batch. Where all encoders are below the threshold the heaviest one stays.
+    """
+    weights = routing.encoder_weights  # (B,M)
+    heaviest = nn.functional.one_hot(weights.argmax(dim=1), weights.shape[1]).bool()
+    keep = (weights >= threshold) | heaviest
+    share = keep / (weights * keep).sum(dim=1, keepdim=True)  # (B,M): 0, or 1 / what is left
+    layer_weights = [layers * share[:, index, None] for index, layers in enumerate(routing.layer_weights)]
+    return dataclasses.replace(routing, layer_weights=layer_weights)
+
+
+def router_loss(routing: Routing, task_index: Tensor) -> Tensor:
+    """Cross-entropy that teaches the router one expert per task; a scalar, the mean over utterances.
+
+    Args:
+        routing: of the batch; without a router the loss is zero.
+        task_index: (B,) long, the task of each utterance; taken modulo E where there are more tasks than experts.
+    """
+    if routing.expert_logits is None:
+        return routing.expert_probs.new_zeros(())
+    return nn.functional.cross_entropy(routing.expert_logits, task_index % routing.expert_logits.shape[1])
