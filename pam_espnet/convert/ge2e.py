@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pam_espnet.convert.common import load_torch, model_folder, rename, save_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NUM_LAYERS = 3
 
@@ -25,7 +29,7 @@ def convert(source: Path, out: Path, licence: str) -> None:
     """
     with model_folder(out, source=source, licence=licence, source_format="ge2e") as folder:
         weights = load_torch(source, "model_state")
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
             for layer in range(NUM_LAYERS):
                 tensors |= rename(weights, {f"lstm.{name}_l{layer}": f"lstms.{layer}.{name}_l0"}, source)
