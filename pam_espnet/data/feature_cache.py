@@ -7,6 +7,7 @@ Shape letters: N samples, H layers, T encoder frames, D width.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -61,7 +62,8 @@ def cache_features(
             disk is too small; ``encode`` gave something else than finite (H, T, D).
     """
     data, passport, out = DataDir.load(data_dir), Passport.load(data_dir), Path(out_dir)
-    key = {**spec, "audio_sha256": passport.audio_digest(data.wav)}
+    # as JSON gives it back, so that a tuple equals the list it becomes
+    key = json.loads(json.dumps({**spec, "audio_sha256": passport.audio_digest(data.wav)}))
     if rebuild:
         _remove(out)
     state = _read_state(out, key)

@@ -127,6 +127,8 @@ def _run_journaled(todo: list[Job], journal: Path, settings: Settings, jobs: int
         record = old.get(job.utt)
         if record and record["stamp"] == job.stamp() and ("skipped" in record or Path(job.target).is_file()):
             records[job.utt] = record
+    for leftover in (journal.parent / "audio").glob(".*.tmp-*"):  # of a killed run
+        leftover.unlink()
     for utt in old.keys() - {job.utt for job in todo}:
         for suffix in AUDIO_FORMATS:  # files of utterances that are no longer in the source
             (journal.parent / "audio" / f"{utt}.{suffix}").unlink(missing_ok=True)
@@ -233,8 +235,8 @@ def _write_tables(data: DataDir, target: Path, settings: Settings, records: dict
         some = "".join(f"\n  {utt}: {reason}" for utt, reason in list(skipped.items())[:5])
         message = f"{len(skipped)} of {len(data)} utterances cannot be used, for example:{some}"
         raise DataError(data.path, message, hint="check the paths in wav.scp, --max-seconds and --min-seconds")
-    for utt, reason in skipped.items():
-        Path(target / "audio" / f"{utt}.{settings.audio_format}").unlink(missing_ok=True)
+    for utt in skipped:  # files of an earlier run, when the utterance was still good
+        (target / "audio" / f"{utt}.{settings.audio_format}").unlink(missing_ok=True)
     for utt, reason in list(skipped.items())[:SHOWN_SKIPS]:
         logging.warning("skipped %s: %s", utt, reason)
     if len(skipped) > SHOWN_SKIPS:
