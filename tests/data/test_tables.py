@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pam_espnet.data.tables import one_line, read_table, scan_table, write_table
@@ -17,6 +17,7 @@ _key = st.text(_character, min_size=1).filter(lambda key: key.split() == [key] a
 _value = st.text(_character).map(str.strip).filter(lambda value: not set(value) & set("\r\n"))
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.dictionaries(_key, _value, min_size=1))
 def test_round_trip(table: dict[str, str]) -> None:
     with TemporaryDirectory() as folder:
@@ -27,6 +28,7 @@ def test_round_trip(table: dict[str, str]) -> None:
         assert keys == sorted(keys)  # LC_ALL=C order
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.text())
 def test_one_line_makes_any_text_a_value(text: str) -> None:
     with TemporaryDirectory() as folder:
