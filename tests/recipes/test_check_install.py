@@ -48,11 +48,11 @@ def test_python(doctor: ModuleType, version: str, status: str) -> None:
 
 
 def test_packages(doctor: ModuleType) -> None:
-    declared = {"": ["pytest<1", "no-such-package-x", "pytest>=7"], "demo": ["no-such-package-y>=2"]}
+    declared = {"": ["pytest<1", "no-such-package-x", "pytest>=7"], "train": ["no-such-package-y>=2"], "demo": ["no-such-package-z"]}
     findings = doctor.check_packages(declared)
     assert [finding.status for finding in findings] == ["ok", "failed", "failed", "warning"]
     assert all(finding.hint for finding in findings[1:])
-    assert "no-such-package-x" in findings[2].message and "'demo'" in findings[3].message
+    assert "no-such-package-x" in findings[2].message and "'train'" in findings[3].message
 
 
 @pytest.mark.parametrize("text", ["resources: 3", "resources: {disk: 3}", "resources: {disk_gb: much}", "[1", "- a"])

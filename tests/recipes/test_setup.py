@@ -115,9 +115,8 @@ class Checkout:
 
     def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
         command = ["bash", str(self.root / "tools/setup.sh"), *words]
-        pipe = subprocess.PIPE
-        environment = self.env | env
-        return subprocess.Popen(command, env=environment, cwd=self.root, text=True, stdout=pipe, stderr=subprocess.STDOUT)
+        pipe, merged = subprocess.PIPE, subprocess.STDOUT
+        return subprocess.Popen(command, env=self.env | env, cwd=self.root, text=True, stdout=pipe, stderr=merged)
 
     def __call__(self, *words: str, **env: str) -> tuple[int, str, list[str]]:
         """Run set-up; return its status, what it printed, and the first words of each call of uv."""
