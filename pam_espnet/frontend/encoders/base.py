@@ -103,8 +103,10 @@ class AbsEncoder(torch.nn.Module, ABC):
         if int(lengths.min()) < 1 or longest > wave.shape[1]:
             raise ValueError(f"lengths must be within 1..{wave.shape[1]} samples, got {lengths.tolist()}")
         # Cut the common tail as well: what a caller padded beyond the longest utterance costs nothing.
-        wave = wave[:, :longest].masked_fill(padding_mask(lengths, longest), 0.0)
-        states = self.hidden_states(wave, lengths)
+        wave = wave[:, :longest].float().masked_fill(padding_mask(lengths, longest), 0.0)
+        # In float32 also inside a mixed-precision training step: the cached features are made outside of one.
+        with torch.autocast(wave.device.type, enabled=False):
+            states = self.hidden_states(wave, lengths)
         frames = self.output_lengths(lengths)
         num_frames = int(frames.max())
         hidden = torch.stack([states[index][:, :num_frames] for index in self.layers], dim=1)
@@ -155,6 +157,37 @@ def model_folder_or_id(path: str | Path) -> str:
     if not names_folder and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", text):
         return text
     return str(model_folder(path))
+
+
+def load_pretrained(cls: Any, path: str | Path, **options: Any) -> Any:
+    """``cls.from_pretrained`` of a transformers class, in float32, with every weight it needs.
+
+    Args:
+        cls: a transformers model class.
+        path: local folder or Hugging Face id.
+        options: further arguments of ``from_pretrained``.
+
+    Raises:
+        ConfigError: no such folder, or transformers cannot find or read the model.
+        CheckpointError: the checkpoint lacks weights of the model.
+    """
+    from transformers.utils import logging
+
+    source = model_folder_or_id(path)
+    # Its own report would list every weight that is rightly left out (a decoder, a pre-training head) as a warning.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, report = cls.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"path: transformers cannot load {source} as {cls.__name__}: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    # Used in training alone, and absent from several published checkpoints.
+    missing = sorted(key for key in report["missing_keys"] if not key.endswith("masked_spec_embed"))
+    if missing:
+        raise CheckpointError(f"{source}: {len(missing)} weights are missing, for example {', '.join(missing[:5])}")
+    return model
 
 
 def load_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
