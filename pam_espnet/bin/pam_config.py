@@ -14,7 +14,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", nargs="+", required=True, help="YAML files; later ones are laid over earlier ones")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY.SUB=VALUE", help="changes on top (YAML values)")
-    parser.add_argument("--specs", help="root of the feature cache: adds its encoders' spec.json to frontend_conf.specs")
+    parser.add_argument("--specs", help="root of the feature cache; adds frontend_conf.specs")
     parser.add_argument("--list_encoders", action="store_true", help="print the encoders that the fusion listens to")
     parser.add_argument("--out", help="file to write")
     return parser

@@ -132,13 +132,14 @@ def fit(
     with tqdm(total=options.steps, initial=step, desc="CTC warm start", unit="step", mininterval=2.0) as bar:
         while step < options.steps:
             epoch += 1
+            before, unaligned = step, 0
             torch.manual_seed(epoch)
             for _, batch in train.build_iter(epoch):
                 batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 total, count, skipped, *_ = ctc_batch(model, batch)
+                unaligned += skipped
                 if count == 0:
-                    raise ConfigError("warm start: no utterance of a batch can be aligned; are the answers longer "
-                                      "than the audio, or is frontend_conf.frame_rate too low?")
+                    continue
                 for group in optimizer.param_groups:
                     group["lr"] = options.lr * rate(step, options)
                 optimizer.zero_grad()
@@ -149,11 +150,16 @@ def fit(
                 bar.update()
                 if step % options.report_every == 0 or step == options.steps:
                     loss = total.item() / count
-                    lines.append({"step": step, "loss": round(loss, 4), "unaligned": skipped})
+                    lines.append({"step": step, "loss": round(loss, 4), "unaligned": unaligned})
                     bar.set_postfix(loss=f"{loss:.2f}")
                     write_text(output_dir / LOG, "".join(json.dumps(line) + "\n" for line in lines))
                 if step >= options.steps:
                     break
+            if step == before:
+                raise ConfigError(
+                    f"warm start: none of {unaligned} utterances can be aligned; are the answers longer than the "
+                    "audio, or is frontend_conf.frame_rate too low?"
+                )
             # Saved between passes over the data, so that a resumed run sees the same batches.
             if step < options.steps and step - _saved_step(output_dir / STATE) >= options.save_every:
                 _save(output_dir / STATE, model, optimizer, step, epoch, lines)

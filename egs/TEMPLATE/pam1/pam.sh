@@ -60,7 +60,6 @@ ngpu=0
 batch_size=8
 
 template=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-command_line="./run.sh $*"
 # shellcheck source=utils/parse_options.sh
 . "${template}/../../../utils/parse_options.sh"
 
@@ -245,6 +244,6 @@ if wants 5; then
             module pam_score --decode_dir "${decode_dir}/${set_name}" --data_dir "${dump}/raw/${set_name}"
         done
     done
-    module pam_report --exp "${exp}" --recipe_command "${command_line}"
+    module pam_report --exp "${exp}"
     end "see ${exp}/RESULTS.md"
 fi

@@ -1,0 +1,58 @@
+"""CTC in the LLM's embedding space."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pam_espnet.frontend.ctc_head import EmbeddingCTC
+
+IDS = [5, 9, 40]
+
+
+@pytest.fixture
+def head() -> EmbeddingCTC:
+    torch.manual_seed(0)
+    return EmbeddingCTC(IDS, torch.randn(3, 16))
+
+
+def test_frames_on_the_embeddings_decode_to_their_tokens(head: EmbeddingCTC) -> None:
+    blank = head.blank.detach()
+    frames = torch.stack([head.rows[0], head.rows[0], blank, head.rows[0], head.rows[2], head.rows[1]])[None]
+    assert head.greedy(frames * 3.0, torch.tensor([6])) == [[5, 5, 40, 9]]
+    assert head.greedy(frames, torch.tensor([3])) == [[5]]
+
+
+def test_loss_agrees_with_one_utterance_at_a_time_and_ignores_padding(head: EmbeddingCTC) -> None:
+    frames, lengths = torch.randn(2, 7, 16), torch.tensor([7, 4])
+    answers = [[5, 9], [40]]
+    total, count, skipped = head.loss(frames, lengths, answers)
+    single = [head.loss(frames[i : i + 1, : lengths[i]], lengths[i : i + 1], [answers[i]])[0] for i in range(2)]
+    assert (count, skipped) == (3, 0)
+    assert total.item() == pytest.approx(sum(s.item() for s in single), rel=1e-5)
+
+
+def test_what_cannot_be_aligned_is_counted(head: EmbeddingCTC) -> None:
+    frames, lengths = torch.randn(3, 3, 16, requires_grad=True), torch.tensor([3, 3, 3])
+    total, count, skipped = head.loss(frames, lengths, [[5, 5, 5], [7], [9]])  # repeats need blanks; 7 is unknown
+    assert (count, skipped) == (1, 2) and torch.isfinite(total)
+    nothing, count, skipped = head.loss(frames, lengths, [[7], [7], []])
+    assert (nothing.item(), count, skipped) == (0.0, 0, 3)
+    nothing.backward()
+
+
+def test_training_it_learns_and_leaves_the_rows_alone(head: EmbeddingCTC) -> None:
+    rows = head.rows.clone()
+    frames = torch.nn.Parameter(torch.randn(1, 6, 16))
+    optimizer = torch.optim.Adam([frames, *head.parameters()], lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        head.loss(frames, torch.tensor([6]), [[9, 40]])[0].backward()
+        optimizer.step()
+    assert head.greedy(frames, torch.tensor([6])) == [[9, 40]]
+    assert torch.equal(rows, head.rows) and set(head.state_dict()) == {"token_ids", "blank", "log_temperature"}
+
+
+def test_rows_must_fit_the_ids() -> None:
+    with pytest.raises(ValueError, match="rows"):
+        EmbeddingCTC([1, 1], torch.randn(2, 4))

@@ -1,0 +1,58 @@
+"""Merging configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pam_espnet.config import add_specs, load_yaml, merge, parse_change, resolve, used_encoders, write_config
+from pam_espnet.errors import ConfigError
+from pam_espnet.fileio import write_json
+
+
+def test_mappings_merge_lists_replace_null_removes() -> None:
+    base = {"a": {"b": 1, "c": 2}, "list": [1, 2], "gone": 3}
+    over = {"a": {"c": 5, "d": {"e": None, "f": 1}}, "list": [9], "gone": None}
+    assert merge(base, over) == {"a": {"b": 1, "c": 5, "d": {"f": 1}}, "list": [9]}
+    assert base["a"] == {"b": 1, "c": 2}
+
+
+def test_changes_are_yaml_values() -> None:
+    assert parse_change("a.b=3e-4")["a"]["b"] == "3e-4"  # YAML 1.1 wants 3.0e-4; the parser of the option converts
+    assert parse_change("a.b=[1, 2]") == {"a": {"b": [1, 2]}}
+    assert parse_change("x=null") == {"x": None}
+    for wrong in ("novalue", "=1", "a..b=1"):
+        with pytest.raises(ConfigError, match="key"):
+            parse_change(wrong)
+
+
+def test_resolve_and_write(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("x: {y: 1}\nz: 2\n")
+    (tmp_path / "b.yaml").write_text("x: {y: 3}\n")
+    config = resolve([tmp_path / "a.yaml", tmp_path / "b.yaml"], ["x.w=true"])
+    assert config == {"x": {"y": 3, "w": True}, "z": 2}
+    assert write_config(config, tmp_path / "c.yaml") and not write_config(config, tmp_path / "c.yaml")
+    assert load_yaml(tmp_path / "c.yaml") == config
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        load_yaml(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\nb: 2\n")
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        load_yaml(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="mapping"):
+        load_yaml(tmp_path / "list.yaml")
+
+
+def test_used_encoders_and_specs(tmp_path: Path) -> None:
+    config = {"frontend_conf": {"encoders": {"a": {"type": "x"}, "b": {"type": "y"}}, "fusion": "pam"}}
+    assert used_encoders(config) == ["a", "b"]
+    single = merge(config, {"frontend_conf": {"fusion": "single", "fusion_conf": {"encoder": "b"}}})
+    assert used_encoders(single) == ["b"]
+    write_json(tmp_path / "a" / "spec.json", {"width": 3})
+    assert add_specs(config, tmp_path)["frontend_conf"]["specs"] == {"a": {"width": 3}}
+    with pytest.raises(ConfigError, match="none given"):
+        used_encoders({})

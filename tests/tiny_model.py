@@ -1,0 +1,69 @@
+"""A whole tiny experiment for tests: configuration, formatted data, feature-free training arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from pam_espnet.data.datadir import DataDir
+from pam_espnet.data.format import format_data_dir
+from pam_espnet.data.tasks import TASKS
+
+TEXTS = {"asr": "you have", "count": "2", "caption": "a dog barks"}
+
+
+def tiny_config(llm: Path, fusion: str = "pam", **model_conf: Any) -> dict[str, Any]:
+    """Two tiny encoders, a tiny LLM with LoRA."""
+    encoders = {
+        "one": {"type": "tiny_encoder:TinyEncoder", "path": "", "seed": 1},
+        "two": {"type": "tiny_encoder:TinyEncoder", "path": "", "seed": 2},
+    }
+    conf = {"encoder": "one"} if fusion == "single" else {}
+    return {
+        "llm": str(llm),
+        "llm_conf": {"dtype": "float32", "lora": {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj"]}},
+        "frontend_conf": {"encoders": encoders, "fusion": fusion, "fusion_conf": conf, "frame_rate": 12.5},
+        "model_conf": {"extract_feats_in_collect_stats": False, **model_conf},
+    }
+
+
+def write_data(root: Path, name: str, size: int = 6, seed: int = 0) -> Path:
+    """``<root>/data/<name>`` with ``size`` noisy tones per task, formatted into ``<root>/dump/<name>``."""
+    rng = np.random.default_rng(seed)
+    source = root / "data" / name
+    (source / "wav").mkdir(parents=True)
+    tables: dict[str, dict[str, str]] = {key: {} for key in ("wav", "text", "prompt", "utt2task", "utt2spk")}
+    for task, spec in TASKS.items():
+        for i in range(size):
+            utt = f"{task}-{name}-{i:03d}"
+            samples = int(16000 * (0.6 + 0.1 * i))
+            wave = 0.3 * np.sin(np.arange(samples) * 0.02 * (i + 1)) + 0.02 * rng.standard_normal(samples)
+            path = source / "wav" / f"{utt}.wav"
+            soundfile.write(path, wave.astype(np.float32), 16000, subtype="PCM_16")
+            tables["wav"][utt] = str(path)
+            tables["text"][utt] = TEXTS[task]
+            tables["prompt"][utt] = spec.default_prompt
+            tables["utt2task"][utt] = task
+            tables["utt2spk"][utt] = utt
+    DataDir(path=source, **tables).save()
+    target = root / "dump" / name
+    format_data_dir(source, target)
+    return target
+
+
+def train_args(root: Path, config: Path, output: Path, features: dict[str, Path] | None = None) -> list[str]:
+    """Arguments of pam_train for data written by ``write_data`` as "train" and "dev"."""
+    args = ["--config", str(config), "--output_dir", str(output), "--num_workers", "0"]
+    for mode, name in (("train", "train"), ("valid", "dev")):
+        dump = root / "dump" / name
+        streams = ["text,text,text", "prompt,prompt,text", "utt2task,task,text", "utt2num_samples,num_samples,text_int"]
+        if features is None:
+            streams.append("wav.scp,speech,sound")
+        for stream in streams:
+            args += [f"--{mode}_data_path_and_name_and_type", f"{dump}/{stream}"]
+        for encoder, folder in (features or {}).items():
+            args += [f"--{mode}_data_path_and_name_and_type", f"{folder}/{name}/feats.scp,feats_{encoder},kaldi_ark"]
+    return args
