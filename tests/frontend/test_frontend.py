@@ -209,9 +209,11 @@ def test_fusions_of_everything_skip_nothing(fusion):
 def test_single_runs_and_adapts_one_encoder():
     frontend = make("single", fusion_conf={"encoder": "slow"})
     num_samples, prompt, wave = batch(0.7)
-    frontend(num_samples, prompt, wave)
+    live = frontend(num_samples, prompt, wave)
     assert calls == ["slowest"]
     assert list(frontend.adapters) == ["slow"]
+    cached = frontend(num_samples, prompt, features=make().encode(wave, num_samples))  # those of all encoders
+    assert torch.equal(cached.embeddings, live.embeddings)
 
 
 def test_frozen_encoders_are_in_no_checkpoint_no_optimizer_and_no_train():

@@ -255,3 +255,11 @@ def test_router_loss_teaches_one_expert_per_task():
 def test_bad_configuration_names_what_would_do(kind, options, named):
     with pytest.raises(ConfigError, match=named):
         make(kind, **options)
+
+
+def test_experts_picked_in_any_order_equal_all_of_them_gated():
+    torch.manual_seed(6)
+    experts = make_pam().experts
+    x, expert = streams()[0], torch.tensor([2, 0, 2, 1])
+    gate = torch.nn.functional.one_hot(expert, 3) * torch.rand(4, 3)
+    torch.testing.assert_close(experts(x, gate, expert), experts(x, gate))
