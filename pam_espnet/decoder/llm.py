@@ -106,7 +106,7 @@ class LLMDecoder(nn.Module):
         path_or_id: str,
         lora: Mapping[str, Any] | None = None,
         dtype: str = "auto",
-        attention: str = "sdpa",
+        attention: str = "auto",
         revision: str | None = None,
         local_files_only: bool = False,
         chat_template: str | None = None,
@@ -119,7 +119,8 @@ class LLMDecoder(nn.Module):
             lora: as in the constructor.
             dtype: "float32", "bfloat16", or "auto": bfloat16 where the device (CUDA or CPU) computes it natively,
                 else float32.
-            attention: transformers' attention implementation ("sdpa", "eager", "flash_attention_2").
+            attention: transformers' attention implementation ("sdpa", "eager", "flash_attention_2"), or "auto":
+                "sdpa", but "eager" for bfloat16 on a CPU, where the fused kernel's backward pass is slower.
             revision: commit, branch or tag of an id.
             local_files_only: for an id: use the local Hugging Face cache only.
             chat_template: a Jinja text or file, in place of the tokenizer's own.
@@ -130,12 +131,13 @@ class LLMDecoder(nn.Module):
         """
         from transformers import AutoModelForCausalLM
 
+        chosen = _dtype(dtype)
+        if attention == "auto":
+            attention = "eager" if chosen == torch.bfloat16 and not torch.cuda.is_available() else "sdpa"
         source = _source(path_or_id, revision, local_files_only)
         tokenizer = load_tokenizer(path_or_id, revision, local_files_only)
         try:
-            lm = AutoModelForCausalLM.from_pretrained(
-                path_or_id, dtype=_dtype(dtype), attn_implementation=attention, **source
-            )
+            lm = AutoModelForCausalLM.from_pretrained(path_or_id, dtype=chosen, attn_implementation=attention, **source)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"cannot load the LLM {path_or_id!r}: {error}") from error
         if chat_template is not None:

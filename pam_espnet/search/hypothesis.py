@@ -1,0 +1,108 @@
+"""One answer, and the hypotheses of one utterance: which go on, which are finished, when to stop.
+
+The rules are those of transformers' beam search (``GenerationMixin._beam_search``), for one utterance, so that
+nothing here can depend on its neighbours. Pure Python: no tensors, no LLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from pam_espnet.search.options import BeamOptions
+
+IMPOSSIBLE = -1e9  # a candidate at or below this log-probability stands for "none"
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A (partial) answer."""
+
+    tokens: list[int] = field(default_factory=list)  # with the end token, if there is one
+    score: float = 0.0  # running: sum of log-probabilities; finished: divided by length ** length_penalty
+    log_probs: list[float] = field(default_factory=list)  # of each token
+    ended: bool = False  # an end token was found; False: running, or cut at the length cap
+
+    @property
+    def answer(self) -> list[int]:
+        """The tokens without the end token."""
+        return self.tokens[:-1] if self.ended else self.tokens
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A running hypothesis continued by one token."""
+
+    total: float  # sum of log-probabilities of the continued hypothesis
+    parent: int  # place of the hypothesis among the running ones
+    token: int
+    log_prob: float  # of the token alone
+
+
+class UtteranceBeam:
+    """The beam of one utterance.
+
+    Args:
+        options: of the search.
+        eos_ids: tokens that end an answer.
+        max_new_tokens: this utterance's own length cap.
+    """
+
+    def __init__(self, options: BeamOptions, eos_ids: Collection[int], max_new_tokens: int) -> None:
+        self.options = options
+        self.eos_ids = frozenset(eos_ids)
+        self.max_new_tokens = max_new_tokens
+        self.running: list[Hypothesis] = [Hypothesis()]
+        self.finished: list[Hypothesis] = []  # best first, at most beam_size
+        self.done = False
+
+    @property
+    def length(self) -> int:
+        """Tokens in each running hypothesis."""
+        return len(self.running[0].tokens)
+
+    def advance(self, candidates: Sequence[Candidate]) -> list[int]:
+        """Take one step.
+
+        Args:
+            candidates: the best (1 + number of end tokens) * beam_size continuations, best first.
+
+        Returns:
+            the parents of the new running hypotheses; their last tokens are what the LLM reads next.
+        """
+        size, length = self.options.beam_size, self.length + 1
+        parents: list[int] = []
+        running: list[Hypothesis] = []
+        for rank, one in enumerate(candidates):
+            ended, capped = one.token in self.eos_ids, length == self.max_new_tokens
+            if one.total <= IMPOSSIBLE or (len(running) == size and rank >= size):
+                break
+            if not (ended or capped):
+                if len(running) < size:
+                    parents.append(one.parent)
+                    running.append(self._extend(one, one.total, ended=False))
+            elif rank < size:  # a lower end is only a reserve, so that beam_size hypotheses can go on
+                score = one.total / length**self.options.length_penalty
+                self.finished.append(self._extend(one, score, ended))
+        self.finished.sort(key=lambda hypothesis: -hypothesis.score)  # stable: the older one wins a tie
+        del self.finished[size:]
+        self.running = running
+        self.done = not running or (len(self.finished) == size and self._cannot_improve(running[0].score, length))
+        return parents
+
+    def nbest(self) -> list[Hypothesis]:
+        """The best finished hypotheses, best first."""
+        return self.finished[: self.options.nbest]
+
+    def _extend(self, one: Candidate, score: float, ended: bool) -> Hypothesis:
+        parent = self.running[one.parent]
+        return Hypothesis([*parent.tokens, one.token], score, [*parent.log_probs, one.log_prob], ended)
+
+    def _cannot_improve(self, best_running: float, length: int) -> bool:
+        """Whether no running hypothesis is expected to beat the worst of the full pool of finished ones."""
+        options = self.options
+        if options.early_stopping is True or options.beam_size == 1:
+            return True
+        if options.early_stopping == "never" and options.length_penalty > 0:
+            length = self.max_new_tokens  # a longer answer divides a negative score by more: the best that can come
+        return best_running / length**options.length_penalty <= self.finished[-1].score
