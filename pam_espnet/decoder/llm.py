@@ -90,7 +90,7 @@ class LLMDecoder(nn.Module):
         if lora is not None:
             add_lora(lm, lora)
         if gradient_checkpointing:
-            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            lm.activation_checkpointing_enable({"use_reentrant": False})
         self.width: int = lm.get_input_embeddings().weight.size(1)
         self.num_layers: int = lm.config.num_hidden_layers
         self.vocab_size: int = lm.get_input_embeddings().weight.size(0)

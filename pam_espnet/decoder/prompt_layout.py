@@ -54,7 +54,9 @@ def layout(tokenizer: Any, prompt: str, system: str | None = "") -> PromptLayout
     Raises:
         ConfigError: no chat template, or one that drops, changes or repeats the user's text.
     """
-    turns = [{"role": "user", "content": f"{AUDIO_MARK}\n{prompt}"}]
+    prompt = prompt.strip()  # many templates strip the user's text; do it for all of them
+    shown = f"\n{prompt}" if prompt else ""
+    turns = [{"role": "user", "content": AUDIO_MARK + shown}]
     text = _render(tokenizer, turns, system, add_generation_prompt=True)
     if text.count(AUDIO_MARK) != 1:
         raise ConfigError(
@@ -62,7 +64,6 @@ def layout(tokenizer: Any, prompt: str, system: str | None = "") -> PromptLayout
             f"was found {text.count(AUDIO_MARK)} times for the prompt {prompt!r}; give another `chat_template`"
         )
     head, tail = text.split(AUDIO_MARK)
-    shown = "\n" + prompt.strip() if prompt.strip() else ""  # many templates strip the user's text
     start = tail.find(shown)
     if start < 0:
         raise ConfigError(f"the chat template changes the prompt {prompt!r}; give another `chat_template`")

@@ -1,0 +1,233 @@
+"""Beam search against transformers' ``generate``, and the promise that neighbours do not matter."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.errors import ConfigError
+from pam_espnet.search.beam import beam_search
+from pam_espnet.search.hypothesis import Hypothesis
+from pam_espnet.search.options import BeamOptions
+
+LENGTHS = [1, 9, 4, 12, 3, 7]
+# Frequent tokens of the random model, so that hypotheses end early, late and never.
+EOS = (74, 7, 40)
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_llm_dir: Path) -> LLMDecoder:
+    return LLMDecoder.from_pretrained(str(tiny_llm_dir), dtype="float32").eval()
+
+
+@pytest.fixture(scope="module")
+def prefix() -> Tensor:
+    return 0.5 * torch.randn(len(LENGTHS), max(LENGTHS), 32, generator=torch.Generator().manual_seed(3))
+
+
+def search(decoder: LLMDecoder, prefix: Tensor, rows: list[int], options: BeamOptions, **more: Any) -> Any:
+    """The n-best of ``rows``; what lies behind an utterance's own length is poisoned."""
+    lengths = torch.tensor([LENGTHS[row] for row in rows])
+    batch = prefix[rows, : int(lengths.max())].clone()
+    for b, length in enumerate(lengths.tolist()):
+        batch[b, length:] = 1e4
+    return beam_search(decoder, batch, lengths, options, **more)
+
+
+def generate(decoder: LLMDecoder, embeds: Tensor, options: BeamOptions) -> list[tuple[list[int], float]]:
+    """The same search of one utterance (P,D) by transformers, without padding."""
+    eos = list(options.eos_ids or decoder.eos_ids)
+    output = decoder.lm.generate(
+        inputs_embeds=embeds[None],
+        attention_mask=torch.ones(1, len(embeds), dtype=torch.long),
+        do_sample=False,
+        num_beams=options.beam_size,
+        num_return_sequences=options.nbest,
+        max_new_tokens=options.max_new_tokens,
+        min_new_tokens=options.min_new_tokens,
+        length_penalty=options.length_penalty,
+        early_stopping=options.early_stopping,
+        eos_token_id=eos,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+    )
+    results = []
+    for i, sequence in enumerate(output.sequences.tolist()):
+        end = next((at + 1 for at, token in enumerate(sequence) if token in eos), len(sequence))
+        if options.beam_size == 1:
+            scores = [step[0].log_softmax(-1)[token].item() for step, token in zip(output.logits, sequence)]  # noqa: B905
+            score = sum(scores[:end]) / end**options.length_penalty
+        else:
+            score = output.sequences_scores[i].item()
+        results.append((sequence[:end], score))
+    return results
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("beam_size", [1, 2, 4, 8])
+def test_equals_generate(decoder: LLMDecoder, prefix: Tensor, beam_size: int, early_stopping: bool | str) -> None:
+    ended = 0
+    for length_penalty, eos, least in ((1.0, EOS, 0), (0.0, EOS[:1], 0), (2.0, EOS[1:2], 3), (-0.5, EOS[:2], 2)):
+        options = BeamOptions(
+            beam_size=beam_size,
+            nbest=beam_size,
+            max_new_tokens=11,
+            min_new_tokens=least,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            eos_ids=eos,
+        )
+        found = search(decoder, prefix, list(range(len(LENGTHS))), options)
+        for row, nbest in enumerate(found):
+            expected = generate(decoder, prefix[row, : LENGTHS[row]], options)
+            assert [one.tokens for one in nbest] == [tokens for tokens, _ in expected]
+            assert [one.score for one in nbest] == pytest.approx([score for _, score in expected], abs=1e-4)
+            ended += sum(one.ended for one in nbest)
+    assert ended > 0
+
+
+def test_hypotheses_explain_their_scores(decoder: LLMDecoder, prefix: Tensor) -> None:
+    options = BeamOptions(beam_size=4, nbest=4, max_new_tokens=9, length_penalty=0.6, eos_ids=EOS)
+    for row, nbest in enumerate(search(decoder, prefix, [0, 1, 2], options)):
+        assert [one.score for one in nbest] == sorted((one.score for one in nbest), reverse=True)
+        for one in nbest:
+            assert one.ended == (one.tokens[-1] in EOS)
+            assert one.answer == (one.tokens[:-1] if one.ended else one.tokens)
+            embeds = torch.cat([prefix[row, : LENGTHS[row]], decoder.embed(torch.tensor(one.tokens))])[None]
+            with torch.no_grad():
+                log_probs = decoder.lm(inputs_embeds=embeds).logits[0, LENGTHS[row] - 1 : -1].log_softmax(-1)
+            own = log_probs.gather(1, torch.tensor(one.tokens)[:, None])[:, 0].tolist()
+            assert one.log_probs == pytest.approx(own, abs=1e-4)
+            assert one.score == pytest.approx(sum(own) / len(own) ** 0.6, abs=1e-4)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, len(LENGTHS) - 1), min_size=1, max_size=8), st.sampled_from([1, 3, 4]))
+def test_neighbours_do_not_matter(decoder: LLMDecoder, prefix: Tensor, rows: list[int], beam_size: int) -> None:
+    """Any utterances, any number of them, in any order, repeated too: the same n-best as alone."""
+    options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=8, eos_ids=EOS)
+    for row, nbest in zip(rows, search(decoder, prefix, rows, options), strict=True):
+        (alone,) = search(decoder, prefix, [row], options)
+        assert [one.tokens for one in nbest] == [one.tokens for one in alone]
+        assert [one.score for one in nbest] == pytest.approx([one.score for one in alone], abs=1e-4)
+
+
+def test_the_prefix_is_run_once_and_finished_utterances_leave(decoder: LLMDecoder, prefix: Tensor) -> None:
+    seen: list[tuple[int, int]] = []  # rows, positions of every forward pass
+
+    def count(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(tuple(kwargs["inputs_embeds"].shape[:2]))
+
+    hook = decoder.transformer.register_forward_pre_hook(count, with_kwargs=True)
+    steps: list[tuple[int, int]] = []
+    try:
+        options = BeamOptions(beam_size=4, max_new_tokens=10, eos_ids=EOS)
+        search(
+            decoder, prefix, list(range(6)), options, max_new_tokens=[1, 2, 10, 3, 10, 99],
+            on_step=lambda active, step: steps.append((active, step)),
+        )  # fmt: skip
+    finally:
+        hook.remove()
+    assert seen[0] == (6, 12)
+    assert [step for _, step in steps] == list(range(1, len(steps) + 1))
+    assert seen[1:] == [(4 * active, 1) for active, _ in steps if active]
+    active = [active for active, _ in steps]
+    assert active == sorted(active, reverse=True) and active[0] == 5 and active[-1] == 0 and len(steps) <= 10
+
+
+def test_length_caps_are_per_utterance(decoder: LLMDecoder, prefix: Tensor) -> None:
+    options = BeamOptions(beam_size=2, nbest=2, max_new_tokens=6, eos_ids=())
+    found = search(decoder, prefix, [0, 1, 2], options, max_new_tokens=torch.tensor([1, 4, 9]))
+    assert [[len(one.tokens) for one in nbest] for nbest in found] == [[1, 1], [4, 4], [6, 6]]
+    assert not any(one.ended for nbest in found for one in nbest)
+    for row, cap in ((0, 1), (1, 4)):
+        own = BeamOptions(beam_size=2, nbest=2, max_new_tokens=cap, eos_ids=())
+        (alone,) = search(decoder, prefix, [row], own)
+        assert [one.tokens for one in alone] == [one.tokens for one in found[row]]
+
+
+def test_temperature_flattens(decoder: LLMDecoder, prefix: Tensor) -> None:
+    scores = [
+        search(decoder, prefix, [1], BeamOptions(beam_size=2, max_new_tokens=4, temperature=temperature))[0][0].score
+        for temperature in (0.5, 1.0, 4.0)
+    ]
+    assert scores == sorted(scores, reverse=True)
+
+
+class TableDecoder:
+    """Next-token probabilities from a table of the last token; the prefix's first value is the first "last token"."""
+
+    eos_ids = (0,)
+
+    def __init__(self, table: list[list[float]]) -> None:
+        self.logits = torch.tensor(table).clamp_min(1e-30).log()
+
+    class State:
+        def select(self, rows: Tensor) -> None:
+            pass
+
+    def prefill(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, Any]:
+        return self.logits[prefix[:, 0, 0].long()], self.State()
+
+    def step(self, tokens: Tensor, state: Any) -> Tensor:
+        return self.logits[tokens]
+
+
+def test_finds_the_best_of_all_sequences() -> None:
+    """With a beam as wide as the space, the search is exhaustive."""
+    table = [[1.0, 0.0, 0.0, 0.0], [0.1, 0.2, 0.4, 0.3], [0.3, 0.5, 0.1, 0.1], [0.2, 0.1, 0.6, 0.1]]
+    options = BeamOptions(beam_size=64, nbest=10, max_new_tokens=3, length_penalty=0.0, early_stopping="never")
+    (nbest,) = beam_search(TableDecoder(table), torch.full((1, 1, 1), 3.0), torch.tensor([1]), options)
+    expected: list[tuple[float, list[int]]] = []
+    for tokens in itertools.chain(*(itertools.product(range(4), repeat=n) for n in (1, 2, 3))):
+        if 0 in tokens[:-1] or (len(tokens) < 3 and tokens[-1] != 0):
+            continue
+        probability, last = 1.0, 3
+        for token in tokens:
+            probability, last = probability * table[last][token], token
+        expected.append((probability, list(tokens)))
+    expected.sort(key=lambda pair: -pair[0])
+    assert sorted(one.tokens for one in nbest) == sorted(tokens for _, tokens in expected[:10])
+    assert [one.score for one in nbest] == pytest.approx([torch.tensor(p).log().item() for p, _ in expected[:10]])
+
+
+def test_impossible_tokens_never_appear() -> None:
+    """A vocabulary smaller than the beam: fewer hypotheses, none of probability zero twice."""
+    decoder = TableDecoder([[1.0, 0.0], [0.5, 0.5]])
+    options = BeamOptions(beam_size=4, nbest=4, max_new_tokens=2, min_new_tokens=1)
+    (nbest,) = beam_search(decoder, torch.ones(1, 1, 1), torch.tensor([1]), options)
+    assert sorted(one.tokens for one in nbest) == [[1, 0], [1, 1]]
+
+
+def test_empty_batch(decoder: LLMDecoder) -> None:
+    assert beam_search(decoder, torch.zeros(0, 3, 32), torch.zeros(0, dtype=torch.long), BeamOptions()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beam_size": 0}, "beam_size"),
+        ({"nbest": 5}, "nbest"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"min_new_tokens": 200}, "min_new_tokens"),
+        ({"early_stopping": "maybe"}, "early_stopping"),
+        ({"temperature": 0.0}, "temperature"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BeamOptions(**options)
+
+
+def test_hypothesis_defaults() -> None:
+    assert Hypothesis().tokens == [] and Hypothesis([5, 2], ended=True).answer == [5]
