@@ -116,11 +116,10 @@ def convert(source: Path, out: Path, licence: str) -> None:
         variables = read_ct2(source)
         config = _config(source, variables)
         tensors = {name: torch.from_numpy(np.array(array)) for name, array in _hugging_face_names(source, variables)}
-        _check_names(source, config, tensors)
-        tokens = _write_tokenizer(source.with_name("tokenizer.json"), folder)
-        generation = _generation(source, config, tokens)
+        generation = _generation(source, config, _write_tokenizer(source.with_name("tokenizer.json"), folder))
         for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
             setattr(config, key, generation[key])
+        _check_names(source, config, tensors)
         config.save_pretrained(folder)
         GenerationConfig(**generation).save_pretrained(folder)
         WhisperFeatureExtractor(feature_size=config.num_mel_bins).save_pretrained(folder)

@@ -169,8 +169,9 @@ def load_pretrained(cls: Any, path: str | Path, **options: Any) -> Any:
 
     Raises:
         ConfigError: no such folder, or transformers cannot find or read the model.
-        CheckpointError: the checkpoint lacks weights of the model.
+        CheckpointError: the checkpoint is truncated or lacks weights of the model.
     """
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     source = model_folder_or_id(path)
@@ -181,6 +182,8 @@ def load_pretrained(cls: Any, path: str | Path, **options: Any) -> Any:
         model, report = cls.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"path: transformers cannot load {source} as {cls.__name__}: {error}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{source}: the weights cannot be read ({error}); fetch or convert them again") from error
     finally:
         logging.set_verbosity(verbosity)
     # Used in training alone, and absent from several published checkpoints.

@@ -106,10 +106,11 @@ class WhisperEncoder(AbsEncoder):
         else:
             windows = (self.output_lengths(lengths + self._pad) * _FRAME).clamp(max=self._longest)
         mel = self._log_mel(wave, windows)
-        outside_mel = padding_mask(windows // _HOP, mel.shape[2])
-        # Zeros beyond the own window are what each convolution's own padding would put there.
-        hidden = functional.gelu(self.model.conv1(mel.masked_fill(outside_mel[:, None], 0.0)))
-        hidden = functional.gelu(self.model.conv2(hidden.masked_fill(outside_mel[:, None], 0.0))).transpose(1, 2)
+        # Zeros beyond the own window are what the first convolution's own padding would put there. The second one, of
+        # kernel 3 and stride 2, reads nothing beyond a window of whole frames.
+        mel = mel.masked_fill(padding_mask(windows // _HOP, mel.shape[2])[:, None], 0.0)
+        hidden = functional.gelu(self.model.conv1(mel))
+        hidden = functional.gelu(self.model.conv2(hidden)).transpose(1, 2)
         hidden = hidden + self.model.embed_positions.weight[: hidden.shape[1]]
         outside = padding_mask(windows // _FRAME, hidden.shape[1])
         mask = None
