@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="experiment configuration (frontend_conf.encoders)")
-    parser.add_argument("--encoder", nargs="*", help="names of encoders (default: all that the fusion uses)")
+    parser.add_argument("--encoder", nargs="*", help="names or numbers (from 1); default: all that the fusion uses")
     parser.add_argument("--data", nargs="+", required=True, help="formatted data directories, dump/raw/<set>")
     parser.add_argument("--out", default="dump/feats", help="root of the cache (default: dump/feats)")
     parser.add_argument("--rebuild", choices=("true", "false"), default="false", help="compute again what is there")
@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_yaml(args.config)
     frontend_conf = config.get("frontend_conf") or {}
     device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in args.encoder or used_encoders(config):
+    names = used_encoders(config)
+    for name in args.encoder or names:
+        if name.isdigit() and 1 <= int(name) <= len(names):
+            name = names[int(name) - 1]
         for data in args.data:
             cache = cache_encoder(
                 name, frontend_conf, data, Path(args.out), rebuild=args.rebuild == "true", device=device

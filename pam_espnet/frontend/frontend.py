@@ -28,6 +28,7 @@ from pam_espnet.frontend.encoders.base import AbsEncoder, padding_mask
 from pam_espnet.frontend.encoders.registry import build_encoder
 from pam_espnet.frontend.fusion.registry import build_fusion
 from pam_espnet.frontend.fusion.routing import Routing, skip_encoders
+from pam_espnet.frontend.masking import MaskOptions, draw_spans, hide
 
 Hidden = tuple[Tensor, Tensor]  # hidden states (B,H,T,D) and frames (B,)
 
@@ -66,6 +67,7 @@ class PaMFrontend(AbsFrontend):
         skip_threshold: at inference an encoder with less weight than this for a prompt is not run for it, and the
             others share its weight; 0 runs all. In training all encoders take part, or one that once fell below
             the threshold could never come back. Fusions that combine all encoders by definition skip none.
+        mask_conf: options of ``masking.MaskOptions``: what of the hidden states is hidden in training.
         specs: name -> EncoderSpec (or its dict). Encoders with a spec are loaded only when a waveform has to be
             encoded; the others are loaded at once.
 
@@ -84,6 +86,7 @@ class PaMFrontend(AbsFrontend):
         frame_rate: float = 12.5,
         sample_rate: int = 16000,
         skip_threshold: float = 0.0,
+        mask_conf: Mapping[str, Any] | None = None,
         specs: Mapping[str, EncoderSpec | Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
@@ -91,6 +94,7 @@ class PaMFrontend(AbsFrontend):
         self.names = tuple(encoders)
         self.width, self.frame_rate, self.sample_rate = width, frame_rate, sample_rate
         self.skip_threshold = skip_threshold
+        self.masks = _masks(mask_conf or {})
         self._encoder_conf = {name: dict(options) for name, options in encoders.items()}
         self._encoders: dict[str, AbsEncoder] = {}  # a plain dict: nn.Module does not look into it
         self.specs: dict[str, EncoderSpec] = {}
@@ -220,11 +224,14 @@ class PaMFrontend(AbsFrontend):
             hidden.update(self.encode(wave, num_samples, missing))
         lengths = self.output_lengths(num_samples)
         num_frames = int(lengths.max())
+        spans = draw_spans(num_samples / self.sample_rate, self.masks) if self.training else lengths
         streams: list[Tensor | None] = []
         for name, weights in zip(self.names, routing.layer_weights, strict=True):
             stream = None
             if name in hidden:
                 mixed = mix_layers(*hidden[name], weights, self.specs[name].layer_widths)
+                if self.training:
+                    mixed = hide(mixed, self.specs[name].frame_rate, spans, self.masks.dropout)
                 stream = self.adapters[name](mixed, num_frames)
             streams.append(stream)
         fused = self.fusion(streams, routing)
@@ -240,6 +247,13 @@ class PaMFrontend(AbsFrontend):
                 f"{spec.num_layers} layers of width {spec.width}: was the cache made with other layers? Rebuild it"
             )
         return states, frames
+
+
+def _masks(conf: Mapping[str, Any]) -> MaskOptions:
+    try:
+        return MaskOptions(**conf)
+    except TypeError as error:
+        raise ConfigError(f"mask_conf: {error}") from error
 
 
 def _check(

@@ -118,13 +118,44 @@ begin() {
 end() {
     [ "${dry_run}" = true ] || echo "== ${stage_name}: done in $((SECONDS - stage_start)) s; next: $1"
 }
+lock() {
+    # One run per experiment. Children inherit the lock: those of a run that was killed are waited for.
+    [ "${dry_run}" = false ] && command -v flock >/dev/null || return 0
+    mkdir -p "${exp}"
+    exec 9>"${exp}/.lock"
+    flock -n 9 || {
+        echo "${exp} is in use by another run, or by processes of one that was killed; waiting for them to end"
+        flock 9
+    }
+}
 wants() { ((stage <= $1 && $1 <= stop_stage)); }
 
-follow() {
-    # Show the progress file $1 while the process $2 runs; its bar goes to the terminal.
-    touch "$1"
-    tail -n 0 -f --pid="$2" "$1" 2>/dev/null || true
+background() {
+    # background FOLLOWED LOGS COMMAND...: run COMMAND; meanwhile show the file FOLLOWED, in which it draws its bar.
+    # Ctrl-C or a kill of this script ends COMMAND and its children (it is started in a process group of its own).
+    local followed=$1 logs=$2 pid status=0
+    shift 2
+    if [ "${dry_run}" = true ]; then
+        run "$@"
+        return
+    fi
+    mkdir -p "$(dirname "${followed}")"
+    : >"${followed}"
+    set -m
+    "$@" &
+    pid=$!
+    set +m
+    # shellcheck disable=SC2064  # the process of now, not of later
+    trap "kill -TERM -- -${pid} 2>/dev/null || true; exit 130" INT TERM HUP
+    tail -n +1 -s 0.5 -f --pid="${pid}" "${followed}" 2>/dev/null &
+    wait "${pid}" || status=$?
+    trap - INT TERM HUP
+    wait
+    ((status == 0)) || fail "${stage_name} failed (status ${status}); logs: ${logs}" \
+        "  -> run the same command again to go on where it stopped"
 }
+
+((stop_stage < 3)) || lock
 
 if wants 1; then
     begin 1 data "local/ (packages and their checksums)" "downloads/, ${data}/"
@@ -145,9 +176,12 @@ if wants 3; then
     begin 3 train "${dump}/raw/, ${configs[*]}" "${dump}/feats/, ${exp}/"
     mkdir_exp=(mkdir -p "${exp}/log")
     run "${mkdir_exp[@]}"
-    module pam_config --config "${configs[@]}" --set "${changes[@]}" \
-        "model_conf.ctc_tokens=$([ "${warm_start}" = true ] && echo "${exp}/ctc_tokens.txt" || echo null)" \
-        --out "${exp}/model.yaml"
+    if [ "${warm_start}" = true ]; then
+        changes+=("model_conf.ctc_tokens=${exp}/ctc_tokens.txt")
+    else
+        changes+=("model_conf.ctc_weight=0")  # there is no head to train on
+    fi
+    module pam_config --config "${configs[@]}" --set "${changes[@]}" --out "${exp}/model.yaml"
     encoders=()
     if [ "${dry_run}" = false ]; then
         [ -d "${dump}/raw/${train_set}" ] || fail "${dump}/raw/${train_set}: missing" "  -> ./run.sh --stage 1 --stop_stage 2"
@@ -174,10 +208,12 @@ if wants 3; then
     done
     specs=()
     if [ "${use_cache}" = true ]; then
-        for encoder in "${encoders[@]}"; do
-            module pam_cache_features --config "${exp}/model.yaml" --encoder "${encoder}" --out "${dump}/feats" \
-                --data "${dump}/raw/${train_set}" "${dump}/raw/${valid_set}" --rebuild "${rebuild_cache}"
-        done
+        # One encoder per process and thread: small models gain little from a second thread.
+        background "${exp}/log/cache.1.log" "${exp}/log/cache.*.log" \
+            "${decode_run[@]}" --max-jobs-run "${nj}" JOB=1:"${#encoders[@]}" "${exp}/log/cache.JOB.log" \
+            "${python}" -m pam_espnet.bin.pam_cache_features --config "${exp}/model.yaml" --encoder JOB --threads 1 \
+            --out "${dump}/feats" --data "${dump}/raw/${train_set}" "${dump}/raw/${valid_set}" \
+            --rebuild "${rebuild_cache}"
         specs=(--specs "${dump}/feats")
     fi
     module pam_config --config "${exp}/model.yaml" "${specs[@]}" --out "${exp}/train.yaml"
@@ -192,23 +228,7 @@ if wants 3; then
         launch=("${python}" -m espnet2.bin.launch --cmd "${train_run[*]}" --log "${exp}/log/train.log" --ngpu "${ngpu}"
             --num_nodes 1 --init_file_prefix "${exp}/.dist_init_" --multiprocessing_distributed true --
             "${python}" -m pam_espnet.bin.pam_train "${train_args[@]}" --resume true)
-        if [ "${dry_run}" = true ]; then
-            run "${launch[@]}"
-        else
-            echo "training; log: ${exp}/log/train.log"
-            "${launch[@]}" >"${exp}/log/launch.log" 2>&1 &
-            pid=$!
-            trap 'kill "${pid}" 2>/dev/null || true' EXIT
-            follow "${exp}/progress.txt" "${pid}"
-            status=0
-            wait "${pid}" || status=$?
-            trap - EXIT
-            if ((status != 0)); then
-                tail -n 30 "${exp}/log/train.log" >&2 || true
-                fail "training failed (status ${status}); the log is ${exp}/log/train.log" \
-                    "  -> run the same command again to go on from the last checkpoint"
-            fi
-        fi
+        background "${exp}/progress.txt" "${exp}/log/train.log" "${launch[@]}"
     fi
     end "./run.sh --stage 4"
 fi
@@ -227,8 +247,9 @@ if wants 4; then
                 module pam_decode "${args[@]}" --shard "1/${nj}" --merge
                 continue
             fi
-            run "${decode_run[@]}" --max-jobs-run "${nj}" JOB=1:"${nj}" "${decode_dir}/${set_name}/log/decode.JOB.log" \
-                "${python}" -m pam_espnet.bin.pam_decode "${args[@]}" --shard "JOB/${nj}" --threads 1
+            log=${decode_dir}/${set_name}/log/decode
+            background "${log}.1.log" "${log}.*.log" \
+                "${decode_run[@]}" --max-jobs-run "${nj}" JOB=1:"${nj}" "${log}.JOB.log" "${python}" -m pam_espnet.bin.pam_decode "${args[@]}" --shard "JOB/${nj}" --threads 1
             module pam_decode "${args[@]}" --shard "1/${nj}" --merge
         done
     done

@@ -11,5 +11,7 @@ else
 fi
 export python
 export PATH="${PAM_ROOT}/utils:${PATH}"
+# A bar redrawn ten times a second is for terminals; logs get a line now and then.
+[ -t 2 ] || export TQDM_MININTERVAL=${TQDM_MININTERVAL:-20}
 export PYTHONUNBUFFERED=1
 export LC_ALL=C.UTF-8

@@ -79,8 +79,9 @@ class PyanNet(nn.Module):
         self.lstms = nn.ModuleList(nn.LSTM(size, lstm_width, batch_first=True, bidirectional=True) for size in sizes)
         self.linears = nn.ModuleList([nn.Linear(2 * lstm_width, linear_width), nn.Linear(linear_width, linear_width)])
         self.classifier = nn.Linear(linear_width, num_classes)
-        self.num_states = 1 + num_lstm_layers + len(self.linears) + 1
-        self.width = max(channels, 2 * lstm_width, linear_width, num_classes)
+        self.widths = (channels, *[2 * lstm_width] * num_lstm_layers, linear_width, linear_width, num_classes)
+        self.num_states = len(self.widths)
+        self.width = max(self.widths)
 
     def frame_lengths(self, num_samples: Tensor) -> Tensor:
         """Native frames of clips of ``num_samples``, which are at least ``RECEPTIVE_FIELD``."""
@@ -141,6 +142,7 @@ class PyannoteEncoder(AbsEncoder):
         load_weights(self.net, tensors, path)
         rate = SAMPLE_RATE / CELL
         self.finish(layers=layers, available=self.net.num_states, width=self.net.width, frame_rate=rate)
+        self.layer_widths = tuple(self.net.widths[index] for index in self.layers)
 
     def output_lengths(self, num_samples: Tensor) -> Tensor:
         """One frame for each begun 640 samples."""

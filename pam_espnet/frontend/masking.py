@@ -1,0 +1,63 @@
+"""Masks on encoder frames in training: short spans of time and single values are hidden.
+
+With a quarter of an hour of speech the adapters learn the training transcripts by heart within seconds; hiding part
+of the input is what keeps them listening. Time masks follow SpecAugment (Park et al., Interspeech 2019), applied to
+hidden states because the encoders are frozen and run once.
+
+Dimension letters: B utterances, T encoder frames, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pam_espnet.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """What is hidden in training; the defaults hide nothing.
+
+    Attributes:
+        span: longest time mask, seconds; each is drawn uniformly from 0 to it.
+        every: one time mask per so many seconds of audio (rounded up).
+        dropout: probability of hiding a single value.
+    """
+
+    span: float = 0.0
+    every: float = 2.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.span < 0 or self.every <= 0 or not 0 <= self.dropout < 1:
+            raise ConfigError(f"mask_conf: needs span >= 0, every > 0, 0 <= dropout < 1; got {self}")
+
+
+def draw_spans(seconds: Tensor, options: MaskOptions) -> Tensor:
+    """Time masks (B, masks, 2) as start and end in seconds; the same for all encoders, or one would tell the other.
+
+    Args:
+        seconds: duration of each utterance (B,).
+        options: see ``MaskOptions``.
+
+    Utterances with fewer masks than others get empty ones. A mask covers at most a third of an utterance.
+    """
+    most = max(1, math.ceil(float(seconds.max()) / options.every))
+    count = torch.ceil(seconds / options.every)[:, None]
+    longest = torch.clamp(seconds / 3, max=options.span)[:, None]
+    width = torch.rand(len(seconds), most, device=seconds.device) * longest
+    width = width * (torch.arange(most, device=seconds.device) < count)
+    start = torch.rand_like(width) * (seconds[:, None] - width)
+    return torch.stack([start, start + width], dim=-1)
+
+
+def hide(hidden: Tensor, frame_rate: float, spans: Tensor, dropout: float) -> Tensor:
+    """``hidden`` (B,T,D) with the spans (B, masks, 2; seconds) set to zero, which is every layer's mean, and dropout."""
+    time = (torch.arange(hidden.shape[1], device=hidden.device) + 0.5) / frame_rate
+    inside = (time >= spans[..., :1]) & (time < spans[..., 1:])
+    return F.dropout(hidden.masked_fill(inside.any(dim=1)[..., None], 0.0), dropout)
