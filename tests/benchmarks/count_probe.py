@@ -147,6 +147,7 @@ def main() -> int:
                 for layer, result in zip(encoder.layers, results, strict=True)
             },
         }
+        write_json(args.output, report)  # an unfinished run keeps what it has measured
     first, *others = chosen
     for other in others:
         value, low, high = bootstrap_difference(mean_of(chosen[first], 100.0), mean_of(chosen[other], 100.0))
