@@ -73,6 +73,7 @@ class ESPnetPaMModel(AbsESPnetModel):
         num_samples: Tensor,
         wave: Tensor | None = None,
         features: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        only: str | None = None,
     ) -> AudioEmbeddings:
         """Route by the prompts, then encode, adapt and mix: (B, U, D) embeddings of the LLM's width.
 
@@ -81,8 +82,9 @@ class ESPnetPaMModel(AbsESPnetModel):
             num_samples: (B,) samples of each utterance.
             wave: (B, N) in [-1, 1]; may be None when ``features`` holds what the routing needs.
             features: cached hidden states per encoder, ((B, T, H*D), (B,)).
+            only: the one encoder to listen to (the warm start); None follows the routing.
         """
-        return self.frontend(num_samples, self.prompt_vectors(prompts), wave=wave, features=features)
+        return self.frontend(num_samples, self.prompt_vectors(prompts), wave=wave, features=features, only=only)
 
     def place(self, prompts: Sequence[str], audio: AudioEmbeddings, answers: Sequence[Tensor] | None) -> Placed:
         """Lay out ``[prompt head | audio | prompt tail | answer]`` (see ``decoder.prompt_layout``)."""

@@ -76,8 +76,6 @@ class FrameStackingAdapter(nn.Module):
         frame_rate: Hz of the result.
         hidden_width: of the MLP; None for ``width_out``.
         output_norm: layer normalisation of the result, so that no encoder drowns the others by its scale.
-        initial_rms: root mean square of the result before training, a learnable gain. LLMs' token embeddings are
-            small (0.1 is typical); audio that is ten times louder than text is not listened to but endured.
         name: of the encoder, for messages.
 
     Raises:
@@ -96,18 +94,16 @@ class FrameStackingAdapter(nn.Module):
         frame_rate: float,
         hidden_width: int | None = None,
         output_norm: bool = True,
-        initial_rms: float = 0.1,
         name: str = "encoder",
     ) -> None:
         super().__init__()
         self.stack, self.repeat = stacking(encoder_rate, frame_rate, name)
         hidden = width_out if hidden_width is None else hidden_width
-        if hidden < 1 or initial_rms <= 0:
-            raise ConfigError("adapter_conf: hidden_width must be at least 1 and initial_rms above 0")
+        if hidden < 1:
+            raise ConfigError("adapter_conf: hidden_width must be at least 1")
         first, second = nn.Linear(self.stack * width_in, hidden), nn.Linear(hidden, width_out)
         self.mlp = nn.Sequential(first, nn.GELU(), second)
         self.norm = nn.LayerNorm(width_out, eps=self.norm_eps) if output_norm else nn.Identity()
-        self.gain = nn.Parameter(torch.tensor(float(initial_rms)))
         # Unit-variance input gives unit-variance output; GELU of a standard normal has a mean square of 0.425.
         nn.init.normal_(first.weight, std=first.in_features**-0.5)
         nn.init.normal_(second.weight, std=(0.425 * second.in_features) ** -0.5)
@@ -125,4 +121,4 @@ class FrameStackingAdapter(nn.Module):
             hidden = hidden.repeat_interleave(self.repeat, dim=1)
         missing = num_frames * self.stack - hidden.shape[1]
         hidden = nn.functional.pad(hidden, (0, 0, 0, missing))  # a negative number cuts
-        return self.gain * self.norm(self.mlp(hidden.reshape(len(hidden), num_frames, -1)))
+        return self.norm(self.mlp(hidden.reshape(len(hidden), num_frames, -1)))

@@ -27,7 +27,7 @@ from pam_espnet.frontend.encoder_spec import EncoderSpec
 from pam_espnet.frontend.encoders.base import AbsEncoder, padding_mask
 from pam_espnet.frontend.encoders.registry import build_encoder
 from pam_espnet.frontend.fusion.registry import build_fusion
-from pam_espnet.frontend.fusion.routing import Routing, skip_encoders
+from pam_espnet.frontend.fusion.routing import Routing, keep_encoder, skip_encoders
 from pam_espnet.frontend.masking import MaskOptions, draw_spans, hide
 
 Hidden = tuple[Tensor, Tensor]  # hidden states (B,H,T,D) and frames (B,)
@@ -68,6 +68,10 @@ class PaMFrontend(AbsFrontend):
             others share its weight; 0 runs all. In training all encoders take part, or one that once fell below
             the threshold could never come back. Fusions that combine all encoders by definition skip none.
         mask_conf: options of ``masking.MaskOptions``: what of the hidden states is hidden in training.
+        initial_rms: root mean square of the audio embeddings before training, a learnable gain behind the fusion.
+            LLMs' token embeddings are small (0.1 is typical); audio that is ten times louder than text is not
+            listened to but endured. Adapters and fusion work at unit scale, or the fusion's networks, which step as
+            far as any others, would drown streams of a tenth.
         specs: name -> EncoderSpec (or its dict). Encoders with a spec are loaded only when a waveform has to be
             encoded; the others are loaded at once.
 
@@ -87,10 +91,11 @@ class PaMFrontend(AbsFrontend):
         sample_rate: int = 16000,
         skip_threshold: float = 0.0,
         mask_conf: Mapping[str, Any] | None = None,
+        initial_rms: float = 0.1,
         specs: Mapping[str, EncoderSpec | Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        _check(encoders, adapter_conf or {}, frame_rate, skip_threshold, specs or {})
+        _check(encoders, adapter_conf or {}, frame_rate, skip_threshold, initial_rms, specs or {})
         self.names = tuple(encoders)
         self.width, self.frame_rate, self.sample_rate = width, frame_rate, sample_rate
         self.skip_threshold = skip_threshold
@@ -119,6 +124,7 @@ class PaMFrontend(AbsFrontend):
                 spec.width, width, spec.frame_rate, frame_rate, **(adapter_conf or {}), name=name
             )
         self.adapters = nn.ModuleDict(adapters)
+        self.gain = nn.Parameter(torch.tensor(float(initial_rms)))
 
     # Encoders
 
@@ -198,6 +204,7 @@ class PaMFrontend(AbsFrontend):
         prompt_vector: Tensor,
         wave: Tensor | None = None,
         features: Mapping[str, Hidden] | None = None,
+        only: str | None = None,
     ) -> AudioEmbeddings:
         """Audio embeddings for a batch.
 
@@ -207,11 +214,15 @@ class PaMFrontend(AbsFrontend):
             wave: (B,N) in [-1, 1]; needed for the encoders that ``features`` does not cover.
             features: name -> (hidden states (B,T,H*D) layer by layer as the cache stores them, or (B,H,T,D);
                 frames (B,)).
+            only: give all weight to this encoder (if the fusion uses it) and leave the others out; the warm start's
+                way of letting each encoder learn by itself.
 
         Raises:
             ConfigError: an encoder has weight but neither features nor a waveform, or features of another shape.
         """
         routing = self.route(prompt_vector)
+        if only in self.fusion.used:
+            routing = keep_encoder(routing, self.names.index(only))
         needed = self.needed_encoders(routing)
         hidden = {name: self._unflatten(name, *pair) for name, pair in (features or {}).items() if name in needed}
         missing = [name for name in needed if name not in hidden]
@@ -234,7 +245,7 @@ class PaMFrontend(AbsFrontend):
                     mixed = hide(mixed, self.specs[name].frame_rate, spans, self.masks.dropout)
                 stream = self.adapters[name](mixed, num_frames)
             streams.append(stream)
-        fused = self.fusion(streams, routing)
+        fused = self.gain * self.fusion(streams, routing)
         return AudioEmbeddings(fused.masked_fill(padding_mask(lengths, num_frames)[..., None], 0.0), lengths, routing)
 
     def _unflatten(self, name: str, states: Tensor, frames: Tensor) -> Hidden:
@@ -261,6 +272,7 @@ def _check(
     adapter_conf: Mapping[str, Any],
     frame_rate: float,
     skip_threshold: float,
+    initial_rms: float,
     specs: Mapping[str, Any],
 ) -> None:
     if not encoders:
@@ -279,5 +291,5 @@ def _check(
     unknown = sorted(set(adapter_conf) - set(allowed))
     if unknown:
         raise ConfigError(f"adapter_conf: no option {', '.join(unknown)}; it takes {', '.join(allowed)}")
-    if frame_rate <= 0 or not 0 <= skip_threshold < 1:
-        raise ConfigError("frame_rate must be above 0 Hz, skip_threshold at least 0 and below 1")
+    if frame_rate <= 0 or initial_rms <= 0 or not 0 <= skip_threshold < 1:
+        raise ConfigError("frame_rate (Hz) and initial_rms must be above 0, skip_threshold at least 0 and below 1")

@@ -57,7 +57,7 @@ def draw_spans(seconds: Tensor, options: MaskOptions) -> Tensor:
 
 
 def hide(hidden: Tensor, frame_rate: float, spans: Tensor, dropout: float) -> Tensor:
-    """``hidden`` (B,T,D) with the spans (B, masks, 2; seconds) set to zero, which is every layer's mean, and dropout."""
+    """``hidden`` (B,T,D) with the spans (B, masks, 2; seconds) set to zero, every layer's mean, and dropout."""
     time = (torch.arange(hidden.shape[1], device=hidden.device) + 0.5) / frame_rate
     inside = (time >= spans[..., :1]) & (time < spans[..., 1:])
     return F.dropout(hidden.masked_fill(inside.any(dim=1)[..., None], 0.0), dropout)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -111,21 +111,10 @@ class PaMTask(AbsTask):
         optim_class = optim_classes.get(args.optim)
         if optim_class is None:
             raise ConfigError(f"optim: unknown optimizer {args.optim!r}; one of {sorted(optim_classes)}")
-        scales: dict[str, float] = dict(args.lr_scale_conf or {})
-        groups: dict[float, list[torch.nn.Parameter]] = {}
-        matched = set()
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                prefix = max((p for p in scales if name.startswith(p)), key=len, default=None)
-                matched.add(prefix)
-                groups.setdefault(scales[prefix] if prefix is not None else 1.0, []).append(parameter)
-        if unmatched := sorted(set(scales) - matched):
-            raise ConfigError(f"lr_scale_conf: no trainable parameter begins with {', '.join(map(repr, unmatched))}")
         conf = dict(args.optim_conf)
         if "lr" not in conf:
             raise ConfigError("optim_conf.lr is missing")
-        lr = float(conf["lr"])
-        return [optim_class([{"params": ps, "lr": lr * s} for s, ps in sorted(groups.items())], **conf)]
+        return [optim_class(parameter_groups(model, args.lr_scale_conf or {}, float(conf["lr"])), **conf)]
 
     @classmethod
     def build_task_iter_factory(
@@ -163,6 +152,30 @@ class PaMTask(AbsTask):
             rank=rank,
             world_size=world_size,
         )
+
+
+def parameter_groups(model: torch.nn.Module, scales: Mapping[str, float], lr: float) -> list[dict[str, Any]]:
+    """Trainable parameters in groups of one learning rate each.
+
+    Args:
+        model: its ``requires_grad`` parameters are taken.
+        scales: parameter-name prefix -> factor; the longest matching prefix counts, others have factor 1.
+        lr: what the factors multiply; also kept in each group as ``scale``.
+
+    Raises:
+        ConfigError: a prefix that no trainable parameter begins with.
+    """
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    matched = set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found = [prefix for prefix in scales if name.startswith(prefix)]
+            matched.update(found)
+            scale = float(scales[max(found, key=len)]) if found else 1.0
+            groups.setdefault(scale, []).append(parameter)
+    if unmatched := sorted(set(scales) - matched):
+        raise ConfigError(f"lr_scale_conf: no trainable parameter begins with {', '.join(map(repr, unmatched))}")
+    return [{"params": params, "lr": lr * scale, "scale": scale} for scale, params in sorted(groups.items())]
 
 
 def _load_part(model: ESPnetPaMModel, path: str) -> None:

@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import math
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from pam_espnet.checkpoint import read_trained, save_trained
 from pam_espnet.errors import ConfigError
 from pam_espnet.espnet_model import IGNORE, ESPnetPaMModel, cached_features, decode_prompts
 from pam_espnet.fileio import atomic_path, write_text
+from pam_espnet.frontend.fusion.routing import router_loss
 
 OUTPUT = "warm_start.safetensors"
 STATE = "warm_start.pth"
@@ -38,6 +40,8 @@ class WarmStartOptions:
 
     Attributes:
         steps: optimizer steps.
+        single_steps: in so many first steps each batch is heard through one encoder, drawn at random. Mixed from the
+            start, untrained encoders drown the one that knows words, and the loss stays on its plateau.
         lr: peak learning rate of AdamW (linear warm-up over a tenth of the steps, cosine to zero).
         max_utterances, max_seconds: limits of a batch (``data.batching``).
         save_every: steps between checkpoints that a killed run resumes from.
@@ -45,6 +49,7 @@ class WarmStartOptions:
     """
 
     steps: int = 400
+    single_steps: int = 0
     lr: float = 2e-3
     max_utterances: int = 16
     max_seconds: float = 120.0
@@ -61,11 +66,17 @@ def write_token_ids(texts: Sequence[str], tokenizer: Any, path: str | Path) -> i
     return len(ids)
 
 
-def ctc_batch(model: ESPnetPaMModel, batch: Mapping[str, Any]) -> tuple[Tensor, int, int, Tensor, Tensor]:
+def ctc_batch(
+    model: ESPnetPaMModel, batch: Mapping[str, Any], only: str | None = None
+) -> tuple[Tensor, int, int, Tensor, Tensor]:
     """CTC loss of a batch: summed loss, target tokens, utterances left out, embeddings (B, U, D), lengths (B,)."""
     assert model.ctc is not None
     audio = model.audio_embeddings(
-        decode_prompts(batch["prompt"]), batch["num_samples"][:, 0], batch.get("speech"), cached_features(batch)
+        decode_prompts(batch["prompt"]),
+        batch["num_samples"][:, 0],
+        batch.get("speech"),
+        cached_features(batch),
+        only=only,
     )
     answers = [row[row != IGNORE][:-1].tolist() for row in batch["text"]]
     total, count, skipped = model.ctc.loss(audio.embeddings, audio.lengths, answers)
@@ -88,6 +99,29 @@ def token_errors(model: ESPnetPaMModel, batches: Iterator[tuple[list[str], dict[
     return errors, tokens
 
 
+def fit_router(model: ESPnetPaMModel, pairs: Sequence[tuple[str, int]], steps: int = 200, lr: float = 1e-3) -> float:
+    """Fit the router to tasks, from the prompts alone; returns its loss at the end.
+
+    Comes before the CTC steps, so that the expert they fit is the one that ASR prompts will be routed to.
+
+    Args:
+        model: with ``router_loss_weight`` above zero; other models have no supervised router.
+        pairs: distinct (prompt, task index).
+        steps, lr: of Adam.
+    """
+    vectors = model.prompt_vectors([prompt for prompt, _ in pairs])
+    task = torch.tensor([index for _, index in pairs], device=vectors.device)
+    if model.frontend.route(vectors).expert_logits is None:
+        return 0.0
+    optimizer = torch.optim.Adam(model.frontend.fusion.parameters(), lr=lr)
+    for _ in range(steps):
+        loss = router_loss(model.frontend.route(vectors), task)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
 def rate(step: int, options: WarmStartOptions) -> float:
     """Learning-rate factor at ``step`` (from 0)."""
     warm = max(1, options.steps // 10)
@@ -103,6 +137,8 @@ def fit(
     options: WarmStartOptions,
     output_dir: Path,
     device: str = "cpu",
+    lr_scales: Mapping[str, float] | None = None,
+    router_pairs: Sequence[tuple[str, int]] = (),
 ) -> Path:
     """Fit frontend and CTC head; resumes from ``warm_start.pth``; returns the path of ``warm_start.safetensors``.
 
@@ -111,11 +147,16 @@ def fit(
         train, valid: ``PaMIterFactory`` over ASR utterances.
         options: see ``WarmStartOptions``.
         output_dir: the experiment directory.
+        device: a torch device.
+        lr_scales: parameter-name prefix -> factor on the learning rate.
+        router_pairs: (prompt, task index) to fit the router to first, where it is supervised.
 
     Raises:
         ConfigError: no utterance can be aligned.
     """
     from tqdm import tqdm
+
+    from pam_espnet.tasks.pam import parameter_groups
 
     output_dir.mkdir(parents=True, exist_ok=True)
     done = output_dir / OUTPUT
@@ -125,23 +166,31 @@ def fit(
         return done
     model.to(device)
     model.train()
-    parameters = [p for n, p in model.trainable_parameters().items() if not n.startswith("decoder.")]
-    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.01)
+    model.decoder.requires_grad_(False)
+    groups = parameter_groups(model, lr_scales or {}, options.lr)
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.01)
     step, epoch, lines = _resume(output_dir / STATE, model, optimizer)
     started = time.monotonic()
+    if step == 0 and router_pairs and model.router_loss_weight > 0:
+        logging.info(f"router fitted to {len(router_pairs)} prompts: loss {fit_router(model, router_pairs):.4f}")
+    draw = random.Random()
     with tqdm(total=options.steps, initial=step, desc="CTC warm start", unit="step", mininterval=2.0) as bar:
         while step < options.steps:
             epoch += 1
             before, unaligned = step, 0
+            draw.seed(epoch)
             torch.manual_seed(epoch)
             for _, batch in train.build_iter(epoch):
                 batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                total, count, skipped, *_ = ctc_batch(model, batch)
+                total, count, skipped, *_ = ctc_batch(
+                    model, batch, draw.choice(model.frontend.fusion.used) if step < options.single_steps else None
+                )
                 unaligned += skipped
                 if count == 0:
                     continue
                 for group in optimizer.param_groups:
-                    group["lr"] = options.lr * rate(step, options)
+                    group["lr"] = options.lr * group["scale"] * rate(step, options)
                 optimizer.zero_grad()
                 (total / count).backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 5.0)
@@ -215,6 +264,9 @@ def run(args: argparse.Namespace) -> Path:
 
     from pam_espnet.build import build_model
     from pam_espnet.data.batching import BatchingOptions
+    from pam_espnet.data.tables import read_table
+    from pam_espnet.data.tasks import TASKS
+    from pam_espnet.decoder.llm import load_tokenizer
     from pam_espnet.tasks.pam import PaMTask
 
     try:
@@ -228,8 +280,13 @@ def run(args: argparse.Namespace) -> Path:
         return output_dir / OUTPUT
     set_all_random_seed(args.seed)
     factories = {}
+    pairs: list[tuple[str, int]] = []
     for mode in ("train", "valid"):
         factory = PaMTask.build_iter_factory(args, DistributedOption(), mode)
+        if mode == "train":
+            paths = {name: path for path, name, _ in args.train_data_path_and_name_and_type}
+            prompts, order = read_table(paths["prompt"]), list(TASKS)
+            pairs = sorted({(prompts[utt], order.index(task)) for utt, task in factory.tasks.items()})
         asr = {utt for utt, task in factory.tasks.items() if task == "asr"}
         if not asr:
             raise ConfigError(f"warm start: the {mode} set has no utterance of the task 'asr'; set warm_start: false")
@@ -240,15 +297,18 @@ def run(args: argparse.Namespace) -> Path:
         factories[mode] = factory
     tokens = Path(args.model_conf["ctc_tokens"])
     if not tokens.exists():
-        from pam_espnet.data.tables import read_table
-        from pam_espnet.decoder.llm import load_tokenizer
-
-        paths = {name: path for path, name, _ in args.train_data_path_and_name_and_type}
         texts = read_table(paths["text"])
         chosen = [texts[utt] for utt in factories["train"].tasks]
         count = write_token_ids(chosen, load_tokenizer(args.llm), tokens)
         logging.info(f"{tokens}: {count} token types in {len(chosen)} training transcripts")
     model = build_model(vars(args))
     return fit(
-        model, factories["train"], factories["valid"], options, output_dir, "cuda" if args.ngpu > 0 else "cpu"
+        model,
+        factories["train"],
+        factories["valid"],
+        options,
+        output_dir,
+        device="cuda" if args.ngpu > 0 else "cpu",
+        lr_scales={k: v for k, v in (args.lr_scale_conf or {}).items() if not k.startswith("decoder")},
+        router_pairs=pairs,
     )

@@ -231,7 +231,7 @@ def test_encoders_follow_to_the_device_but_stay_in_float32():
     frontend = make(specs={"mid": EncoderSpec("mid", 16000, 25.0, 4, 2, (0, 2)).to_dict()})
     assert loads == ["fast", "slowest"]
     frontend.to(torch.bfloat16).to("meta")
-    assert frontend.adapters["fast"].gain.dtype == torch.bfloat16
+    assert frontend.gain.dtype == torch.bfloat16
     for name in ("fast", "mid"):  # loaded before and after the move
         weight = frontend.encoder(name).weight
         assert (weight.device.type, weight.dtype) == ("meta", torch.float32)

@@ -33,6 +33,8 @@ Options (default)
   --nj N                parallel processes where work is split (number of cores, at most 8)
   --ngpu N              GPUs for training; 0 = CPU (0)
   --batch_size N        utterances decoded together (8)
+  --decode_dtype NAME   precision of the LLM in decoding, float32 or bfloat16; only in float32 does an answer not
+                        depend on the batch it is decoded in (float32)
 
 A second run skips what is done; a killed one goes on where it stopped."
 
@@ -58,6 +60,7 @@ nj=$(nproc 2>/dev/null || echo 1)
 ((nj <= 8)) || nj=8
 ngpu=0
 batch_size=8
+decode_dtype=float32
 
 template=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=utils/parse_options.sh
@@ -242,7 +245,8 @@ if wants 4; then
         [ "${audio}" = on ] || decode_dir=${decode_dir}_audio_off
         for set_name in "${tests[@]}"; do
             args=(--exp "${exp}" --data "${dump}/raw/${set_name}" --out "${decode_dir}/${set_name}"
-                --config "${decode_config}" --batch_size "${batch_size}" --audio "${audio}")
+                --config "${decode_config}" --batch_size "${batch_size}" --audio "${audio}"
+                --dtype "${decode_dtype}")
             if [ "${dry_run}" = false ] && [ -f "${decode_dir}/${set_name}/stats.json" ]; then
                 module pam_decode "${args[@]}" --shard "1/${nj}" --merge
                 continue

@@ -48,10 +48,9 @@ class ConcatFusion(AverageFusion):
             self.project.bias.zero_()
 
     def forward(self, embeddings: Sequence[Tensor | None], routing: Routing) -> Tensor:
-        """See AbsFusion; every stream must be there."""
-        streams = [stream for stream in embeddings if stream is not None]
-        if len(streams) != len(self.names):
-            raise ValueError(f"concat needs the streams of all of {', '.join(self.names)}")
+        """See AbsFusion; an absent stream counts as zero."""
+        present = next(stream for stream in embeddings if stream is not None)
+        streams = [torch.zeros_like(present) if stream is None else stream for stream in embeddings]
         return self.project(torch.cat(streams, dim=-1))
 
 

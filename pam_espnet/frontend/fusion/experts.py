@@ -30,9 +30,9 @@ class ResidualExperts(nn.Module):
         ConfigError: F below zero.
     """
 
-    # The streams have the scale of LLM embeddings, variance about 0.01. This leaves them alone but keeps the
-    # gradient of an all-zero frame (an encoder that stops before the clip does) from being blown up by 1/std.
-    norm_eps = 1e-4
+    # The streams have unit variance. This leaves their mixtures alone but keeps the gradient of an all-zero frame (an
+    # encoder that stops before the clip does) from being blown up by 1/std.
+    norm_eps = 1e-2
 
     def __init__(self, num_experts: int, width: int, hidden: int) -> None:
         super().__init__()

@@ -50,6 +50,14 @@ def skip_encoders(routing: Routing, threshold: float) -> Routing:
     return dataclasses.replace(routing, layer_weights=layer_weights)
 
 
+def keep_encoder(routing: Routing, index: int) -> Routing:
+    """``routing`` with all weight on encoder ``index``, shared by its layers as before."""
+    weights = [torch.zeros_like(w) for w in routing.layer_weights]
+    chosen = routing.layer_weights[index]
+    weights[index] = chosen / chosen.sum(dim=1, keepdim=True).clamp_min(1e-20)
+    return dataclasses.replace(routing, layer_weights=weights)
+
+
 def router_loss(routing: Routing, task_index: Tensor) -> Tensor:
     """Cross-entropy that teaches the router one expert per task; a scalar, the mean over utterances.
 

@@ -1,0 +1,116 @@
+"""pam.sh and the configurations of every recipe, without running a stage."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted(path.parent for path in ROOT.glob("egs/*/*/run.sh") if path.parent.parent.name != "TEMPLATE")
+CONFIGS = [
+    pytest.param(recipe, fusion.stem, size.stem, id=f"{recipe.parent.name}-{fusion.stem}-{size.stem}")
+    for recipe in RECIPES
+    for fusion in sorted(recipe.glob("conf/fusion/*.yaml"))
+    for size in sorted(recipe.glob("conf/size/*.yaml"))
+]
+
+
+def call(recipe: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["./run.sh", *args], cwd=recipe, capture_output=True, text=True, check=False)
+
+
+def test_there_is_something_to_test() -> None:
+    assert len(RECIPES) >= 1 and len(CONFIGS) >= 7
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.parent.name)
+def test_help_names_every_option(recipe: Path) -> None:
+    done = call(recipe, "--help")
+    assert done.returncode == 0
+    for option in ("--stage", "--stop_stage", "--dry_run", "--size", "--fusion", "--tag", "--ngpu", "--nj"):
+        assert option in done.stdout
+
+
+@pytest.mark.parametrize(("recipe", "fusion", "size"), CONFIGS)
+def test_dry_run_prints_all_stages_and_writes_nothing(recipe: Path, fusion: str, size: str) -> None:
+    before = sorted(recipe.iterdir())
+    done = call(recipe, "--dry_run", "true", "--fusion", fusion, "--size", size)
+    assert done.returncode == 0, done.stderr
+    for stage in range(1, 6):
+        assert f"stage {stage} " in done.stdout
+    assert f"exp/{fusion}_{size}" in done.stdout
+    assert sorted(recipe.iterdir()) == before
+
+
+def test_a_range_of_stages_prints_only_those() -> None:
+    done = call(RECIPES[0], "--dry_run", "true", "--stage", "4", "--stop_stage", "4")
+    assert "stage 4 " in done.stdout and "stage 3 " not in done.stdout and "stage 5 " not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--fusion", "none"], "conf/fusion/none.yaml"),
+        (["--size", "none"], "conf/size/none.yaml"),
+        (["--stage", "two"], "--stage"),
+        (["--fusoin", "pam"], "--fusion"),
+        (["--dry_run", "maybe"], "true or false"),
+        (["extra"], "extra"),
+    ],
+)
+def test_mistakes_are_named(args: list[str], said: str) -> None:
+    done = call(RECIPES[0], "--dry_run", "true", *args)
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(("recipe", "fusion", "size"), CONFIGS)
+def test_every_configuration_is_one_that_training_accepts(
+    recipe: Path, fusion: str, size: str, tmp_path: Path
+) -> None:
+    """ESPnet's parser knows every key, and every block of options fits its reader."""
+    from pam_espnet.config import load_yaml, resolve, used_encoders, write_config
+    from pam_espnet.data.batching import BatchingOptions
+    from pam_espnet.frontend.encoders.registry import encoder_class
+    from pam_espnet.frontend.fusion.registry import build_fusion
+    from pam_espnet.frontend.masking import MaskOptions
+    from pam_espnet.search.options import BeamOptions
+    from pam_espnet.tasks.pam import PaMTask
+    from pam_espnet.tasks.warm_start import WarmStartOptions
+
+    conf = recipe / "conf"
+    config = resolve([conf / "train.yaml", conf / "fusion" / f"{fusion}.yaml", conf / "size" / f"{size}.yaml"])
+    write_config(config, tmp_path / "train.yaml")
+    args = PaMTask.get_parser().parse_args(["--config", str(tmp_path / "train.yaml"), "--output_dir", str(tmp_path)])
+    BatchingOptions(**args.batching_conf)
+    WarmStartOptions(**args.warm_start_conf)
+    frontend = args.frontend_conf
+    MaskOptions(**frontend.get("mask_conf", {}))
+    names = used_encoders(config)
+    counts = [len(frontend["encoders"][name]["layers"]) for name in names]
+    options = frontend.get("fusion_conf", {})
+    build_fusion(frontend["fusion"], num_layers=counts, width=8, prompt_width=8, names=names, **options)
+    for name in names:
+        assert encoder_class(frontend["encoders"][name]["type"])
+    for decode in conf.glob("decode*.yaml"):
+        BeamOptions(**load_yaml(decode))
+
+
+def test_a_new_recipe_is_made_and_refuses_to_overwrite(tmp_path: Path) -> None:
+    """setup.sh needs the tree around it, so it runs on a copy of egs/ and utils/."""
+    import shutil
+
+    shutil.copytree(ROOT / "egs" / "TEMPLATE", tmp_path / "egs" / "TEMPLATE")
+    shutil.copytree(ROOT / "egs" / "mini" / "pam1" / "conf", tmp_path / "egs" / "mini" / "pam1" / "conf")
+    shutil.copytree(ROOT / "utils", tmp_path / "utils", ignore=shutil.ignore_patterns("__pycache__"))
+    setup = tmp_path / "egs" / "TEMPLATE" / "pam1" / "setup.sh"
+    target = tmp_path / "egs" / "corpus" / "pam1"
+    done = subprocess.run([str(setup), str(target)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert call(target, "--dry_run", "true").returncode == 0
+    again = subprocess.run([str(setup), str(target)], capture_output=True, text=True, check=False)
+    assert again.returncode != 0 and "exists already" in again.stderr
+    outside = subprocess.run([str(setup), str(tmp_path / "x" / "pam1")], capture_output=True, text=True, check=False)
+    assert outside.returncode != 0 and "egs/" in outside.stderr

@@ -1,0 +1,38 @@
+"""Batches over ranks: every utterance once, as many batches on every rank, none empty."""
+
+from __future__ import annotations
+
+import pytest
+
+from pam_espnet.data.batching import BatchingOptions
+from pam_espnet.tasks.iterator import PaMIterFactory
+
+SECONDS = {f"utt{i:02d}": 1.0 + i % 7 for i in range(29)}
+TASKS = dict.fromkeys(SECONDS, "asr")
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_the_batches(train: bool, world_size: int) -> None:
+    ranks = [
+        PaMIterFactory(
+            dataset=None,
+            seconds=SECONDS,
+            tasks=TASKS,
+            options=BatchingOptions(max_utterances=4, max_seconds=100.0),
+            train=train,
+            seed=0,
+            batches_per_epoch=None,
+            collate_fn=list,
+            rank=rank,
+            world_size=world_size,
+        ).batches(1)
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert all(batch for batches in ranks for batch in batches)
+    seen = sorted(utt for batches in ranks for batch in batches for utt in batch)
+    if train:  # a batch with fewer utterances than ranks is left out of a pass; another pass has others
+        assert len(seen) == len(set(seen)) >= len(SECONDS) - world_size + 1
+    else:
+        assert seen == sorted(SECONDS)

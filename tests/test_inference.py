@@ -1,0 +1,133 @@
+"""Decoding a data directory: resumable, sharded, each utterance exactly once, the control without audio."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import tiny_config, write_data
+
+from pam_espnet.bin.pam_decode import main
+from pam_espnet.build import build_model
+from pam_espnet.checkpoint import save_trained
+from pam_espnet.config import write_config
+from pam_espnet.data.tables import read_table
+from pam_espnet.errors import CheckpointError, ConfigError, DataError
+from pam_espnet.fileio import read_json
+from pam_espnet.inference import DecodeOptions, shard_keys
+from pam_espnet.metrics.scoring import score_directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), "test", size=3)
+
+
+@pytest.fixture(scope="module")
+def exp(tiny_llm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exp")
+    torch.manual_seed(0)
+    config = tiny_config(tiny_llm_dir)
+    save_trained(build_model(config).state_dict(), path / "model.safetensors")
+    write_config(config, path / "config.yaml")
+    write_config({"beam_size": 2, "max_new_tokens": 8, "nbest": 2}, path / "decode.yaml")
+    return path
+
+
+def decode(exp: Path, data: Path, out: Path, *more: str) -> int:
+    args = ["--exp", str(exp), "--data", str(data), "--out", str(out), "--config", str(exp / "decode.yaml")]
+    return main([*args, "--batch_size", "4", *more])
+
+
+@pytest.fixture(scope="module")
+def decoded(exp: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("decoded")
+    assert decode(exp, data, out) == 0
+    return out
+
+
+def test_outputs(decoded: Path, data: Path) -> None:
+    keys = list(read_table(data / "text"))
+    assert list(read_table(decoded / "text", allow_empty=True)) == keys
+    assert list(read_table(decoded / "score")) == keys
+    entries = [json.loads(line) for line in (decoded / "nbest.jsonl").read_text().splitlines()]
+    assert [entry["utt"] for entry in entries] == keys
+    for entry in entries:
+        scores = [hypothesis["score"] for hypothesis in entry["hypotheses"]]
+        assert len(scores) == 2 and scores == sorted(scores, reverse=True)
+        assert sum(entry["routing"]["encoders"].values()) == pytest.approx(1.0, abs=1e-4)
+    stats = read_json(decoded / "stats.json")
+    assert stats["seconds_audio"] == pytest.approx(9 * 0.7, abs=0.01)
+    assert stats["audio"] == "on" and stats["tokens"] > 0 and stats["seconds_wall"] > 0
+
+
+def test_scoring_takes_it(decoded: Path, data: Path) -> None:
+    scores = score_directory(decoded, data, resamples=20)
+    assert set(scores["tasks"]) == {"asr", "count", "caption"}
+
+
+def test_shards_give_the_same_hypotheses(decoded: Path, exp: Path, data: Path, tmp_path: Path) -> None:
+    for shard in ("1/2", "2/2"):
+        assert decode(exp, data, tmp_path, "--shard", shard) == 0
+    assert decode(exp, data, tmp_path, "--shard", "1/2", "--merge") == 0
+    assert (tmp_path / "text").read_text() == (decoded / "text").read_text()
+    scores = read_table(decoded / "score")
+    for utt, score in read_table(tmp_path / "score").items():
+        assert float(score) == pytest.approx(float(scores[utt]), abs=1e-5)
+
+
+def test_a_missing_shard_is_not_merged(exp: Path, data: Path, tmp_path: Path) -> None:
+    decode(exp, data, tmp_path, "--shard", "1/2")
+    with pytest.raises(DataError, match="did not finish"):
+        decode(exp, data, tmp_path, "--shard", "1/2", "--merge")
+
+
+def test_a_killed_run_goes_on_after_the_last_whole_line(decoded: Path, exp: Path, data: Path, tmp_path: Path) -> None:
+    decode(exp, data, tmp_path)
+    journal = tmp_path / "split1" / "1" / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:5]) + lines[5][:20])
+    (tmp_path / "stats.json").unlink()
+    decode(exp, data, tmp_path)
+    again = journal.read_text().splitlines(keepends=True)
+    assert again[:5] == lines[:5] and len(again) == 9
+    assert (tmp_path / "text").read_text() == (decoded / "text").read_text()
+
+
+def test_silence_changes_the_answers_and_the_passport_says_so(exp: Path, data: Path, tmp_path: Path) -> None:
+    on, off = tmp_path / "on", tmp_path / "off"
+    decode(exp, data, on)
+    decode(exp, data, off, "--audio", "zero")
+    assert read_json(off / "stats.json")["audio"] == "zero"
+    assert (on / "score").read_text() != (off / "score").read_text()
+
+
+def test_another_checkpoint_or_option_does_not_mix_in(exp: Path, data: Path, tmp_path: Path) -> None:
+    decode(exp, data, tmp_path, "--limit", "2")
+    assert decode(exp, data, tmp_path, "--limit", "2") == 0  # complete: returns at once
+    with pytest.raises(DataError, match="limit"):
+        decode(exp, data, tmp_path)
+
+
+def test_errors_say_what_to_do(exp: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="2/8"):
+        decode(exp, data, tmp_path / "a", "--shard", "two")
+    (tmp_path / "bad.yaml").write_text("beams: 3\n")
+    with pytest.raises(ConfigError, match="beams"):
+        main(["--exp", str(exp), "--data", str(data), "--out", str(tmp_path), "--config", str(tmp_path / "bad.yaml")])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises((CheckpointError, ConfigError), match=r"stage 3|config"):
+        decode(empty, data, tmp_path / "b")
+    for wrong in ({"audio": "loud"}, {"shard": 3, "shards": 2}):
+        with pytest.raises(ConfigError):
+            DecodeOptions(**wrong)
+
+
+def test_shards_cover_everything_once() -> None:
+    keys = [f"u{i}" for i in range(17)]
+    seconds = {key: float(i % 5) for i, key in enumerate(keys)}
+    parts = [shard_keys(keys, seconds, shard, 4) for shard in range(1, 5)]
+    assert sorted(key for part in parts for key in part) == sorted(keys)
