@@ -30,7 +30,7 @@ from pam_espnet.data.passport import Passport
 from pam_espnet.data.tables import one_line, write_table
 from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.espnet_model import ESPnetPaMModel
-from pam_espnet.fileio import read_json, sha256_file, write_json, write_text
+from pam_espnet.fileio import exclusive, read_json, sha256_file, write_json, write_text
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.options import BeamOptions
 
@@ -154,11 +154,9 @@ def shard_keys(keys: Sequence[str], seconds: dict[str, float], shard: int, shard
 def decode_shard(model: SpeechLLM, data_dir: str | Path, out_dir: str | Path, options: DecodeOptions) -> Path:
     """Decode one shard into ``<out_dir>/split<shards>/<shard>/journal.jsonl``, one line per utterance.
 
-    A killed run goes on after the last whole line. Batches are made of the utterances that are left, so their
-    make-up may differ from the unbroken run's; results do not depend on it (batch invariance, in float32).
+    A killed run goes on with the first batch that is not whole, and decodes it again: batches are the same ones in
+    every run, so that the results are too, to the last digit.
     """
-    from tqdm import tqdm
-
     data = DataDir.load(data_dir)
     passport = Passport.load(data_dir)
     seconds = {utt: passport.utterances[utt]["seconds"] for utt in data.utterances}
@@ -166,15 +164,22 @@ def decode_shard(model: SpeechLLM, data_dir: str | Path, out_dir: str | Path, op
     keys = shard_keys(chosen, seconds, options.shard, options.shards)
     journal = Path(out_dir) / f"split{options.shards}" / str(options.shard) / JOURNAL
     journal.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(journal.with_name(".lock")):
+        return _decode_into(journal, model, data, keys, options)
+
+
+def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str], options: DecodeOptions) -> Path:
+    from tqdm import tqdm
+
     done = set(_read_journal(journal))
-    todo = [key for key in keys if key not in done]
+    batches = [keys[start : start + options.batch_size] for start in range(0, len(keys), options.batch_size)]
+    todo = [batch for batch in batches if not done.issuperset(batch)]
     rate = model.model.frontend.sample_rate
     with (
         open(journal, "a", encoding="utf-8") as file,
-        tqdm(total=len(keys), initial=len(keys) - len(todo), desc=Path(data_dir).name, unit="utt") as bar,
+        tqdm(total=len(keys), initial=len(keys) - sum(map(len, todo)), desc=data.path.name, unit="utt") as bar,
     ):
-        for start in range(0, len(todo), options.batch_size):
-            batch = todo[start : start + options.batch_size]
+        for batch in todo:
             waves = [_read_wave(data, key, rate) for key in batch]
             if options.audio == "zero":
                 waves = [np.zeros_like(wave) for wave in waves]

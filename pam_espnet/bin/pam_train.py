@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from pam_espnet.bin._cli import run_main
@@ -22,18 +23,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
+    from pam_espnet.fileio import exclusive
+    from pam_espnet.tasks.export import export_trained
     from pam_espnet.tasks.pam import PaMTask
 
     if "--help_all" in argv:
         PaMTask.get_parser().print_help()
         return 0
-    PaMTask.main(cmd=argv)
     args = PaMTask.get_parser().parse_args(argv)
-    if args.dry_run or args.collect_stats or int(os.environ.get("RANK", "0")) != 0:
-        return 0
-    from pam_espnet.tasks.export import export_trained
-
-    export_trained(Path(args.output_dir), args.best_model_criterion)
+    first = (args.dist_rank or 0) == 0 and all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID"))
+    # Other ranks share the first one's output directory; only the first writes there.
+    with exclusive(Path(args.output_dir) / ".lock") if first else nullcontext():
+        PaMTask.main(cmd=argv)
+        if first and not args.dry_run and not args.collect_stats:
+            export_trained(Path(args.output_dir), args.best_model_criterion)
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pam_espnet.bin._cli import run_main
 
@@ -19,12 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
+    from pam_espnet.fileio import exclusive
     from pam_espnet.tasks.pam import PaMTask
     from pam_espnet.tasks.warm_start import run
 
     args = PaMTask.get_parser().parse_args(argv)
     logging.getLogger().setLevel(args.log_level)
-    print(run(args))
+    with exclusive(Path(args.output_dir) / ".lock"):
+        print(run(args))
     return 0
 
 

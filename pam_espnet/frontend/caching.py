@@ -11,7 +11,7 @@ import torch
 
 from pam_espnet.data.feature_cache import FeatureCache, cache_features
 from pam_espnet.errors import ConfigError
-from pam_espnet.fileio import write_json
+from pam_espnet.fileio import exclusive, write_json
 from pam_espnet.frontend.encoders.registry import build_encoder
 from pam_espnet.frontend.frontend import EncoderSpec
 
@@ -47,6 +47,8 @@ def cache_encoder(
     # The path is left out: the same weights in another folder give the same features.
     options = {key: value for key, value in encoders[name].items() if key != "path"}
     key = {"encoder": options, "spec": spec.to_dict(), "weights_sha256": encoder.weights_sha256()}
-    cache = cache_features(encode, key, data_dir, root / name / Path(data_dir).name, rebuild=rebuild)
+    out = root / name / Path(data_dir).name
+    with exclusive(out / ".lock"):
+        cache = cache_features(encode, key, data_dir, out, rebuild=rebuild)
     write_json(root / name / "spec.json", spec.to_dict())
     return cache

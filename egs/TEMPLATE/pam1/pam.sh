@@ -121,16 +121,6 @@ begin() {
 end() {
     [ "${dry_run}" = true ] || echo "== ${stage_name}: done in $((SECONDS - stage_start)) s; next: $1"
 }
-lock() {
-    # One run per experiment. Children inherit the lock: those of a run that was killed are waited for.
-    [ "${dry_run}" = false ] && command -v flock >/dev/null || return 0
-    mkdir -p "${exp}"
-    exec 9>"${exp}/.lock"
-    flock -n 9 || {
-        echo "${exp} is in use by another run, or by processes of one that was killed; waiting for them to end"
-        flock 9
-    }
-}
 wants() { ((stage <= $1 && $1 <= stop_stage)); }
 
 background() {
@@ -157,8 +147,6 @@ background() {
     ((status == 0)) || fail "${stage_name} failed (status ${status}); logs: ${logs}" \
         "  -> run the same command again to go on where it stopped"
 }
-
-((stop_stage < 3)) || lock
 
 if wants 1; then
     begin 1 data "local/ (packages and their checksums)" "downloads/, ${data}/"
