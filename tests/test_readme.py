@@ -1,4 +1,4 @@
-"""The README's example encoder, taken from the README: it keeps every promise of the contract, with real weights too."""
+"""The example encoder, taken from the README: it keeps every promise of the contract, with real weights too."""
 
 from __future__ import annotations
 

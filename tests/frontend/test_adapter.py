@@ -53,19 +53,15 @@ def test_longer_input_is_cut_and_shorter_padded():
 
 
 @pytest.mark.parametrize("output_norm", [True, False])
-@pytest.mark.parametrize("initial_rms", [0.1, 1.0])
-def test_starts_at_the_asked_scale(output_norm, initial_rms):
+def test_starts_at_unit_scale(output_norm):
     torch.manual_seed(0)
-    adapter = FrameStackingAdapter(64, 96, 50, 12.5, output_norm=output_norm, initial_rms=initial_rms)
+    adapter = FrameStackingAdapter(64, 96, 50, 12.5, output_norm=output_norm)
     rms = adapter(torch.randn(2, 400, 64), 100).square().mean().sqrt()
-    assert rms.item() == pytest.approx(initial_rms, rel=0.1)
+    assert rms.item() == pytest.approx(1.0, rel=0.1)
 
 
-def test_gain_learns_and_hidden_width_is_used():
-    adapter = FrameStackingAdapter(3, 4, 50, 25, hidden_width=7)
-    assert adapter.mlp[0].out_features == 7
-    adapter(torch.randn(1, 4, 3), 2).pow(2).sum().backward()
-    assert adapter.gain.grad.abs() > 0
+def test_hidden_width_is_used():
+    assert FrameStackingAdapter(3, 4, 50, 25, hidden_width=7).mlp[0].out_features == 7
 
 
 def test_silent_frames_do_not_blow_up_the_gradient():
@@ -79,7 +75,7 @@ def test_silent_frames_do_not_blow_up_the_gradient():
     assert grads[1] < 20 * grads[0]
 
 
-@pytest.mark.parametrize("options", [{"hidden_width": 0}, {"initial_rms": 0.0}])
+@pytest.mark.parametrize("options", [{"hidden_width": 0}])
 def test_bad_options(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         FrameStackingAdapter(3, 4, 50, 25, **options)

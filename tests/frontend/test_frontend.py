@@ -218,7 +218,7 @@ def test_single_runs_and_adapts_one_encoder():
 
 def test_frozen_encoders_are_in_no_checkpoint_no_optimizer_and_no_train():
     frontend = make().train()
-    assert all(key.startswith(("adapters.", "fusion.")) for key in frontend.state_dict())
+    assert all(key.startswith(("adapters.", "fusion.", "gain")) for key in frontend.state_dict())
     assert {id(p) for p in frontend.parameters()}.isdisjoint(id(p) for p in frontend.encoder("fast").parameters())
     assert not frontend.encoder("fast").training
     other = make(seed=7)
@@ -294,6 +294,8 @@ def test_narrow_layers_come_from_the_encoder():
         ({"frame_rate": 20.0}, "'fast'"),
         ({"frame_rate": 0.0}, "frame_rate"),
         ({"skip_threshold": 1.0}, "skip_threshold"),
+        ({"initial_rms": 0.0}, "initial_rms"),
+        ({"mask_conf": {"width": 1}}, "mask_conf"),
         ({"adapter_conf": {"width_in": 3}}, "hidden_width"),
         ({"fusion_conf": {"experts": 3}}, "num_experts"),
         ({"specs": {"other": {}}}, "other"),
@@ -315,3 +317,42 @@ def test_import_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("fusion", ["pam", "static", "average", "concat"])
+def test_only_one_encoder_is_run_and_heard(fusion):
+    frontend = make(fusion).eval()
+    num_samples, prompt, wave = batch(0.7, 0.4)
+    audio = frontend(num_samples, prompt, wave, only="mid")
+    assert len(calls) == 1
+    assert audio.routing.encoder_weights.tolist() == [[0.0, 1.0, 0.0]] * 2
+    hidden = make().encode(wave, num_samples)
+    loud = {name: (states * (1.0 if name == "mid" else 5.0), frames) for name, (states, frames) in hidden.items()}
+    assert torch.equal(frontend(num_samples, prompt, features=loud, only="mid").embeddings, audio.embeddings)
+
+
+def test_only_does_not_turn_single_to_another_encoder():
+    frontend = make("single", fusion_conf={"encoder": "slow"}).eval()
+    num_samples, prompt, wave = batch(0.7)
+    alone = frontend(num_samples, prompt, wave)
+    assert torch.equal(frontend(num_samples, prompt, wave, only="fast").embeddings, alone.embeddings)
+
+
+@pytest.mark.parametrize("rms", [0.1, 1.0])
+def test_embeddings_start_at_the_asked_scale_and_the_gain_learns(rms):
+    frontend = make("average", initial_rms=rms)
+    num_samples, prompt, wave = batch(2.0)
+    embeddings = frontend(num_samples, prompt, wave).embeddings
+    same_at_one = make("average", initial_rms=1.0)(num_samples, prompt, wave).embeddings
+    torch.testing.assert_close(embeddings, rms * same_at_one)
+    embeddings.square().sum().backward()
+    assert frontend.gain.grad.abs() > 0
+
+
+def test_masks_act_in_training_only():
+    frontend = make(mask_conf={"span": 0.3, "every": 0.5, "dropout": 0.3})
+    num_samples, prompt, wave = batch(0.9)
+    twice = [frontend.eval()(num_samples, prompt, wave).embeddings for _ in range(2)]
+    assert torch.equal(*twice)
+    twice = [frontend.train()(num_samples, prompt, wave).embeddings for _ in range(2)]
+    assert not torch.equal(*twice)

@@ -7,7 +7,7 @@ import torch
 
 from pam_espnet.errors import ConfigError
 from pam_espnet.frontend.fusion.registry import FUSIONS, build_fusion
-from pam_espnet.frontend.fusion.routing import Routing, router_loss, skip_encoders
+from pam_espnet.frontend.fusion.routing import Routing, keep_encoder, router_loss, skip_encoders
 
 NAMES = ("ear", "nose", "eye")
 LAYERS = (2, 3, 1)
@@ -181,8 +181,9 @@ def test_concat_uses_every_stream():
     x = [stream.requires_grad_() for stream in streams()]
     fusion(x, fusion.route(prompts())).sum().backward()
     assert all(stream.grad.abs().sum() > 0 for stream in x)
-    with pytest.raises(ValueError, match="ear"):
-        fusion([None, *x[1:]], fusion.route(prompts()))
+    routing = fusion.route(prompts())
+    silent = [torch.zeros_like(x[0]), *x[1:]]
+    assert torch.equal(fusion([None, *x[1:]], routing), fusion(silent, routing))
 
 
 def test_single_hands_its_encoder_on_and_needs_no_other():
@@ -192,6 +193,12 @@ def test_single_hands_its_encoder_on_and_needs_no_other():
     assert routing.encoder_weights[0].tolist() == pytest.approx([0, 1, 0])
     x = streams()
     assert torch.equal(fusion([None, x[1], None], routing), x[1])
+
+
+def test_keeping_one_encoder_gives_it_all_weight_and_its_layers_their_shares():
+    routing = keep_encoder(routing_of([[0.5, 0.3, 0.2], [0.1, 0.0, 0.9]]), 2)
+    assert routing.encoder_weights.flatten().tolist() == pytest.approx([0.0, 0.0, 1.0] * 2)
+    assert routing.layer_weights[2][0].tolist() == pytest.approx([0.25, 0.75])
 
 
 def routing_of(weights) -> Routing:
