@@ -1,4 +1,8 @@
-"""CTC warm start: fit the adapters for ASR in the LLM's embedding space before the LLM is trained.
+"""CTC warm start: fit the adapters in the LLM's embedding space before the LLM is trained.
+
+For ASR the answer's tokens follow the audio in time, which is what CTC assumes. Captions name sounds mostly in their
+order and a count is a single token, so the same loss can point their experts at the encoders that know something;
+``tasks`` says for which it is used.
 
 No LLM forward pass is needed beyond one per distinct prompt, so it takes seconds to minutes where joint training
 takes hours. What it trains (frontend and CTC head) is written as safetensors and loaded by training through
@@ -24,6 +28,7 @@ import torch
 from torch import Tensor
 
 from pam_espnet.checkpoint import read_trained, save_trained
+from pam_espnet.data.tasks import task_spec
 from pam_espnet.errors import ConfigError
 from pam_espnet.espnet_model import IGNORE, ESPnetPaMModel, cached_features, decode_prompts
 from pam_espnet.fileio import atomic_path, write_text
@@ -39,6 +44,7 @@ class WarmStartOptions:
     """How long and how fast.
 
     Attributes:
+        tasks: which tasks' answers are fitted.
         steps: optimizer steps.
         single_steps: in so many first steps each batch is heard through one encoder, drawn at random. Mixed from the
             start, untrained encoders drown the one that knows words, and the loss stays on its plateau.
@@ -48,6 +54,7 @@ class WarmStartOptions:
         report_every: steps between lines in the log.
     """
 
+    tasks: tuple[str, ...] = ("asr",)
     steps: int = 400
     single_steps: int = 0
     lr: float = 2e-3
@@ -55,6 +62,11 @@ class WarmStartOptions:
     max_seconds: float = 120.0
     save_every: int = 100
     report_every: int = 20
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        for task in self.tasks:
+            task_spec(task)
 
 
 def write_token_ids(texts: Sequence[str], tokenizer: Any, path: str | Path) -> int:
@@ -84,19 +96,22 @@ def ctc_batch(
 
 
 @torch.no_grad()
-def token_errors(model: ESPnetPaMModel, batches: Iterator[tuple[list[str], dict[str, Any]]]) -> tuple[int, int]:
-    """Greedy CTC on held-out data: (edit distance in tokens, reference tokens)."""
+def token_errors(
+    model: ESPnetPaMModel, batches: Iterator[tuple[list[str], dict[str, Any]]]
+) -> dict[str, tuple[int, int]]:
+    """Greedy CTC on held-out data: task -> (edit distance in tokens, reference tokens)."""
     from rapidfuzz.distance import Levenshtein
 
     assert model.ctc is not None
-    errors = tokens = 0
+    found_errors: dict[str, tuple[int, int]] = {}
     for _, batch in batches:
         *_, embeddings, lengths = ctc_batch(model, batch)
         answers = [row[row != IGNORE][:-1].tolist() for row in batch["text"]]
-        for answer, found in zip(answers, model.ctc.greedy(embeddings, lengths), strict=True):
-            errors += Levenshtein.distance(answer, found)
-            tokens += len(answer)
-    return errors, tokens
+        hypotheses = model.ctc.greedy(embeddings, lengths)
+        for task, answer, found in zip(batch["task"][:, 0].tolist(), answers, hypotheses, strict=True):
+            errors, tokens = found_errors.get(model.tasks[task], (0, 0))
+            found_errors[model.tasks[task]] = errors + Levenshtein.distance(answer, found), tokens + len(answer)
+    return found_errors
 
 
 def fit_router(model: ESPnetPaMModel, pairs: Sequence[tuple[str, int]], steps: int = 200, lr: float = 1e-3) -> float:
@@ -144,7 +159,7 @@ def fit(
 
     Args:
         model: with a CTC head; its LLM is not trained.
-        train, valid: ``PaMIterFactory`` over ASR utterances.
+        train, valid: ``PaMIterFactory`` over utterances of the chosen tasks.
         options: see ``WarmStartOptions``.
         output_dir: the experiment directory.
         device: a torch device.
@@ -213,16 +228,15 @@ def fit(
             if step < options.steps and step - _saved_step(output_dir / STATE) >= options.save_every:
                 _save(output_dir / STATE, model, optimizer, step, epoch, lines)
     model.eval()
-    errors, tokens = token_errors(model, valid.build_iter(1))
-    lines.append({"step": step, "valid_token_error_rate": round(errors / max(tokens, 1), 4), "valid_tokens": tokens})
+    rates = {task: e / n for task, (e, n) in sorted(token_errors(model, valid.build_iter(1)).items())}
+    lines.append({"step": step, **{f"valid_token_error_rate_{task}": round(rate, 4) for task, rate in rates.items()}})
     write_text(output_dir / LOG, "".join(json.dumps(line) + "\n" for line in lines))
     trained = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
     save_trained(trained, done)
     (output_dir / STATE).unlink(missing_ok=True)
-    logging.info(
-        f"warm start: {step} steps, token error rate of greedy CTC on dev {errors / max(tokens, 1):.1%} "
-        f"of {tokens} tokens, {time.monotonic() - started:.0f} s; wrote {done}"
-    )
+    shown = ", ".join(f"{task} {rate:.1%}" for task, rate in rates.items())
+    seconds = time.monotonic() - started
+    logging.info(f"warm start: {step} steps, {seconds:.0f} s; greedy CTC's token errors on dev: {shown}; wrote {done}")
     return done
 
 
@@ -287,20 +301,23 @@ def run(args: argparse.Namespace) -> Path:
             paths = {name: path for path, name, _ in args.train_data_path_and_name_and_type}
             prompts, order = read_table(paths["prompt"]), list(TASKS)
             pairs = sorted({(prompts[utt], order.index(task)) for utt, task in factory.tasks.items()})
-        asr = {utt for utt, task in factory.tasks.items() if task == "asr"}
-        if not asr:
-            raise ConfigError(f"warm start: the {mode} set has no utterance of the task 'asr'; set warm_start: false")
-        factory.seconds = {utt: s for utt, s in factory.seconds.items() if utt in asr}
-        factory.tasks = dict.fromkeys(asr, "asr")
+        chosen = {utt: task for utt, task in factory.tasks.items() if task in options.tasks}
+        if not chosen:
+            raise ConfigError(
+                f"warm_start_conf.tasks: the {mode} set has no utterance of {', '.join(options.tasks)}\n"
+                "  -> choose other tasks, or run with --warm_start false"
+            )
+        factory.seconds = {utt: s for utt, s in factory.seconds.items() if utt in chosen}
+        factory.tasks = chosen
         factory.options = BatchingOptions(max_utterances=options.max_utterances, max_seconds=options.max_seconds)
         factory.batches_per_epoch = None
         factories[mode] = factory
     tokens = Path(args.model_conf["ctc_tokens"])
     if not tokens.exists():
         texts = read_table(paths["text"])
-        chosen = [texts[utt] for utt in factories["train"].tasks]
-        count = write_token_ids(chosen, load_tokenizer(args.llm), tokens)
-        logging.info(f"{tokens}: {count} token types in {len(chosen)} training transcripts")
+        answers = [texts[utt] for utt in factories["train"].tasks]
+        count = write_token_ids(answers, load_tokenizer(args.llm), tokens)
+        logging.info(f"{tokens}: {count} token types in {len(answers)} training answers")
     model = build_model(vars(args))
     return fit(
         model,

@@ -156,6 +156,7 @@ def test_warm_start_then_training(data: Path, tiny_llm_dir: Path, tmp_path: Path
     assert warm_start(args) == 0
     lines = [json.loads(line) for line in (exp / "warm_start.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8, 12, 12] and lines[2]["loss"] < lines[0]["loss"]
+    assert lines[3]["valid_token_error_rate_asr"] >= 0
     warm = read_trained(exp / "warm_start.safetensors")
     assert {name.split(".")[0] for name in warm} == {"frontend", "ctc"}
     assert warm_start(args) == 0  # already there
