@@ -150,6 +150,7 @@ background() {
 
 if wants 1; then
     begin 1 data "local/ (packages and their checksums)" "downloads/, ${data}/"
+    run "${python}" "${PAM_ROOT}/tools/check_install.py" --config "conf/size/${size}.yaml"
     run local/data.sh --size "${size}" --data_dir "${data}" --nj "${nj}"
     end "./run.sh --stage 2"
 fi
