@@ -1,19 +1,12 @@
-"""From a trained experiment and a data directory to hypotheses; resumable, sharded, each utterance exactly once.
+"""A trained experiment that answers prompts about audio.
 
 Dimension letters: B utterances, N samples, U adapter frames, P prefix positions, D width.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import platform
-import resource
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +17,10 @@ from torch import Tensor
 from pam_espnet.build import build_model
 from pam_espnet.checkpoint import MODEL_FILE, load_strict, read_trained
 from pam_espnet.config import load_yaml
-from pam_espnet.data.audio import read_audio
-from pam_espnet.data.datadir import DataDir
-from pam_espnet.data.passport import Passport
-from pam_espnet.data.tables import one_line, write_table
-from pam_espnet.errors import ConfigError, DataError
+from pam_espnet.data.tables import one_line
 from pam_espnet.espnet_model import ESPnetPaMModel
-from pam_espnet.fileio import exclusive, read_json, sha256_file, write_json, write_text
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.options import BeamOptions
-
-JOURNAL = "journal.jsonl"
 
 
 @dataclass
@@ -119,224 +105,3 @@ class SpeechLLM:
             "encoders": dict(zip(names, numbers(routing.encoder_weights[b]), strict=True)),
             "layers": {name: numbers(w[b]) for name, w in zip(names, routing.layer_weights, strict=True)},
         }
-
-
-@dataclass(frozen=True)
-class DecodeOptions:
-    """How a data directory is decoded.
-
-    Attributes:
-        batch_size: utterances decoded together.
-        audio: "on", or "zero": the waveform is set to zero, the control that shows what listening is worth.
-        shard, shards: decode the ``shard``-th (from 1) of ``shards`` parts.
-        limit: at most this many utterances (0 = all); for trying things out.
-    """
-
-    batch_size: int = 8
-    audio: str = "on"
-    shard: int = 1
-    shards: int = 1
-    limit: int = 0
-
-    def __post_init__(self) -> None:
-        if self.audio not in ("on", "zero"):
-            raise ConfigError(f"audio must be 'on' or 'zero', got {self.audio!r}")
-        if not 1 <= self.shard <= self.shards:
-            raise ConfigError(f"shard {self.shard} of {self.shards}: counts from 1 to the number of shards")
-
-
-def shard_keys(keys: Sequence[str], seconds: dict[str, float], shard: int, shards: int) -> list[str]:
-    """The ``shard``-th part of ``keys``, longest first; the parts are disjoint and cover all keys."""
-    ordered = sorted(keys, key=lambda k: (-seconds[k], k))
-    return ordered[shard - 1 :: shards]
-
-
-def decode_shard(model: SpeechLLM, data_dir: str | Path, out_dir: str | Path, options: DecodeOptions) -> Path:
-    """Decode one shard into ``<out_dir>/split<shards>/<shard>/journal.jsonl``, one line per utterance.
-
-    A killed run goes on with the first batch that is not whole, and decodes it again: batches are the same ones in
-    every run, so that the results are too, to the last digit.
-    """
-    data = DataDir.load(data_dir)
-    passport = Passport.load(data_dir)
-    seconds = {utt: passport.utterances[utt]["seconds"] for utt in data.utterances}
-    chosen = data.utterances[: options.limit or None]
-    keys = shard_keys(chosen, seconds, options.shard, options.shards)
-    journal = Path(out_dir) / f"split{options.shards}" / str(options.shard) / JOURNAL
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(journal.with_name(".lock")):
-        return _decode_into(journal, model, data, keys, options)
-
-
-def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str], options: DecodeOptions) -> Path:
-    from tqdm import tqdm
-
-    done = set(_read_journal(journal))
-    batches = [keys[start : start + options.batch_size] for start in range(0, len(keys), options.batch_size)]
-    todo = [batch for batch in batches if not done.issuperset(batch)]
-    rate = model.model.frontend.sample_rate
-    with (
-        open(journal, "a", encoding="utf-8") as file,
-        tqdm(total=len(keys), initial=len(keys) - sum(map(len, todo)), desc=data.path.name, unit="utt") as bar,
-    ):
-        for batch in todo:
-            waves = [_read_wave(data, key, rate) for key in batch]
-            if options.audio == "zero":
-                waves = [np.zeros_like(wave) for wave in waves]
-            began = time.perf_counter()
-            answers = model.answer(waves, [data.prompt[key] for key in batch])
-            wall = time.perf_counter() - began
-            for key, wave, answer in zip(batch, waves, answers, strict=True):
-                line = {
-                    "utt": key,
-                    "task": data.utt2task[key],
-                    "prompt": data.prompt[key],
-                    "hypotheses": [
-                        {"text": text, "tokens": tokens, "score": score}
-                        for text, tokens, score in zip(answer.texts, answer.tokens, answer.scores, strict=True)
-                    ],
-                    "seconds_audio": round(len(wave) / rate, 4),
-                    "seconds_wall": wall / len(batch),
-                    "routing": answer.routing,
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            bar.update(len(batch))
-    write_json(
-        journal.with_name("machine.json"),
-        {
-            "peak_memory_bytes": _peak_memory(model.device),
-            "device": _device_name(model.device),
-            "threads": torch.get_num_threads(),
-            "dtype": str(model.model.decoder.dtype).removeprefix("torch."),
-        },
-    )
-    return journal
-
-
-def merge_shards(
-    data_dir: str | Path, out_dir: str | Path, options: DecodeOptions, run: dict[str, Any]
-) -> dict[str, Any]:
-    """Join all shards into ``text``, ``score``, ``nbest.jsonl`` and ``stats.json``.
-
-    Args:
-        data_dir: what was decoded.
-        out_dir: where the shards are.
-        options: with the number of shards.
-        run: command, checkpoint hash and the like, kept in ``stats.json``.
-
-    Raises:
-        DataError: an utterance is missing or stands in two shards.
-    """
-    out_dir = Path(out_dir)
-    expected = DataDir.load(data_dir).utterances[: options.limit or None]
-    entries: dict[str, dict[str, Any]] = {}
-    machines = []
-    for shard in range(1, options.shards + 1):
-        journal = out_dir / f"split{options.shards}" / str(shard) / JOURNAL
-        for key, entry in _read_journal(journal).items():
-            if key in entries:
-                raise DataError(journal, f"utterance {key!r} was decoded by two shards", hint="remove the directory")
-            entries[key] = entry
-        machine = journal.with_name("machine.json")
-        if not machine.exists():
-            raise DataError(machine, "this shard did not finish", hint="run stage 4 again; it goes on where it stopped")
-        machines.append(read_json(machine))
-    if missing := [key for key in expected if key not in entries]:
-        raise DataError(out_dir, f"{len(missing)} utterances were not decoded, first {missing[0]!r}", hint="stage 4")
-    ordered = [entries[key] for key in expected]
-    write_text(out_dir / "nbest.jsonl", "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in ordered))
-    write_table(out_dir / "text", {e["utt"]: e["hypotheses"][0]["text"] for e in ordered})
-    write_table(out_dir / "score", {e["utt"]: f"{e['hypotheses'][0]['score']:.6f}" for e in ordered})
-    stats = {
-        "seconds_audio": sum(e["seconds_audio"] for e in ordered),
-        "seconds_wall": sum(e["seconds_wall"] for e in ordered),
-        "tokens": sum(len(e["hypotheses"][0]["tokens"]) for e in ordered),
-        "peak_memory_bytes": max(machine["peak_memory_bytes"] for machine in machines),
-        "batch_size": options.batch_size,
-        "shards": options.shards,
-        "audio": options.audio,
-        **{key: machines[0][key] for key in ("device", "threads", "dtype")},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "peft", "espnet")},
-        },
-        **run,
-    }
-    write_json(out_dir / "stats.json", stats)
-    return stats
-
-
-def decode_key(exp_dir: str | Path, options: DecodeOptions, search: dict[str, Any]) -> dict[str, Any]:
-    """What the journals of a decode directory depend on; another key there is an error, not a mixture."""
-    return {
-        "checkpoint_sha256": sha256_file(Path(exp_dir) / MODEL_FILE),
-        "search": search,
-        "audio": options.audio,
-        "shards": options.shards,
-        "limit": options.limit,
-    }
-
-
-def check_key(out_dir: str | Path, key: dict[str, Any]) -> bool:
-    """Write ``key`` into a new decode directory, or compare it with what is there.
-
-    Returns:
-        True when the directory is complete for this key.
-
-    Raises:
-        DataError: the directory belongs to another checkpoint or other options.
-    """
-    path = Path(out_dir) / "key.json"
-    if path.exists():
-        found = read_json(path)
-        if found != key:
-            changed = sorted(k for k in key if found.get(k) != key[k])
-            raise DataError(
-                path,
-                f"this directory holds hypotheses of another run (changed: {', '.join(changed)})",
-                hint=f"remove it (rm -r {out_dir}) or decode under another name (--decode_tag)",
-            )
-    else:
-        write_json(path, key)
-    return (Path(out_dir) / "stats.json").exists()
-
-
-def _read_wave(data: DataDir, key: str, rate: int) -> np.ndarray:
-    source, start, end = data.source(key)
-    wave, found = read_audio(source, start=start, end=end)
-    if found != rate:
-        raise DataError(source, f"utterance {key!r} is sampled at {found} Hz, not {rate} Hz", hint="use dump/raw/...")
-    return wave
-
-
-def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
-    """Whole lines of a journal by utterance; a half line at its end (a killed run) is cut off."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole, _, rest = content.rpartition(b"\n")
-    if rest:
-        logging.warning(f"{path}: dropped a half-written line")
-        with open(path, "r+b") as file:
-            file.truncate(len(content) - len(rest))
-    entries = {}
-    for number, line in enumerate(whole.decode("utf-8").split("\n") if whole else [], 1):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(path, f"not JSON: {error}", line=number, hint="remove this shard") from error
-        entries[entry["utt"]] = entry
-    return entries
-
-
-def _peak_memory(device: str) -> int:
-    if device.startswith("cuda"):
-        return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu ({platform.machine()})"
-

@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from pam_espnet.inference import DecodeOptions, SpeechLLM, check_key, decode_key, decode_shard, merge_shards
+    from pam_espnet.decoding import DecodeOptions, check_key, decode_key, decode_shard, merge_shards
+    from pam_espnet.inference import SpeechLLM
     from pam_espnet.search.options import BeamOptions
 
     if args.threads:

@@ -14,9 +14,9 @@ from pam_espnet.build import build_model
 from pam_espnet.checkpoint import save_trained
 from pam_espnet.config import write_config
 from pam_espnet.data.tables import read_table
+from pam_espnet.decoding import DecodeOptions, shard_keys
 from pam_espnet.errors import CheckpointError, ConfigError, DataError
 from pam_espnet.fileio import read_json
-from pam_espnet.inference import DecodeOptions, shard_keys
 from pam_espnet.metrics.scoring import score_directory
 
 
