@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from pam_espnet.errors import CheckpointError
@@ -76,14 +75,3 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str | Pat
     report = f"loaded {len(state)} tensors from {source}: " + ", ".join(f"{k} {v:,}" for k, v in parts.items())
     logging.info(report)
     return report
-
-
-def average(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Arithmetic mean of several checkpoints' tensors; integer tensors must agree and are taken from the first."""
-    mean = {}
-    for name, first in states[0].items():
-        if first.is_floating_point():
-            mean[name] = torch.stack([state[name].float() for state in states]).mean(0).to(first.dtype)
-        else:
-            mean[name] = first
-    return mean

@@ -6,11 +6,25 @@ mapping is written to the experiment directory, so that what was run can be read
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pam_espnet.errors import ConfigError
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML, with ``1e-4`` read as the number it is (YAML 1.1 asks for ``1.0e-4`` and reads the rest as text)."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """SafeLoader with one more resolver; a class of its own, so that PyYAML's is left as it is."""
+
+    number = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return yaml.load(text, Loader)
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -25,7 +39,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = parse_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if value is None:
@@ -54,14 +68,17 @@ def parse_change(text: str) -> dict[str, Any]:
     """``"a.b=3"`` -> ``{"a": {"b": 3}}``; the value is YAML.
 
     Raises:
-        ConfigError: no ``=`` or an empty key.
+        ConfigError: no ``=``, an empty key, or a value that is not YAML.
     """
     import yaml
 
     key, found, value = text.partition("=")
     if not found or not all(key.split(".")):
         raise ConfigError(f"a change must look like key.sub=value, got {text!r}")
-    nested: Any = yaml.safe_load(value)
+    try:
+        nested: Any = parse_yaml(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{text!r}: the value is not YAML: {error}") from error
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return nested
@@ -84,6 +101,8 @@ def used_encoders(config: Mapping[str, Any]) -> list[str]:
         ConfigError: none is configured.
     """
     frontend = config.get("frontend_conf") or {}
+    if not isinstance(frontend, Mapping) or not isinstance(frontend.get("encoders") or {}, Mapping):
+        raise ConfigError("frontend_conf and frontend_conf.encoders must be mappings")
     encoders = list(frontend.get("encoders") or {})
     if not encoders:
         raise ConfigError("frontend_conf.encoders: none given")
@@ -104,6 +123,17 @@ def add_specs(config: Mapping[str, Any], cache: str | Path) -> dict[str, Any]:
     found = {name: Path(cache) / name / "spec.json" for name in (config.get("frontend_conf") or {}).get("encoders", {})}
     specs = {name: read_json(path) for name, path in found.items() if path.is_file()}
     return merge(config, {"frontend_conf": {"specs": specs}})
+
+
+def check_options(options: Mapping[str, Any], key: str, *readers: Callable[..., Any]) -> None:
+    """Check that each of ``options`` is a parameter of one of ``readers``.
+
+    Raises:
+        ConfigError: unknown options; names the configuration key and what is known.
+    """
+    known = {name for reader in readers for name in inspect.signature(reader).parameters}
+    if unknown := sorted(set(options) - known):
+        raise ConfigError(f"config key {key!r}: no option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
 
 
 def write_config(config: Mapping[str, Any], path: str | Path) -> bool:

@@ -22,8 +22,8 @@ from pam_espnet.data.audio import read_audio
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import Passport
 from pam_espnet.data.tables import write_table
-from pam_espnet.errors import ConfigError, DataError
-from pam_espnet.fileio import exclusive, read_json, sha256_file, write_json, write_text
+from pam_espnet.errors import CheckpointError, ConfigError, DataError
+from pam_espnet.fileio import check_key, exclusive, read_json, sha256_file, write_json, write_text
 from pam_espnet.inference import SpeechLLM
 
 JOURNAL = "journal.jsonl"
@@ -49,6 +49,8 @@ class DecodeOptions:
     def __post_init__(self) -> None:
         if self.audio not in ("on", "zero"):
             raise ConfigError(f"audio must be 'on' or 'zero', got {self.audio!r}")
+        if self.batch_size < 1 or self.limit < 0:
+            raise ConfigError("batch_size must be at least 1 and limit at least 0")
         if not 1 <= self.shard <= self.shards:
             raise ConfigError(f"shard {self.shard} of {self.shards}: counts from 1 to the number of shards")
 
@@ -67,6 +69,8 @@ def decode_shard(model: SpeechLLM, data_dir: str | Path, out_dir: str | Path, op
     """
     data = DataDir.load(data_dir)
     passport = Passport.load(data_dir)
+    if lost := [utt for utt in data.utterances if utt not in passport.utterances]:
+        raise DataError(data_dir, f"{lost[0]!r} is not in its passport.json", hint="run stage 2 again")
     seconds = {utt: passport.utterances[utt]["seconds"] for utt in data.utterances}
     chosen = data.utterances[: options.limit or None]
     keys = shard_keys(chosen, seconds, options.shard, options.shards)
@@ -175,38 +179,31 @@ def merge_shards(
     return stats
 
 
-def decode_key(exp_dir: str | Path, options: DecodeOptions, search: dict[str, Any]) -> dict[str, Any]:
-    """What the journals of a decode directory depend on; another key there is an error, not a mixture."""
-    return {
-        "checkpoint_sha256": sha256_file(Path(exp_dir) / MODEL_FILE),
-        "search": search,
-        "audio": options.audio,
-        "shards": options.shards,
-        "limit": options.limit,
-    }
-
-
-def check_key(out_dir: str | Path, key: dict[str, Any]) -> bool:
-    """Write ``key`` into a new decode directory, or compare it with what is there.
-
-    Returns:
-        True when the directory is complete for this key.
+def is_complete(
+    exp_dir: str | Path, data_dir: str | Path, out_dir: str | Path, options: DecodeOptions, search: dict[str, Any]
+) -> bool:
+    """Whether ``out_dir`` holds all hypotheses of this very run; begins it where it is new.
 
     Raises:
-        DataError: the directory belongs to another checkpoint or other options.
+        CheckpointError: nothing was trained yet.
+        DataError: the directory belongs to another checkpoint, other data or other options.
     """
-    path = Path(out_dir) / "key.json"
-    if path.exists():
-        found = read_json(path)
-        if found != key:
-            changed = sorted(k for k in key if found.get(k) != key[k])
-            raise DataError(
-                path,
-                f"this directory holds hypotheses of another run (changed: {', '.join(changed)})",
-                hint=f"remove it (rm -r {out_dir}) or decode under another name (--decode_tag)",
-            )
-    else:
-        write_json(path, key)
+    checkpoint = Path(exp_dir) / MODEL_FILE
+    if not checkpoint.is_file():
+        raise CheckpointError(f"{checkpoint}: no such checkpoint\n  -> train first: ./run.sh --stage 3 --stop_stage 3")
+    data = DataDir.load(data_dir)
+    key = {
+        "checkpoint_sha256": sha256_file(checkpoint),
+        "audio_sha256": Passport.load(data_dir).audio_digest(data.utterances),
+        "tables_sha256": data.digest(),
+        "search": search,
+        "audio": options.audio,
+        "batch_size": options.batch_size,
+        "limit": options.limit,
+    }
+    check_key(
+        Path(out_dir) / "key.json", key, f"remove it (rm -r {out_dir}) or decode under another name (--decode_tag)"
+    )
     return (Path(out_dir) / "stats.json").exists()
 
 

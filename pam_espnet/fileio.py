@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pam_espnet.errors import DataError
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -71,3 +73,30 @@ def sha256_file(path: str | Path, chunk: int = 1 << 20) -> str:
         while block := file.read(chunk):
             digest.update(block)
     return digest.hexdigest()
+
+
+def check_key(path: str | Path, key: dict[str, Any], hint: str) -> None:
+    """Write what a directory's contents depend on to ``path``, or compare it with what is written there.
+
+    Args:
+        path: the JSON file that holds the key.
+        key: JSON values, nested mappings allowed.
+        hint: what to type when the directory was made with another key.
+
+    Raises:
+        DataError: another key is there; names the entries that differ.
+    """
+    if not Path(path).exists():
+        write_json(path, key)
+        return
+    found, wanted = _flat(read_json(path)), _flat(key)
+    if changed := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
+        listed = ", ".join(changed[:8]) + (", ..." if len(changed) > 8 else "")
+        raise DataError(path, f"what lies here was made with other settings or data (changed: {listed})", hint=hint)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``; lists count as one value."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {k: v for key, part in value.items() for k, v in _flat(part, f"{name}.{key}" if name else key).items()}

@@ -19,9 +19,11 @@ def test_mappings_merge_lists_replace_null_removes() -> None:
 
 
 def test_changes_are_yaml_values() -> None:
-    assert parse_change("a.b=3e-4")["a"]["b"] == "3e-4"  # YAML 1.1 wants 3.0e-4; the parser of the option converts
+    assert parse_change("a.b=3e-4") == {"a": {"b": 3e-4}} and parse_change("a=-1E3") == {"a": -1000.0}
     assert parse_change("a.b=[1, 2]") == {"a": {"b": [1, 2]}}
     assert parse_change("x=null") == {"x": None}
+    with pytest.raises(ConfigError, match="not YAML"):
+        parse_change("a=[1")
     for wrong in ("novalue", "=1", "a..b=1"):
         with pytest.raises(ConfigError, match="key"):
             parse_change(wrong)

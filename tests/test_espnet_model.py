@@ -9,7 +9,7 @@ import torch
 from tiny_model import tiny_config
 
 from pam_espnet.build import build_model
-from pam_espnet.checkpoint import average, load_strict, read_trained, save_trained
+from pam_espnet.checkpoint import load_strict, read_trained, save_trained
 from pam_espnet.decoder.prompt_layout import answer_ids
 from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.espnet_model import IGNORE, ESPnetPaMModel
@@ -146,13 +146,6 @@ def test_a_truncated_checkpoint_says_so(model: ESPnetPaMModel, tmp_path: Path) -
         read_trained(path)
     with pytest.raises(CheckpointError, match="stage 3"):
         read_trained(tmp_path / "none.safetensors")
-
-
-def test_average_of_checkpoints() -> None:
-    one = {"w": torch.tensor([1.0, 3.0]), "n": torch.tensor([7])}
-    two = {"w": torch.tensor([3.0, 5.0]), "n": torch.tensor([7])}
-    mean = average([one, two])
-    assert mean["w"].tolist() == [2.0, 4.0] and mean["n"].tolist() == [7]
 
 
 @pytest.mark.parametrize(

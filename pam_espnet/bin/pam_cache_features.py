@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     names = used_encoders(config)
     for name in args.encoder or names:
-        if name.isdigit() and 1 <= int(name) <= len(names):
+        if name not in names and name.isdigit() and 1 <= int(name) <= len(names):
             name = names[int(name) - 1]
         for data in args.data:
             cache = cache_encoder(

@@ -16,6 +16,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY.SUB=VALUE", help="changes on top (YAML values)")
     parser.add_argument("--specs", help="root of the feature cache; adds frontend_conf.specs")
     parser.add_argument("--list_encoders", action="store_true", help="print the encoders that the fusion listens to")
+    parser.add_argument("--experiment", help="experiment directory: an error if it was begun with other settings")
+    parser.add_argument("--data", nargs="*", default=[], help="with --experiment: its formatted data directories")
     parser.add_argument("--out", help="file to write")
     return parser
 
@@ -30,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = add_specs(config, args.specs)
     if args.list_encoders:
         print("\n".join(used_encoders(config)))
+    if args.experiment:
+        from pam_espnet.experiment import begin_experiment
+
+        begin_experiment(args.experiment, config, args.data)
     if args.out:
         written = write_config(config, args.out)
         print(f"{args.out}: {'written' if written else 'unchanged'}")

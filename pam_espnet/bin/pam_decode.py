@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from pam_espnet.decoding import DecodeOptions, check_key, decode_key, decode_shard, merge_shards
+    from pam_espnet.decoding import DecodeOptions, decode_shard, is_complete, merge_shards
     from pam_espnet.inference import SpeechLLM
     from pam_espnet.search.options import BeamOptions
 
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         beam = BeamOptions(**search)
     except TypeError as error:
         raise ConfigError(f"{args.config}: {error}") from error
-    if check_key(args.out, decode_key(args.exp, options, {**search, "dtype": args.dtype})):
+    if is_complete(args.exp, args.data, args.out, options, {**search, "dtype": args.dtype}):
         print(f"{args.out}: already decoded")
         return 0
     if not args.merge:
@@ -67,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = SpeechLLM.load(args.exp, beam, device, args.dtype)
         decode_shard(model, args.data, args.out, options)
     if args.merge or shards == 1:
-        run = {"command": ["python", "-m", "pam_espnet.bin.pam_decode", *sys.argv[1:]], "commit": _commit()}
+        # A recipe says what its user typed; alone, it is this command.
+        typed = os.environ.get("PAM_COMMAND") or shlex.join(["pam_decode.py", *sys.argv[1:]])
+        run = {"command": shlex.split(typed), "commit": _commit()}
         stats = merge_shards(args.data, args.out, options, run)
         rtf = stats["seconds_wall"] / max(stats["seconds_audio"], 1e-9)
         print(f"{args.out}: {stats['seconds_audio']:.0f} s of audio, real-time factor {rtf:.3f} per process")

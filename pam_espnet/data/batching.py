@@ -23,8 +23,8 @@ class BatchingOptions:
         max_utterances: utterances in a batch, over all ranks.
         max_seconds: padded audio in a batch (longest utterance times utterances), seconds.
         pool: number of batches whose utterances are sorted by length together; 1 keeps batches random.
-        task_share: task name -> how often each of its utterances is seen in a pass (1 = once; 0.5 = every other
-            pass; 2 = twice). Tasks not named: once.
+        task_share: task name -> how often each of its utterances is seen in a pass (1 = once; 0.5 = with
+            probability one half; 2 = twice). Tasks not named: once.
     """
 
     max_utterances: int = 8
@@ -71,7 +71,7 @@ def plan_pass(
     batches: list[list[str]] = []
     for start in range(0, len(keys), size):
         batches += cut(sorted(keys[start : start + size], key=lambda k: (seconds[k], k)), seconds, options)
-    batches = [batch for batch in batches if len(batch) >= world_size]
+    batches = at_least(batches, world_size)
     rng.shuffle(batches)
     return batches
 
@@ -90,6 +90,23 @@ def cut(keys: list[str], seconds: Mapping[str, float], options: BatchingOptions)
             longest = seconds[key]
         batches[-1].append(key)
     return batches
+
+
+def at_least(batches: list[list[str]], size: int) -> list[list[str]]:
+    """Join neighbouring batches until each has ``size`` utterances, so that no rank is left without work.
+
+    A joined batch may exceed the limits: an empty rank would make the others wait for ever. Fewer than ``size``
+    utterances in all give no batch.
+    """
+    joined: list[list[str]] = []
+    for batch in batches:
+        if joined and len(joined[-1]) < size:
+            joined[-1] = joined[-1] + batch
+        else:
+            joined.append(batch)
+    if len(joined) > 1 and len(joined[-1]) < size:
+        joined[-2:] = [joined[-2] + joined[-1]]
+    return [batch for batch in joined if len(batch) >= size]
 
 
 def epoch_batches(

@@ -13,6 +13,7 @@ Reads tables only: no audio file is opened here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -76,6 +77,11 @@ class DataDir:
             return self.wav[utterance], None, None
         segment = self.segments[utterance]
         return self.wav[segment.recording], segment.start, segment.end
+
+    def digest(self) -> str:
+        """SHA-256 over texts, prompts and tasks of all utterances."""
+        table = [[utt, self.text[utt], self.prompt[utt], self.utt2task[utt]] for utt in self.utterances]
+        return hashlib.sha256(json.dumps(table).encode()).hexdigest()
 
     def per_task(self) -> dict[str, int]:
         """Number of utterances of each task, in the order of ``TASKS``."""

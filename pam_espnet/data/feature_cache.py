@@ -25,7 +25,7 @@ from pam_espnet.data.tables import read_table, write_table
 from pam_espnet.errors import DataError
 from pam_espnet.fileio import read_json, write_json
 
-REBUILD_HINT = "pass --rebuild true to compute it again, or name another directory"
+REBUILD_HINT = "compute it again (./run.sh --rebuild_cache true), or name another directory"
 
 
 @dataclass(frozen=True)

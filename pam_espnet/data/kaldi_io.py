@@ -45,7 +45,7 @@ def read_matrix(place: str) -> np.ndarray:
         DataError: not such a place, missing or damaged ark.
     """
     ark, _, offset = place.rpartition(":")
-    hint = "make the features again (--rebuild true)"
+    hint = "make the features again (./run.sh --rebuild_cache true)"
     if not offset.isdigit():
         raise DataError(place, "is not '<ark file>:<byte offset>'", hint=hint)
     try:

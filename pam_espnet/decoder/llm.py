@@ -135,14 +135,11 @@ class LLMDecoder(nn.Module):
         if attention == "auto":
             attention = "eager" if chosen == torch.bfloat16 and not torch.cuda.is_available() else "sdpa"
         source = _source(path_or_id, revision, local_files_only)
-        tokenizer = load_tokenizer(path_or_id, revision, local_files_only)
+        tokenizer = load_tokenizer(path_or_id, revision, local_files_only, chat_template)
         try:
             lm = AutoModelForCausalLM.from_pretrained(path_or_id, dtype=chosen, attn_implementation=attention, **source)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"cannot load the LLM {path_or_id!r}: {error}") from error
-        if chat_template is not None:
-            is_file = "\n" not in chat_template and os.path.isfile(chat_template)
-            tokenizer.chat_template = Path(chat_template).read_text("utf-8") if is_file else chat_template
         return cls(lm, tokenizer, lora=lora, **options)
 
     # ---- module behaviour -------------------------------------------------------------------------------------
@@ -298,8 +295,10 @@ def _forget_prompt_vectors(decoder: LLMDecoder, _: Any) -> None:
     decoder._prompt_vectors.clear()
 
 
-def load_tokenizer(path_or_id: str, revision: str | None = None, local_files_only: bool = False) -> Any:
-    """The LLM's own tokenizer, from a folder or id.
+def load_tokenizer(
+    path_or_id: str, revision: str | None = None, local_files_only: bool = False, chat_template: str | None = None
+) -> Any:
+    """The LLM's own tokenizer, from a folder or id; ``chat_template`` (Jinja text or file) replaces its template.
 
     Raises:
         ConfigError: no such folder or id.
@@ -308,9 +307,13 @@ def load_tokenizer(path_or_id: str, revision: str | None = None, local_files_onl
 
     source = _source(path_or_id, revision, local_files_only)
     try:
-        return AutoTokenizer.from_pretrained(path_or_id, **source)
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id, **source)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"cannot load the tokenizer of {path_or_id!r}: {error}") from error
+    if chat_template is not None:
+        is_file = "\n" not in chat_template and os.path.isfile(chat_template)
+        tokenizer.chat_template = Path(chat_template).read_text("utf-8") if is_file else chat_template
+    return tokenizer
 
 
 def _source(path_or_id: str, revision: str | None, local_files_only: bool) -> dict[str, Any]:

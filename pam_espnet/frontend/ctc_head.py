@@ -40,7 +40,8 @@ class EmbeddingCTC(nn.Module):
         super().__init__()
         if len(set(token_ids)) != len(token_ids) or embeddings.shape[0] != len(token_ids):
             raise ValueError(f"{len(token_ids)} token ids need as many distinct rows; got {tuple(embeddings.shape)}")
-        self.register_buffer("token_ids", torch.tensor(list(token_ids), dtype=torch.long))
+        # Not in checkpoints: the file that the configuration names holds them, and averaging would sum integers.
+        self.register_buffer("token_ids", torch.tensor(list(token_ids), dtype=torch.long), persistent=False)
         self.register_buffer("rows", F.normalize(embeddings.detach().float(), dim=-1), persistent=False)
         self.blank = nn.Parameter(torch.randn(embeddings.shape[1]) / math.sqrt(embeddings.shape[1]))
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))

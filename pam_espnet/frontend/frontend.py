@@ -235,13 +235,13 @@ class PaMFrontend(AbsFrontend):
             hidden.update(self.encode(wave, num_samples, missing))
         lengths = self.output_lengths(num_samples)
         num_frames = int(lengths.max())
-        spans = draw_spans(num_samples / self.sample_rate, self.masks) if self.training else lengths
+        spans = draw_spans(num_samples / self.sample_rate, self.masks) if self.training else None
         streams: list[Tensor | None] = []
         for name, weights in zip(self.names, routing.layer_weights, strict=True):
             stream = None
             if name in hidden:
                 mixed = mix_layers(*hidden[name], weights, self.specs[name].layer_widths)
-                if self.training:
+                if spans is not None:
                     mixed = hide(mixed, self.specs[name].frame_rate, spans, self.masks.dropout)
                 stream = self.adapters[name](mixed, num_frames)
             streams.append(stream)

@@ -10,7 +10,7 @@ from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.iterators.sequence_iter_factory import worker_init_fn
 from torch.utils.data import DataLoader
 
-from pam_espnet.data.batching import BatchingOptions, cut, epoch_batches
+from pam_espnet.data.batching import BatchingOptions, at_least, cut, epoch_batches
 
 
 class PaMIterFactory(AbsIterFactory):
@@ -63,10 +63,8 @@ class PaMIterFactory(AbsIterFactory):
                 self.seconds, self.tasks, self.options, self.seed, epoch, self.batches_per_epoch, self.world_size
             )
         else:
-            plan = cut(sorted(self.seconds, key=lambda k: (self.seconds[k], k)), self.seconds, self.options)
-            # A short last batch would leave ranks without work; its utterances join the batch before it.
-            while len(plan) > 1 and len(plan[-1]) < self.world_size:
-                plan[-2:] = [plan[-2] + plan[-1]]
+            ordered = sorted(self.seconds, key=lambda k: (self.seconds[k], k))
+            plan = at_least(cut(ordered, self.seconds, self.options), self.world_size)
         return [batch[self.rank :: self.world_size] for batch in plan]
 
     def build_iter(self, epoch: int, shuffle: bool | None = None) -> DataLoader:

@@ -1,4 +1,4 @@
-"""PaMTask: the only place that knows ESPnet's task machinery.
+"""PaMTask: this folder is the only one that knows ESPnet's task machinery.
 
 Importing it costs seconds (``espnet2.tasks.abs_task``); nothing that decodes, scores or prepares data does.
 """
@@ -8,13 +8,11 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.distributed
-import yaml
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.tasks.abs_task import AbsTask, IteratorOptions, optim_classes
 from espnet2.train.collate_fn import CommonCollateFn
@@ -22,9 +20,11 @@ from espnet2.utils.nested_dict_action import NestedDictAction
 from espnet2.utils.types import str_or_none
 
 from pam_espnet.build import build_model
+from pam_espnet.checkpoint import load_strict, read_trained
 from pam_espnet.data.batching import BatchingOptions
 from pam_espnet.data.tables import read_table
 from pam_espnet.data.tasks import TASKS
+from pam_espnet.decoder.llm import load_tokenizer
 from pam_espnet.errors import ConfigError
 from pam_espnet.espnet_model import IGNORE, ESPnetPaMModel
 from pam_espnet.tasks.iterator import PaMIterFactory
@@ -82,10 +82,7 @@ class PaMTask(AbsTask):
     @classmethod
     def build_preprocess_fn(cls, args: argparse.Namespace, train: bool) -> Callable[[str, dict], dict[str, np.ndarray]]:
         """Strings to ids; the tokenizer object stays the LLM's own."""
-        from pam_espnet.decoder.llm import load_tokenizer
-
-        options = {k: v for k, v in (args.llm_conf or {}).items() if k in ("revision", "local_files_only")}
-        return PaMPreprocessor(load_tokenizer(args.llm, **options), tasks=tuple(TASKS), train=train)
+        return PaMPreprocessor(tokenizer_of(args), tasks=tuple(TASKS), train=train)
 
     @classmethod
     def required_data_names(cls, train: bool = True, inference: bool = False) -> tuple[str, ...]:
@@ -125,7 +122,7 @@ class PaMTask(AbsTask):
         for name in ("num_samples", "task"):
             if name not in paths:
                 raise ConfigError(f"the {mode} data list lacks the stream {name!r}; pam.sh adds it from dump/raw")
-        sample_rate = 16000
+        sample_rate = int((args.frontend_conf or {}).get("sample_rate", 16000))
         seconds = {utt: int(n) / sample_rate for utt, n in read_table(paths["num_samples"]).items()}
         tasks = read_table(paths["task"])
         world_size = torch.distributed.get_world_size() if iter_options.distributed else 1
@@ -180,27 +177,15 @@ def parameter_groups(model: torch.nn.Module, scales: Mapping[str, float], lr: fl
 
 def _load_part(model: ESPnetPaMModel, path: str) -> None:
     """Load a file that holds some of the trained tensors; whole top-level parts only (frontend, ctc, decoder)."""
-    from pam_espnet.checkpoint import load_strict, read_trained
-
     state = read_trained(path)
-    for part in sorted({name.split(".")[0] for name in state}):
-        child = getattr(model, part, None)
-        if child is None:
-            raise ConfigError(f"init_trained: {path} holds tensors of {part!r}, which this model does not have")
-        own = {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")}
-        load_strict(child, own, f"{path} ({part})")
+    parts = {name.split(".")[0] for name in state}
+    if unknown := sorted(parts - {name for name, _ in model.named_children()}):
+        raise ConfigError(f"init_trained: {path} holds tensors of {', '.join(unknown)}, which this model does not have")
+    rest = {name: tensor for name, tensor in model.state_dict().items() if name.split(".")[0] not in parts}
+    load_strict(model, {**rest, **state}, path)
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """An experiment's ``config.yaml`` as a mapping.
-
-    Raises:
-        ConfigError: missing, or not a mapping.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file\n  -> run stage 3, which writes it")
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: not a mapping of options")
-    return config
+def tokenizer_of(args: argparse.Namespace) -> Any:
+    """The LLM's tokenizer as the decoder uses it: same revision, same chat template."""
+    names = ("revision", "local_files_only", "chat_template")
+    return load_tokenizer(args.llm, **{k: v for k, v in (args.llm_conf or {}).items() if k in names})

@@ -43,6 +43,9 @@ class PaMTrainer(Trainer):
         checkpoint = Path(checkpoint)
         previous = checkpoint.with_name(PREVIOUS)
         if not _loads(checkpoint):
+            if not previous.exists():  # killed while the first epoch was saved
+                logging.warning(f"{checkpoint} is damaged and the first one of its run: training from the start")
+                return
             if not _loads(previous):
                 raise CheckpointError(
                     f"{checkpoint} is damaged and there is no whole {PREVIOUS}\n"

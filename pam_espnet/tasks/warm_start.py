@@ -17,6 +17,7 @@ import argparse
 import json
 import logging
 import math
+import pickle
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pam_espnet.checkpoint import read_trained, save_trained
+from pam_espnet.checkpoint import load_strict, read_trained, save_trained
 from pam_espnet.data.tasks import task_spec
-from pam_espnet.errors import ConfigError
+from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.espnet_model import IGNORE, ESPnetPaMModel, cached_features, decode_prompts
 from pam_espnet.fileio import atomic_path, write_text
 from pam_espnet.frontend.fusion.routing import router_loss
@@ -67,6 +68,10 @@ class WarmStartOptions:
         object.__setattr__(self, "tasks", tuple(self.tasks))
         for task in self.tasks:
             task_spec(task)
+        if min(self.steps, self.save_every, self.report_every, self.max_utterances) < 1 or self.lr <= 0:
+            raise ConfigError("warm_start_conf: steps, save_every, report_every, max_utterances, lr must be positive")
+        if not 0 <= self.single_steps <= self.steps:
+            raise ConfigError(f"warm_start_conf.single_steps: {self.single_steps} of {self.steps} steps")
 
 
 def write_token_ids(texts: Sequence[str], tokenizer: Any, path: str | Path) -> int:
@@ -186,6 +191,7 @@ def fit(
     parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.01)
     step, epoch, lines = _resume(output_dir / STATE, model, optimizer)
+    saved = step
     started = time.monotonic()
     if step == 0 and router_pairs and model.router_loss_weight > 0:
         logging.info(f"router fitted to {len(router_pairs)} prompts: loss {fit_router(model, router_pairs):.4f}")
@@ -225,8 +231,9 @@ def fit(
                     "audio, or is frontend_conf.frame_rate too low?"
                 )
             # Saved between passes over the data, so that a resumed run sees the same batches.
-            if step < options.steps and step - _saved_step(output_dir / STATE) >= options.save_every:
+            if step < options.steps and step - saved >= options.save_every:
                 _save(output_dir / STATE, model, optimizer, step, epoch, lines)
+                saved = step
     model.eval()
     rates = {task: e / n for task, (e, n) in sorted(token_errors(model, valid.build_iter(1)).items())}
     lines.append({"step": step, **{f"valid_token_error_rate_{task}": round(rate, 4) for task, rate in rates.items()}})
@@ -248,16 +255,15 @@ def _save(path: Path, model: ESPnetPaMModel, optimizer: Any, step: int, epoch: i
         )
 
 
-def _saved_step(path: Path) -> int:
-    return int(torch.load(path, map_location="cpu", weights_only=True)["step"]) if path.exists() else 0
-
-
 def _resume(path: Path, model: ESPnetPaMModel, optimizer: Any) -> tuple[int, int, list[dict]]:
     if not path.exists():
         return 0, 0, []
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: damaged ({error})\n  -> remove it to start again") from error
     rest = {k: v for k, v in model.state_dict().items() if k.startswith("decoder.")}
-    model.load_state_dict({**rest, **state["model"]})
+    load_strict(model, {**rest, **state["model"]}, path)
     optimizer.load_state_dict(state["optimizer"])
     logging.info(f"warm start: resumed at step {state['step']} from {path}")
     return state["step"], state["epoch"], state["lines"]
@@ -280,8 +286,7 @@ def run(args: argparse.Namespace) -> Path:
     from pam_espnet.data.batching import BatchingOptions
     from pam_espnet.data.tables import read_table
     from pam_espnet.data.tasks import TASKS
-    from pam_espnet.decoder.llm import load_tokenizer
-    from pam_espnet.tasks.pam import PaMTask
+    from pam_espnet.tasks.pam import PaMTask, tokenizer_of
 
     try:
         options = WarmStartOptions(**(args.warm_start_conf or {}))
@@ -312,11 +317,13 @@ def run(args: argparse.Namespace) -> Path:
         factory.options = BatchingOptions(max_utterances=options.max_utterances, max_seconds=options.max_seconds)
         factory.batches_per_epoch = None
         factories[mode] = factory
+    if not (args.model_conf or {}).get("ctc_tokens"):
+        raise ConfigError("model_conf.ctc_tokens is missing: the file for the head's token ids (pam.sh sets it)")
     tokens = Path(args.model_conf["ctc_tokens"])
     if not tokens.exists():
         texts = read_table(paths["text"])
         answers = [texts[utt] for utt in factories["train"].tasks]
-        count = write_token_ids(answers, load_tokenizer(args.llm), tokens)
+        count = write_token_ids(answers, tokenizer_of(args), tokens)
         logging.info(f"{tokens}: {count} token types in {len(answers)} training answers")
     model = build_model(vars(args))
     return fit(

@@ -90,6 +90,27 @@ def test_a_run_stopped_after_two_epochs_resumes_to_the_same_model(
     assert curve(exp) == curve(unbroken)
 
 
+def test_killed_while_the_first_checkpoint_was_written(
+    unbroken: Path, data: Path, tiny_llm_dir: Path, tmp_path: Path
+) -> None:
+    exp = tmp_path / "exp"
+    exp.mkdir()
+    (exp / "checkpoint.pth").write_bytes((unbroken / "checkpoint.pth").read_bytes()[:1000])
+    run(data, tiny_llm_dir, exp)
+    assert same_model(exp, unbroken)
+
+
+def test_init_trained_takes_a_whole_model_and_refuses_another(
+    unbroken: Path, data: Path, tiny_llm_dir: Path, tmp_path: Path
+) -> None:
+    model = str(unbroken / "model.safetensors")
+    exp = run(data, tiny_llm_dir, tmp_path / "exp", init_trained=model, max_epoch=1)
+    assert curve(exp)[0]["loss"] < curve(unbroken)[0]["loss"]
+    frontend = {**tiny_config(tiny_llm_dir)["frontend_conf"], "fusion": "concat"}
+    with pytest.raises(CheckpointError, match="does not fit"):
+        run(data, tiny_llm_dir, tmp_path / "other", init_trained=model, frontend_conf=frontend)
+
+
 def test_damaged_beyond_repair_says_what_to_remove(
     unbroken: Path, data: Path, tiny_llm_dir: Path, tmp_path: Path
 ) -> None:
@@ -165,5 +186,5 @@ def test_warm_start_then_training(data: Path, tiny_llm_dir: Path, tmp_path: Path
 
     assert train([*args, "--init_trained", str(exp / "warm_start.safetensors"), "--resume", "true"]) == 0
     trained = read_trained(exp / "model.safetensors")
-    assert torch.equal(trained["ctc.token_ids"], warm["ctc.token_ids"])
+    assert trained["ctc.blank"].shape == warm["ctc.blank"].shape
     assert all("loss_ctc" in entry for entry in curve(exp))

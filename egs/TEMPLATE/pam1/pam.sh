@@ -63,6 +63,7 @@ batch_size=8
 decode_dtype=float32
 
 template=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PAM_COMMAND="./run.sh $*"  # kept beside the results
 # shellcheck source=utils/parse_options.sh
 . "${template}/../../../utils/parse_options.sh"
 
@@ -74,9 +75,12 @@ fail() {
 for number in stage stop_stage nj ngpu batch_size; do
     [[ ${!number} =~ ^[0-9]+$ ]] || fail "--${number} must be a whole number, not '${!number}'"
 done
+((nj > 0 && batch_size > 0)) || fail "--nj and --batch_size must be at least 1"
 [ -d conf ] || fail "no conf/ here: call pam.sh through the run.sh of a recipe"
 
 tag=${tag:-${fusion}_${size}}
+device=cpu
+((ngpu == 0)) || device=cuda
 data=data/${size}
 dump=dump/${size}
 exp=exp/${tag}
@@ -139,7 +143,7 @@ background() {
     pid=$!
     set +m
     # shellcheck disable=SC2064  # the process of now, not of later
-    trap "kill -TERM -- -${pid} 2>/dev/null || true; exit 130" INT TERM HUP
+    trap "kill -TERM -- -${pid} 2>/dev/null || true; wait; exit 130" INT TERM HUP
     tail -n +1 -s 0.5 -f --pid="${pid}" "${followed}" 2>/dev/null &
     wait "${pid}" || status=$?
     trap - INT TERM HUP
@@ -173,13 +177,15 @@ if wants 3; then
     else
         changes+=("model_conf.ctc_weight=0")  # there is no head to train on
     fi
-    module pam_config --config "${configs[@]}" --set "${changes[@]}" --out "${exp}/model.yaml"
-    encoders=()
+    if [ "${dry_run}" = false ] && [ ! -d "${dump}/raw/${train_set}" ]; then
+        fail "${dump}/raw/${train_set}: missing" "  -> ./run.sh --stage 1 --stop_stage 2"
+    fi
+    module pam_config --config "${configs[@]}" --set "${changes[@]}" --experiment "${exp}" \
+        --data "${dump}/raw/${train_set}" "${dump}/raw/${valid_set}" --out "${exp}/model.yaml"
+    encoders=(ENCODER)
     if [ "${dry_run}" = false ]; then
-        [ -d "${dump}/raw/${train_set}" ] || fail "${dump}/raw/${train_set}: missing" "  -> ./run.sh --stage 1 --stop_stage 2"
-        mapfile -t encoders < <("${python}" -m pam_espnet.bin.pam_config --config "${exp}/model.yaml" --list_encoders)
-    else
-        encoders=(ENCODER)
+        listed=$("${python}" -m pam_espnet.bin.pam_config --config "${exp}/model.yaml" --list_encoders)
+        mapfile -t encoders <<<"${listed}"
     fi
     data_args=()
     for mode in train valid; do
@@ -204,14 +210,16 @@ if wants 3; then
         background "${exp}/log/cache.1.log" "${exp}/log/cache.*.log" \
             "${decode_run[@]}" --max-jobs-run "${nj}" JOB=1:"${#encoders[@]}" "${exp}/log/cache.JOB.log" \
             "${python}" -m pam_espnet.bin.pam_cache_features --config "${exp}/model.yaml" --encoder JOB --threads 1 \
-            --out "${dump}/feats" --data "${dump}/raw/${train_set}" "${dump}/raw/${valid_set}" \
+            --device "${device}" --out "${dump}/feats" --data "${dump}/raw/${train_set}" "${dump}/raw/${valid_set}" \
             --rebuild "${rebuild_cache}"
         specs=(--specs "${dump}/feats")
     fi
     module pam_config --config "${exp}/model.yaml" "${specs[@]}" --out "${exp}/train.yaml"
     train_args=(--config "${exp}/train.yaml" --output_dir "${exp}" "${data_args[@]}")
     if [ "${warm_start}" = true ]; then
-        module pam_warm_start "${train_args[@]}" --ngpu "${ngpu}"
+        background "${exp}/log/warm_start.log" "${exp}/log/warm_start.log" \
+            "${train_run[@]}" --gpu "${ngpu}" "${exp}/log/warm_start.log" \
+            "${python}" -m pam_espnet.bin.pam_warm_start "${train_args[@]}" --ngpu "${ngpu}"
         train_args+=(--init_trained "${exp}/warm_start.safetensors")
     fi
     if [ -f "${exp}/model.safetensors" ] && [ "${dry_run}" = false ]; then
@@ -235,7 +243,7 @@ if wants 4; then
         for set_name in "${tests[@]}"; do
             args=(--exp "${exp}" --data "${dump}/raw/${set_name}" --out "${decode_dir}/${set_name}"
                 --config "${decode_config}" --batch_size "${batch_size}" --audio "${audio}"
-                --dtype "${decode_dtype}")
+                --dtype "${decode_dtype}" --device "${device}")
             if [ "${dry_run}" = false ] && [ -f "${decode_dir}/${set_name}/stats.json" ]; then
                 module pam_decode "${args[@]}" --shard "1/${nj}" --merge
                 continue
@@ -250,7 +258,7 @@ if wants 4; then
 fi
 
 if wants 5; then
-    begin 5 score "${exp}/decode_*/, ${dump}/raw/" "${exp}/RESULTS.md, ${exp}/results.json, ${exp}/images/"
+    begin 5 score "${exp}/decode_*/, ${dump}/raw/" "${exp}/RESULTS.md, ${exp}/results.json, pictures"
     decode_dirs=("${exp}/decode_${decode_tag}")
     [ "${audio_off}" = false ] || decode_dirs+=("${exp}/decode_${decode_tag}_audio_off")
     for decode_dir in "${decode_dirs[@]}"; do

@@ -4,9 +4,9 @@ set -euo pipefail
 
 PAM_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../../.." && pwd)"
 
-help_message="Usage: $0 [--size quick|full] [--downloads downloads] [--data_dir data/<size>] [--nj N] [--seed 2026]
+help_message="Usage: $0 [--size quick|full|tiny] [--downloads downloads] [--data_dir data/<size>] [--nj N] [--seed 2026]
   --size       how much to make, see local/sizes.yaml
-  --downloads  folder for the packages and models (about 2 GB)
+  --downloads  folder for packages, what is unpacked of them, and models (about 2 GB)
   --data_dir   folder for the corpus (default: data/<size>)
   --nj         processes (default: all cores)
   --seed       seed of everything random
