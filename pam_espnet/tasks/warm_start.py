@@ -21,7 +21,7 @@ import pickle
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class WarmStartOptions:
         single_steps: in so many first steps each batch is heard through one encoder, drawn at random. Mixed from the
             start, untrained encoders drown the one that knows words, and the loss stays on its plateau.
         lr: peak learning rate of AdamW (linear warm-up over a tenth of the steps, cosine to zero).
+        lr_scales: parameter-name prefix -> factor on the learning rate, laid over training's ``lr_scale_conf``.
         max_utterances, max_seconds: limits of a batch (``data.batching``).
         save_every: steps between checkpoints that a killed run resumes from.
         report_every: steps between lines in the log.
@@ -59,6 +60,7 @@ class WarmStartOptions:
     steps: int = 400
     single_steps: int = 0
     lr: float = 2e-3
+    lr_scales: Mapping[str, float] = field(default_factory=dict)
     max_utterances: int = 16
     max_seconds: float = 120.0
     save_every: int = 100
@@ -333,6 +335,10 @@ def run(args: argparse.Namespace) -> Path:
         options,
         output_dir,
         device="cuda" if args.ngpu > 0 else "cpu",
-        lr_scales={k: v for k, v in (args.lr_scale_conf or {}).items() if not k.startswith("decoder")},
+        lr_scales={
+            prefix: factor
+            for prefix, factor in {**(args.lr_scale_conf or {}), **options.lr_scales}.items()
+            if not prefix.startswith("decoder")
+        },
         router_pairs=pairs,
     )
