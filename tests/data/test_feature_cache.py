@@ -88,7 +88,7 @@ def test_second_call_returns_at_once(raw: Path, tmp_path: Path) -> None:
 )
 def test_other_key_is_an_error_until_rebuilt(raw: Path, tmp_path: Path, change: dict, message: str) -> None:
     cache_features(encode, SPEC, raw, tmp_path / "feats", shard_size=1)
-    with pytest.raises(DataError, match=message + "(.|\n)*--rebuild true"):
+    with pytest.raises(DataError, match=message + "(.|\n)*--rebuild_cache true"):
         cache_features(encode, SPEC | change, raw, tmp_path / "feats")
     counted, calls = counting()
     cache_features(counted, SPEC | change, raw, tmp_path / "feats", rebuild=True)
@@ -188,7 +188,7 @@ def test_matrices_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["no-offset", "echo x |", "{ark}:3", "{ark}:999999", "missing.ark:2"])
 def test_bad_places_are_refused(tmp_path: Path, place: str) -> None:
     write_matrices(tmp_path / "x.ark", tmp_path / "x.scp", [("a", np.ones((2, 3)))])
-    with pytest.raises(DataError, match="--rebuild true"):
+    with pytest.raises(DataError, match="--rebuild_cache true"):
         read_matrix(place.format(ark=tmp_path / "x.ark"))
 
 
