@@ -78,6 +78,22 @@ def test_shards_give_the_same_hypotheses(decoded: Path, exp: Path, data: Path, t
         assert float(score) == pytest.approx(float(scores[utt]), abs=1e-5)
 
 
+def test_one_process_decodes_several_directories(
+    decoded: Path, exp: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_data(tmp_path / "other", "more", size=2, seed=3)
+    outs = [str(tmp_path / "one"), str(tmp_path / "two")]
+    args = ["--exp", str(exp), "--data", str(data), str(other), "--out", *outs, "--config", str(exp / "decode.yaml")]
+    assert main([*args, "--batch_size", "4"]) == 0
+    assert (tmp_path / "one" / "score").read_text() == (decoded / "score").read_text()
+    assert len((tmp_path / "two" / "text").read_text().splitlines()) == 6
+    capsys.readouterr()
+    assert main([*args, "--batch_size", "4"]) == 0
+    assert capsys.readouterr().out.count("already decoded") == 2
+    with pytest.raises(ConfigError, match="--data names 2 directories and --out 1"):
+        main([*args[:5], "--out", outs[0], *args[8:]])
+
+
 def test_a_missing_shard_is_not_merged(exp: Path, data: Path, tmp_path: Path) -> None:
     decode(exp, data, tmp_path, "--shard", "1/2")
     with pytest.raises(DataError, match="did not finish"):

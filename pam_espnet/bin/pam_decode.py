@@ -1,6 +1,6 @@
-"""Decode a formatted data directory with a trained experiment.
+"""Decode formatted data directories with a trained experiment.
 
-Writes text, score, nbest.jsonl and stats.json into --out. A killed run goes on where it stopped; a finished one
+Writes text, score, nbest.jsonl and stats.json into each --out. A killed run goes on where it stopped; a finished one
 returns at once. With --shard i/n several processes share the work and --merge joins their parts.
 """
 
@@ -21,8 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exp", required=True, help="experiment directory (config.yaml, model.safetensors)")
-    parser.add_argument("--data", required=True, help="formatted data directory, dump/raw/<set>")
-    parser.add_argument("--out", required=True, help="exp/<tag>/decode_<name>/<set>")
+    parser.add_argument("--data", required=True, nargs="+", help="formatted data directories, dump/raw/<set>")
+    parser.add_argument("--out", required=True, nargs="+", help="for each of them, exp/<tag>/decode_<name>/<set>")
     parser.add_argument("--config", help="YAML with options of the beam search (conf/decode.yaml)")
     parser.add_argument("--batch_size", type=int, default=8, help="utterances decoded together (default: 8)")
     parser.add_argument("--audio", choices=("on", "zero"), default="on", help="zero: the audio-off control")
@@ -60,20 +60,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         beam = BeamOptions(**search)
     except TypeError as error:
         raise ConfigError(f"{args.config}: {error}") from error
-    if is_complete(args.exp, args.data, args.out, options, {**search, "dtype": args.dtype}):
-        print(f"{args.out}: already decoded")
-        return 0
-    if not args.merge:
+    if len(args.data) != len(args.out):
+        raise ConfigError(f"--data names {len(args.data)} directories and --out {len(args.out)}")
+    todo = []
+    for data, out in zip(args.data, args.out, strict=True):
+        if is_complete(args.exp, data, out, options, {**search, "dtype": args.dtype}):
+            print(f"{out}: already decoded")
+        else:
+            todo.append((data, out))
+    if todo and not args.merge:
         device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         model = SpeechLLM.load(args.exp, beam, device, args.dtype)
-        decode_shard(model, args.data, args.out, options)
+        for data, out in todo:
+            decode_shard(model, data, out, options)
     if args.merge or shards == 1:
         # A recipe says what its user typed; alone, it is this command.
         typed = os.environ.get("PAM_COMMAND") or shlex.join(["pam_decode.py", *sys.argv[1:]])
         run = {"command": shlex.split(typed), "commit": _commit()}
-        stats = merge_shards(args.data, args.out, options, run)
-        rtf = stats["seconds_wall"] / max(stats["seconds_audio"], 1e-9)
-        print(f"{args.out}: {stats['seconds_audio']:.0f} s of audio, real-time factor {rtf:.3f} per process")
+        for data, out in todo:
+            stats = merge_shards(data, out, options, run)
+            rtf = stats["seconds_wall"] / max(stats["seconds_audio"], 1e-9)
+            print(f"{out}: {stats['seconds_audio']:.0f} s of audio, real-time factor {rtf:.3f} per process")
     return 0
 
 

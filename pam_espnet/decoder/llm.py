@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pam_espnet.decoder.lora import add_lora, lora_off, set_lora_training
+from pam_espnet.decoder.lora import add_lora, lora_off, lora_precision, set_lora_training
 from pam_espnet.decoder.prompt_layout import Placed, end_of_turn_id, layout
 from pam_espnet.errors import ConfigError
 
@@ -193,9 +193,13 @@ class LLMDecoder(nn.Module):
         if positions is None:
             positions = torch.arange(embeds.size(1), device=embeds.device).expand(embeds.shape[:2])
         # use_cache=False: keys and values are not kept, and gradient checkpointing is allowed.
-        return self.transformer(
-            inputs_embeds=embeds.to(self.dtype), attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
+        return self._blocks(embeds, mask, positions, use_cache=False)
+
+    def _blocks(self, embeds: Tensor, mask: Tensor, positions: Tensor, **options: Any) -> Tensor:
+        with lora_precision(self.lm):
+            return self.transformer(
+                inputs_embeds=embeds.to(self.dtype), attention_mask=mask, position_ids=positions, **options
+            ).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states after the final norm (...,D) -> float32 logits (...,V)."""
@@ -257,13 +261,7 @@ class LLMDecoder(nn.Module):
         positions = torch.arange(prefix.size(1), device=prefix.device)
         mask = positions < lengths[:, None]
         cache = DynamicCache()
-        hidden = self.transformer(
-            inputs_embeds=prefix.to(self.dtype),
-            attention_mask=mask,
-            position_ids=positions.expand(mask.shape),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        hidden = self._blocks(prefix, mask, positions.expand(mask.shape), past_key_values=cache, use_cache=True)
         last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
         return self.logits(last), DecoderState(cache, mask, lengths.clone())
 
@@ -280,13 +278,10 @@ class LLMDecoder(nn.Module):
         """
         # A row's new slot may lie behind padding of its prefix: the mask hides those slots, the position skips them.
         state.mask = F.pad(state.mask, (0, 1), value=True)
-        hidden = self.transformer(
-            inputs_embeds=self.embed(tokens)[:, None],
-            attention_mask=state.mask,
-            position_ids=state.positions[:, None],
-            past_key_values=state.cache,
-            use_cache=True,
-        ).last_hidden_state
+        embeds = self.embed(tokens)[:, None]
+        hidden = self._blocks(
+            embeds, state.mask, state.positions[:, None], past_key_values=state.cache, use_cache=True
+        )
         state.positions = state.positions + 1
         return self.logits(hidden[:, 0])
 

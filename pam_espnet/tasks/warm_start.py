@@ -14,6 +14,8 @@ Dimension letters: B utterances, U adapter frames, D width.
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
 import logging
 import math
@@ -49,6 +51,10 @@ class WarmStartOptions:
         steps: optimizer steps.
         single_steps: in so many first steps each batch is heard through one encoder, drawn at random. Mixed from the
             start, untrained encoders drown the one that knows words, and the loss stays on its plateau.
+        held_out_mixture: fit the weights of encoders and layers on the validation set, everything else on the training
+            set, in alternate steps (differentiable architecture search: Liu, Simonyan and Yang, ICLR 2019, first
+            order). On the training set the encoder wins that is best learnt by heart: with few recordings per sound
+            that is Whisper, on unheard ones it is YAMNet. The paper fits everything on training data: False.
         lr: peak learning rate of AdamW (linear warm-up over a tenth of the steps, cosine to zero).
         lr_scales: parameter-name prefix -> factor on the learning rate, laid over training's ``lr_scale_conf``.
         max_utterances, max_seconds: limits of a batch (``data.batching``).
@@ -59,6 +65,7 @@ class WarmStartOptions:
     tasks: tuple[str, ...] = ("asr",)
     steps: int = 400
     single_steps: int = 0
+    held_out_mixture: bool = False
     lr: float = 2e-3
     lr_scales: Mapping[str, float] = field(default_factory=dict)
     max_utterances: int = 16
@@ -197,6 +204,9 @@ def fit(
     started = time.monotonic()
     if step == 0 and router_pairs and model.router_loss_weight > 0:
         logging.info(f"router fitted to {len(router_pairs)} prompts: loss {fit_router(model, router_pairs):.4f}")
+    mixture = model.frontend.fusion.mixture_parameters() if options.held_out_mixture else []
+    fixed = {id(parameter) for parameter in mixture}
+    networks = [parameter for parameter in parameters if id(parameter) not in fixed]
     draw = random.Random()
     with tqdm(total=options.steps, initial=step, desc="CTC warm start", unit="step", mininterval=2.0) as bar:
         while step < options.steps:
@@ -204,20 +214,17 @@ def fit(
             before, unaligned = step, 0
             draw.seed(epoch)
             torch.manual_seed(epoch)
+            held_out = _endless(valid, epoch)
             for _, batch in train.build_iter(epoch):
-                batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                total, count, skipped, *_ = ctc_batch(
-                    model, batch, draw.choice(model.frontend.fusion.used) if step < options.single_steps else None
-                )
+                only = draw.choice(model.frontend.fusion.used) if step < options.single_steps else None
+                for group in optimizer.param_groups:
+                    group["lr"] = options.lr * group["scale"] * rate(step, options)
+                total, count, skipped = _step(model, batch, only, optimizer, networks, device)
                 unaligned += skipped
                 if count == 0:
                     continue
-                for group in optimizer.param_groups:
-                    group["lr"] = options.lr * group["scale"] * rate(step, options)
-                optimizer.zero_grad()
-                (total / count).backward()
-                torch.nn.utils.clip_grad_norm_(parameters, 5.0)
-                optimizer.step()
+                if mixture:
+                    _step(model, next(held_out), only, optimizer, mixture, device)
                 step += 1
                 bar.update()
                 if step % options.report_every == 0 or step == options.steps:
@@ -247,6 +254,35 @@ def fit(
     seconds = time.monotonic() - started
     logging.info(f"warm start: {step} steps, {seconds:.0f} s; greedy CTC's token errors on dev: {shown}; wrote {done}")
     return done
+
+
+def _step(
+    model: ESPnetPaMModel,
+    batch: Mapping[str, Any],
+    only: str | None,
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[torch.nn.Parameter],
+    device: str,
+) -> tuple[Tensor, int, int]:
+    """One optimizer step of ``parameters`` alone; the summed loss, its target tokens, utterances left out."""
+    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    total, count, skipped, *_ = ctc_batch(model, batch, only)
+    optimizer.zero_grad()  # parameters without a gradient are left alone, by weight decay too
+    if count:
+        gradients = torch.autograd.grad(total / count, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimizer.step()
+    return total.detach(), count, skipped
+
+
+def _endless(valid: Any, epoch: int) -> Iterator[Mapping[str, Any]]:
+    """Shuffled batches of the validation set without end; which ones depends on the training epoch alone."""
+    shuffled = copy.copy(valid)
+    shuffled.train = True
+    for number in itertools.count(1000 * epoch):
+        yield from (batch for _, batch in shuffled.build_iter(number))
 
 
 def _save(path: Path, model: ESPnetPaMModel, optimizer: Any, step: int, epoch: int, lines: list[dict]) -> None:

@@ -67,6 +67,24 @@ def test_lora_in_bfloat16_keeps_float32_updates(tiny_llm_dir: Path) -> None:
     assert decoder.logits(decoder(torch.randn(1, 2, 32), torch.ones(1, 2, dtype=torch.bool))).dtype == torch.float32
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_in_bfloat16_learns_what_it_would_in_float32(
+    tiny_llm_dir: Path, audio: Tensor, checkpointing: bool
+) -> None:
+    gradients = {}
+    for dtype in ("float32", "bfloat16"):
+        torch.manual_seed(0)  # of the first matrices
+        options = {"r": 2, "alpha": 4, "dropout": 0.0}
+        decoder = load(tiny_llm_dir, lora=options, dtype=dtype, gradient_checkpointing=checkpointing).train()
+        stir_lora(decoder)
+        nll, _ = decoder.token_losses(batch(decoder, ["a dog", "2", "yes"], audio, [7, 3, 5]))
+        nll.sum().backward()
+        grads = [parameter.grad for parameter in decoder.parameters() if parameter.requires_grad]
+        assert all(grad is not None and grad.dtype == torch.float32 for grad in grads)
+        gradients[dtype] = torch.cat([grad.flatten() for grad in grads if grad is not None])
+    assert torch.cosine_similarity(gradients["float32"], gradients["bfloat16"], dim=0) > 0.99
+
+
 def test_dropout_of_the_frozen_llm_stays_off(tiny_llm_dir: Path, audio: Tensor) -> None:
     decoder = load(tiny_llm_dir, lora=LORA)
     decoder.lm.config.attention_dropout = 0.5

@@ -188,3 +188,71 @@ def test_warm_start_then_training(data: Path, tiny_llm_dir: Path, tmp_path: Path
     trained = read_trained(exp / "model.safetensors")
     assert trained["ctc.blank"].shape == warm["ctc.blank"].shape
     assert all("loss_ctc" in entry for entry in curve(exp))
+
+
+def test_held_out_mixture_never_sees_training_gradients(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    """One step on the training set moves everything but the mixture, one on the validation set the mixture alone."""
+    from pam_espnet.build import build_model
+    from pam_espnet.tasks import warm_start
+
+    tokens = tmp_path / "ctc_tokens.txt"
+    tokens.write_text("".join(f"{token}\n" for token in range(3, 60)))
+    torch.manual_seed(0)
+    model = build_model(tiny_config(tiny_llm_dir, ctc_tokens=str(tokens), ctc_weight=0.1)).train()
+    model.decoder.requires_grad_(False)
+    mixture = model.frontend.fusion.mixture_parameters()
+    assert [tuple(parameter.shape) for parameter in mixture] == [tuple(model.frontend.fusion.layer_logits.shape)]
+    rest = [p for p in model.parameters() if p.requires_grad and p is not mixture[0]]
+    optimizer = torch.optim.AdamW([*rest, *mixture], lr=0.01, weight_decay=0.1)
+    batch = {
+        "prompt": torch.tensor([list(b"Hi"), list(b"Ho")]),
+        "num_samples": torch.tensor([[16000], [12000]]),
+        "speech": torch.randn(2, 16000),
+        "text": torch.tensor([[5, 7, 2], [9, 2, -1]]),
+    }
+    for moving, still in ((rest, mixture), (mixture, rest)):
+        before = [p.detach().clone() for p in still], [p.detach().clone() for p in moving]
+        _, count, skipped = warm_start._step(model, batch, None, optimizer, moving, "cpu")
+        assert (count, skipped) == (3, 0)
+        assert all(torch.equal(p, old) for p, old in zip(still, before[0], strict=True))
+        assert any(not torch.equal(p, old) for p, old in zip(moving, before[1], strict=True))
+
+
+def test_warm_start_with_held_out_mixture_resumes_to_the_same_weights(
+    data: Path, tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pam_espnet.bin.pam_warm_start import main as warm_start
+    from pam_espnet.tasks import warm_start as module
+
+    def start(name: str) -> Path:
+        exp = tmp_path / name
+        exp.mkdir(exist_ok=True)
+        config = {
+            **tiny_config(tiny_llm_dir, ctc_tokens=str(tmp_path / "ctc_tokens.txt"), ctc_weight=0.1),
+            **TRAINING,
+            "warm_start_conf": {
+                "steps": 16, "single_steps": 6, "save_every": 2, "held_out_mixture": True,
+                "tasks": ["asr", "count", "caption"], "max_utterances": 4,
+            },
+        }  # fmt: skip
+        write_config(config, exp / "train.yaml")
+        assert warm_start(train_args(data, exp / "train.yaml", exp)) == 0
+        return exp / "warm_start.safetensors"
+
+    whole = read_trained(start("whole"))
+    step, calls = module._step, 0
+
+    def killed(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 20:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(module, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start("broken")
+    assert (tmp_path / "broken" / "warm_start.pth").exists()
+    monkeypatch.setattr(module, "_step", step)
+    resumed = read_trained(start("broken"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -240,19 +240,21 @@ if wants 4; then
     for audio in "${audios[@]}"; do
         decode_dir=${exp}/decode_${decode_tag}
         [ "${audio}" = on ] || decode_dir=${decode_dir}_audio_off
+        sources=() targets=() complete=true
         for set_name in "${tests[@]}"; do
-            args=(--exp "${exp}" --data "${dump}/raw/${set_name}" --out "${decode_dir}/${set_name}"
-                --config "${decode_config}" --batch_size "${batch_size}" --audio "${audio}"
-                --dtype "${decode_dtype}" --device "${device}")
-            if [ "${dry_run}" = false ] && [ -f "${decode_dir}/${set_name}/stats.json" ]; then
-                module pam_decode "${args[@]}" --shard "1/${nj}" --merge
-                continue
-            fi
-            log=${decode_dir}/${set_name}/log/decode
-            background "${log}.1.log" "${log}.*.log" \
-                "${decode_run[@]}" --max-jobs-run "${nj}" JOB=1:"${nj}" "${log}.JOB.log" "${python}" -m pam_espnet.bin.pam_decode "${args[@]}" --shard "JOB/${nj}" --threads 1
-            module pam_decode "${args[@]}" --shard "1/${nj}" --merge
+            sources+=("${dump}/raw/${set_name}")
+            targets+=("${decode_dir}/${set_name}")
+            [ -f "${decode_dir}/${set_name}/stats.json" ] || complete=false
         done
+        args=(--exp "${exp}" --data "${sources[@]}" --out "${targets[@]}" --config "${decode_config}"
+            --batch_size "${batch_size}" --audio "${audio}" --dtype "${decode_dtype}" --device "${device}")
+        if [ "${dry_run}" = true ] || [ "${complete}" = false ]; then
+            log=${decode_dir}/log/decode
+            background "${log}.1.log" "${log}.*.log" \
+                "${decode_run[@]}" --max-jobs-run "${nj}" JOB=1:"${nj}" "${log}.JOB.log" \
+                "${python}" -m pam_espnet.bin.pam_decode "${args[@]}" --shard "JOB/${nj}" --threads 1
+        fi
+        module pam_decode "${args[@]}" --shard "1/${nj}" --merge
     done
     end "./run.sh --stage 5"
 fi

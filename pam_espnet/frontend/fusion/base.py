@@ -55,6 +55,10 @@ class AbsFusion(nn.Module, ABC):
     def forward(self, embeddings: Sequence[Tensor | None], routing: Routing) -> Tensor:
         """Combine M streams (B,U,D) into one (B,U,D); None stands for an encoder of weight zero in the whole batch."""
 
+    def mixture_parameters(self) -> list[nn.Parameter]:
+        """What decides how much of which encoder and layer is heard, apart from the networks behind it."""
+        return [parameter for name, parameter in self.named_parameters() if name.startswith("layer_logits")]
+
     def unrouted(self, prompt_vector: Tensor, layer_weights: list[Tensor]) -> Routing:
         """The routing of a fusion without a router: one expert with probability one, and the same layer weights
         (H_m,) per encoder for every utterance."""
