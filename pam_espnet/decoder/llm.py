@@ -17,30 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pam_espnet.decoder import stepping
+from pam_espnet.decoder.fused import FusedLlama
 from pam_espnet.decoder.lora import add_lora, lora_off, lora_precision, set_lora_training
 from pam_espnet.decoder.prompt_layout import Placed, end_of_turn_id, layout
+from pam_espnet.decoder.stepping import DecoderState
 from pam_espnet.errors import ConfigError
 
 # Settings of models whose logits are more than final norm + output layer; exit_logits and loss would be wrong.
 _SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 _NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
-
-
-class DecoderState:
-    """Keys and values of all positions so far, one row per hypothesis; made by ``LLMDecoder.prefill``."""
-
-    def __init__(self, cache: Any, mask: Tensor, positions: Tensor) -> None:
-        self.cache = cache  # transformers.DynamicCache
-        self.mask = mask  # (R,P) bool: which cached slots a row may attend to
-        self.positions = positions  # (R,) position of the next token
-
-    def select(self, rows: Tensor) -> None:
-        """Keep ``rows`` (any number, repeats allowed): re-orders beams, copies a prefix, drops what is finished."""
-        count = self.mask.size(0)
-        if len(rows) == count and torch.equal(rows, torch.arange(count, device=rows.device)):
-            return
-        self.cache.batch_select_indices(rows)
-        self.mask, self.positions = self.mask[rows], self.positions[rows]
 
 
 class LLMDecoder(nn.Module):
@@ -62,6 +48,7 @@ class LLMDecoder(nn.Module):
         gradient_checkpointing: bool = False,
         prompt_position: str = "prompt",
         system: str | None = "",
+        fused_decoding: bool = True,
     ) -> None:
         """
         Args:
@@ -72,6 +59,8 @@ class LLMDecoder(nn.Module):
             prompt_position: where the prompt vector is read: "prompt" (last token of the prompt text) or "template"
                 (last token of the whole template).
             system: system prompt of every conversation; "" is an empty one, None the template's default.
+            fused_decoding: let the search run a copy of the blocks with LoRA merged (``decoder.fused``) where the LLM
+                is of that kind; False goes through transformers, slower and without the copy's memory.
 
         Raises:
             ConfigError: a value out of range, or an LLM whose logits are not final norm + output layer.
@@ -96,6 +85,8 @@ class LLMDecoder(nn.Module):
         self.vocab_size: int = lm.get_input_embeddings().weight.size(0)
         self.end_id = end_of_turn_id(tokenizer)
         self.eos_ids = _eos_ids(self.end_id, tokenizer, lm)
+        self.fused_decoding = fused_decoding
+        self._fused: tuple[list[tuple[int, int]], FusedLlama | None] | None = None
         self._prompt_vectors: dict[str, Tensor] = {}
         self.register_load_state_dict_post_hook(_forget_prompt_vectors)
         self.train(self.training)
@@ -256,14 +247,8 @@ class LLMDecoder(nn.Module):
         Returns:
             float32 logits (B,V) of the first answer token, and the state for ``step``.
         """
-        from transformers import DynamicCache
-
-        positions = torch.arange(prefix.size(1), device=prefix.device)
-        mask = positions < lengths[:, None]
-        cache = DynamicCache()
-        hidden = self._blocks(prefix, mask, positions.expand(mask.shape), past_key_values=cache, use_cache=True)
-        last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
-        return self.logits(last), DecoderState(cache, mask, lengths.clone())
+        hidden, state = stepping.prefill(self.lm, self._fused_blocks(), prefix.to(self.dtype), lengths)
+        return self.logits(hidden), state
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
@@ -276,14 +261,16 @@ class LLMDecoder(nn.Module):
         Returns:
             float32 logits (R,V) of the next token.
         """
-        # A row's new slot may lie behind padding of its prefix: the mask hides those slots, the position skips them.
-        state.mask = F.pad(state.mask, (0, 1), value=True)
-        embeds = self.embed(tokens)[:, None]
-        hidden = self._blocks(
-            embeds, state.mask, state.positions[:, None], past_key_values=state.cache, use_cache=True
-        )
-        state.positions = state.positions + 1
-        return self.logits(hidden[:, 0])
+        return self.logits(state.step(self.embed(tokens)))
+
+    def _fused_blocks(self) -> FusedLlama | None:
+        """The LLM as the search runs it, made anew when a weight has changed; None where transformers must do it."""
+        if not self.fused_decoding:
+            return None
+        weights = [(id(weight), weight._version) for weight in self.lm.parameters()]
+        if self._fused is None or self._fused[0] != weights:
+            self._fused = (weights, stepping.fuse(self.lm))
+        return self._fused[1]
 
 
 def _forget_prompt_vectors(decoder: LLMDecoder, _: Any) -> None:

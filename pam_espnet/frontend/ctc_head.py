@@ -85,6 +85,38 @@ class EmbeddingCTC(nn.Module):
         total = F.ctc_loss(log_probs, flat, lengths[rows], target_lengths, blank=BLANK, reduction="sum")
         return total, int(flat.numel()), skipped
 
+    def pooled_scores(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        """How much each token type is heard anywhere in an utterance: (B, C-1) in the order of ``token_ids``.
+
+        The cosines of CTC over their temperature, log-mean-exp over the valid frames: near the maximum for a short
+        sound, near the mean for one that goes on (pooling for weak labels; Wang, Li and Metze, ICASSP 2019, compare).
+        """
+        cosine = F.normalize(frames.float(), dim=-1) @ self.rows.T / self.log_temperature.exp()
+        valid = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None].to(frames.device)
+        pooled = cosine.masked_fill(~valid[..., None], -torch.inf).logsumexp(dim=1)
+        return pooled - lengths.to(pooled)[:, None].clamp_min(1).log()
+
+    def bag_loss(self, frames: Tensor, lengths: Tensor, answers: Sequence[Sequence[int]]) -> tuple[Tensor, int, int]:
+        """Summed cross-entropy of the answers' token types, in any order and at any time.
+
+        For answers that do not follow the audio in time, where CTC learns little more than its blank: what a caption
+        names must be heard somewhere. Arguments and results are those of ``loss``.
+        """
+        found = [self.classes(sorted(set(answer))) for answer in answers]
+        rows = [b for b, classes in enumerate(found) if classes]
+        if not rows:
+            return frames.sum() * 0.0, 0, len(answers)
+        log_probs = F.log_softmax(self.pooled_scores(frames[rows], lengths[rows]), dim=-1)
+        places = [(row, c - 1) for row, b in enumerate(rows) for c in found[b] or []]
+        index = torch.tensor(places, device=frames.device)
+        return -log_probs[index[:, 0], index[:, 1]].sum(), len(places), len(answers) - len(rows)
+
+    @torch.no_grad()
+    def heard(self, frames: Tensor, lengths: Tensor, counts: Sequence[int]) -> list[set[int]]:
+        """The ``counts[b]`` token ids that are heard most in each utterance."""
+        scores = self.pooled_scores(frames, lengths)
+        return [set(self.token_ids[row.topk(n).indices].tolist()) for row, n in zip(scores, counts, strict=True)]
+
     @torch.no_grad()
     def greedy(self, frames: Tensor, lengths: Tensor) -> list[list[int]]:
         """Best-path decoding: token ids of each utterance (B lists)."""

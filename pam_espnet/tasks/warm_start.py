@@ -1,8 +1,8 @@
 """CTC warm start: fit the adapters in the LLM's embedding space before the LLM is trained.
 
-For ASR the answer's tokens follow the audio in time, which is what CTC assumes. Captions name sounds mostly in their
-order and a count is a single token, so the same loss can point their experts at the encoders that know something;
-``tasks`` says for which it is used.
+For ASR the answer's tokens follow the audio in time, which is what CTC assumes. A caption or a count does not; for
+these tasks the tokens of the answer are to be heard anywhere in the audio, in any order (``EmbeddingCTC.bag_loss``).
+``losses`` says which task is fitted how.
 
 No LLM forward pass is needed beyond one per distinct prompt, so it takes seconds to minutes where joint training
 takes hours. What it trains (frontend and CTC head) is written as safetensors and loaded by training through
@@ -47,14 +47,14 @@ class WarmStartOptions:
     """How long and how fast.
 
     Attributes:
-        tasks: which tasks' answers are fitted.
+        losses: task -> "ctc" or "bag", the tasks whose answers are fitted.
         steps: optimizer steps.
         single_steps: in so many first steps each batch is heard through one encoder, drawn at random. Mixed from the
             start, untrained encoders drown the one that knows words, and the loss stays on its plateau.
-        held_out_mixture: fit the weights of encoders and layers on the validation set, everything else on the training
-            set, in alternate steps (differentiable architecture search: Liu, Simonyan and Yang, ICLR 2019, first
-            order). On the training set the encoder wins that is best learnt by heart: with few recordings per sound
-            that is Whisper, on unheard ones it is YAMNet. The paper fits everything on training data: False.
+        held_out_every: fit the weights of encoders and layers on the validation set, one step after so many steps of
+            everything else on the training set (differentiable architecture search: Liu, Simonyan and Yang, ICLR
+            2019, first order). On the training set the encoder wins that is best learnt by heart. 0: everything is
+            fitted on the training set, which is how the paper reads.
         lr: peak learning rate of AdamW (linear warm-up over a tenth of the steps, cosine to zero).
         lr_scales: parameter-name prefix -> factor on the learning rate, laid over training's ``lr_scale_conf``.
         max_utterances, max_seconds: limits of a batch (``data.batching``).
@@ -62,10 +62,10 @@ class WarmStartOptions:
         report_every: steps between lines in the log.
     """
 
-    tasks: tuple[str, ...] = ("asr",)
+    losses: Mapping[str, str] = field(default_factory=lambda: {"asr": "ctc"})
     steps: int = 400
     single_steps: int = 0
-    held_out_mixture: bool = False
+    held_out_every: int = 0
     lr: float = 2e-3
     lr_scales: Mapping[str, float] = field(default_factory=dict)
     max_utterances: int = 16
@@ -74,11 +74,14 @@ class WarmStartOptions:
     report_every: int = 20
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", tuple(self.tasks))
-        for task in self.tasks:
+        for task, loss in self.losses.items():
             task_spec(task)
+            if loss not in ("ctc", "bag"):
+                raise ConfigError(f"warm_start_conf.losses.{task}: {loss!r}; choose ctc or bag")
         if min(self.steps, self.save_every, self.report_every, self.max_utterances) < 1 or self.lr <= 0:
             raise ConfigError("warm_start_conf: steps, save_every, report_every, max_utterances, lr must be positive")
+        if self.held_out_every < 0:
+            raise ConfigError(f"warm_start_conf.held_out_every: {self.held_out_every}; 0 turns it off")
         if not 0 <= self.single_steps <= self.steps:
             raise ConfigError(f"warm_start_conf.single_steps: {self.single_steps} of {self.steps} steps")
 
@@ -92,11 +95,8 @@ def write_token_ids(texts: Sequence[str], tokenizer: Any, path: str | Path) -> i
     return len(ids)
 
 
-def ctc_batch(
-    model: ESPnetPaMModel, batch: Mapping[str, Any], only: str | None = None
-) -> tuple[Tensor, int, int, Tensor, Tensor]:
-    """CTC loss of a batch: summed loss, target tokens, utterances left out, embeddings (B, U, D), lengths (B,)."""
-    assert model.ctc is not None
+def embed_batch(model: ESPnetPaMModel, batch: Mapping[str, Any], only: str | None = None) -> tuple[Tensor, Tensor]:
+    """Audio embeddings (B, U, D) of a batch and their lengths (B,)."""
     audio = model.audio_embeddings(
         decode_prompts(batch["prompt"]),
         batch["num_samples"][:, 0],
@@ -104,27 +104,56 @@ def ctc_batch(
         cached_features(batch),
         only=only,
     )
-    answers = [row[row != IGNORE][:-1].tolist() for row in batch["text"]]
-    total, count, skipped = model.ctc.loss(audio.embeddings, audio.lengths, answers)
-    return total, count, skipped, audio.embeddings, audio.lengths
+    return audio.embeddings, audio.lengths
+
+
+def _answers(batch: Mapping[str, Any]) -> list[list[int]]:
+    return [row[row != IGNORE][:-1].tolist() for row in batch["text"]]
+
+
+def warm_loss(
+    model: ESPnetPaMModel, batch: Mapping[str, Any], losses: Mapping[str, str], only: str | None = None
+) -> tuple[Tensor, int, int]:
+    """Loss of a batch by its tasks' ``losses``: the sum, the target tokens, the utterances left out."""
+    assert model.ctc is not None
+    embeddings, lengths = embed_batch(model, batch, only)
+    answers, names = _answers(batch), [model.tasks[index] for index in batch["task"][:, 0].tolist()]
+    total, count, skipped = embeddings.sum() * 0.0, 0, 0
+    for kind, loss in (("ctc", model.ctc.loss), ("bag", model.ctc.bag_loss)):
+        rows = [b for b, name in enumerate(names) if losses[name] == kind]
+        if rows:
+            one, targets, left_out = loss(embeddings[rows], lengths[rows], [answers[b] for b in rows])
+            total, count, skipped = total + one, count + targets, skipped + left_out
+    return total, count, skipped
 
 
 @torch.no_grad()
 def token_errors(
-    model: ESPnetPaMModel, batches: Iterator[tuple[list[str], dict[str, Any]]]
+    model: ESPnetPaMModel, batches: Iterator[tuple[list[str], dict[str, Any]]], losses: Mapping[str, str]
 ) -> dict[str, tuple[int, int]]:
-    """Greedy CTC on held-out data: task -> (edit distance in tokens, reference tokens)."""
+    """Held-out errors: task -> (errors, reference tokens).
+
+    For "ctc" the edit distance of greedy decoding; for "bag" the answer's token types that are not among as many
+    types that are heard most (for a count: the wrong answers).
+    """
     from rapidfuzz.distance import Levenshtein
 
     assert model.ctc is not None
     found_errors: dict[str, tuple[int, int]] = {}
     for _, batch in batches:
-        *_, embeddings, lengths = ctc_batch(model, batch)
-        answers = [row[row != IGNORE][:-1].tolist() for row in batch["text"]]
-        hypotheses = model.ctc.greedy(embeddings, lengths)
-        for task, answer, found in zip(batch["task"][:, 0].tolist(), answers, hypotheses, strict=True):
-            errors, tokens = found_errors.get(model.tasks[task], (0, 0))
-            found_errors[model.tasks[task]] = errors + Levenshtein.distance(answer, found), tokens + len(answer)
+        embeddings, lengths = embed_batch(model, batch)
+        answers = _answers(batch)
+        types = [set(answer) for answer in answers]
+        greedy = model.ctc.greedy(embeddings, lengths)
+        heard = model.ctc.heard(embeddings, lengths, [len(one) for one in types])
+        for b, index in enumerate(batch["task"][:, 0].tolist()):
+            task = model.tasks[index]
+            if losses[task] == "ctc":
+                wrong, tokens = Levenshtein.distance(answers[b], greedy[b]), len(answers[b])
+            else:
+                wrong, tokens = len(types[b] - heard[b]), len(types[b])
+            errors, seen = found_errors.get(task, (0, 0))
+            found_errors[task] = errors + wrong, seen + tokens
     return found_errors
 
 
@@ -204,7 +233,7 @@ def fit(
     started = time.monotonic()
     if step == 0 and router_pairs and model.router_loss_weight > 0:
         logging.info(f"router fitted to {len(router_pairs)} prompts: loss {fit_router(model, router_pairs):.4f}")
-    mixture = model.frontend.fusion.mixture_parameters() if options.held_out_mixture else []
+    mixture = model.frontend.fusion.mixture_parameters() if options.held_out_every else []
     fixed = {id(parameter) for parameter in mixture}
     networks = [parameter for parameter in parameters if id(parameter) not in fixed]
     draw = random.Random()
@@ -219,12 +248,12 @@ def fit(
                 only = draw.choice(model.frontend.fusion.used) if step < options.single_steps else None
                 for group in optimizer.param_groups:
                     group["lr"] = options.lr * group["scale"] * rate(step, options)
-                total, count, skipped = _step(model, batch, only, optimizer, networks, device)
+                total, count, skipped = _step(model, batch, options.losses, only, optimizer, networks, device)
                 unaligned += skipped
                 if count == 0:
                     continue
-                if mixture:
-                    _step(model, next(held_out), only, optimizer, mixture, device)
+                if mixture and step % options.held_out_every == 0:
+                    _step(model, next(held_out), options.losses, only, optimizer, mixture, device)
                 step += 1
                 bar.update()
                 if step % options.report_every == 0 or step == options.steps:
@@ -244,7 +273,7 @@ def fit(
                 _save(output_dir / STATE, model, optimizer, step, epoch, lines)
                 saved = step
     model.eval()
-    rates = {task: e / n for task, (e, n) in sorted(token_errors(model, valid.build_iter(1)).items())}
+    rates = {task: e / n for task, (e, n) in sorted(token_errors(model, valid.build_iter(1), options.losses).items())}
     lines.append({"step": step, **{f"valid_token_error_rate_{task}": round(rate, 4) for task, rate in rates.items()}})
     write_text(output_dir / LOG, "".join(json.dumps(line) + "\n" for line in lines))
     trained = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
@@ -252,13 +281,14 @@ def fit(
     (output_dir / STATE).unlink(missing_ok=True)
     shown = ", ".join(f"{task} {rate:.1%}" for task, rate in rates.items())
     seconds = time.monotonic() - started
-    logging.info(f"warm start: {step} steps, {seconds:.0f} s; greedy CTC's token errors on dev: {shown}; wrote {done}")
+    logging.info(f"warm start: {step} steps, {seconds:.0f} s; token errors on dev: {shown}; wrote {done}")
     return done
 
 
 def _step(
     model: ESPnetPaMModel,
     batch: Mapping[str, Any],
+    losses: Mapping[str, str],
     only: str | None,
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[torch.nn.Parameter],
@@ -266,7 +296,7 @@ def _step(
 ) -> tuple[Tensor, int, int]:
     """One optimizer step of ``parameters`` alone; the summed loss, its target tokens, utterances left out."""
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    total, count, skipped, *_ = ctc_batch(model, batch, only)
+    total, count, skipped = warm_loss(model, batch, losses, only)
     optimizer.zero_grad()  # parameters without a gradient are left alone, by weight decay too
     if count:
         gradients = torch.autograd.grad(total / count, parameters, allow_unused=True)
@@ -344,10 +374,10 @@ def run(args: argparse.Namespace) -> Path:
             paths = {name: path for path, name, _ in args.train_data_path_and_name_and_type}
             prompts, order = read_table(paths["prompt"]), list(TASKS)
             pairs = sorted({(prompts[utt], order.index(task)) for utt, task in factory.tasks.items()})
-        chosen = {utt: task for utt, task in factory.tasks.items() if task in options.tasks}
+        chosen = {utt: task for utt, task in factory.tasks.items() if task in options.losses}
         if not chosen:
             raise ConfigError(
-                f"warm_start_conf.tasks: the {mode} set has no utterance of {', '.join(options.tasks)}\n"
+                f"warm_start_conf.losses: the {mode} set has no utterance of {', '.join(options.losses)}\n"
                 "  -> choose other tasks, or run with --warm_start false"
             )
         factory.seconds = {utt: s for utt, s in factory.seconds.items() if utt in chosen}

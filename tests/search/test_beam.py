@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pam_espnet.decoder.fused import FusedLlama
 from pam_espnet.decoder.llm import LLMDecoder
 from pam_espnet.errors import ConfigError
 from pam_espnet.search.beam import beam_search
@@ -23,9 +24,10 @@ LENGTHS = [1, 9, 4, 12, 3, 7]
 EOS = (74, 7, 40)
 
 
-@pytest.fixture(scope="module")
-def decoder(tiny_llm_dir: Path) -> LLMDecoder:
-    return LLMDecoder.from_pretrained(str(tiny_llm_dir), dtype="float32").eval()
+@pytest.fixture(scope="module", params=["fused", "transformers"])
+def decoder(request: pytest.FixtureRequest, tiny_llm_dir: Path) -> LLMDecoder:
+    fused = request.param == "fused"
+    return LLMDecoder.from_pretrained(str(tiny_llm_dir), dtype="float32", fused_decoding=fused).eval()
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +124,22 @@ def test_neighbours_do_not_matter(decoder: LLMDecoder, prefix: Tensor, rows: lis
         assert [one.score for one in nbest] == pytest.approx([one.score for one in alone], abs=1e-4)
 
 
-def test_the_prefix_is_run_once_and_finished_utterances_leave(decoder: LLMDecoder, prefix: Tensor) -> None:
-    seen: list[tuple[int, int]] = []  # rows, positions of every forward pass
+def test_the_prefix_is_run_once_and_finished_utterances_leave(
+    decoder: LLMDecoder, prefix: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []  # positions that each forward pass computes
+    finish = FusedLlama.finish
 
     def count(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        seen.append(tuple(kwargs["inputs_embeds"].shape[:2]))
+        seen.append(kwargs["inputs_embeds"].shape[:2].numel())
 
+    def count_fused(model: FusedLlama, index: int, x: Tensor, attended: Tensor) -> Tensor:
+        if index == 0:
+            seen.append(len(x))
+        return finish(model, index, x, attended)
+
+    search(decoder, prefix, [0], BeamOptions(max_new_tokens=1))  # makes the fused blocks, and checks them
+    monkeypatch.setattr(FusedLlama, "finish", count_fused)
     hook = decoder.transformer.register_forward_pre_hook(count, with_kwargs=True)
     steps: list[tuple[int, int]] = []
     try:
@@ -138,9 +150,10 @@ def test_the_prefix_is_run_once_and_finished_utterances_leave(decoder: LLMDecode
         )  # fmt: skip
     finally:
         hook.remove()
-    assert seen[0] == (6, 12)
+    # transformers computes padding too
+    assert seen[0] == (sum(LENGTHS) if decoder.fused_decoding else len(LENGTHS) * max(LENGTHS))
     assert [step for _, step in steps] == list(range(1, len(steps) + 1))
-    assert seen[1:] == [(4 * active, 1) for active, _ in steps if active]
+    assert seen[1:] == [4 * active for active, _ in steps if active]
     active = [active for active, _ in steps]
     assert active == sorted(active, reverse=True) and active[0] == 5 and active[-1] == 0 and len(steps) <= 10
 

@@ -209,10 +209,12 @@ def test_held_out_mixture_never_sees_training_gradients(data: Path, tiny_llm_dir
         "num_samples": torch.tensor([[16000], [12000]]),
         "speech": torch.randn(2, 16000),
         "text": torch.tensor([[5, 7, 2], [9, 2, -1]]),
+        "task": torch.tensor([[0], [1]]),
     }
     for moving, still in ((rest, mixture), (mixture, rest)):
         before = [p.detach().clone() for p in still], [p.detach().clone() for p in moving]
-        _, count, skipped = warm_start._step(model, batch, None, optimizer, moving, "cpu")
+        losses = {"asr": "ctc", "count": "bag"}
+        _, count, skipped = warm_start._step(model, batch, losses, None, optimizer, moving, "cpu")
         assert (count, skipped) == (3, 0)
         assert all(torch.equal(p, old) for p, old in zip(still, before[0], strict=True))
         assert any(not torch.equal(p, old) for p, old in zip(moving, before[1], strict=True))
@@ -231,8 +233,8 @@ def test_warm_start_with_held_out_mixture_resumes_to_the_same_weights(
             **tiny_config(tiny_llm_dir, ctc_tokens=str(tmp_path / "ctc_tokens.txt"), ctc_weight=0.1),
             **TRAINING,
             "warm_start_conf": {
-                "steps": 16, "single_steps": 6, "save_every": 2, "held_out_mixture": True,
-                "tasks": ["asr", "count", "caption"], "max_utterances": 4,
+                "steps": 16, "single_steps": 6, "save_every": 2, "held_out_every": 2,
+                "losses": {"asr": "ctc", "count": "bag", "caption": "bag"}, "max_utterances": 4,
             },
         }  # fmt: skip
         write_config(config, exp / "train.yaml")

@@ -10,7 +10,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 help_message="Usage: ./run_fusions.sh [--size quick] [--fusions NAMES] [--options OPTIONS]
 
   --size NAME      as for run.sh (quick)
-  --fusions NAMES  separated by blanks; the first is what the others are compared with
+  --fusions NAMES  separated by blanks; the first is what the others are compared with, and is decoded
+                   without audio too
   --options TEXT   further options of run.sh, separated by blanks ()"
 size=quick
 fusions="pam single_whisper single_yamnet single_pyannote average concat static"
@@ -21,10 +22,12 @@ options=
 read -r -a names <<<"${fusions}"
 read -r -a more <<<"${options}"
 experiments=()
+control=true
 for fusion in "${names[@]}"; do
     echo "=== ${fusion}"
-    ./run.sh --size "${size}" --fusion "${fusion}" "${more[@]}"
+    ./run.sh --size "${size}" --fusion "${fusion}" --audio_off "${control}" "${more[@]}"
     experiments+=("exp/${fusion}_${size}")
+    control=false # the first fusion's answers without audio are control enough
 done
 # shellcheck source=egs/TEMPLATE/pam1/path.sh
 . ../../TEMPLATE/pam1/path.sh

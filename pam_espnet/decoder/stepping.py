@@ -1,0 +1,134 @@
+"""How the search runs an LLM: the prefix once, then token by token, with one of two memories.
+
+Llama-type LLMs go through fused blocks and a tree of hypotheses (``tree_cache``); any other causal LLM through
+transformers and its cache, whose rows are copied when beams fork. Both give the same logits up to rounding.
+
+B utterances, R rows (hypotheses), P positions, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pam_espnet.decoder.fused import FusedLlama
+from pam_espnet.decoder.lora import lora_precision
+from pam_espnet.decoder.tree_cache import tree_prefill
+
+# Same block: RMS norm, attention with rotary positions, RMS norm, gated feed-forward network.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+TOLERANCE = {torch.float32: 2e-3}  # of the self-check, relative to the largest hidden value
+COARSE_TOLERANCE = 0.1  # in half precision
+RESERVE = 64  # slots for steps, allocated with the prefix
+
+
+class DecoderState(Protocol):
+    """What an LLM remembers of R rows."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep ``rows`` (R',), repeats and drops allowed: re-orders beams, forks a prefix, drops what is finished."""
+
+    def step(self, embeds: Tensor) -> Tensor:
+        """Append one position to every row, embeddings (R,D) -> last hidden states after the final norm (R,D)."""
+
+
+class CachedState:
+    """Keys and values of all positions so far, one row per hypothesis, in transformers' cache."""
+
+    def __init__(self, lm: Any, cache: Any, mask: Tensor, positions: Tensor) -> None:
+        self.lm = lm
+        self.cache = cache  # transformers.DynamicCache
+        self.mask = mask  # (R,P) bool: which cached slots a row may attend to
+        self.positions = positions  # (R,) position of the next token
+
+    def select(self, rows: Tensor) -> None:
+        """See ``DecoderState``."""
+        count = self.mask.size(0)
+        if len(rows) == count and torch.equal(rows, torch.arange(count, device=rows.device)):
+            return
+        self.cache.batch_select_indices(rows)
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+
+    def step(self, embeds: Tensor) -> Tensor:
+        """See ``DecoderState``."""
+        # A row's new slot may lie behind padding of its prefix: the mask hides those slots, the position skips them.
+        self.mask = F.pad(self.mask, (0, 1), value=True)
+        hidden = self.run(embeds[:, None], self.positions[:, None])
+        self.positions = self.positions + 1
+        return hidden[:, 0]
+
+    def run(self, embeds: Tensor, positions: Tensor) -> Tensor:
+        """Positions (R,P) of embeddings (R,P,D) on top of the cache -> last hidden states (R,P,D)."""
+        with lora_precision(self.lm):
+            return self.lm.base_model(
+                inputs_embeds=embeds,
+                attention_mask=self.mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            ).last_hidden_state
+
+
+@torch.no_grad()
+def prefill(lm: Any, fused: FusedLlama | None, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, DecoderState]:
+    """Run the prefix of every utterance once.
+
+    Args:
+        lm: the LLM.
+        fused: its fused form, or None to go through transformers.
+        prefix: (B,P,D) embeddings in the LLM's dtype, right-padded.
+        lengths: (B,) valid positions, at least 1.
+
+    Returns:
+        the last position's hidden state after the final norm (B,D), and the state for steps.
+    """
+    if fused is not None:
+        return tree_prefill(fused, prefix, lengths, RESERVE)
+    from transformers import DynamicCache
+
+    positions = torch.arange(prefix.size(1), device=prefix.device)
+    mask = positions < lengths[:, None]
+    state = CachedState(lm, DynamicCache(), mask, lengths.clone())
+    hidden = state.run(prefix, positions.expand(mask.shape))
+    return hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1], state
+
+
+def fuse(lm: Any) -> FusedLlama | None:
+    """The fused form of ``lm``, or None for an LLM that is not of this kind.
+
+    A self-check compares one forward pass with transformers' own, so that a family member with a twist that is not
+    known here is left to transformers instead of being decoded wrongly.
+    """
+    config = lm.config
+    ropes = f"{getattr(config, 'rope_scaling', None)} {getattr(config, 'rope_parameters', None)}"
+    plain = (
+        config.model_type in FAMILIES
+        and getattr(config, "hidden_act", None) == "silu"
+        and not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+        and not any(kind in ropes for kind in ("dynamic", "longrope"))  # cosines depend on the sequence's length
+    )
+    if not plain:
+        return None
+    fused = FusedLlama(lm)
+    difference = self_check(fused, lm)
+    if not difference <= TOLERANCE.get(fused.dtype, COARSE_TOLERANCE):
+        logging.warning(
+            f"{type(lm).__name__}: the fused blocks differ from transformers' by {difference:.2g}; decoding goes "
+            "through transformers, which is slower"
+        )
+        return None
+    return fused
+
+
+def self_check(fused: FusedLlama, lm: Any) -> float:
+    """The largest difference of the last of eight positions' hidden states, relative to the largest value."""
+    table = lm.get_input_embeddings().weight.detach()
+    embeds = table[torch.arange(8, device=table.device) * (len(table) // 8)][None]
+    lengths = torch.tensor([8], device=table.device)
+    expected, _ = prefill(lm, None, embeds, lengths)
+    found, _ = prefill(lm, fused, embeds, lengths)
+    return float((found - expected).abs().max() / expected.abs().max())

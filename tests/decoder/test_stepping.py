@@ -1,0 +1,121 @@
+"""The fused blocks and the tree of hypotheses against transformers, family by family."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pam_espnet.decoder import stepping, tree_cache
+from pam_espnet.decoder.lora import add_lora
+
+SIZES = {
+    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+LENGTHS = torch.tensor([5, 9, 2])
+
+
+def build(family: str, **options: Any) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    config_class, model_class = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }[family]
+    model = model_class(config_class(**{**SIZES, **options})).eval()
+    for parameter in model.parameters():  # norms start at one and biases at zero, where a slip would not show
+        parameter.data = parameter.data + 0.1 * torch.randn_like(parameter)
+    return model.requires_grad_(False)
+
+
+def prefixes() -> Tensor:
+    batch = torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(1))
+    for b, length in enumerate(LENGTHS.tolist()):
+        batch[b, length:] = 1e4
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+        ("llama", {"num_key_value_heads": 1, "head_dim": 16}),
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 8}),
+    ],
+)
+def test_forks_and_drops_give_the_logits_of_transformers(family: str, options: dict[str, Any]) -> None:
+    lm = build(family, **options)
+    fused = stepping.fuse(lm)
+    assert fused is not None
+    found, tree = stepping.prefill(lm, fused, prefixes(), LENGTHS)
+    expected, cached = stepping.prefill(lm, None, prefixes(), LENGTHS)
+    assert torch.allclose(found, expected, atol=1e-4)
+    generator = torch.Generator().manual_seed(2)
+    # one row per utterance becomes several, of unequal number; beams fork, die out, change places; utterances leave
+    for rows in ([0, 0, 1, 2, 2, 2], [1, 0, 2, 2, 5, 3], [0, 0, 4, 4], [3, 3, 2], [0, 2, 1], [2]):
+        for state in (tree, cached):
+            state.select(torch.tensor(rows))
+        embeds = torch.randn(len(rows), 32, generator=generator)
+        assert torch.allclose(tree.step(embeds), cached.step(embeds), atol=1e-4)
+    assert len(tree.keys[0]) == 1 and tree.forwarded == 6 + 6 + 4 + 3 + 3 + 1
+
+
+def test_long_answers_outgrow_and_compact_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stepping, "RESERVE", 3)
+    lm = build("llama")
+    fused = stepping.fuse(lm)
+    _, tree = stepping.prefill(lm, fused, prefixes(), LENGTHS)
+    _, cached = stepping.prefill(lm, None, prefixes(), LENGTHS)
+    for state in (tree, cached):
+        state.select(torch.arange(3).repeat_interleave(4))
+    generator = torch.Generator().manual_seed(3)
+    slots = []
+    for _ in range(60):
+        embeds = torch.randn(12, 32, generator=generator)
+        assert torch.allclose(tree.step(embeds), cached.step(embeds), atol=1e-4)
+        # a new beam of four from two of the old ones, as a search does
+        parents = torch.cat([4 * b + torch.randint(0, 4, (2,), generator=generator).repeat(2) for b in range(3)])
+        for state in (tree, cached):
+            state.select(parents)
+        slots.append(tree.used)
+    assert max(slots) < 9 + 60 * 4 and any(later < earlier for earlier, later in itertools.pairwise(slots))
+
+
+def test_lora_is_merged() -> None:
+    lm = build("llama")
+    add_lora(lm, {"r": 2, "alpha": 4, "dropout": 0.0})
+    plain = stepping.prefill(lm, stepping.fuse(lm), prefixes(), LENGTHS)[0]
+    for name, parameter in lm.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.2 * torch.randn_like(parameter)
+    found, _ = stepping.prefill(lm, stepping.fuse(lm), prefixes(), LENGTHS)
+    expected, _ = stepping.prefill(lm, None, prefixes(), LENGTHS)
+    assert torch.allclose(found, expected, atol=1e-4) and not torch.allclose(found, plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("options", [{"hidden_act": "gelu"}, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}])
+def test_what_is_not_of_this_kind_is_left_to_transformers(options: dict[str, Any]) -> None:
+    assert stepping.fuse(build("llama", **options)) is None
+    assert stepping.fuse(build("mistral", sliding_window=4)) is None
+
+
+def test_a_twist_that_is_not_known_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm = build("llama")
+    attend = tree_cache._causal
+    monkeypatch.setattr(tree_cache, "_causal", lambda *args: 1.1 * attend(*args))
+    with caplog.at_level(logging.WARNING):
+        assert stepping.fuse(lm) is None
+    assert "differ from transformers" in caplog.text
