@@ -1,8 +1,4 @@
-"""CTC warm start: fit the adapters in the LLM's embedding space before the LLM is trained.
-
-For ASR the answer's tokens follow the audio in time, which is what CTC assumes. A caption or a count does not; for
-these tasks the tokens of the answer are to be heard anywhere in the audio, in any order (``EmbeddingCTC.bag_loss``).
-``losses`` says which task is fitted how.
+"""CTC warm start: fit the adapters in the LLM's embedding space before the LLM is trained (``warm_losses``).
 
 No LLM forward pass is needed beyond one per distinct prompt, so it takes seconds to minutes where joint training
 takes hours. What it trains (frontend and CTC head) is written as safetensors and loaded by training through
@@ -33,9 +29,10 @@ from torch import Tensor
 from pam_espnet.checkpoint import load_strict, read_trained, save_trained
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.errors import CheckpointError, ConfigError
-from pam_espnet.espnet_model import IGNORE, ESPnetPaMModel, cached_features, decode_prompts
+from pam_espnet.espnet_model import ESPnetPaMModel
 from pam_espnet.fileio import atomic_path, write_text
 from pam_espnet.frontend.fusion.routing import router_loss
+from pam_espnet.tasks.warm_losses import token_errors, warm_loss
 
 OUTPUT = "warm_start.safetensors"
 STATE = "warm_start.pth"
@@ -93,68 +90,6 @@ def write_token_ids(texts: Sequence[str], tokenizer: Any, path: str | Path) -> i
     ids = sorted({token for text in texts for token in answer_ids(tokenizer, text)[:-1]})
     write_text(path, "".join(f"{token}\n" for token in ids))
     return len(ids)
-
-
-def embed_batch(model: ESPnetPaMModel, batch: Mapping[str, Any], only: str | None = None) -> tuple[Tensor, Tensor]:
-    """Audio embeddings (B, U, D) of a batch and their lengths (B,)."""
-    audio = model.audio_embeddings(
-        decode_prompts(batch["prompt"]),
-        batch["num_samples"][:, 0],
-        batch.get("speech"),
-        cached_features(batch),
-        only=only,
-    )
-    return audio.embeddings, audio.lengths
-
-
-def _answers(batch: Mapping[str, Any]) -> list[list[int]]:
-    return [row[row != IGNORE][:-1].tolist() for row in batch["text"]]
-
-
-def warm_loss(
-    model: ESPnetPaMModel, batch: Mapping[str, Any], losses: Mapping[str, str], only: str | None = None
-) -> tuple[Tensor, int, int]:
-    """Loss of a batch by its tasks' ``losses``: the sum, the target tokens, the utterances left out."""
-    assert model.ctc is not None
-    embeddings, lengths = embed_batch(model, batch, only)
-    answers, names = _answers(batch), [model.tasks[index] for index in batch["task"][:, 0].tolist()]
-    total, count, skipped = embeddings.sum() * 0.0, 0, 0
-    for kind, loss in (("ctc", model.ctc.loss), ("bag", model.ctc.bag_loss)):
-        rows = [b for b, name in enumerate(names) if losses[name] == kind]
-        if rows:
-            one, targets, left_out = loss(embeddings[rows], lengths[rows], [answers[b] for b in rows])
-            total, count, skipped = total + one, count + targets, skipped + left_out
-    return total, count, skipped
-
-
-@torch.no_grad()
-def token_errors(
-    model: ESPnetPaMModel, batches: Iterator[tuple[list[str], dict[str, Any]]], losses: Mapping[str, str]
-) -> dict[str, tuple[int, int]]:
-    """Held-out errors: task -> (errors, reference tokens).
-
-    For "ctc" the edit distance of greedy decoding; for "bag" the answer's token types that are not among as many
-    types that are heard most (for a count: the wrong answers).
-    """
-    from rapidfuzz.distance import Levenshtein
-
-    assert model.ctc is not None
-    found_errors: dict[str, tuple[int, int]] = {}
-    for _, batch in batches:
-        embeddings, lengths = embed_batch(model, batch)
-        answers = _answers(batch)
-        types = [set(answer) for answer in answers]
-        greedy = model.ctc.greedy(embeddings, lengths)
-        heard = model.ctc.heard(embeddings, lengths, [len(one) for one in types])
-        for b, index in enumerate(batch["task"][:, 0].tolist()):
-            task = model.tasks[index]
-            if losses[task] == "ctc":
-                wrong, tokens = Levenshtein.distance(answers[b], greedy[b]), len(answers[b])
-            else:
-                wrong, tokens = len(types[b] - heard[b]), len(types[b])
-            errors, seen = found_errors.get(task, (0, 0))
-            found_errors[task] = errors + wrong, seen + tokens
-    return found_errors
 
 
 def fit_router(model: ESPnetPaMModel, pairs: Sequence[tuple[str, int]], steps: int = 200, lr: float = 1e-3) -> float:

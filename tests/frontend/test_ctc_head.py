@@ -56,3 +56,26 @@ def test_training_it_learns_and_leaves_the_rows_alone(head: EmbeddingCTC) -> Non
 def test_rows_must_fit_the_ids() -> None:
     with pytest.raises(ValueError, match="rows"):
         EmbeddingCTC([1, 1], torch.randn(2, 4))
+
+
+def test_a_bag_does_not_ask_where_or_how_often(head: EmbeddingCTC) -> None:
+    blank = head.blank.detach()
+    frames = torch.stack([blank, head.rows[1], blank, head.rows[0], blank])[None]
+    lengths = torch.tensor([5])
+    total, count, skipped = head.bag_loss(frames, lengths, [[5, 9, 5]])
+    assert (count, skipped) == (2, 0)  # types, not tokens
+    assert total.item() == pytest.approx(head.bag_loss(frames.flip(1), lengths, [[9, 5]])[0].item(), rel=1e-5)
+    assert total < head.bag_loss(frames, lengths, [[5, 40]])[0]
+    assert head.heard(frames, lengths, [2]) == [{5, 9}]
+
+
+def test_bags_of_a_batch_ignore_padding_and_count_what_they_cannot_name(head: EmbeddingCTC) -> None:
+    frames, lengths = torch.randn(3, 7, 16, requires_grad=True), torch.tensor([7, 4, 2])
+    answers = [[5, 9], [40], [7]]  # 7 is unknown to the head
+    total, count, skipped = head.bag_loss(frames, lengths, answers)
+    single = [head.bag_loss(frames[i : i + 1, : lengths[i]], lengths[i : i + 1], [answers[i]])[0] for i in range(2)]
+    assert (count, skipped) == (3, 1)
+    assert total.item() == pytest.approx(sum(s.item() for s in single), rel=1e-5)
+    nothing, count, skipped = head.bag_loss(frames, lengths, [[7], [], [7]])
+    assert (nothing.item(), count, skipped) == (0.0, 0, 3)
+    nothing.backward()
