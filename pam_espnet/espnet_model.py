@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from espnet2.torch_utils.device_funcs import force_gatherable
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 from torch import Tensor
 
@@ -108,7 +109,7 @@ class ESPnetPaMModel(AbsESPnetModel):
             feats_<encoder>, feats_<encoder>_lengths: (B, T, H*D) cached hidden states.
 
         Returns:
-            loss (scalar), statistics, weight (number of target tokens).
+            loss (1,), statistics, weight (1,), the number of target tokens.
         """
         prompts = decode_prompts(batch["prompt"])
         answers = [row[row != IGNORE] for row in batch["text"]]
@@ -137,7 +138,8 @@ class ESPnetPaMModel(AbsESPnetModel):
             loss = loss + self.ctc_weight * value
             stats["loss_ctc"] = value.detach()
         stats["loss"] = loss.detach()
-        return loss, stats, weight
+        # One value becomes a vector of one: what ESPnet's trainer sums over ranks must not be a scalar.
+        return force_gatherable((loss, stats, weight), loss.device)
 
     def _task_statistics(self, nll: Tensor, correct: Tensor, task: Tensor) -> dict[str, Tensor | None]:
         """Loss and accuracy per task, the same keys on every rank.
