@@ -8,6 +8,7 @@ import platform
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -96,7 +97,9 @@ def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str]
             if options.audio == "zero":
                 waves = [np.zeros_like(wave) for wave in waves]
             began = time.perf_counter()
-            answers = model.answer(waves, [data.prompt[key] for key in batch])
+            answers = model.answer(
+                waves, [data.prompt[key] for key in batch], [data.utt2task[key] for key in batch]
+            )
             wall = time.perf_counter() - began
             for key, wave, answer in zip(batch, waves, answers, strict=True):
                 line = {
@@ -110,6 +113,7 @@ def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str]
                     "seconds_audio": round(len(wave) / rate, 4),
                     "seconds_wall": wall / len(batch),
                     "routing": answer.routing,
+                    "constraints": answer.constraints,
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
@@ -164,6 +168,7 @@ def merge_shards(
         "seconds_audio": sum(e["seconds_audio"] for e in ordered),
         "seconds_wall": sum(e["seconds_wall"] for e in ordered),
         "tokens": sum(len(e["hypotheses"][0]["tokens"]) for e in ordered),
+        "constraints": dict(sum((Counter(e["constraints"]) for e in ordered), Counter())),
         "peak_memory_bytes": max(machine["peak_memory_bytes"] for machine in machines),
         "batch_size": options.batch_size,
         "shards": options.shards,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,3 +149,52 @@ def test_shards_cover_everything_once() -> None:
     seconds = {key: float(i % 5) for i, key in enumerate(keys)}
     parts = [shard_keys(keys, seconds, shard, 4) for shard in range(1, 5)]
     assert sorted(key for part in parts for key in part) == sorted(keys)
+
+
+def test_answers_keep_to_their_constraints(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokens = tmp_path / "ctc_tokens.txt"
+    tokens.write_text("".join(f"{token}\n" for token in range(3, 250)))
+    config = tiny_config(tiny_llm_dir, ctc_tokens=str(tokens), ctc_weight=0.1)
+    save_trained(build_model(config).state_dict(), tmp_path / "model.safetensors")
+    write_config(config, tmp_path / "config.yaml")
+    options = {
+        "beam_size": 2, "nbest": 2, "max_new_tokens": 20, "no_repeat_ngram": 1, "tokens_per_second": 2.0,
+        "answer_sets": {"count": ["0", "1"]}, "task_vocabulary": True,
+    }  # fmt: skip
+    write_config(options, tmp_path / "decode.yaml")
+    assert decode(tmp_path, data, tmp_path / "out") == 0
+    fired: dict[str, int] = {}
+    for line in (tmp_path / "out" / "nbest.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        for name, times in entry["constraints"].items():
+            fired[name] = fired.get(name, 0) + times
+        best = entry["hypotheses"][0]
+        assert len(set(best["tokens"])) == len(best["tokens"])
+        assert len(best["tokens"]) <= 8 + 2 * entry["seconds_audio"] + 1
+        if entry["task"] == "count":
+            assert [one["text"] in ("0", "1") for one in entry["hypotheses"]] == [True, True]
+        else:
+            assert all(3 <= token < 250 for token in best["tokens"][:-1])
+    assert read_json(tmp_path / "out" / "stats.json")["constraints"] == fired
+    assert {"answer_set", "length_cap"} <= set(fired)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram"),
+        ({"answer_sets": {"count": []}}, "answer_sets.count"),
+        ({"answer_sets": {"counting": ["1"]}}, "counting"),
+        ({"task_vocabulary": True}, "task_vocabulary"),
+    ],
+)
+def test_options_of_decoding_that_cannot_be(
+    exp: Path, data: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    write_config(options, tmp_path / "decode.yaml")
+    with pytest.raises(ConfigError, match=message):
+        main([
+            "--exp", str(exp), "--data", str(data), "--out", str(tmp_path / "out"),
+            "--config", str(tmp_path / "decode.yaml"),
+        ])  # fmt: skip

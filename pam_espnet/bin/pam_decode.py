@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--exp", required=True, help="experiment directory (config.yaml, model.safetensors)")
     parser.add_argument("--data", required=True, nargs="+", help="formatted data directories, dump/raw/<set>")
     parser.add_argument("--out", required=True, nargs="+", help="for each of them, exp/<tag>/decode_<name>/<set>")
-    parser.add_argument("--config", help="YAML with options of the beam search (conf/decode.yaml)")
+    parser.add_argument("--config", help="YAML with options of decoding (conf/decode.yaml; pam_espnet/answering.py)")
     parser.add_argument("--batch_size", type=int, default=8, help="utterances decoded together (default: 8)")
     parser.add_argument("--audio", choices=("on", "zero"), default="on", help="zero: the audio-off control")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="decode the I-th of N parts (default: 1/1)")
@@ -48,18 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
+    from pam_espnet.answering import AnswerOptions
     from pam_espnet.decoding import DecodeOptions, decode_shard, is_complete, merge_shards
     from pam_espnet.inference import SpeechLLM
-    from pam_espnet.search.options import BeamOptions
 
     if args.threads:
         torch.set_num_threads(args.threads)
     options = DecodeOptions(args.batch_size, args.audio, shard, shards, args.limit)
     search = load_yaml(args.config) if args.config else {}
-    try:
-        beam = BeamOptions(**search)
-    except TypeError as error:
-        raise ConfigError(f"{args.config}: {error}") from error
+    answers = AnswerOptions.from_dict(search, args.config)
     if len(args.data) != len(args.out):
         raise ConfigError(f"--data names {len(args.data)} directories and --out {len(args.out)}")
     todo = []
@@ -70,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             todo.append((data, out))
     if todo and not args.merge:
         device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-        model = SpeechLLM.load(args.exp, beam, device, args.dtype)
+        model = SpeechLLM.load(args.exp, answers, device, args.dtype)
         for data, out in todo:
             decode_shard(model, data, out, options)
     if args.merge or shards == 1:

@@ -247,8 +247,13 @@ class LLMDecoder(nn.Module):
         Returns:
             float32 logits (B,V) of the first answer token, and the state for ``step``.
         """
-        hidden, state = stepping.prefill(self.lm, self._fused_blocks(), prefix.to(self.dtype), lengths)
+        hidden, state = self.prefill_hidden(prefix, lengths)
         return self.logits(hidden), state
+
+    @torch.no_grad()
+    def prefill_hidden(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, DecoderState]:
+        """``prefill`` without the output layer: last hidden states after the final norm (B,D)."""
+        return stepping.prefill(self.lm, self._fused_blocks(), prefix.to(self.dtype), lengths)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
@@ -261,7 +266,12 @@ class LLMDecoder(nn.Module):
         Returns:
             float32 logits (R,V) of the next token.
         """
-        return self.logits(state.step(self.embed(tokens)))
+        return self.logits(self.step_hidden(tokens, state))
+
+    @torch.no_grad()
+    def step_hidden(self, tokens: Tensor, state: DecoderState) -> Tensor:
+        """``step`` without the output layer: last hidden states after the final norm (R,D)."""
+        return state.step(self.embed(tokens))
 
     def _fused_blocks(self) -> FusedLlama | None:
         """The LLM as the search runs it, made anew when a weight has changed; None where transformers must do it."""

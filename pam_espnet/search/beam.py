@@ -10,11 +10,12 @@ V vocabulary, C candidates per row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from pam_espnet.search.constraints import Constraint
 from pam_espnet.search.hypothesis import Candidate, Hypothesis, UtteranceBeam
 from pam_espnet.search.options import BeamOptions
 
@@ -36,7 +37,7 @@ class SteppingDecoder(Protocol):
     def prefill(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, State]:
         """Prefixes (B,P,D), right-padded, (B,) -> logits (B,V) of the first token, state of B rows."""
 
-    def step(self, tokens: Tensor, state: State) -> Tensor:
+    def step(self, tokens: Tensor, state: Any) -> Tensor:
         """Append tokens (R,) to the R rows of ``state`` -> logits (R,V) of the next token."""
 
 
@@ -48,6 +49,7 @@ def beam_search(
     options: BeamOptions,
     max_new_tokens: Tensor | Sequence[int] | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    constraints: Sequence[Constraint] = (),
 ) -> list[list[Hypothesis]]:
     """Search the best answers of a batch.
 
@@ -61,6 +63,7 @@ def beam_search(
         max_new_tokens: (B,) a length cap per utterance, e.g. from the audio's duration; ``options.max_new_tokens``
             stays the upper bound.
         on_step: called after every step with (utterances still active, steps taken).
+        constraints: on the answers; they count per utterance where they fired.
 
     Returns:
         for each utterance its n-best hypotheses, best first.
@@ -68,13 +71,16 @@ def beam_search(
     eos_ids = options.eos_ids if options.eos_ids is not None else decoder.eos_ids
     count = len(prefix_lengths)
     caps = [options.max_new_tokens] * count if max_new_tokens is None else [int(cap) for cap in max_new_tokens]
-    beams = [UtteranceBeam(options, eos_ids, max(1, min(cap, options.max_new_tokens))) for cap in caps]
+    beams = [
+        UtteranceBeam(options, eos_ids, max(1, min(cap, options.max_new_tokens)), place)
+        for place, cap in enumerate(caps)
+    ]
     active = list(beams)
     if active:
         logits, state = decoder.prefill(prefix, prefix_lengths)
     steps = 0
     while active:
-        candidates = _candidates(logits, active, options, eos_ids)
+        candidates = _candidates(logits, active, options, eos_ids, constraints)
         rows: list[int] = []
         first_row = 0
         for beam, choices in zip(active, candidates, strict=True):
@@ -95,7 +101,11 @@ def beam_search(
 
 
 def _candidates(
-    logits: Tensor, active: Sequence[UtteranceBeam], options: BeamOptions, eos_ids: Sequence[int]
+    logits: Tensor,
+    active: Sequence[UtteranceBeam],
+    options: BeamOptions,
+    eos_ids: Sequence[int],
+    constraints: Sequence[Constraint],
 ) -> list[list[Candidate]]:
     """The best continuations (logits (R,V)) of each active utterance, best first.
 
@@ -107,6 +117,11 @@ def _candidates(
     log_probs = torch.log_softmax(logits.float() / options.temperature, dim=-1)
     if active[0].length < options.min_new_tokens:  # all active utterances have taken the same number of steps
         log_probs[:, list(eos_ids)] = -torch.inf
+    if constraints:
+        utterances = [beam.place for beam in active for _ in beam.running]
+        past = [hypothesis.tokens for beam in active for hypothesis in beam.running]
+        for constraint in constraints:
+            constraint.apply(log_probs, utterances, past)
     values, tokens = log_probs.topk(min(wanted, log_probs.size(1)), dim=-1)  # (R,C)
     rows = list(zip(values.tolist(), tokens.tolist(), strict=True))
     result = []

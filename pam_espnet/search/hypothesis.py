@@ -46,10 +46,12 @@ class UtteranceBeam:
         options: of the search.
         eos_ids: tokens that end an answer.
         max_new_tokens: this utterance's own length cap.
+        place: of the utterance in its batch.
     """
 
-    def __init__(self, options: BeamOptions, eos_ids: Collection[int], max_new_tokens: int) -> None:
+    def __init__(self, options: BeamOptions, eos_ids: Collection[int], max_new_tokens: int, place: int = 0) -> None:
         self.options = options
+        self.place = place
         self.eos_ids = frozenset(eos_ids)
         self.max_new_tokens = max_new_tokens
         self.running: list[Hypothesis] = [Hypothesis()]

@@ -71,12 +71,12 @@ def test_every_configuration_is_one_that_training_accepts(
     recipe: Path, fusion: str, size: str, tmp_path: Path
 ) -> None:
     """ESPnet's parser knows every key, and every block of options fits its reader."""
+    from pam_espnet.answering import AnswerOptions
     from pam_espnet.config import load_yaml, resolve, used_encoders, write_config
     from pam_espnet.data.batching import BatchingOptions
     from pam_espnet.frontend.encoders.registry import encoder_class
     from pam_espnet.frontend.fusion.registry import build_fusion
     from pam_espnet.frontend.masking import MaskOptions
-    from pam_espnet.search.options import BeamOptions
     from pam_espnet.tasks.pam import PaMTask
     from pam_espnet.tasks.warm_start import WarmStartOptions
 
@@ -95,7 +95,7 @@ def test_every_configuration_is_one_that_training_accepts(
     for name in names:
         assert encoder_class(frontend["encoders"][name]["type"])
     for decode in conf.glob("decode*.yaml"):
-        BeamOptions(**load_yaml(decode))
+        AnswerOptions.from_dict(load_yaml(decode), decode)
 
 
 def test_a_new_recipe_is_made_and_refuses_to_overwrite(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reference_search import EOS, LENGTHS, generate, make_prefix, search
 from torch import Tensor
 
 from pam_espnet.decoder.fused import FusedLlama
@@ -18,10 +19,6 @@ from pam_espnet.errors import ConfigError
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.hypothesis import Hypothesis
 from pam_espnet.search.options import BeamOptions
-
-LENGTHS = [1, 9, 4, 12, 3, 7]
-# Frequent tokens of the random model, so that hypotheses end early, late and never.
-EOS = (74, 7, 40)
 
 
 @pytest.fixture(scope="module", params=["fused", "transformers"])
@@ -32,47 +29,7 @@ def decoder(request: pytest.FixtureRequest, tiny_llm_dir: Path) -> LLMDecoder:
 
 @pytest.fixture(scope="module")
 def prefix() -> Tensor:
-    return 0.5 * torch.randn(len(LENGTHS), max(LENGTHS), 32, generator=torch.Generator().manual_seed(3))
-
-
-def search(decoder: LLMDecoder, prefix: Tensor, rows: list[int], options: BeamOptions, **more: Any) -> Any:
-    """The n-best of ``rows``; what lies behind an utterance's own length is poisoned."""
-    lengths = torch.tensor([LENGTHS[row] for row in rows])
-    batch = prefix[rows, : int(lengths.max())].clone()
-    for b, length in enumerate(lengths.tolist()):
-        batch[b, length:] = 1e4
-    return beam_search(decoder, batch, lengths, options, **more)
-
-
-def generate(decoder: LLMDecoder, embeds: Tensor, options: BeamOptions) -> list[tuple[list[int], float]]:
-    """The same search of one utterance (P,D) by transformers, without padding."""
-    eos = list(options.eos_ids or decoder.eos_ids)
-    output = decoder.lm.generate(
-        inputs_embeds=embeds[None],
-        attention_mask=torch.ones(1, len(embeds), dtype=torch.long),
-        do_sample=False,
-        num_beams=options.beam_size,
-        num_return_sequences=options.nbest,
-        max_new_tokens=options.max_new_tokens,
-        min_new_tokens=options.min_new_tokens,
-        length_penalty=options.length_penalty,
-        early_stopping=options.early_stopping,
-        eos_token_id=eos,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_scores=True,
-        output_logits=True,
-    )
-    results = []
-    for i, sequence in enumerate(output.sequences.tolist()):
-        end = next((at + 1 for at, token in enumerate(sequence) if token in eos), len(sequence))
-        if options.beam_size == 1:
-            scores = [step[0].log_softmax(-1)[token].item() for step, token in zip(output.logits, sequence)]  # noqa: B905
-            score = sum(scores[:end]) / end**options.length_penalty
-        else:
-            score = output.sequences_scores[i].item()
-        results.append((sequence[:end], score))
-    return results
+    return make_prefix()
 
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])

@@ -1,0 +1,95 @@
+"""Constraints and task vocabularies against transformers' logits processors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from reference_search import EOS, LENGTHS, generate, make_prefix, search
+from torch import Tensor
+
+from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.decoder.restricted import RestrictedDecoder
+from pam_espnet.errors import ConfigError
+from pam_espnet.search.constraints import AnswerSet, NoRepeatNgram
+from pam_espnet.search.options import BeamOptions
+
+ROWS = list(range(len(LENGTHS)))
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_llm_dir: Path) -> LLMDecoder:
+    return LLMDecoder.from_pretrained(str(tiny_llm_dir), dtype="float32").eval()
+
+
+@pytest.fixture(scope="module")
+def prefix() -> Tensor:
+    return make_prefix()
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_no_repeated_ngram_equals_generate(decoder: LLMDecoder, prefix: Tensor, size: int, beam_size: int) -> None:
+    options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=12, eos_ids=EOS[:1])
+    guard = NoRepeatNgram(size)
+    free = search(decoder, prefix, ROWS, options)
+    for row, nbest in enumerate(search(decoder, prefix, ROWS, options, constraints=[guard])):
+        expected = generate(decoder, prefix[row, : LENGTHS[row]], options, no_repeat_ngram_size=size)
+        assert [one.tokens for one in nbest] == [tokens for tokens, _ in expected]
+        for one in nbest:
+            grams = [tuple(one.tokens[at : at + size]) for at in range(len(one.tokens) - size + 1)]
+            assert len(set(grams)) == len(grams)
+        if free[row][0].tokens != nbest[0].tokens:
+            assert guard.fired[row] > 0
+    assert guard.fired.total() > 0
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_an_answer_set_gives_its_answers_with_their_probabilities(
+    decoder: LLMDecoder, prefix: Tensor, beam_size: int
+) -> None:
+    answers = [[11], [11, 12], [200, 3]]
+    options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=6, eos_ids=EOS[:1], length_penalty=0.0)
+    only_here = AnswerSet(answers, EOS[:1], utterances=[0, 2, 5])
+    free = search(decoder, prefix, ROWS, options)
+    for row, nbest in enumerate(search(decoder, prefix, ROWS, options, constraints=[only_here])):
+        if row not in (0, 2, 5):
+            assert [one.tokens for one in nbest] == [one.tokens for one in free[row]]
+            continue
+        assert only_here.fired[row] > 0
+        assert nbest and all(one.ended and one.answer in answers for one in nbest)
+        for one in nbest:  # the probabilities are the LLM's own
+            embeds = torch.cat([prefix[row, : LENGTHS[row]], decoder.embed(torch.tensor(one.tokens))])[None]
+            with torch.no_grad():
+                log_probs = decoder.lm(inputs_embeds=embeds).logits[0, LENGTHS[row] - 1 : -1].log_softmax(-1)
+            own = log_probs.gather(1, torch.tensor(one.tokens)[:, None]).sum().item()
+            assert one.score == pytest.approx(own, abs=1e-4)
+        if beam_size == 3:
+            assert sorted(one.answer for one in nbest) == answers
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_a_task_vocabulary_equals_suppressed_tokens(decoder: LLMDecoder, prefix: Tensor, beam_size: int) -> None:
+    kept = sorted({*range(0, decoder.vocab_size, 7), *decoder.eos_ids})
+    suppressed = sorted(set(range(decoder.vocab_size)) - set(kept))
+    restricted = RestrictedDecoder(decoder, kept)
+    options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=8)
+    for row, nbest in enumerate(search(restricted, prefix, ROWS, options)):
+        expected = generate(
+            decoder, prefix[row, : LENGTHS[row]], options, suppress_tokens=suppressed, renormalize_logits=True
+        )
+        assert [restricted.ids[one.tokens].tolist() for one in nbest] == [tokens for tokens, _ in expected]
+        if beam_size > 1:
+            assert [one.score for one in nbest] == pytest.approx([score for _, score in expected], abs=1e-4)
+
+
+def test_what_cannot_be_said_is_an_error(decoder: LLMDecoder) -> None:
+    with pytest.raises(ConfigError, match="not in it"):
+        RestrictedDecoder(decoder, [4, 9]).places([4, 10])
+    with pytest.raises(ConfigError, match="ids must be"):
+        RestrictedDecoder(decoder, [decoder.vocab_size])
+    with pytest.raises(ConfigError, match="answers"):
+        AnswerSet([[]], [0])
+    with pytest.raises(ConfigError, match="no_repeat_ngram"):
+        NoRepeatNgram(0)
