@@ -6,6 +6,8 @@
     answer_sets:              task -> the only answers there are
       count: ["0", "1", "2", "3", "4"]
     task_vocabulary: false    only token types of the training answers (those of the warm start's head)
+    exit:                     early exit, see decoder.exits.ExitOptions
+      mode: never
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pam_espnet.data.tasks import task_spec
+from pam_espnet.decoder.exits import ExitOptions
 from pam_espnet.errors import ConfigError
 from pam_espnet.search.options import BeamOptions
 
@@ -33,6 +36,7 @@ class AnswerOptions:
         tokens_per_second: tokens allowed per second of audio, or 0.
         answer_sets: task -> its answers.
         task_vocabulary: whether the output layer is cut to the token types of the training answers.
+        exit: when a token may be taken from a block before the last.
     """
 
     beam: BeamOptions = field(default_factory=BeamOptions)
@@ -40,6 +44,7 @@ class AnswerOptions:
     tokens_per_second: float = 0.0
     answer_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     task_vocabulary: bool = False
+    exit: ExitOptions = field(default_factory=ExitOptions)
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
@@ -60,6 +65,8 @@ class AnswerOptions:
         own = {key: options[key] for key in cls.__dataclass_fields__ if key != "beam" and key in options}
         beam = {key: value for key, value in options.items() if key not in own}
         try:
+            if "exit" in own:
+                own["exit"] = ExitOptions(**own["exit"])
             return cls(beam=BeamOptions(**beam), **own)
         except (TypeError, ConfigError) as error:
             raise ConfigError(f"{source}: {error}") from error

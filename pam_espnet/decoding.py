@@ -107,8 +107,10 @@ def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str]
                     "task": data.utt2task[key],
                     "prompt": data.prompt[key],
                     "hypotheses": [
-                        {"text": text, "tokens": tokens, "score": score}
-                        for text, tokens, score in zip(answer.texts, answer.tokens, answer.scores, strict=True)
+                        {"text": text, "tokens": tokens, "score": score, "depths": depths}
+                        for text, tokens, score, depths in zip(
+                            answer.texts, answer.tokens, answer.scores, answer.depths, strict=True
+                        )
                     ],
                     "seconds_audio": round(len(wave) / rate, 4),
                     "seconds_wall": wall / len(batch),

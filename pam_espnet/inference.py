@@ -31,11 +31,13 @@ from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
 
 @dataclass
 class Answer:
-    """The n-best answers to one utterance, best first, how its encoders were combined, which constraints fired."""
+    """The n-best answers to one utterance, best first, with the block of the LLM that named each token; how its
+    encoders were combined; which constraints fired."""
 
     texts: list[str]
     tokens: list[list[int]]
     scores: list[float]
+    depths: list[list[int]]
     routing: dict[str, Any]
     constraints: dict[str, int]
 
@@ -62,6 +64,7 @@ class SpeechLLM:
             if model.ctc is None:
                 raise ConfigError("task_vocabulary: this model was trained without the warm start's list of tokens")
             self.decoder = RestrictedDecoder(model.decoder, model.ctc.token_ids.tolist())
+        model.decoder.exit_early(options.exit, self.decoder.logits)
         self._answer_sets = {
             task: [self._to_places(answer_ids(model.decoder.tokenizer, answer)[:-1]) for answer in answers]
             for task, answers in options.answer_sets.items()
@@ -131,6 +134,7 @@ class SpeechLLM:
                     ],
                     tokens=tokens,
                     scores=[one.score for one in hypotheses],
+                    depths=[one.depths for one in hypotheses],
                     routing=self._routing(audio.routing, b),
                     constraints={name: times for name, times in fired.items() if times},
                 )

@@ -68,17 +68,24 @@ class FusedLlama:
     def project(self, index: int, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Block ``index``: rows (R,D) -> queries (R,A,E), keys (R,J,E), values (R,J,E)."""
         block = self.blocks[index]
-        hidden = F.linear(self.norm(x, block.norm), block.qkv, block.qkv_bias)
-        heads = hidden.unflatten(-1, (-1, self.head))
-        query_key, value = heads[:, : -self.kv_heads], heads[:, -self.kv_heads :]
-        if block.q_norm is not None and block.k_norm is not None:
-            query, key = query_key[:, : -self.kv_heads], query_key[:, -self.kv_heads :]
-            query_key = torch.cat([self.norm(query, block.q_norm), self.norm(key, block.k_norm)], dim=1)
+        heads = F.linear(self.norm(x, block.norm), block.qkv, block.qkv_bias).unflatten(-1, (-1, self.head))
+        query, key, value = heads.split([self.kv_heads * self.groups, self.kv_heads, self.kv_heads], dim=1)
+        return self._turn(query, block.q_norm, rotary), self._turn(key, block.k_norm, rotary), value
+
+    def project_memory(self, index: int, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Block ``index``: the keys and values of ``project`` without the queries."""
+        block, skip = self.blocks[index], self.kv_heads * self.groups * self.head
+        bias = None if block.qkv_bias is None else block.qkv_bias[skip:]
+        heads = F.linear(self.norm(x, block.norm), block.qkv[skip:], bias).unflatten(-1, (-1, self.head))
+        key, value = heads.chunk(2, dim=1)
+        return self._turn(key, block.k_norm, rotary), value
+
+    def _turn(self, heads: Tensor, norm: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        if norm is not None:
+            heads = self.norm(heads, norm)
         cos, sin = rotary
         half = self.head // 2
-        turned = torch.cat([-query_key[..., half:], query_key[..., :half]], dim=-1)
-        query_key = query_key * cos + turned * sin
-        return query_key[:, : -self.kv_heads], query_key[:, -self.kv_heads :], value
+        return heads * cos + torch.cat([-heads[..., half:], heads[..., :half]], dim=-1) * sin
 
     def finish(self, index: int, x: Tensor, attended: Tensor) -> Tensor:
         """Block ``index`` after attention: its input (R,D) and the heads' results (R,A*E) -> its output (R,D)."""

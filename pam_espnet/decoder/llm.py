@@ -9,7 +9,7 @@ B utterances, R rows (utterances or hypotheses), P positions, D width, V vocabul
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pam_espnet.decoder import stepping
+from pam_espnet.decoder.exits import ExitOptions, ExitPolicy
 from pam_espnet.decoder.fused import FusedLlama
 from pam_espnet.decoder.lora import add_lora, lora_off, lora_precision, set_lora_training
 from pam_espnet.decoder.prompt_layout import Placed, end_of_turn_id, layout
@@ -87,6 +88,7 @@ class LLMDecoder(nn.Module):
         self.eos_ids = _eos_ids(self.end_id, tokenizer, lm)
         self.fused_decoding = fused_decoding
         self._fused: tuple[list[tuple[int, int]], FusedLlama | None] | None = None
+        self._exits: ExitPolicy | None = None
         self._prompt_vectors: dict[str, Tensor] = {}
         self.register_load_state_dict_post_hook(_forget_prompt_vectors)
         self.train(self.training)
@@ -271,7 +273,25 @@ class LLMDecoder(nn.Module):
     @torch.no_grad()
     def step_hidden(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """``step`` without the output layer: last hidden states after the final norm (R,D)."""
-        return state.step(self.embed(tokens))
+        return state.step(self.embed(tokens), self._exits)
+
+    def exit_early(self, options: ExitOptions, logits: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Let steps end before the last block from now on.
+
+        Args:
+            options: when; mode "never" ends it.
+            logits: output layer that confidences are read from, in place of the LLM's own (a restricted one).
+
+        Raises:
+            ConfigError: a block that the LLM does not have, or an LLM that only transformers can run.
+        """
+        if options.mode == "never":
+            self._exits = None
+            return
+        if self._fused_blocks() is None:
+            raise ConfigError("exit: only Llama-type LLMs with fused_decoding can leave before the last block")
+        output = logits or self.logits
+        self._exits = ExitPolicy(options, self.num_layers, lambda hidden: output(self.final_norm(hidden)))
 
     def _fused_blocks(self) -> FusedLlama | None:
         """The LLM as the search runs it, made anew when a weight has changed; None where transformers must do it."""

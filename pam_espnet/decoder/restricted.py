@@ -62,12 +62,13 @@ class RestrictedDecoder:
     def prefill(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, DecoderState]:
         """As ``LLMDecoder.prefill``, logits (B,W)."""
         hidden, state = self.decoder.prefill_hidden(prefix, lengths)
-        return self._logits(hidden), state
+        return self.logits(hidden), state
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """As ``LLMDecoder.step``, places in, logits (R,W) out."""
-        return self._logits(self.decoder.step_hidden(self.ids[tokens], state))
+        return self.logits(self.decoder.step_hidden(self.ids[tokens], state))
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states after the final norm (...,D) -> float32 logits (...,W)."""
         return F.linear(hidden, self._weight, self._bias).float()

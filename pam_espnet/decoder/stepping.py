@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pam_espnet.decoder.exits import ExitPolicy
 from pam_espnet.decoder.fused import FusedLlama
 from pam_espnet.decoder.lora import lora_precision
 from pam_espnet.decoder.tree_cache import tree_prefill
@@ -32,7 +33,7 @@ class DecoderState(Protocol):
     def select(self, rows: Tensor) -> None:
         """Keep ``rows`` (R',), repeats and drops allowed: re-orders beams, forks a prefix, drops what is finished."""
 
-    def step(self, embeds: Tensor) -> Tensor:
+    def step(self, embeds: Tensor, policy: ExitPolicy | None = None) -> Tensor:
         """Append one position to every row, embeddings (R,D) -> last hidden states after the final norm (R,D)."""
 
 
@@ -53,8 +54,10 @@ class CachedState:
         self.cache.batch_select_indices(rows)
         self.mask, self.positions = self.mask[rows], self.positions[rows]
 
-    def step(self, embeds: Tensor) -> Tensor:
-        """See ``DecoderState``."""
+    def step(self, embeds: Tensor, policy: ExitPolicy | None = None) -> Tensor:
+        """See ``DecoderState``; transformers runs all blocks, so there is no policy here."""
+        if policy is not None:
+            raise ValueError("transformers' cache cannot exit early")
         # A row's new slot may lie behind padding of its prefix: the mask hides those slots, the position skips them.
         self.mask = F.pad(self.mask, (0, 1), value=True)
         hidden = self.run(embeds[:, None], self.positions[:, None])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pam_espnet.decoder.exits import ExitPolicy
 from pam_espnet.decoder.fused import FusedLlama
 
 GROWTH = 1.5  # of the memory when it is full
@@ -43,6 +44,7 @@ class TreeState:
         self.visible = slots < lengths[:, None]  # (R,C)
         self.utterance = torch.arange(len(lengths), device=lengths.device)  # (R,)
         self.positions = lengths.clone()  # (R,) of the next token
+        self.depths = torch.full_like(lengths, len(keys))  # (R,) block from which each row's last result came
         self.forwarded = 0  # rows run through the blocks since the prefix, for tests and reports
 
     def select(self, rows: Tensor) -> None:
@@ -57,28 +59,63 @@ class TreeState:
             self._move(lambda memory: memory[utterances])
         self._compact()
 
-    def step(self, embeds: Tensor) -> Tensor:
-        """Append one token to every row: embeddings (R,D) -> last hidden states after the final norm (R,D)."""
+    def step(self, embeds: Tensor, policy: ExitPolicy | None = None) -> Tensor:
+        """Append one token to every row.
+
+        Args:
+            embeds: (R,D).
+            policy: may let utterances leave before the last block. The keys and values of the blocks they skip are
+                made from the hidden state they left with (state propagation of CALM, Schuster et al., NeurIPS 2022).
+
+        Returns:
+            hidden states (R,D) after the final norm, of the block at which each row left; ``depths`` says which.
+        """
         counts = torch.bincount(self.utterance, minlength=len(self.keys[0]))
-        most = int(counts.max())
-        place = torch.arange(len(embeds), device=embeds.device) - (counts.cumsum(0) - counts)[self.utterance]
+        most, last = int(counts.max()), len(self.model.blocks)
+        first = counts.cumsum(0) - counts  # (B,) the row of each utterance's best hypothesis
+        place = torch.arange(len(embeds), device=embeds.device) - first[self.utterance]
         slots = self.used + place
         self._reserve(self.used + most)
         self.used += most
         self.visible[torch.arange(len(embeds), device=embeds.device), slots] = True
         cell = self.utterance * most + place  # of the grid (B,K)
         bias = self._bias(cell, len(counts), most)
-        rotary = self.model.rotary(self.positions)
+        cos, sin = self.model.rotary(self.positions)
         x = embeds.to(self.model.dtype)
-        for index, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            query, key, value = self.model.project(index, x, rotary)
-            keys[self.utterance, :, slots] = key
-            values[self.utterance, :, slots] = value
-            attended = self._attend(query, keys, values, bias, cell, most)
+        self.depths = torch.full((len(x),), last, device=x.device)
+        rows = torch.arange(len(x), device=x.device)  # under way
+        done = torch.empty_like(x)
+        if policy is not None:
+            policy.begin(len(counts), x.device)
+        for index in range(last):
+            query, key, value = self.model.project(index, x, (cos[rows], sin[rows]))
+            self._write(index, rows, slots, key, value)
+            attended = self._attend(query, self.keys[index], self.values[index], bias, cell[rows], most)
             x = self.model.finish(index, x, attended)
+            if policy is None or index + 1 not in policy.layers or index + 1 == last:
+                continue
+            under_way = self.utterance[rows].unique()
+            leaves = torch.zeros(len(counts), dtype=torch.bool, device=x.device)
+            leaves[under_way] = policy.leave(under_way, x[torch.searchsorted(rows, first[under_way])])
+            leaving = leaves[self.utterance[rows]]
+            gone, rows = rows[leaving], rows[~leaving]
+            done[gone], x = x[leaving], x[~leaving]
+            self.depths[gone] = index + 1
+            for skipped in range(index + 1, last):
+                key, value = self.model.project_memory(skipped, done[gone], (cos[gone], sin[gone]))
+                self._write(skipped, gone, slots, key, value)
+            if not len(rows):
+                break
+        done[rows] = x
         self.positions = self.positions + 1
         self.forwarded += len(embeds)
-        return self.model.norm(x)
+        return self.model.norm(done)
+
+    def _write(self, index: int, rows: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Keys and values (R',J,E) of ``rows`` into their slots of block ``index``."""
+        if len(rows):
+            self.keys[index][self.utterance[rows], :, slots[rows]] = key
+            self.values[index][self.utterance[rows], :, slots[rows]] = value
 
     def _bias(self, cell: Tensor, utterances: int, most: int) -> Tensor:
         """(B,1,K*G,C'): zero where a row may look, minus infinity elsewhere."""

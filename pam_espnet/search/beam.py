@@ -21,7 +21,10 @@ from pam_espnet.search.options import BeamOptions
 
 
 class State(Protocol):
-    """What a decoder remembers of every row."""
+    """What a decoder remembers of every row.
+
+    One that can exit early also has ``depths`` (R,): the block from which each row's last logits came.
+    """
 
     def select(self, rows: Tensor) -> None:
         """Keep ``rows`` (R',) in this order; repeats and drops allowed."""
@@ -80,7 +83,8 @@ def beam_search(
         logits, state = decoder.prefill(prefix, prefix_lengths)
     steps = 0
     while active:
-        candidates = _candidates(logits, active, options, eos_ids, constraints)
+        depths = state.depths.tolist() if hasattr(state, "depths") else [0] * len(logits)
+        candidates = _candidates(logits, depths, active, options, eos_ids, constraints)
         rows: list[int] = []
         first_row = 0
         for beam, choices in zip(active, candidates, strict=True):
@@ -102,12 +106,13 @@ def beam_search(
 
 def _candidates(
     logits: Tensor,
+    depths: Sequence[int],
     active: Sequence[UtteranceBeam],
     options: BeamOptions,
     eos_ids: Sequence[int],
     constraints: Sequence[Constraint],
 ) -> list[list[Candidate]]:
-    """The best continuations (logits (R,V)) of each active utterance, best first.
+    """The best continuations (logits (R,V) from blocks ``depths``) of each active utterance, best first.
 
     (1 + number of end tokens) * beam_size of them: even if every end token is among the best of every hypothesis,
     beam_size others can go on.
@@ -123,13 +128,13 @@ def _candidates(
         for constraint in constraints:
             constraint.apply(log_probs, utterances, past)
     values, tokens = log_probs.topk(min(wanted, log_probs.size(1)), dim=-1)  # (R,C)
-    rows = list(zip(values.tolist(), tokens.tolist(), strict=True))
+    rows = list(zip(values.tolist(), tokens.tolist(), depths, strict=True))
     result = []
     for beam in active:
         own, rows = rows[: len(beam.running)], rows[len(beam.running) :]
         found = [
-            Candidate(beam.running[parent].score + value, parent, token, value)
-            for parent, (row_values, row_tokens) in enumerate(own)
+            Candidate(beam.running[parent].score + value, parent, token, value, depth)
+            for parent, (row_values, row_tokens, depth) in enumerate(own)
             for value, token in zip(row_values, row_tokens, strict=True)
         ]
         found.sort(key=lambda candidate: -candidate.total)

@@ -22,6 +22,7 @@ class Hypothesis:
     score: float = 0.0  # running: sum of log-probabilities; finished: divided by length ** length_penalty
     log_probs: list[float] = field(default_factory=list)  # of each token
     ended: bool = False  # an end token was found; False: running, or cut at the length cap
+    depths: list[int] = field(default_factory=list)  # of each token, the block that named it; 0 where nobody says
 
     @property
     def answer(self) -> list[int]:
@@ -37,6 +38,7 @@ class Candidate:
     parent: int  # place of the hypothesis among the running ones
     token: int
     log_prob: float  # of the token alone
+    depth: int = 0  # block of the LLM that named it
 
 
 class UtteranceBeam:
@@ -98,7 +100,13 @@ class UtteranceBeam:
 
     def _extend(self, one: Candidate, score: float, ended: bool) -> Hypothesis:
         parent = self.running[one.parent]
-        return Hypothesis([*parent.tokens, one.token], score, [*parent.log_probs, one.log_prob], ended)
+        return Hypothesis(
+            tokens=[*parent.tokens, one.token],
+            score=score,
+            log_probs=[*parent.log_probs, one.log_prob],
+            ended=ended,
+            depths=[*parent.depths, one.depth],
+        )
 
     def _cannot_improve(self, best_running: float, length: int) -> bool:
         """Whether no running hypothesis is expected to beat the worst of the full pool of finished ones."""

@@ -1,0 +1,183 @@
+"""Early exit inside beam search: what leaves where, what the skipped blocks remember, and who may not notice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from reference_search import EOS, LENGTHS, make_prefix, search
+from torch import Tensor
+from torch.nn import functional as F
+
+from pam_espnet.decoder.exits import ExitOptions, ExitPolicy
+from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.errors import ConfigError
+from pam_espnet.search.options import BeamOptions
+
+ROWS = list(range(len(LENGTHS)))
+BLOCKS = 4
+# thresholds between the surest and the least sure token of the random LLM, so that tokens leave at every block
+SOME = [
+    ExitOptions("fixed", (2,)),
+    ExitOptions("confidence", (1, 2, 3), threshold=0.14),
+    ExitOptions("entropy", (1, 2, 3), threshold=0.26),
+    ExitOptions("patience", (1, 2, 3), patience=2),
+]
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory, tiny_llm_dir: Path) -> LLMDecoder:
+    """The tiny LLM with four blocks."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(tiny_llm_dir)
+    config.num_hidden_layers = BLOCKS
+    config.initializer_range = 0.3  # blocks that change something, tokens that are sure of themselves
+    torch.manual_seed(4)
+    lm = AutoModelForCausalLM.from_config(config).float().eval()
+    return LLMDecoder(lm, AutoTokenizer.from_pretrained(tiny_llm_dir)).eval()
+
+
+@pytest.fixture
+def decoder(llm: LLMDecoder) -> Iterator[LLMDecoder]:
+    yield llm
+    llm.exit_early(ExitOptions())
+
+
+@pytest.fixture(scope="module")
+def prefix() -> Tensor:
+    return make_prefix()
+
+
+def test_who_never_leaves_is_the_plain_search_bit_for_bit(decoder: LLMDecoder, prefix: Tensor) -> None:
+    options = BeamOptions(beam_size=3, nbest=3, max_new_tokens=8, eos_ids=EOS)
+    plain = search(decoder, prefix, ROWS, options)
+    decoder.exit_early(ExitOptions("confidence", (1, 2, 3), threshold=1.0))
+    never = search(decoder, prefix, ROWS, options)
+    assert never == plain  # tokens, scores and log-probabilities
+    assert {depth for nbest in plain for one in nbest for depth in one.depths} == {BLOCKS}
+
+
+def reference(decoder: LLMDecoder, prefix: Tensor, leave_at: int, steps: int) -> tuple[list[int], list[float]]:
+    """Greedy decoding of one prefix (P,D) with transformers' modules: prefix at full depth, then ``leave_at`` blocks
+    per token; the keys and values of the others come from the hidden state of the last one that was run."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    transformer = decoder.transformer
+    memory: list[tuple[Tensor, Tensor]] = []
+
+    def heads(layer: Any, name: str, x: Tensor) -> Tensor:
+        return getattr(layer.self_attn, name)(layer.input_layernorm(x)).unflatten(-1, (-1, layer.self_attn.head_dim))
+
+    def run(x: Tensor, start: int, depth: int) -> Tensor:
+        positions = torch.arange(start, start + x.shape[1])[None]
+        cos, sin = transformer.rotary_emb(x, positions)
+        for index, layer in enumerate(transformer.layers):
+            query, key, value = (heads(layer, name, x).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
+            query, key = apply_rotary_pos_emb(query, key, cos, sin)
+            if start == 0:
+                memory.append((key, value))
+            else:
+                memory[index] = tuple(torch.cat(pair, 2) for pair in zip(memory[index], (key, value), strict=True))
+            if index >= depth:
+                continue
+            keys, values = (m.repeat_interleave(query.shape[1] // m.shape[1], 1) for m in memory[index])
+            mask = torch.ones(x.shape[1], keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - x.shape[1])
+            found = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+            x = x + layer.self_attn.o_proj(found.transpose(1, 2).flatten(2))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return x[0, -1]
+
+    with torch.no_grad():
+        hidden, tokens, scores = run(prefix[None], 0, BLOCKS), [], []
+        for step in range(steps):
+            log_probs = decoder.exit_logits(hidden).log_softmax(-1)
+            tokens.append(int(log_probs.argmax()))
+            scores.append(float(log_probs.max()))
+            hidden = run(decoder.embed(torch.tensor([[tokens[-1]]])), len(prefix) + step, leave_at)
+    return tokens, scores
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_skipped_blocks_remember_what_the_last_one_said(decoder: LLMDecoder, prefix: Tensor, layer: int) -> None:
+    decoder.exit_early(ExitOptions("fixed", (layer,)))
+    options = BeamOptions(beam_size=1, max_new_tokens=7, eos_ids=())
+    for row, ((found,),) in enumerate(zip(search(decoder, prefix, ROWS, options), strict=True)):
+        tokens, scores = reference(decoder, prefix[row, : LENGTHS[row]], layer, 7)
+        assert found.tokens == tokens
+        assert found.log_probs == pytest.approx(scores, abs=1e-4)
+        assert found.depths == [BLOCKS] + 6 * [layer]  # the first token comes from the prefix
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.integers(0, len(LENGTHS) - 1), min_size=1, max_size=8),
+    st.sampled_from([1, 3]),
+    st.sampled_from(SOME),
+)
+def test_neighbours_do_not_matter(
+    decoder: LLMDecoder, prefix: Tensor, rows: list[int], beam_size: int, exits: ExitOptions
+) -> None:
+    decoder.exit_early(exits)
+    options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=8, eos_ids=EOS)
+    for row, nbest in zip(rows, search(decoder, prefix, rows, options), strict=True):
+        (alone,) = search(decoder, prefix, [row], options)
+        assert [(one.tokens, one.depths) for one in nbest] == [(one.tokens, one.depths) for one in alone]
+        assert [one.score for one in nbest] == pytest.approx([one.score for one in alone], abs=1e-4)
+
+
+@pytest.mark.parametrize("exits", SOME[1:], ids=lambda exits: exits.mode)
+def test_tokens_leave_at_several_depths(decoder: LLMDecoder, prefix: Tensor, exits: ExitOptions) -> None:
+    decoder.exit_early(exits)
+    found = search(decoder, prefix, ROWS, BeamOptions(beam_size=1, max_new_tokens=12, eos_ids=()))
+    depths = [depth for (one,) in found for depth in one.depths[1:]]
+    assert len(set(depths)) >= 3 and set(depths) <= {1, 2, 3, BLOCKS}
+    assert exits.mode != "patience" or min(depths) == 2  # two candidates must have agreed
+
+
+def test_hypotheses_of_a_step_are_scored_at_one_depth(decoder: LLMDecoder, prefix: Tensor) -> None:
+    decoder.exit_early(SOME[1])
+    nbests = search(decoder, prefix, ROWS, BeamOptions(beam_size=4, nbest=4, max_new_tokens=9, eos_ids=()))
+    for nbest in nbests:
+        assert len({tuple(one.depths) for one in nbest}) == 1
+    assert len({depth for nbest in nbests for depth in nbest[0].depths}) > 2
+
+
+def test_measures() -> None:
+    logits = torch.tensor([[9.0, 0.0, 0.0, 0.0], [0.1, 0.0, 0.0, 0.0]])
+    for mode in ("confidence", "entropy"):
+        policy = ExitPolicy(ExitOptions(mode, (1,), threshold=0.9), 2, lambda hidden: hidden)
+        policy.begin(2, torch.device("cpu"))
+        assert policy.leave(torch.tensor([0, 1]), logits).tolist() == [True, False]
+    policy = ExitPolicy(ExitOptions("patience", (1, 2, 3), patience=2), 4, lambda hidden: hidden)
+    policy.begin(3, torch.device("cpu"))
+    assert policy.leave(torch.tensor([0, 2]), logits).tolist() == [False, False]
+    assert policy.leave(torch.tensor([0, 2]), logits.flip(1)).tolist() == [False, False]
+    assert policy.leave(torch.tensor([2]), logits[1:].flip(1)).tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "oracle"}, "mode"),
+        ({"mode": "fixed"}, "layers"),
+        ({"mode": "fixed", "layers": (0,)}, "count from 1"),
+        ({"mode": "confidence", "layers": (1,), "threshold": 1.5}, "threshold"),
+        ({"mode": "patience", "layers": (1, 2), "patience": 3}, "patience"),
+        ({"mode": "fixed", "layers": (BLOCKS,)}, "last block"),
+    ],
+)
+def test_bad_options(decoder: LLMDecoder, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        decoder.exit_early(ExitOptions(**options))
+
+
+def test_transformers_cannot_exit(tiny_llm_dir: Path) -> None:
+    decoder = LLMDecoder.from_pretrained(str(tiny_llm_dir), dtype="float32", fused_decoding=False)
+    with pytest.raises(ConfigError, match="fused_decoding"):
+        decoder.exit_early(ExitOptions("fixed", (1,)))
