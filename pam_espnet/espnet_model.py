@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pam_espnet.decoder.llm import LLMDecoder
 from pam_espnet.decoder.prompt_layout import Placed, layout, place
-from pam_espnet.errors import DataError
+from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.frontend.ctc_head import EmbeddingCTC
 from pam_espnet.frontend.frontend import AudioEmbeddings, PaMFrontend
 from pam_espnet.frontend.fusion.routing import router_loss
@@ -41,6 +41,11 @@ class ESPnetPaMModel(AbsESPnetModel):
         router_loss_weight: weight of the router's supervision by task; 0 leaves the router to the answer's loss
             (the paper names no such supervision, so 0 is its reading).
         ctc_weight: weight of the CTC loss on ASR utterances during joint training; 0 turns it off.
+        exit_weight: joint optimisation for early exit (Shan et al., arXiv 2412.01455): mean weight of the answer's loss
+            read from an intermediate block through the shared output layer; 0 turns it off. In a training step one of
+            ``exit_layers`` is drawn, so that it costs one output layer; deeper ones weigh more, in proportion to their
+            depth (LayerSkip, Elhoushi et al., ACL 2024, has weights rise with depth too).
+        exit_layers: blocks, from 1 to one less than the LLM has.
     """
 
     def __init__(
@@ -51,14 +56,24 @@ class ESPnetPaMModel(AbsESPnetModel):
         ctc: EmbeddingCTC | None = None,
         router_loss_weight: float = 0.0,
         ctc_weight: float = 0.0,
+        exit_weight: float = 0.0,
+        exit_layers: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        if exit_weight < 0 or (exit_weight > 0 and not exit_layers):
+            raise ConfigError("model_conf.exit_weight: needs exit_layers, and to be at least 0")
+        if beyond := [layer for layer in exit_layers if not 1 <= layer < decoder.num_layers]:
+            raise ConfigError(
+                f"model_conf.exit_layers: {beyond}; the LLM's blocks before its last are 1 to {decoder.num_layers - 1}"
+            )
         self.frontend = frontend
         self.decoder = decoder
         self.ctc = ctc
         self.tasks = tuple(tasks)
         self.router_loss_weight = router_loss_weight
         self.ctc_weight = ctc_weight
+        self.exit_weight = exit_weight
+        self.exit_layers = tuple(exit_layers)
         self.register_state_dict_post_hook(_drop_frozen)
         self.register_load_state_dict_post_hook(_forgive_frozen)
 
@@ -114,17 +129,20 @@ class ESPnetPaMModel(AbsESPnetModel):
         prompts = decode_prompts(batch["prompt"])
         answers = [row[row != IGNORE] for row in batch["text"]]
         task = batch["task"][:, 0]
-        audio = self.audio_embeddings(
-            prompts, batch["num_samples"][:, 0], batch.get("speech"), cached_features(batch)
-        )
+        audio = self.audio_embeddings(prompts, batch["num_samples"][:, 0], batch.get("speech"), cached_features(batch))
         placed = self.place(prompts, audio, answers)
-        nll, correct = self.decoder.token_losses(placed)
+        exit_layer = self._draw_exit_layer()
+        nll, correct, exit_nll = self.decoder.token_losses(placed, exit_layer)
         weight = torch.tensor(float(nll.numel()), device=nll.device)
         loss = nll.mean()
         task_of_token = torch.repeat_interleave(task, torch.tensor([len(a) for a in answers], device=task.device))
         stats = self._task_statistics(nll.detach(), correct, task_of_token)
         stats["acc"] = correct.float().mean()
         stats["loss_answer"] = loss.detach()
+        if exit_layer is not None and exit_nll is not None:
+            mean_layer = sum(self.exit_layers) / len(self.exit_layers)
+            loss = loss + self.exit_weight * exit_layer / mean_layer * exit_nll.mean()
+            stats["loss_exit"] = exit_nll.detach().mean()
         if self.router_loss_weight > 0 and audio.routing.expert_logits is not None:
             value = router_loss(audio.routing, task)
             loss = loss + self.router_loss_weight * value
@@ -140,6 +158,17 @@ class ESPnetPaMModel(AbsESPnetModel):
         stats["loss"] = loss.detach()
         # One value becomes a vector of one: what ESPnet's trainer sums over ranks must not be a scalar.
         return force_gatherable((loss, stats, weight), loss.device)
+
+    def _draw_exit_layer(self) -> int | None:
+        """One block per training step, the same on every rank of a step; None when there is nothing to draw."""
+        if not self.training or self.exit_weight == 0:
+            return None
+        drawn = torch.randint(len(self.exit_layers), (1,))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            device = self.decoder.device
+            drawn = drawn.to(device)
+            torch.distributed.broadcast(drawn, 0)
+        return self.exit_layers[int(drawn)]
 
     def _task_statistics(self, nll: Tensor, correct: Tensor, task: Tensor) -> dict[str, Tensor | None]:
         """Loss and accuracy per task, the same keys on every rank.

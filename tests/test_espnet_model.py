@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,3 +162,32 @@ def test_a_truncated_checkpoint_says_so(model: ESPnetPaMModel, tmp_path: Path) -
 def test_wrong_configurations_name_the_key(tiny_llm_dir: Path, change: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         build_model({**tiny_config(tiny_llm_dir), **change})
+
+
+def test_joint_optimisation_reads_the_answer_from_an_intermediate_block(tiny_llm_dir: Path) -> None:
+    torch.manual_seed(0)
+    model = build_model(tiny_config(tiny_llm_dir, exit_weight=0.4, exit_layers=[1])).train()
+    batch = make_batch(model, ["asr", "count"])
+    loss, stats, _ = model(**batch)
+    answer, from_block = stats["loss_answer"], stats["loss_exit"]
+    assert from_block is not None and answer is not None and from_block != answer
+    assert loss.item() == pytest.approx(answer.item() + 0.4 * from_block.item(), rel=1e-5)
+    # the block's own loss, from transformers' hidden states
+    prompts = [PROMPTS["asr"], PROMPTS["count"]]
+    answers = [row[row != IGNORE] for row in batch["text"]]
+    with torch.no_grad():
+        audio = model.audio_embeddings(prompts, batch["num_samples"][:, 0], batch["speech"])
+        placed = model.place(prompts, audio, answers)
+        hidden = model.decoder.lm(
+            inputs_embeds=placed.embeds, attention_mask=placed.mask, output_hidden_states=True
+        ).hidden_states[1]
+        logits = model.decoder.exit_logits(hidden.flatten(0, 1)[placed.target_index])
+        expected = torch.nn.functional.cross_entropy(logits, placed.target_ids)
+    assert from_block.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert "loss_exit" not in model.eval()(**batch)[1]
+
+
+@pytest.mark.parametrize("options", [{"exit_weight": 0.3}, {"exit_weight": 0.3, "exit_layers": [2]}])
+def test_joint_optimisation_needs_blocks_before_the_last(tiny_llm_dir: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="exit_"):
+        build_model(tiny_config(tiny_llm_dir, **options))

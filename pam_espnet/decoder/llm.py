@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,14 @@ from pam_espnet.errors import ConfigError
 # Settings of models whose logits are more than final norm + output layer; exit_logits and loss would be wrong.
 _SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 _NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+
+
+class TokenLosses(NamedTuple):
+    """Of every answer token of a batch."""
+
+    nll: Tensor  # float32 (targets,), negative log-likelihood
+    correct: Tensor  # bool (targets,), whether the most likely token was the target
+    exit_nll: Tensor | None  # float32 (targets,), the same from an intermediate block
 
 
 class LLMDecoder(nn.Module):
@@ -183,16 +191,20 @@ class LLMDecoder(nn.Module):
         Returns:
             (B,P,D) in the LLM's dtype; rows at padding are meaningless.
         """
+        return self._outputs(embeds, mask, positions).last_hidden_state
+
+    def _outputs(self, embeds: Tensor, mask: Tensor, positions: Tensor | None = None, **options: Any) -> Any:
         if positions is None:
             positions = torch.arange(embeds.size(1), device=embeds.device).expand(embeds.shape[:2])
-        # use_cache=False: keys and values are not kept, and gradient checkpointing is allowed.
-        return self._blocks(embeds, mask, positions, use_cache=False)
-
-    def _blocks(self, embeds: Tensor, mask: Tensor, positions: Tensor, **options: Any) -> Tensor:
         with lora_precision(self.lm):
+            # use_cache=False: keys and values are not kept, and gradient checkpointing is allowed.
             return self.transformer(
-                inputs_embeds=embeds.to(self.dtype), attention_mask=mask, position_ids=positions, **options
-            ).last_hidden_state
+                inputs_embeds=embeds.to(self.dtype),
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=False,
+                **options,
+            )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states after the final norm (...,D) -> float32 logits (...,V)."""
@@ -210,16 +222,23 @@ class LLMDecoder(nn.Module):
                 return norm
         raise ConfigError(f"{type(self.transformer).__name__} has no final norm under a known name {_NORM_NAMES}")
 
-    def token_losses(self, placed: Placed) -> tuple[Tensor, Tensor]:
+    def token_losses(self, placed: Placed, exit_layer: int | None = None) -> TokenLosses:
         """Negative log-likelihood of each answer token; logits are computed only where there is a target.
 
-        Returns:
-            float32 (targets,), and whether the most likely token was the target, bool (targets,).
+        Args:
+            placed: the batch.
+            exit_layer: a block (from 1) whose output is to name the tokens too, through the shared final norm and
+                output layer.
         """
-        hidden = self(placed.embeds, placed.mask)
-        logits = self.logits(hidden.flatten(0, 1)[placed.target_index])  # (targets,V)
+        outputs = self._outputs(placed.embeds, placed.mask, output_hidden_states=exit_layer is not None)
+        logits = self.logits(outputs.last_hidden_state.flatten(0, 1)[placed.target_index])  # (targets,V)
         nll = F.cross_entropy(logits, placed.target_ids, reduction="none")
-        return nll, logits.detach().argmax(-1) == placed.target_ids
+        correct = logits.detach().argmax(-1) == placed.target_ids
+        if exit_layer is None:
+            return TokenLosses(nll, correct, None)
+        hidden = outputs.hidden_states[exit_layer].flatten(0, 1)[placed.target_index]
+        exit_nll = F.cross_entropy(self.exit_logits(hidden), placed.target_ids, reduction="none")
+        return TokenLosses(nll, correct, exit_nll)
 
     @torch.no_grad()
     def prompt_vector(self, prompt: str) -> Tensor:

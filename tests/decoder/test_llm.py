@@ -53,7 +53,7 @@ def test_only_lora_is_trainable(tiny_llm_dir: Path, audio: Tensor) -> None:
     before = {name: p.clone() for name, p in decoder.named_parameters()}
     optimizer = torch.optim.SGD([p for p in decoder.parameters() if p.requires_grad], lr=1.0)
     stir_lora(decoder)
-    nll, _ = decoder.token_losses(batch(decoder, ["a dog"], audio[:1], [7]))
+    nll = decoder.token_losses(batch(decoder, ["a dog"], audio[:1], [7])).nll
     nll.sum().backward()
     optimizer.step()
     changed = {name for name, p in decoder.named_parameters() if not torch.equal(p, before[name])}
@@ -77,7 +77,7 @@ def test_lora_in_bfloat16_learns_what_it_would_in_float32(
         options = {"r": 2, "alpha": 4, "dropout": 0.0}
         decoder = load(tiny_llm_dir, lora=options, dtype=dtype, gradient_checkpointing=checkpointing).train()
         stir_lora(decoder)
-        nll, _ = decoder.token_losses(batch(decoder, ["a dog", "2", "yes"], audio, [7, 3, 5]))
+        nll = decoder.token_losses(batch(decoder, ["a dog", "2", "yes"], audio, [7, 3, 5])).nll
         nll.sum().backward()
         grads = [parameter.grad for parameter in decoder.parameters() if parameter.requires_grad]
         assert all(grad is not None and grad.dtype == torch.float32 for grad in grads)
@@ -103,7 +103,7 @@ def test_token_losses_equal_one_utterance_at_a_time(tiny_llm_dir: Path, audio: T
     decoder = load(tiny_llm_dir).eval()
     answers, lengths = ["a dog barks", "", "two people"], [7, 0, 3]
     placed = batch(decoder, answers, audio, lengths)
-    nll, correct = decoder.token_losses(placed)
+    nll, correct, _ = decoder.token_losses(placed)
     assert nll.shape == correct.shape == placed.target_ids.shape and correct.dtype == torch.bool
     alone = []
     for b, answer in enumerate(answers):
