@@ -8,6 +8,7 @@ Measures of a block's row, before the threshold:
 
 confidence  the largest softmax probability (Schuster et al., CALM, NeurIPS 2022)
 entropy     one minus the entropy of the softmax over its largest value, log V, so that more is surer, as above
+gate        the probability of a fitted gate (``decoder.calibration``), which needs no output layer
 patience    so many candidate blocks in a row name the same token (Zhou et al., PABEE, NeurIPS 2020); no threshold
 
 B utterances, D width, V vocabulary.
@@ -22,9 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pam_espnet.decoder.calibration import Calibration
 from pam_espnet.errors import ConfigError
 
-MODES = ("never", "fixed", "confidence", "entropy", "patience")
+MODES = ("never", "fixed", "confidence", "entropy", "gate", "patience")
 
 
 @dataclass(frozen=True)
@@ -32,27 +34,36 @@ class ExitOptions:
     """When to leave.
 
     Attributes:
-        mode: never, fixed (always at the first of ``layers``), confidence, entropy or patience.
-        layers: candidate blocks, counted from 1 (after the first block) to one less than the LLM has.
-        threshold: of confidence and entropy, 0 to 1.
+        mode: never, fixed (always at the first of ``layers``), confidence, entropy, gate or patience.
+        layers: candidate blocks, counted from 1 (after the first block) to one less than the LLM has; a gate knows its
+            own.
+        threshold: 0 to 1; None is 0.9, or what the gate was calibrated to.
         patience: number of neighbouring candidates that must agree.
+        calibration: file of ``bin/pam_calibrate_exit.py``; needed by gate. In the other modes its map, where it has
+            one for the block, is applied all the same.
     """
 
     mode: str = "never"
     layers: tuple[int, ...] = ()
-    threshold: float = 0.9
+    threshold: float | None = None
     patience: int = 2
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
+        if isinstance(self.layers, int) or not all(isinstance(layer, int) for layer in self.layers):
+            raise ConfigError(f"exit.layers: {self.layers!r}; must be a list of blocks")
         object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
         if self.mode not in MODES:
             raise ConfigError(f"exit.mode: {self.mode!r}; choose one of {', '.join(MODES)}")
-        if self.mode != "never" and not self.layers:
+        if self.mode == "gate":
+            if self.calibration is None or self.layers:
+                raise ConfigError("exit: gate needs calibration, and takes its layers from there")
+        elif self.mode != "never" and not self.layers:
             raise ConfigError(f"exit.layers: {self.mode} needs candidate blocks")
         if self.layers and self.layers[0] < 1:
             raise ConfigError(f"exit.layers: {list(self.layers)}; blocks count from 1")
-        if not 0 <= self.threshold <= 1:
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ConfigError(f"exit.threshold: {self.threshold}; must be 0 to 1")
         if self.patience < 2 or (self.mode == "patience" and self.patience > len(self.layers)):
             raise ConfigError(f"exit.patience: {self.patience}; must be 2 to the number of candidate blocks")
@@ -64,17 +75,32 @@ class ExitPolicy:
     Args:
         options: see ``ExitOptions``.
         num_layers: of the LLM.
-        head: hidden states of any block (...,D) -> float32 logits (...,V).
+        norm: the final norm, hidden states of any block (...,D) -> (...,D).
+        head: the output layer, normed states (...,D) -> float32 logits (...,V).
+        calibration: what ``options.calibration`` holds.
 
     Raises:
         ConfigError: a candidate block that the LLM does not have, or its last one.
     """
 
-    def __init__(self, options: ExitOptions, num_layers: int, head: Callable[[Tensor], Tensor]) -> None:
-        if options.layers and options.layers[-1] >= num_layers:
-            raise ConfigError(f"exit.layers: {options.layers[-1]}; must be below {num_layers}, the LLM's last block")
-        self.options, self.head = options, head
-        self.layers: Sequence[int] = options.layers[:1] if options.mode == "fixed" else options.layers
+    def __init__(
+        self,
+        options: ExitOptions,
+        num_layers: int,
+        norm: Callable[[Tensor], Tensor],
+        head: Callable[[Tensor], Tensor],
+        calibration: Calibration | None = None,
+    ) -> None:
+        self.options, self.norm, self.head, self.calibration = options, norm, head, calibration
+        self.layers: Sequence[int] = options.layers
+        self.threshold = 0.9 if options.threshold is None else options.threshold
+        if options.mode == "fixed":
+            self.layers = options.layers[:1]
+        elif options.mode == "gate" and calibration is not None:
+            self.layers = calibration.layers
+            self.threshold = calibration.threshold if options.threshold is None else options.threshold
+        if self.layers and max(self.layers) >= num_layers:
+            raise ConfigError(f"exit.layers: {max(self.layers)}; must be below {num_layers}, the LLM's last block")
         self._named = torch.empty(0, dtype=torch.long)  # (B,) token that each utterance's last candidate named
         self._agreed = torch.empty(0, dtype=torch.long)  # (B,) how many candidates in a row have named it
 
@@ -83,10 +109,17 @@ class ExitPolicy:
         self._named = torch.full((utterances,), -1, device=device)
         self._agreed = torch.zeros(utterances, dtype=torch.long, device=device)
 
-    def leave(self, utterances: Tensor, hidden: Tensor) -> Tensor:
-        """Who leaves at this candidate block.
+    def spoken(self, layer: int, hidden: Tensor) -> Tensor:
+        """What a block's hidden states (...,D) are read as: mapped towards the last block's where there is a map."""
+        if self.calibration is None or layer not in self.calibration.layers:
+            return hidden
+        return self.calibration.mapped(layer, hidden)
+
+    def leave(self, layer: int, utterances: Tensor, hidden: Tensor) -> Tensor:
+        """Who leaves at a candidate block.
 
         Args:
+            layer: the block.
             utterances: (B',) those that are still under way.
             hidden: (B',D) the block's output at the row of each one's best hypothesis.
 
@@ -96,7 +129,9 @@ class ExitPolicy:
         options = self.options
         if options.mode == "fixed":
             return torch.ones(len(utterances), dtype=torch.bool, device=hidden.device)
-        logits = self.head(hidden)
+        if options.mode == "gate" and self.calibration is not None:
+            return self.calibration.probability(layer, self.norm(hidden)) >= self.threshold
+        logits = self.head(self.norm(self.spoken(layer, hidden)))
         if options.mode == "patience":
             named = logits.argmax(dim=-1)
             same = named == self._named[utterances]
@@ -105,6 +140,6 @@ class ExitPolicy:
             return self._agreed[utterances] >= options.patience
         log_probs = logits.log_softmax(dim=-1)
         if options.mode == "confidence":
-            return log_probs.amax(dim=-1).exp() >= options.threshold
+            return log_probs.amax(dim=-1).exp() >= self.threshold
         entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
-        return 1 - entropy / math.log(log_probs.size(-1)) >= options.threshold
+        return 1 - entropy / math.log(log_probs.size(-1)) >= self.threshold

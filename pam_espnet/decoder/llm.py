@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pam_espnet.decoder import stepping
+from pam_espnet.decoder.calibration import Calibration
 from pam_espnet.decoder.exits import ExitOptions, ExitPolicy
 from pam_espnet.decoder.fused import FusedLlama
 from pam_espnet.decoder.lora import add_lora, lora_off, lora_precision, set_lora_training
@@ -241,6 +242,11 @@ class LLMDecoder(nn.Module):
         return TokenLosses(nll, correct, exit_nll)
 
     @torch.no_grad()
+    def hidden_states(self, placed: Placed) -> tuple[Tensor, ...]:
+        """The embeddings and the output of every block, each (B,P,D); the last one after the final norm."""
+        return self._outputs(placed.embeds, placed.mask, output_hidden_states=True).hidden_states
+
+    @torch.no_grad()
     def prompt_vector(self, prompt: str) -> Tensor:
         """(D,) float32: the base LLM's last hidden state at the end of the prompt, without audio and without LoRA.
 
@@ -303,14 +309,15 @@ class LLMDecoder(nn.Module):
 
         Raises:
             ConfigError: a block that the LLM does not have, or an LLM that only transformers can run.
+            CheckpointError: a calibration that cannot be read or belongs to another LLM.
         """
         if options.mode == "never":
             self._exits = None
             return
         if self._fused_blocks() is None:
             raise ConfigError("exit: only Llama-type LLMs with fused_decoding can leave before the last block")
-        output = logits or self.logits
-        self._exits = ExitPolicy(options, self.num_layers, lambda hidden: output(self.final_norm(hidden)))
+        calibration = Calibration.load(options.calibration, self.width) if options.calibration else None
+        self._exits = ExitPolicy(options, self.num_layers, self.final_norm, logits or self.logits, calibration)
 
     def _fused_blocks(self) -> FusedLlama | None:
         """The LLM as the search runs it, made anew when a weight has changed; None where transformers must do it."""

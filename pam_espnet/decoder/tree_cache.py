@@ -96,13 +96,14 @@ class TreeState:
                 continue
             under_way = self.utterance[rows].unique()
             leaves = torch.zeros(len(counts), dtype=torch.bool, device=x.device)
-            leaves[under_way] = policy.leave(under_way, x[torch.searchsorted(rows, first[under_way])])
+            leaves[under_way] = policy.leave(index + 1, under_way, x[torch.searchsorted(rows, first[under_way])])
             leaving = leaves[self.utterance[rows]]
             gone, rows = rows[leaving], rows[~leaving]
-            done[gone], x = x[leaving], x[~leaving]
+            left, x = x[leaving], x[~leaving]
+            done[gone] = policy.spoken(index + 1, left)
             self.depths[gone] = index + 1
             for skipped in range(index + 1, last):
-                key, value = self.model.project_memory(skipped, done[gone], (cos[gone], sin[gone]))
+                key, value = self.model.project_memory(skipped, left, (cos[gone], sin[gone]))
                 self._write(skipped, gone, slots, key, value)
             if not len(rows):
                 break

@@ -151,14 +151,14 @@ def test_hypotheses_of_a_step_are_scored_at_one_depth(decoder: LLMDecoder, prefi
 def test_measures() -> None:
     logits = torch.tensor([[9.0, 0.0, 0.0, 0.0], [0.1, 0.0, 0.0, 0.0]])
     for mode in ("confidence", "entropy"):
-        policy = ExitPolicy(ExitOptions(mode, (1,), threshold=0.9), 2, lambda hidden: hidden)
+        policy = ExitPolicy(ExitOptions(mode, (1,), threshold=0.9), 2, lambda hidden: hidden, lambda normed: normed)
         policy.begin(2, torch.device("cpu"))
-        assert policy.leave(torch.tensor([0, 1]), logits).tolist() == [True, False]
-    policy = ExitPolicy(ExitOptions("patience", (1, 2, 3), patience=2), 4, lambda hidden: hidden)
+        assert policy.leave(1, torch.tensor([0, 1]), logits).tolist() == [True, False]
+    policy = ExitPolicy(ExitOptions("patience", (1, 2, 3), patience=2), 4, lambda hidden: hidden, lambda normed: normed)
     policy.begin(3, torch.device("cpu"))
-    assert policy.leave(torch.tensor([0, 2]), logits).tolist() == [False, False]
-    assert policy.leave(torch.tensor([0, 2]), logits.flip(1)).tolist() == [False, False]
-    assert policy.leave(torch.tensor([2]), logits[1:].flip(1)).tolist() == [True]
+    assert policy.leave(1, torch.tensor([0, 2]), logits).tolist() == [False, False]
+    assert policy.leave(1, torch.tensor([0, 2]), logits.flip(1)).tolist() == [False, False]
+    assert policy.leave(1, torch.tensor([2]), logits[1:].flip(1)).tolist() == [True]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +170,8 @@ def test_measures() -> None:
         ({"mode": "confidence", "layers": (1,), "threshold": 1.5}, "threshold"),
         ({"mode": "patience", "layers": (1, 2), "patience": 3}, "patience"),
         ({"mode": "fixed", "layers": (BLOCKS,)}, "last block"),
+        ({"mode": "fixed", "layers": 3}, "list of blocks"),
+        ({"mode": "gate"}, "needs calibration"),
     ],
 )
 def test_bad_options(decoder: LLMDecoder, options: dict[str, Any], message: str) -> None:

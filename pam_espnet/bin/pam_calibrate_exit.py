@@ -1,0 +1,83 @@
+"""Fit maps and gates of early exit on development data, and say whether they are worth it.
+
+Writes <exp>/exit.safetensors (maps, gates, threshold) and <exp>/exit.json (what was judged). Half of the utterances are
+fitted to, the other half judge. To decode with it: exit: {mode: gate, calibration: <exp>/exit.safetensors} in the
+decoding configuration. Where the predicted speed-up is below 1.05 the advice is to leave early exit off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pam_espnet.bin._cli import run_main
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exp", required=True, type=Path, help="experiment directory")
+    parser.add_argument("--data", required=True, help="formatted development data, dump/raw/dev")
+    parser.add_argument("--layers", type=int, nargs="+", help="candidate blocks (default: upper half, every second)")
+    parser.add_argument("--precision", type=float, default=0.95, help="of the tokens that leave (default: 0.95)")
+    parser.add_argument("--no_maps", action="store_true", help="gates alone; blocks speak as they are")
+    parser.add_argument("--batch_size", type=int, default=8, help="utterances run together (default: 8)")
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the LLM (float32)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0 = torch's choice)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    args = build_parser().parse_args(argv)
+    from dataclasses import asdict
+
+    import torch
+
+    from pam_espnet.answering import AnswerOptions
+    from pam_espnet.errors import ConfigError
+    from pam_espnet.exit_calibration import calibrate, cost_model, observe
+    from pam_espnet.fileio import write_json
+    from pam_espnet.inference import SpeechLLM
+
+    if not 0 < args.precision <= 1:
+        raise ConfigError(f"--precision {args.precision}: must be above 0 and at most 1")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model = SpeechLLM.load(args.exp, AnswerOptions(), args.device, args.dtype).model
+    blocks = model.decoder.num_layers
+    layers = sorted(set(args.layers or range(blocks // 2, blocks, 2)))
+    if layers[0] < 1 or layers[-1] >= blocks:
+        raise ConfigError(f"--layers: {layers}; the blocks before the last are 1 to {blocks - 1}")
+    observed = observe(model, args.data, layers, args.device, args.batch_size)
+    calibration, judgement = calibrate(observed, layers, model.decoder, args.precision, not args.no_maps)
+    calibration.save(args.exp / "exit.safetensors", judgement)
+    verdict = "on" if judgement.worth_it else "off"
+    write_json(
+        args.exp / "exit.json",
+        {
+            "advice": verdict,
+            "layers": layers,
+            "maps": not args.no_maps,
+            "precision_wanted": args.precision,
+            "judgement": asdict(judgement),
+            "cost_model": asdict(cost_model(model.decoder)),
+            "tokens": len(observed.last),
+            "data": str(args.data),
+        },
+    )
+    logging.info(f"wrote {args.exp / 'exit.safetensors'}, {args.exp / 'exit.json'}")
+    print(
+        f"early exit: {verdict}; predicted speed-up of a step {judgement.speedup:.3f}x, {judgement.coverage:.1%} of "
+        f"the tokens leave, {judgement.precision:.1%} of them right, {judgement.mean_depth:.1f} of {blocks} blocks on "
+        "average"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

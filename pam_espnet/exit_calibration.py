@@ -1,0 +1,165 @@
+"""Calibrate early exit of a trained experiment on development data; see ``decoder.calibration`` for what is fitted.
+
+Dimension letters: B utterances, N tokens, C candidate blocks, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pam_espnet.data.audio import read_audio
+from pam_espnet.data.datadir import DataDir
+from pam_espnet.decoder.calibration import Calibration, CostModel, Judgement, fit_gate, fit_map, judge
+from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.decoder.prompt_layout import answer_ids
+from pam_espnet.errors import ConfigError, DataError
+from pam_espnet.espnet_model import ESPnetPaMModel
+
+RIDGES = (0.01, 0.1, 1.0)
+FEWEST_TOKENS = 200  # on either half; with fewer the judgement would be a guess
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The LLM's states where it names the tokens of reference answers, without gradient.
+
+    Attributes:
+        hidden: per candidate block (N,D), before the final norm.
+        last: (N,D), of the last block, before the final norm.
+        utterance: (N,) index of the utterance.
+    """
+
+    hidden: list[Tensor]
+    last: Tensor
+    utterance: Tensor
+
+    def take(self, chosen: Tensor) -> Observed:
+        """The tokens at ``chosen`` (N,) bool."""
+        return Observed([states[chosen] for states in self.hidden], self.last[chosen], self.utterance[chosen])
+
+
+@torch.no_grad()
+def observe(
+    model: ESPnetPaMModel, data_dir: str | Path, layers: Sequence[int], device: str = "cpu", batch_size: int = 8
+) -> Observed:
+    """Run the reference answers of a formatted data directory through the LLM.
+
+    Raises:
+        DataError: audio of another sample rate than the model's.
+    """
+    from tqdm import tqdm
+
+    data, decoder, rate = DataDir.load(data_dir), model.decoder, model.frontend.sample_rate
+    keys = data.utterances
+    hidden: list[list[Tensor]] = [[] for _ in layers]
+    last: list[Tensor] = []
+    owners: list[Tensor] = []
+    caught: list[Tensor] = []
+    hook = decoder.transformer.layers[-1].register_forward_hook(
+        lambda _module, _inputs, output: caught.append(output if isinstance(output, Tensor) else output[0])
+    )
+    try:
+        for start in tqdm(range(0, len(keys), batch_size), desc="observe", unit="batch"):
+            batch = keys[start : start + batch_size]
+            waves = []
+            for key in batch:
+                source, begin, end = data.source(key)
+                wave, found = read_audio(source, start=begin, end=end)
+                if found != rate:
+                    raise DataError(source, f"{key!r} is sampled at {found} Hz, not {rate} Hz", hint="use dump/raw/...")
+                waves.append(wave)
+            lengths = torch.tensor([len(wave) for wave in waves])
+            padded = torch.from_numpy(np.stack([np.pad(w, (0, int(lengths.max()) - len(w))) for w in waves]))
+            prompts = [data.prompt[key] for key in batch]
+            answers = [torch.tensor(answer_ids(decoder.tokenizer, data.text[key]), device=device) for key in batch]
+            audio = model.audio_embeddings(prompts, lengths.to(device), padded.to(device))
+            placed = model.place(prompts, audio, answers)
+            caught.clear()
+            states = decoder.hidden_states(placed)
+            for kept, layer in zip(hidden, layers, strict=True):
+                kept.append(states[layer].flatten(0, 1)[placed.target_index].float().cpu())
+            last.append(caught[-1].flatten(0, 1)[placed.target_index].float().cpu())
+            counts = torch.tensor([len(answer) for answer in answers])
+            owners.append(torch.repeat_interleave(torch.arange(start, start + len(batch)), counts))
+    finally:
+        hook.remove()
+    return Observed([torch.cat(states) for states in hidden], torch.cat(last), torch.cat(owners))
+
+
+def cost_model(decoder: LLMDecoder) -> CostModel:
+    """Costs from the numbers of weights; LoRA is merged when it decodes and does not count."""
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.numel() for name, p in module.named_parameters() if "lora_" not in name)
+
+    layers = decoder.transformer.layers
+    memory = count(layers[0].self_attn.k_proj) + count(layers[0].self_attn.v_proj)
+    return CostModel.of([count(layer) for layer in layers], decoder.lm.get_output_embeddings().weight.numel(), memory)
+
+
+def calibrate(
+    observed: Observed, layers: Sequence[int], decoder: LLMDecoder, precision: float, use_maps: bool
+) -> tuple[Calibration, Judgement]:
+    """Maps and gates from the utterances with even index, their judgement from the others.
+
+    The ridge is the one with which most tokens of a held-out third of the fitted half become the last block's.
+
+    Args:
+        observed: at ``layers``.
+        layers: candidate blocks.
+        decoder: whose final norm and output layer speak.
+        precision: wanted among the tokens that leave.
+        use_maps: False leaves hidden states as they are, the setting of arXiv 2412.01455.
+
+    Raises:
+        ConfigError: too few tokens.
+    """
+    norm, head = _on(decoder, decoder.final_norm), _on(decoder, decoder.logits)
+    even = observed.utterance % 2 == 0
+    fit, rest = observed.take(even), observed.take(~even)
+    if min(len(fit.last), len(rest.last)) < FEWEST_TOKENS:
+        raise ConfigError(f"{len(observed.last)} tokens are too few to calibrate on; each half needs {FEWEST_TOKENS}")
+    tokens, rest_tokens = head(norm(fit.last)).argmax(-1), head(norm(rest.last)).argmax(-1)
+    inner = (fit.utterance // 2) % 3 > 0
+    maps, gates = [], []
+    for layer, states in zip(layers, fit.hidden, strict=True):
+        spoken = states
+        if use_maps:
+            scores = {}
+            for ridge in RIDGES:
+                matrix = fit_map(states[inner], fit.last[inner], ridge)
+                found = head(norm(_map(matrix, states[~inner]))).argmax(-1)
+                scores[ridge] = float((found == tokens[~inner]).float().mean())
+            best = max(scores, key=scores.__getitem__)
+            maps.append(fit_map(states, fit.last, best))
+            # What the gate learns to foretell are maps that meet new tokens, not those that they were fitted to.
+            spoken = torch.empty_like(states)
+            for part in (inner, ~inner):
+                spoken[part] = _map(fit_map(states[~part], fit.last[~part], best), states[part])
+        agrees = head(norm(spoken)).argmax(-1) == tokens
+        logging.info(f"block {layer}: {float(agrees.float().mean()):.1%} of the last block's tokens")
+        gates.append(fit_gate(norm(states), agrees))
+    calibration = Calibration(tuple(layers), torch.stack(maps) if use_maps else None, torch.stack(gates), 1.0)
+    verdict = judge(calibration, rest.hidden, rest_tokens, norm, head, cost_model(decoder), precision)
+    return Calibration(calibration.layers, calibration.maps, calibration.gates, verdict.threshold), verdict
+
+
+def _map(matrix: Tensor, hidden: Tensor) -> Tensor:
+    return hidden @ matrix[:-1] + matrix[-1]
+
+
+def _on(decoder: LLMDecoder, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``function`` on the decoder's device and in its dtype, for tensors that are kept on the CPU in float32."""
+
+    def run(hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            return function(hidden.to(decoder.device, decoder.dtype)).float().cpu()
+
+    return run

@@ -1,0 +1,75 @@
+"""From an experiment and development data to a gate that the search can use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import tiny_config, write_data
+
+from pam_espnet.bin.pam_calibrate_exit import main as calibrate
+from pam_espnet.bin.pam_decode import main as decode
+from pam_espnet.build import build_model
+from pam_espnet.checkpoint import save_trained
+from pam_espnet.config import write_config
+from pam_espnet.errors import ConfigError
+from pam_espnet.exit_calibration import cost_model, observe
+from pam_espnet.fileio import read_json
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), "dev", size=40)
+
+
+@pytest.fixture
+def exp(tiny_llm_dir: Path, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = tiny_config(tiny_llm_dir)
+    save_trained(build_model(config).state_dict(), tmp_path / "model.safetensors")
+    write_config(config, tmp_path / "config.yaml")
+    return tmp_path
+
+
+def test_states_are_those_that_name_the_answers(exp: Path, data: Path, tiny_llm_dir: Path) -> None:
+    torch.manual_seed(0)
+    model = build_model(tiny_config(tiny_llm_dir)).eval()
+    observed = observe(model, data, [1], batch_size=7)
+    assert observed.hidden[0].shape == observed.last.shape == (len(observed.utterance), 32)
+    assert observed.utterance.unique().numel() == 120
+    last = model.decoder.final_norm(observed.last)
+    first = observe(model, data, [2], batch_size=120)  # block 2 is the last one: transformers hands it out normed
+    assert torch.allclose(last, first.hidden[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("more", [[], ["--no_maps"]])
+def test_calibrate_and_decode(exp: Path, data: Path, more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert calibrate(["--exp", str(exp), "--data", str(data), "--layers", "1", "--precision", "0.6", *more]) == 0
+    said, record = capsys.readouterr().out, read_json(exp / "exit.json")
+    assert f"early exit: {record['advice']}" in said
+    assert (record["judgement"]["speedup"] >= 1.05) == (record["advice"] == "on")
+    assert record["maps"] == (not more) and record["layers"] == [1]
+    gate = {"mode": "gate", "calibration": str(exp / "exit.safetensors"), "threshold": 0.0}
+    write_config({"beam_size": 2, "max_new_tokens": 6, "exit": gate}, exp / "decode.yaml")
+    args = ["--exp", str(exp), "--data", str(data), "--out", str(exp / "out"), "--config", str(exp / "decode.yaml")]
+    assert decode([*args, "--limit", "4"]) == 0
+    lines = (exp / "out" / "nbest.jsonl").read_text()
+    assert '"depths": [2, 1' in lines  # at threshold zero every token after the first leaves at block 1
+
+
+def test_the_cost_model_knows_the_llm(tiny_llm_dir: Path) -> None:
+    model = build_model(tiny_config(tiny_llm_dir))
+    cost = cost_model(model.decoder)
+    block = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32  # q, o; k, v; the feed-forward network; norms
+    assert cost.blocks == 2
+    assert cost.head == pytest.approx(300 * 32 / block) and cost.memory == pytest.approx(2 * 32 * 16 / block)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"), [(["--layers", "2"], "--layers"), (["--precision", "0"], "--precision"), ([], "too few")]
+)
+def test_errors(exp: Path, tmp_path: Path, more: list[str], message: str) -> None:
+    few = write_data(tmp_path / "few", "dev", size=3)
+    with pytest.raises(ConfigError, match=message):
+        calibrate(["--exp", str(exp), "--data", str(few), *more])
