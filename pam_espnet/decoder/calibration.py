@@ -2,9 +2,9 @@
 
 A *map* brings a block's hidden state towards the last block's (least squares with a ridge towards the identity, as the
 linear short-cuts of Yom Din et al., "Jump to Conclusions", LREC-COLING 2024). The identity is the setting of early
-exit as a natural capability (Shan et al., arXiv 2412.01455). A *gate* is a logistic regression on the state itself (a map
-may erase what gives doubts away) that says whether the block's most likely token is the last block's. No gradient reaches
-the LLM, no output layer is added.
+exit as a natural capability (Shan et al., arXiv 2412.01455). A *gate* is a logistic regression on the state itself (a
+map may erase what gives doubts away) that says whether the block's most likely token is the last block's. No gradient
+reaches the LLM, no output layer is added.
 
 Everything is fitted on some utterances and judged on others; what the judge does not believe to be worth it is
 answered with "off".
