@@ -48,12 +48,21 @@ class AnswerOptions:
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
-        if self.no_repeat_ngram < 0 or self.tokens_per_second < 0:
-            raise ConfigError("no_repeat_ngram and tokens_per_second must not be negative; 0 turns them off")
+        if not isinstance(self.no_repeat_ngram, int) or self.no_repeat_ngram < 0:
+            raise ConfigError(f"no_repeat_ngram: {self.no_repeat_ngram!r}; must be a whole number, 0 turns it off")
+        rate = self.tokens_per_second
+        if not isinstance(rate, int | float) or not 0 <= rate < math.inf:
+            raise ConfigError(f"tokens_per_second: {rate!r}; must be a number, 0 turns it off")
+        if not isinstance(self.task_vocabulary, bool):
+            raise ConfigError(f"task_vocabulary: {self.task_vocabulary!r}; must be true or false")
+        if not isinstance(self.answer_sets, Mapping):
+            raise ConfigError(f"answer_sets: {self.answer_sets!r}; must be a mapping of tasks to their answers")
         for task, answers in self.answer_sets.items():
             task_spec(task)
-            if not answers or not all(isinstance(answer, str) and answer for answer in answers):
+            if not isinstance(answers, list | tuple) or not answers or not all(_is_answer(one) for one in answers):
                 raise ConfigError(f"answer_sets.{task}: must be a list of quoted, non-empty answers")
+        if self.answer_sets and self.beam.min_new_tokens > 0:
+            raise ConfigError("min_new_tokens: an answer set says how long answers are; leave it at 0")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any], source: str | Path = "decoding options") -> AnswerOptions:
@@ -62,13 +71,16 @@ class AnswerOptions:
         Raises:
             ConfigError: a key that nothing reads, or a value out of range; ``source`` is named.
         """
-        own = {key: options[key] for key in cls.__dataclass_fields__ if key != "beam" and key in options}
-        beam = {key: value for key, value in options.items() if key not in own}
+        fields = [key for key in cls.__dataclass_fields__ if key != "beam"]
+        own = {key: options[key] for key in fields if options.get(key) is not None}
+        beam = {key: value for key, value in options.items() if key not in fields}
         try:
+            if "eos_ids" in beam:
+                raise ConfigError("eos_ids: the LLM's own end tokens are used")
             if "exit" in own:
-                own["exit"] = ExitOptions(**own["exit"])
+                own["exit"] = ExitOptions(**{key: value for key, value in own["exit"].items() if value is not None})
             return cls(beam=BeamOptions(**beam), **own)
-        except (TypeError, ConfigError) as error:
+        except (TypeError, AttributeError, ConfigError) as error:
             raise ConfigError(f"{source}: {error}") from error
 
     def length_caps(self, seconds: Sequence[float]) -> list[int] | None:
@@ -76,3 +88,7 @@ class AnswerOptions:
         if self.tokens_per_second == 0:
             return None
         return [SPARE_TOKENS + math.ceil(duration * self.tokens_per_second) for duration in seconds]
+
+
+def _is_answer(answer: object) -> bool:
+    return isinstance(answer, str) and bool(answer.strip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import platform
@@ -28,6 +29,7 @@ from pam_espnet.fileio import check_key, exclusive, read_json, sha256_file, writ
 from pam_espnet.inference import SpeechLLM
 
 JOURNAL = "journal.jsonl"
+CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak of resident memory
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def decode_shard(model: SpeechLLM, data_dir: str | Path, out_dir: str | Path, op
 def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str], options: DecodeOptions) -> Path:
     from tqdm import tqdm
 
+    _reset_peak_memory(model.device)
     done = set(_read_journal(journal))
     batches = [keys[start : start + options.batch_size] for start in range(0, len(keys), options.batch_size)]
     todo = [batch for batch in batches if not done.issuperset(batch)]
@@ -242,9 +245,22 @@ def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def _reset_peak_memory(device: str) -> None:
+    """So that the peak of one test set is not reported for the next one that the same process decodes."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR_REFS.exists():
+        with contextlib.suppress(OSError):  # not allowed in every container: then the process's peak is reported
+            CLEAR_REFS.write_text("5")
+
+
 def _peak_memory(device: str) -> int:
+    """Bytes since the last reset, where the system can do that; else of the whole process."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated(device))
+    if CLEAR_REFS.exists():
+        status = CLEAR_REFS.with_name("status").read_text()
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -60,6 +60,8 @@ class ESPnetPaMModel(AbsESPnetModel):
         exit_layers: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        if not isinstance(exit_layers, list | tuple) or not all(isinstance(layer, int) for layer in exit_layers):
+            raise ConfigError(f"model_conf.exit_layers: {exit_layers!r}; must be a list of blocks")
         if exit_weight < 0 or (exit_weight > 0 and not exit_layers):
             raise ConfigError("model_conf.exit_weight: needs exit_layers, and to be at least 0")
         if beyond := [layer for layer in exit_layers if not 1 <= layer < decoder.num_layers]:
@@ -73,7 +75,7 @@ class ESPnetPaMModel(AbsESPnetModel):
         self.router_loss_weight = router_loss_weight
         self.ctc_weight = ctc_weight
         self.exit_weight = exit_weight
-        self.exit_layers = tuple(exit_layers)
+        self.exit_layers = tuple(sorted(set(exit_layers)))
         self.register_state_dict_post_hook(_drop_frozen)
         self.register_load_state_dict_post_hook(_forgive_frozen)
 

@@ -146,7 +146,7 @@ def calibrate(
         agrees = head(norm(spoken)).argmax(-1) == tokens
         logging.info(f"block {layer}: {float(agrees.float().mean()):.1%} of the last block's tokens")
         gates.append(fit_gate(norm(states), agrees))
-    calibration = Calibration(tuple(layers), torch.stack(maps) if use_maps else None, torch.stack(gates), 1.0)
+    calibration = Calibration(tuple(layers), torch.stack(maps) if use_maps else None, torch.stack(gates), None)
     verdict = judge(calibration, rest.hidden, rest_tokens, norm, head, cost_model(decoder), precision)
     return Calibration(calibration.layers, calibration.maps, calibration.gates, verdict.threshold), verdict
 

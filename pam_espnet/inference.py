@@ -6,7 +6,7 @@ Dimension letters: B utterances, N samples, U adapter frames, P prefix positions
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,8 @@ from pam_espnet.build import build_model
 from pam_espnet.checkpoint import MODEL_FILE, load_strict, read_trained
 from pam_espnet.config import load_yaml
 from pam_espnet.data.tables import one_line
-from pam_espnet.decoder.llm import LLMDecoder
 from pam_espnet.decoder.prompt_layout import answer_ids
-from pam_espnet.decoder.restricted import RestrictedDecoder
+from pam_espnet.decoder.view import DecoderView
 from pam_espnet.errors import ConfigError
 from pam_espnet.espnet_model import ESPnetPaMModel
 from pam_espnet.search.beam import beam_search
@@ -32,7 +31,8 @@ from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
 @dataclass
 class Answer:
     """The n-best answers to one utterance, best first, with the block of the LLM that named each token; how its
-    encoders were combined; which constraints fired."""
+    encoders were combined; which constraints fired and how often (over steps and hypotheses; ``length_cap`` is 1 where
+    the best answer was cut)."""
 
     texts: list[str]
     tokens: list[list[int]]
@@ -50,25 +50,36 @@ class SpeechLLM:
         options: how answers are decoded.
         device: a torch device.
 
+        vocabulary_tasks: tasks whose answers the task vocabulary was made from; None for all.
+
     Raises:
         ConfigError: a task vocabulary is asked for, but the model has no list of the training answers' tokens, or the
-            list lacks tokens of an answer set.
+            list lacks tokens of an answer set; an answer that is longer than ``max_new_tokens``.
     """
 
-    def __init__(self, model: ESPnetPaMModel, options: AnswerOptions, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: ESPnetPaMModel,
+        options: AnswerOptions,
+        device: str = "cpu",
+        vocabulary_tasks: Collection[str] | None = None,
+    ) -> None:
         self.model = model.to(device).eval()
         self.options = options
         self.device = device
-        self.decoder: LLMDecoder | RestrictedDecoder = model.decoder
-        if options.task_vocabulary:
-            if model.ctc is None:
-                raise ConfigError("task_vocabulary: this model was trained without the warm start's list of tokens")
-            self.decoder = RestrictedDecoder(model.decoder, model.ctc.token_ids.tolist())
-        model.decoder.exit_early(options.exit, self.decoder.logits)
+        self.vocabulary_tasks = vocabulary_tasks
+        if options.task_vocabulary and model.ctc is None:
+            raise ConfigError("task_vocabulary: this model was trained without the warm start's list of tokens")
+        vocabulary = model.ctc.token_ids.tolist() if options.task_vocabulary and model.ctc is not None else None
+        self.decoder = DecoderView(model.decoder, vocabulary, options.exit)
+        model.decoder.fused_blocks()  # now, or the first batch would be charged for it
         self._answer_sets = {
-            task: [self._to_places(answer_ids(model.decoder.tokenizer, answer)[:-1]) for answer in answers]
+            task: [self.decoder.places(answer_ids(model.decoder.tokenizer, answer)[:-1]) for answer in answers]
             for task, answers in options.answer_sets.items()
         }
+        for task, answers in self._answer_sets.items():
+            if (longest := max(map(len, answers)) + 1) > options.beam.max_new_tokens:
+                raise ConfigError(f"answer_sets.{task}: an answer needs {longest} tokens; raise max_new_tokens")
 
     @classmethod
     def load(
@@ -91,7 +102,8 @@ class SpeechLLM:
         model = build_model(config)
         checkpoint = Path(exp_dir) / MODEL_FILE
         load_strict(model, read_trained(checkpoint), checkpoint)
-        return cls(model, options, device)
+        warm_start = config.get("warm_start_conf") or {}
+        return cls(model, options, device, warm_start.get("losses"))
 
     @torch.no_grad()
     def answer(
@@ -110,19 +122,25 @@ class SpeechLLM:
             row[: len(wave)] = torch.from_numpy(wave)
         audio = self.model.audio_embeddings(prompts, lengths.to(self.device), batch.to(self.device))
         placed = self.model.place(prompts, audio, None)
-        constraints = self._constraints(tasks or [])
+        tasks = tasks or [""] * len(waves)
+        known = self.vocabulary_tasks if self.options.task_vocabulary else None
+        if known is not None and (strange := sorted(set(tasks) - set(known))):
+            made_of, asked = ", ".join(known), ", ".join(strange) or "no task"
+            raise ConfigError(f"task_vocabulary: it was made from answers of {made_of}, not of {asked}")
+        caps = self.options.length_caps((lengths / self.model.frontend.sample_rate).tolist())
+        if caps is not None:  # one of a set of answers is never cut
+            sets = [self._answer_sets.get(task, [[]]) for task in tasks]
+            caps = [max(cap, 1 + max(map(len, answers))) for cap, answers in zip(caps, sets, strict=True)]
+        constraints = self._constraints(tasks)
         nbest = beam_search(
-            self.decoder,
-            placed.embeds,
-            placed.prefix_lengths,
-            self.options.beam,
-            self.options.length_caps((lengths / self.model.frontend.sample_rate).tolist()),
-            constraints=constraints,
+            self.decoder, placed.embeds, placed.prefix_lengths, self.options.beam, caps, constraints=constraints
         )
         tokenizer, end = self.model.decoder.tokenizer, set(self.model.decoder.eos_ids)
         answers = []
         for b, hypotheses in enumerate(nbest):
-            tokens = [self._to_ids(one.tokens) for one in hypotheses]
+            if not hypotheses:
+                raise ConfigError(f"the decoding options leave no answer to {prompts[b]!r}: {self.options}")
+            tokens = [self.decoder.tokens(one.tokens) for one in hypotheses]
             fired: Counter[str] = Counter({"length_cap": int(not hypotheses[0].ended)})
             for constraint in constraints:
                 fired[constraint.name] += constraint.fired[b]
@@ -143,18 +161,13 @@ class SpeechLLM:
 
     def _constraints(self, tasks: Sequence[str]) -> list[Constraint]:
         found: list[Constraint] = []
-        if self.options.no_repeat_ngram:
-            found.append(NoRepeatNgram(self.options.no_repeat_ngram))
+        if self.options.no_repeat_ngram:  # an answer of a set may repeat itself
+            free = [place for place, task in enumerate(tasks) if task not in self._answer_sets]
+            found.append(NoRepeatNgram(self.options.no_repeat_ngram, free))
         for task, answers in self._answer_sets.items():
             if places := [place for place, name in enumerate(tasks) if name == task]:
                 found.append(AnswerSet(answers, self.decoder.eos_ids, places))
         return found
-
-    def _to_places(self, ids: list[int]) -> list[int]:
-        return self.decoder.places(ids) if isinstance(self.decoder, RestrictedDecoder) else ids
-
-    def _to_ids(self, tokens: list[int]) -> list[int]:
-        return self.decoder.ids[tokens].tolist() if isinstance(self.decoder, RestrictedDecoder) else list(tokens)
 
     def _routing(self, routing: Any, b: int) -> dict[str, Any]:
         def numbers(row: Tensor) -> list[float]:

@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from pam_espnet.answering import AnswerOptions
     from pam_espnet.decoding import DecodeOptions, decode_shard, is_complete, merge_shards
+    from pam_espnet.fileio import sha256_file
     from pam_espnet.inference import SpeechLLM
 
     if args.threads:
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = DecodeOptions(args.batch_size, args.audio, shard, shards, args.limit)
     search = load_yaml(args.config) if args.config else {}
     answers = AnswerOptions.from_dict(search, args.config)
+    if answers.exit.calibration:  # another calibration under the same name is another run
+        search = {**search, "exit_calibration_sha256": sha256_file(answers.exit.calibration)}
     if len(args.data) != len(args.out):
         raise ConfigError(f"--data names {len(args.data)} directories and --out {len(args.out)}")
     todo = []

@@ -61,14 +61,14 @@ class Judgement:
     """What the gates did to the utterances that they were not fitted on.
 
     Attributes:
-        threshold: of the gates' probabilities.
+        threshold: of the gates' probabilities; None where none was good enough.
         coverage: share of tokens that leave early.
         precision: share of those whose token is the last block's.
         mean_depth: blocks per token.
         speedup: by the cost model, against full depth.
     """
 
-    threshold: float
+    threshold: float | None
     coverage: float
     precision: float
     mean_depth: float
@@ -88,13 +88,18 @@ class Calibration:
         layers: C blocks, from 1.
         maps: (C, D+1, D), the last row a constant; None leaves hidden states as they are.
         gates: (C, D+1), the last entry a constant.
-        threshold: the gates' probability at which to leave.
+        threshold: the gates' probability at which to leave; None: at none, which is "off".
     """
 
     layers: tuple[int, ...]
     maps: Tensor | None
     gates: Tensor
-    threshold: float
+    threshold: float | None
+
+    def to(self, device: torch.device) -> Calibration:
+        """The same on another device."""
+        maps = None if self.maps is None else self.maps.to(device)
+        return Calibration(self.layers, maps, self.gates.to(device), self.threshold)
 
     def mapped(self, layer: int, hidden: Tensor) -> Tensor:
         """A block's hidden states (...,D), brought towards the last block's."""
@@ -198,7 +203,7 @@ def judge(
         probabilities.append(calibration.probability(layer, norm(states)))
         right.append(head(norm(calibration.mapped(layer, states))).argmax(-1) == last_token)
     layers = torch.tensor(calibration.layers)
-    best = Judgement(1.0, 0.0, 1.0, float(cost.blocks), 1.0)
+    best = Judgement(None, 0.0, 1.0, float(cost.blocks), 1.0)
     for threshold in torch.linspace(0.99, 0.2, 80).tolist():
         opened = torch.stack(probabilities) >= threshold  # (C,N)
         leaves, first = opened.any(dim=0), opened.float().argmax(dim=0)

@@ -93,7 +93,7 @@ class ExitPolicy:
     ) -> None:
         self.options, self.norm, self.head, self.calibration = options, norm, head, calibration
         self.layers: Sequence[int] = options.layers
-        self.threshold = 0.9 if options.threshold is None else options.threshold
+        self.threshold: float | None = 0.9 if options.threshold is None else options.threshold
         if options.mode == "fixed":
             self.layers = options.layers[:1]
         elif options.mode == "gate" and calibration is not None:
@@ -127,6 +127,8 @@ class ExitPolicy:
             (B',) bool.
         """
         options = self.options
+        if self.threshold is None:  # a calibration that found nothing worth it
+            return torch.zeros(len(utterances), dtype=torch.bool, device=hidden.device)
         if options.mode == "fixed":
             return torch.ones(len(utterances), dtype=torch.bool, device=hidden.device)
         if options.mode == "gate" and self.calibration is not None:

@@ -134,4 +134,6 @@ def _stack(*layers: Any) -> tuple[Tensor, Tensor | None]:
         weights.append(weight)
         if base.bias is not None:
             biases.append(base.bias.detach())
+    if len(layers) == 1:  # not copied where LoRA has nothing to add
+        return weights[0], biases[0] if biases else None
     return torch.cat(weights), torch.cat(biases) if biases else None

@@ -9,7 +9,7 @@ B utterances, R rows (utterances or hypotheses), P positions, D width, V vocabul
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pam_espnet.decoder import stepping
-from pam_espnet.decoder.calibration import Calibration
-from pam_espnet.decoder.exits import ExitOptions, ExitPolicy
+from pam_espnet.decoder.exits import ExitPolicy
 from pam_espnet.decoder.fused import FusedLlama
 from pam_espnet.decoder.lora import add_lora, lora_off, lora_precision, set_lora_training
 from pam_espnet.decoder.prompt_layout import Placed, end_of_turn_id, layout
@@ -97,7 +96,6 @@ class LLMDecoder(nn.Module):
         self.eos_ids = _eos_ids(self.end_id, tokenizer, lm)
         self.fused_decoding = fused_decoding
         self._fused: tuple[list[tuple[int, int]], FusedLlama | None] | None = None
-        self._exits: ExitPolicy | None = None
         self._prompt_vectors: dict[str, Tensor] = {}
         self.register_load_state_dict_post_hook(_forget_prompt_vectors)
         self.train(self.training)
@@ -159,6 +157,7 @@ class LLMDecoder(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> LLMDecoder:
         """Devices change, dtypes do not: a trainer's ``model.to(dtype)`` must not blow a bfloat16 LLM up."""
         self._prompt_vectors.clear()  # they live on the old device
+        self._fused = None
         return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
 
     @property
@@ -278,9 +277,14 @@ class LLMDecoder(nn.Module):
         return self.logits(hidden), state
 
     @torch.no_grad()
-    def prefill_hidden(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, DecoderState]:
-        """``prefill`` without the output layer: last hidden states after the final norm (B,D)."""
-        return stepping.prefill(self.lm, self._fused_blocks(), prefix.to(self.dtype), lengths)
+    def prefill_hidden(
+        self, prefix: Tensor, lengths: Tensor, policy: ExitPolicy | None = None
+    ) -> tuple[Tensor, DecoderState]:
+        """``prefill`` without the output layer: last hidden states after the final norm (B,D).
+
+        With a ``policy`` the state's steps may leave before the last block; fused blocks only.
+        """
+        return stepping.prefill(self.lm, self.fused_blocks(), prefix.to(self.dtype), lengths, policy)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
@@ -293,37 +297,14 @@ class LLMDecoder(nn.Module):
         Returns:
             float32 logits (R,V) of the next token.
         """
-        return self.logits(self.step_hidden(tokens, state))
+        return self.logits(state.step(self.embed(tokens)))
 
-    @torch.no_grad()
-    def step_hidden(self, tokens: Tensor, state: DecoderState) -> Tensor:
-        """``step`` without the output layer: last hidden states after the final norm (R,D)."""
-        return state.step(self.embed(tokens), self._exits)
-
-    def exit_early(self, options: ExitOptions, logits: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Let steps end before the last block from now on.
-
-        Args:
-            options: when; mode "never" ends it.
-            logits: output layer that confidences are read from, in place of the LLM's own (a restricted one).
-
-        Raises:
-            ConfigError: a block that the LLM does not have, or an LLM that only transformers can run.
-            CheckpointError: a calibration that cannot be read or belongs to another LLM.
-        """
-        if options.mode == "never":
-            self._exits = None
-            return
-        if self._fused_blocks() is None:
-            raise ConfigError("exit: only Llama-type LLMs with fused_decoding can leave before the last block")
-        calibration = Calibration.load(options.calibration, self.width) if options.calibration else None
-        self._exits = ExitPolicy(options, self.num_layers, self.final_norm, logits or self.logits, calibration)
-
-    def _fused_blocks(self) -> FusedLlama | None:
+    def fused_blocks(self) -> FusedLlama | None:
         """The LLM as the search runs it, made anew when a weight has changed; None where transformers must do it."""
         if not self.fused_decoding:
             return None
-        weights = [(id(weight), weight._version) for weight in self.lm.parameters()]
+        # Optimizers and load_state_dict raise a tensor's version; a write to ``.data`` does not, but moves the storage.
+        weights = [(weight.data_ptr(), weight._version) for weight in self.lm.parameters()]
         if self._fused is None or self._fused[0] != weights:
             self._fused = (weights, stepping.fuse(self.lm))
         return self._fused[1]

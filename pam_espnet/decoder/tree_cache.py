@@ -45,7 +45,7 @@ class TreeState:
         self.utterance = torch.arange(len(lengths), device=lengths.device)  # (R,)
         self.positions = lengths.clone()  # (R,) of the next token
         self.depths = torch.full_like(lengths, len(keys))  # (R,) block from which each row's last result came
-        self.forwarded = 0  # rows run through the blocks since the prefix, for tests and reports
+        self.policy: ExitPolicy | None = None  # when steps may leave before the last block
 
     def select(self, rows: Tensor) -> None:
         """Keep ``rows`` (R',), repeats and drops allowed, in any order.
@@ -59,17 +59,19 @@ class TreeState:
             self._move(lambda memory: memory[utterances])
         self._compact()
 
-    def step(self, embeds: Tensor, policy: ExitPolicy | None = None) -> Tensor:
+    def step(self, embeds: Tensor) -> Tensor:
         """Append one token to every row.
+
+        ``policy`` may let utterances leave before the last block. The keys and values of the blocks they skip are made
+        from the hidden state they left with (state propagation of CALM, Schuster et al., NeurIPS 2022).
 
         Args:
             embeds: (R,D).
-            policy: may let utterances leave before the last block. The keys and values of the blocks they skip are
-                made from the hidden state they left with (state propagation of CALM, Schuster et al., NeurIPS 2022).
 
         Returns:
             hidden states (R,D) after the final norm, of the block at which each row left; ``depths`` says which.
         """
+        policy = self.policy
         counts = torch.bincount(self.utterance, minlength=len(self.keys[0]))
         most, last = int(counts.max()), len(self.model.blocks)
         first = counts.cumsum(0) - counts  # (B,) the row of each utterance's best hypothesis
@@ -109,7 +111,6 @@ class TreeState:
                 break
         done[rows] = x
         self.positions = self.positions + 1
-        self.forwarded += len(embeds)
         return self.model.norm(done)
 
     def _write(self, index: int, rows: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
@@ -168,8 +169,9 @@ class TreeState:
         self.used = self.prefix_slots + most
 
     def _move(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.keys = [change(memory) for memory in self.keys]
-        self.values = [change(memory) for memory in self.values]
+        for memories in (self.keys, self.values):
+            for index, memory in enumerate(memories):  # one by one: the old one is freed before the next is made
+                memories[index] = change(memory)
 
 
 @torch.no_grad()

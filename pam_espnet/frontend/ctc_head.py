@@ -113,9 +113,10 @@ class EmbeddingCTC(nn.Module):
 
     @torch.no_grad()
     def heard(self, frames: Tensor, lengths: Tensor, counts: Sequence[int]) -> list[set[int]]:
-        """The ``counts[b]`` token ids that are heard most in each utterance."""
+        """The ``counts[b]`` token ids that are heard most in each utterance; all, where there are fewer."""
         scores = self.pooled_scores(frames, lengths)
-        return [set(self.token_ids[row.topk(n).indices].tolist()) for row, n in zip(scores, counts, strict=True)]
+        best = [row.topk(min(count, len(row))).indices for row, count in zip(scores, counts, strict=True)]
+        return [set(self.token_ids[indices].tolist()) for indices in best]
 
     @torch.no_grad()
     def greedy(self, frames: Tensor, lengths: Tensor) -> list[list[int]]:

@@ -120,13 +120,14 @@ def _candidates(
     # Enough of each row, since all of an utterance's best may continue the same hypothesis. Ties: lower row first.
     wanted = max(2, 1 + len(eos_ids)) * options.beam_size
     log_probs = torch.log_softmax(logits.float() / options.temperature, dim=-1)
+    best = log_probs.argmax(dim=-1).tolist() if constraints else []
     if active[0].length < options.min_new_tokens:  # all active utterances have taken the same number of steps
         log_probs[:, list(eos_ids)] = -torch.inf
     if constraints:
         utterances = [beam.place for beam in active for _ in beam.running]
         past = [hypothesis.tokens for beam in active for hypothesis in beam.running]
         for constraint in constraints:
-            constraint.apply(log_probs, utterances, past)
+            constraint.apply(log_probs, best, utterances, past)
     values, tokens = log_probs.topk(min(wanted, log_probs.size(1)), dim=-1)  # (R,C)
     rows = list(zip(values.tolist(), tokens.tolist(), depths, strict=True))
     result = []

@@ -23,31 +23,39 @@ from pam_espnet.errors import ConfigError
 class Constraint(ABC):
     """Forbids tokens.
 
+    Args:
+        utterances: places in the batch to which it applies; None for all.
+
     Attributes:
         name: in reports.
-        fired: utterance (its place in the batch) -> how often the most likely next token of a running hypothesis was
-            forbidden.
+        fired: utterance (its place in the batch) -> how often, counted over steps and running hypotheses, the LLM's
+            most likely next token was forbidden.
     """
 
     name: str
 
-    def __init__(self) -> None:
+    def __init__(self, utterances: Collection[int] | None = None) -> None:
+        self.utterances = None if utterances is None else frozenset(utterances)
         self.fired: Counter[int] = Counter()
 
     @abstractmethod
     def forbid(self, tokens: Sequence[int], vocab_size: int, device: torch.device) -> Tensor | None:
         """(V,) bool of what must not follow ``tokens``; None when everything may."""
 
-    def apply(self, log_probs: Tensor, utterances: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+    def apply(
+        self, log_probs: Tensor, best: Sequence[int], utterances: Sequence[int], tokens: Sequence[Sequence[int]]
+    ) -> None:
         """Set forbidden entries of ``log_probs`` (R,V) to minus infinity, in place.
 
         Args:
             log_probs: of each row's next token.
+            best: each row's most likely next token before any constraint.
             utterances: whose row it is.
             tokens: of each row so far.
         """
-        best = log_probs.argmax(dim=-1).tolist()
         for row, (utterance, past) in enumerate(zip(utterances, tokens, strict=True)):
+            if self.utterances is not None and utterance not in self.utterances:
+                continue
             forbidden = self.forbid(past, log_probs.size(1), log_probs.device)
             if forbidden is not None:
                 self.fired[utterance] += bool(forbidden[best[row]])
@@ -59,12 +67,13 @@ class NoRepeatNgram(Constraint):
 
     Args:
         size: n; 1 forbids every token that was there before.
+        utterances: see Constraint.
     """
 
     name = "no_repeat_ngram"
 
-    def __init__(self, size: int) -> None:
-        super().__init__()
+    def __init__(self, size: int, utterances: Collection[int] | None = None) -> None:
+        super().__init__(utterances)
         if size < 1:
             raise ConfigError(f"no_repeat_ngram must be at least 1, not {size}")
         self.size = size
@@ -89,7 +98,7 @@ class AnswerSet(Constraint):
     Args:
         answers: token sequences; each must be followed by an end token.
         eos_ids: the end tokens.
-        utterances: for which places in the batch; None for all.
+        utterances: see Constraint.
     """
 
     name = "answer_set"
@@ -97,25 +106,14 @@ class AnswerSet(Constraint):
     def __init__(
         self, answers: Collection[Sequence[int]], eos_ids: Sequence[int], utterances: Collection[int] | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(utterances)
         if not answers or not all(answers):
             raise ConfigError("an answer set needs answers, none of them empty")
-        self.utterances = None if utterances is None else frozenset(utterances)
         self.next: dict[tuple[int, ...], set[int]] = {}
         for answer in answers:
             for at, token in enumerate(answer):
                 self.next.setdefault(tuple(answer[:at]), set()).add(token)
             self.next.setdefault(tuple(answer), set()).update(eos_ids)
-
-    def apply(self, log_probs: Tensor, utterances: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
-        """See Constraint."""
-        rows = [r for r, one in enumerate(utterances) if self.utterances is None or one in self.utterances]
-        if len(rows) == len(utterances):
-            super().apply(log_probs, utterances, tokens)
-        elif rows:
-            chosen = log_probs[rows]
-            super().apply(chosen, [utterances[row] for row in rows], [tokens[row] for row in rows])
-            log_probs[rows] = chosen
 
     def forbid(self, tokens: Sequence[int], vocab_size: int, device: torch.device) -> Tensor | None:
         """See Constraint."""

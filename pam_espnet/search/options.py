@@ -25,6 +25,9 @@ class BeamOptions:
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
+        for name in ("beam_size", "max_new_tokens", "nbest", "min_new_tokens"):
+            if not isinstance(getattr(self, name), int):
+                raise ConfigError(f"{name} must be a whole number, not {getattr(self, name)!r}")
         for name in ("beam_size", "max_new_tokens", "nbest"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")

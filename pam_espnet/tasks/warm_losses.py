@@ -18,7 +18,9 @@ from pam_espnet.espnet_model import IGNORE, ESPnetPaMModel, cached_features, dec
 
 
 def embed_batch(model: ESPnetPaMModel, batch: Mapping[str, Any], only: str | None = None) -> tuple[Tensor, Tensor]:
-    """Audio embeddings (B, U, D) of a batch and their lengths (B,)."""
+    """Audio embeddings (B, U, D) of a batch, on the model's device, and their lengths (B,)."""
+    device = model.decoder.device
+    batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     audio = model.audio_embeddings(
         decode_prompts(batch["prompt"]),
         batch["num_samples"][:, 0],
@@ -56,7 +58,7 @@ def token_errors(
     """Held-out errors: task -> (errors, reference tokens).
 
     For "ctc" the edit distance of greedy decoding; for "bag" the answer's token types that are not among as many
-    types that are heard most (for a count: the wrong answers).
+    types that are heard most (for an answer of one token: the wrong answers).
     """
     from rapidfuzz.distance import Levenshtein
 
@@ -65,15 +67,13 @@ def token_errors(
     for _, batch in batches:
         embeddings, lengths = embed_batch(model, batch)
         answers = _answers(batch)
-        types = [set(answer) for answer in answers]
-        greedy = model.ctc.greedy(embeddings, lengths)
-        heard = model.ctc.heard(embeddings, lengths, [len(one) for one in types])
         for b, index in enumerate(batch["task"][:, 0].tolist()):
-            task = model.tasks[index]
+            task, one, length = model.tasks[index], embeddings[b : b + 1], lengths[b : b + 1]
             if losses[task] == "ctc":
-                wrong, tokens = Levenshtein.distance(answers[b], greedy[b]), len(answers[b])
+                wrong, tokens = Levenshtein.distance(answers[b], model.ctc.greedy(one, length)[0]), len(answers[b])
             else:
-                wrong, tokens = len(types[b] - heard[b]), len(types[b])
+                types = set(answers[b])
+                wrong, tokens = len(types - model.ctc.heard(one, length, [len(types)])[0]), len(types)
             errors, seen = found_errors.get(task, (0, 0))
             found_errors[task] = errors + wrong, seen + tokens
     return found_errors

@@ -71,6 +71,8 @@ class WarmStartOptions:
     report_every: int = 20
 
     def __post_init__(self) -> None:
+        if not isinstance(self.losses, Mapping) or not self.losses:
+            raise ConfigError(f"warm_start_conf.losses: {self.losses!r}; must name tasks, such as {{asr: ctc}}")
         for task, loss in self.losses.items():
             task_spec(task)
             if loss not in ("ctc", "bag"):
@@ -164,7 +166,6 @@ def fit(
     parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.01)
     step, epoch, lines = _resume(output_dir / STATE, model, optimizer)
-    saved = step
     started = time.monotonic()
     if step == 0 and router_pairs and model.router_loss_weight > 0:
         logging.info(f"router fitted to {len(router_pairs)} prompts: loss {fit_router(model, router_pairs):.4f}")
@@ -183,12 +184,12 @@ def fit(
                 only = draw.choice(model.frontend.fusion.used) if step < options.single_steps else None
                 for group in optimizer.param_groups:
                     group["lr"] = options.lr * group["scale"] * rate(step, options)
-                total, count, skipped = _step(model, batch, options.losses, only, optimizer, networks, device)
+                total, count, skipped = _step(model, batch, options.losses, only, optimizer, networks)
                 unaligned += skipped
                 if count == 0:
                     continue
                 if mixture and step % options.held_out_every == 0:
-                    _step(model, next(held_out), options.losses, only, optimizer, mixture, device)
+                    _step(model, next(held_out), options.losses, only, optimizer, mixture)
                 step += 1
                 bar.update()
                 if step % options.report_every == 0 or step == options.steps:
@@ -203,12 +204,12 @@ def fit(
                     f"warm start: none of {unaligned} utterances can be aligned; are the answers longer than the "
                     "audio, or is frontend_conf.frame_rate too low?"
                 )
-            # Saved between passes over the data, so that a resumed run sees the same batches.
-            if step < options.steps and step - saved >= options.save_every:
+            # Saved between epochs, so that a resumed run sees the same batches.
+            if step < options.steps:
                 _save(output_dir / STATE, model, optimizer, step, epoch, lines)
-                saved = step
     model.eval()
-    rates = {task: e / n for task, (e, n) in sorted(token_errors(model, valid.build_iter(1), options.losses).items())}
+    errors = token_errors(model, valid.build_iter(1), options.losses)
+    rates = {task: wrong / max(tokens, 1) for task, (wrong, tokens) in sorted(errors.items())}
     lines.append({"step": step, **{f"valid_token_error_rate_{task}": round(rate, 4) for task, rate in rates.items()}})
     write_text(output_dir / LOG, "".join(json.dumps(line) + "\n" for line in lines))
     trained = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
@@ -227,10 +228,8 @@ def _step(
     only: str | None,
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[torch.nn.Parameter],
-    device: str,
 ) -> tuple[Tensor, int, int]:
     """One optimizer step of ``parameters`` alone; the summed loss, its target tokens, utterances left out."""
-    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     total, count, skipped = warm_loss(model, batch, losses, only)
     optimizer.zero_grad()  # parameters without a gradient are left alone, by weight decay too
     if count:
@@ -280,7 +279,7 @@ def run(args: argparse.Namespace) -> Path:
             written here when it is missing.
 
     Raises:
-        ConfigError: no ASR utterances, or keys that nobody reads in ``warm_start_conf``.
+        ConfigError: no utterances of these tasks, or keys that nobody reads in ``warm_start_conf``.
     """
     from espnet2.tasks.abs_task import DistributedOption
     from espnet2.torch_utils.set_all_random_seed import set_all_random_seed
@@ -318,7 +317,8 @@ def run(args: argparse.Namespace) -> Path:
         factory.seconds = {utt: s for utt, s in factory.seconds.items() if utt in chosen}
         factory.tasks = chosen
         factory.options = BatchingOptions(max_utterances=options.max_utterances, max_seconds=options.max_seconds)
-        factory.batches_per_epoch = None
+        # What a killed run resumes from is written between epochs, so these are as short as save_every says.
+        factory.batches_per_epoch = options.save_every if mode == "train" else None
         factories[mode] = factory
     if not (args.model_conf or {}).get("ctc_tokens"):
         raise ConfigError("model_conf.ctc_tokens is missing: the file for the head's token ids (pam.sh sets it)")

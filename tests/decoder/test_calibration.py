@@ -63,7 +63,7 @@ def calibrated(shuffled: bool) -> tuple[Calibration, Judgement]:
     mapped = norm(hidden[:1500] @ matrix[:-1] + matrix[-1])
     tokens = (norm(last) @ table.T).argmax(-1)
     gate = fit_gate(norm(hidden[:1500]), (mapped @ table.T).argmax(-1) == tokens[:1500])
-    calibration = Calibration((2,), matrix[None], gate[None], 1.0)
+    calibration = Calibration((2,), matrix[None], gate[None], None)
     cost = CostModel(4, head=1.0, memory=0.05)
     verdict = judge(calibration, [hidden[1500:]], tokens[1500:], norm, lambda x: x @ table.T, cost, 0.9)
     return calibration, verdict

@@ -228,3 +228,30 @@ def test_chat_template_from_a_file(tiny_llm_dir: Path, tmp_path: Path) -> None:
     template.write_text("{% for m in messages %}U: {{ m['content'] }}\n{% endfor %}A:", encoding="utf-8")
     decoder = load(tiny_llm_dir, chat_template=str(template))
     assert decoder.tokenizer.decode(layout(decoder.tokenizer, "Hi").tail_ids) == "\nHi\nA:"
+
+
+def test_decoding_follows_the_weights(tiny_llm_dir: Path, audio: Tensor) -> None:
+    """The fused copy is made anew after an optimizer's step, a write to .data, and a move."""
+    lengths = torch.tensor([7, 2, 5])
+    fused, plain = (load(tiny_llm_dir, lora=LORA, fused_decoding=flag).eval() for flag in (True, False))
+    plain.load_state_dict(fused.state_dict())
+
+    def same() -> bool:
+        found, expected = (decoder.prefill(audio, lengths)[0] for decoder in (fused, plain))
+        return torch.allclose(found, expected, atol=1e-4)
+
+    before = fused.prefill(audio, lengths)[0]
+    assert same()
+    for decoder in (fused, plain):
+        with torch.no_grad():
+            for name, parameter in decoder.named_parameters():
+                if "lora_B" in name:
+                    parameter.add_(0.1)
+    assert same() and not torch.allclose(fused.prefill(audio, lengths)[0], before, atol=1e-2)
+    for decoder in (fused, plain):
+        stir_lora(decoder)  # writes to .data
+    assert same()
+    assert fused.fused_blocks() is fused.fused_blocks()
+    blocks = fused.fused_blocks()
+    fused.to("cpu")
+    assert fused.fused_blocks() is not blocks

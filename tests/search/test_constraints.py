@@ -10,7 +10,7 @@ from reference_search import EOS, LENGTHS, generate, make_prefix, search
 from torch import Tensor
 
 from pam_espnet.decoder.llm import LLMDecoder
-from pam_espnet.decoder.restricted import RestrictedDecoder
+from pam_espnet.decoder.view import DecoderView
 from pam_espnet.errors import ConfigError
 from pam_espnet.search.constraints import AnswerSet, NoRepeatNgram
 from pam_espnet.search.options import BeamOptions
@@ -73,23 +73,32 @@ def test_an_answer_set_gives_its_answers_with_their_probabilities(
 def test_a_task_vocabulary_equals_suppressed_tokens(decoder: LLMDecoder, prefix: Tensor, beam_size: int) -> None:
     kept = sorted({*range(0, decoder.vocab_size, 7), *decoder.eos_ids})
     suppressed = sorted(set(range(decoder.vocab_size)) - set(kept))
-    restricted = RestrictedDecoder(decoder, kept)
+    view = DecoderView(decoder, kept)
     options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=8)
-    for row, nbest in enumerate(search(restricted, prefix, ROWS, options)):
+    for row, nbest in enumerate(search(view, prefix, ROWS, options)):
         expected = generate(
             decoder, prefix[row, : LENGTHS[row]], options, suppress_tokens=suppressed, renormalize_logits=True
         )
-        assert [restricted.ids[one.tokens].tolist() for one in nbest] == [tokens for tokens, _ in expected]
+        assert [view.tokens(one.tokens) for one in nbest] == [tokens for tokens, _ in expected]
         if beam_size > 1:
             assert [one.score for one in nbest] == pytest.approx([score for _, score in expected], abs=1e-4)
 
 
 def test_what_cannot_be_said_is_an_error(decoder: LLMDecoder) -> None:
     with pytest.raises(ConfigError, match="not in it"):
-        RestrictedDecoder(decoder, [4, 9]).places([4, 10])
+        DecoderView(decoder, [4, 9]).places([4, 10])
     with pytest.raises(ConfigError, match="ids must be"):
-        RestrictedDecoder(decoder, [decoder.vocab_size])
+        DecoderView(decoder, [decoder.vocab_size])
     with pytest.raises(ConfigError, match="answers"):
         AnswerSet([[]], [0])
     with pytest.raises(ConfigError, match="no_repeat_ngram"):
         NoRepeatNgram(0)
+
+
+def test_firing_is_told_by_what_the_llm_wanted_before_any_constraint() -> None:
+    log_probs = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]).log()
+    first, second = AnswerSet([[1]], [2], utterances=[4]), NoRepeatNgram(1)
+    for constraint in (first, second):
+        constraint.apply(log_probs, [0, 2], [4, 5], [[], [2]])
+    assert (first.fired[4], second.fired[4], second.fired[5], first.fired[5]) == (1, 0, 1, 0)
+    assert torch.isinf(log_probs).tolist() == [[True, False, True], [False, False, True]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from pam_espnet.decoder.exits import ExitOptions, ExitPolicy
 from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.decoder.view import DecoderView
 from pam_espnet.errors import ConfigError
 from pam_espnet.search.options import BeamOptions
 
@@ -31,7 +31,7 @@ SOME = [
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory, tiny_llm_dir: Path) -> LLMDecoder:
+def decoder(tmp_path_factory: pytest.TempPathFactory, tiny_llm_dir: Path) -> LLMDecoder:
     """The tiny LLM with four blocks."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -43,12 +43,6 @@ def llm(tmp_path_factory: pytest.TempPathFactory, tiny_llm_dir: Path) -> LLMDeco
     return LLMDecoder(lm, AutoTokenizer.from_pretrained(tiny_llm_dir)).eval()
 
 
-@pytest.fixture
-def decoder(llm: LLMDecoder) -> Iterator[LLMDecoder]:
-    yield llm
-    llm.exit_early(ExitOptions())
-
-
 @pytest.fixture(scope="module")
 def prefix() -> Tensor:
     return make_prefix()
@@ -57,8 +51,9 @@ def prefix() -> Tensor:
 def test_who_never_leaves_is_the_plain_search_bit_for_bit(decoder: LLMDecoder, prefix: Tensor) -> None:
     options = BeamOptions(beam_size=3, nbest=3, max_new_tokens=8, eos_ids=EOS)
     plain = search(decoder, prefix, ROWS, options)
-    decoder.exit_early(ExitOptions("confidence", (1, 2, 3), threshold=1.0))
-    never = search(decoder, prefix, ROWS, options)
+    asked = ExitOptions("confidence", (1, 2, 3), threshold=1.0)  # which this random LLM never reaches
+    never = search(DecoderView(decoder, exits=asked), prefix, ROWS, options)
+    assert never == search(DecoderView(decoder), prefix, ROWS, options)
     assert never == plain  # tokens, scores and log-probabilities
     assert {depth for nbest in plain for one in nbest for depth in one.depths} == {BLOCKS}
 
@@ -105,9 +100,9 @@ def reference(decoder: LLMDecoder, prefix: Tensor, leave_at: int, steps: int) ->
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_skipped_blocks_remember_what_the_last_one_said(decoder: LLMDecoder, prefix: Tensor, layer: int) -> None:
-    decoder.exit_early(ExitOptions("fixed", (layer,)))
+    view = DecoderView(decoder, exits=ExitOptions("fixed", (layer,)))
     options = BeamOptions(beam_size=1, max_new_tokens=7, eos_ids=())
-    for row, ((found,),) in enumerate(zip(search(decoder, prefix, ROWS, options), strict=True)):
+    for row, ((found,),) in enumerate(zip(search(view, prefix, ROWS, options), strict=True)):
         tokens, scores = reference(decoder, prefix[row, : LENGTHS[row]], layer, 7)
         assert found.tokens == tokens
         assert found.log_probs == pytest.approx(scores, abs=1e-4)
@@ -123,26 +118,26 @@ def test_skipped_blocks_remember_what_the_last_one_said(decoder: LLMDecoder, pre
 def test_neighbours_do_not_matter(
     decoder: LLMDecoder, prefix: Tensor, rows: list[int], beam_size: int, exits: ExitOptions
 ) -> None:
-    decoder.exit_early(exits)
+    view = DecoderView(decoder, exits=exits)
     options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=8, eos_ids=EOS)
-    for row, nbest in zip(rows, search(decoder, prefix, rows, options), strict=True):
-        (alone,) = search(decoder, prefix, [row], options)
+    for row, nbest in zip(rows, search(view, prefix, rows, options), strict=True):
+        (alone,) = search(view, prefix, [row], options)
         assert [(one.tokens, one.depths) for one in nbest] == [(one.tokens, one.depths) for one in alone]
         assert [one.score for one in nbest] == pytest.approx([one.score for one in alone], abs=1e-4)
 
 
 @pytest.mark.parametrize("exits", SOME[1:], ids=lambda exits: exits.mode)
 def test_tokens_leave_at_several_depths(decoder: LLMDecoder, prefix: Tensor, exits: ExitOptions) -> None:
-    decoder.exit_early(exits)
-    found = search(decoder, prefix, ROWS, BeamOptions(beam_size=1, max_new_tokens=12, eos_ids=()))
+    view = DecoderView(decoder, exits=exits)
+    found = search(view, prefix, ROWS, BeamOptions(beam_size=1, max_new_tokens=12, eos_ids=()))
     depths = [depth for (one,) in found for depth in one.depths[1:]]
     assert len(set(depths)) >= 3 and set(depths) <= {1, 2, 3, BLOCKS}
     assert exits.mode != "patience" or min(depths) == 2  # two candidates must have agreed
 
 
 def test_hypotheses_of_a_step_are_scored_at_one_depth(decoder: LLMDecoder, prefix: Tensor) -> None:
-    decoder.exit_early(SOME[1])
-    nbests = search(decoder, prefix, ROWS, BeamOptions(beam_size=4, nbest=4, max_new_tokens=9, eos_ids=()))
+    view = DecoderView(decoder, exits=SOME[1])
+    nbests = search(view, prefix, ROWS, BeamOptions(beam_size=4, nbest=4, max_new_tokens=9, eos_ids=()))
     for nbest in nbests:
         assert len({tuple(one.depths) for one in nbest}) == 1
     assert len({depth for nbest in nbests for depth in nbest[0].depths}) > 2
@@ -176,10 +171,18 @@ def test_measures() -> None:
 )
 def test_bad_options(decoder: LLMDecoder, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        decoder.exit_early(ExitOptions(**options))
+        DecoderView(decoder, exits=ExitOptions(**options))
+
+
+def test_one_view_does_not_change_another(decoder: LLMDecoder, prefix: Tensor) -> None:
+    options = BeamOptions(beam_size=2, nbest=2, max_new_tokens=6, eos_ids=())
+    plain = DecoderView(decoder)
+    before = search(plain, prefix, ROWS, options)
+    early = search(DecoderView(decoder, exits=SOME[0]), prefix, ROWS, options)
+    assert search(plain, prefix, ROWS, options) == before != early
 
 
 def test_transformers_cannot_exit(tiny_llm_dir: Path) -> None:
     decoder = LLMDecoder.from_pretrained(str(tiny_llm_dir), dtype="float32", fused_decoding=False)
     with pytest.raises(ConfigError, match="fused_decoding"):
-        decoder.exit_early(ExitOptions("fixed", (1,)))
+        DecoderView(decoder, exits=ExitOptions("fixed", (1,)))

@@ -214,7 +214,7 @@ def test_held_out_mixture_never_sees_training_gradients(data: Path, tiny_llm_dir
     for moving, still in ((rest, mixture), (mixture, rest)):
         before = [p.detach().clone() for p in still], [p.detach().clone() for p in moving]
         losses = {"asr": "ctc", "count": "bag"}
-        _, count, skipped = warm_start._step(model, batch, losses, None, optimizer, moving, "cpu")
+        _, count, skipped = warm_start._step(model, batch, losses, None, optimizer, moving)
         assert (count, skipped) == (3, 0)
         assert all(torch.equal(p, old) for p, old in zip(still, before[0], strict=True))
         assert any(not torch.equal(p, old) for p, old in zip(moving, before[1], strict=True))

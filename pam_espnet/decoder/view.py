@@ -1,0 +1,103 @@
+"""An LLM as one search sees it: which of its tokens it can say, and when it may leave before its last block.
+
+For a task whose answers use a thousand token types the output layer of a small LLM is most of a step. Cut to the rows
+of those types, its probabilities are normalised over what is left, as transformers' ``suppress_tokens`` with
+``renormalize_logits`` does. The search then works in places of the list, not in token ids; ``ids`` translates back.
+
+Several views may look at one decoder; none of them changes it.
+
+B utterances, R rows, W tokens that can be said, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pam_espnet.decoder.calibration import Calibration
+from pam_espnet.decoder.exits import ExitOptions, ExitPolicy
+from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.decoder.stepping import DecoderState
+from pam_espnet.errors import ConfigError
+
+
+class DecoderView:
+    """``decoder`` with a vocabulary and exits; steps as ``search.beam.SteppingDecoder`` asks.
+
+    Args:
+        decoder: the LLM.
+        vocabulary: token ids that can be said, the decoder's end tokens apart, which always can; None for all.
+        exits: when to leave before the last block.
+
+    Attributes:
+        ids: (W,) sorted token ids, what the search calls token w is ``ids[w]``; None where all can be said.
+        eos_ids: places of the end tokens.
+
+    Raises:
+        ConfigError: an id outside the LLM's vocabulary; a block that the LLM does not have; exits from an LLM that
+            only transformers can run.
+        CheckpointError: a calibration that cannot be read or belongs to another LLM.
+    """
+
+    def __init__(
+        self,
+        decoder: LLMDecoder,
+        vocabulary: Collection[int] | None = None,
+        exits: ExitOptions | None = None,
+    ) -> None:
+        self.decoder = decoder
+        self.ids: Tensor | None = None
+        self.eos_ids: tuple[int, ...] = decoder.eos_ids
+        if vocabulary is not None:
+            wanted = sorted({*vocabulary, *decoder.eos_ids})
+            if wanted[0] < 0 or wanted[-1] >= decoder.vocab_size:
+                raise ConfigError(f"task vocabulary: ids must be 0 to {decoder.vocab_size - 1}")
+            self.ids = torch.tensor(wanted, device=decoder.device)
+            self.eos_ids = tuple(wanted.index(end) for end in decoder.eos_ids)
+            layer = decoder.lm.get_output_embeddings()
+            self._weight = layer.weight.detach()[self.ids]  # (W,D)
+            self._bias = None if getattr(layer, "bias", None) is None else layer.bias.detach()[self.ids]
+        self._policy: ExitPolicy | None = None
+        if exits is not None and exits.mode != "never":
+            if decoder.fused_blocks() is None:
+                raise ConfigError("exit: only Llama-type LLMs with fused_decoding can leave before the last block")
+            calibration = None
+            if exits.calibration:
+                calibration = Calibration.load(exits.calibration, decoder.width).to(decoder.device)
+            self._policy = ExitPolicy(exits, decoder.num_layers, decoder.final_norm, self.logits, calibration)
+
+    def places(self, tokens: Sequence[int]) -> list[int]:
+        """Token ids -> what the search calls them.
+
+        Raises:
+            ConfigError: a token that cannot be said.
+        """
+        if self.ids is None:
+            return list(tokens)
+        known = {token: place for place, token in enumerate(self.ids.tolist())}
+        if missing := sorted(set(tokens) - set(known)):
+            raise ConfigError(f"task vocabulary: the tokens {missing} are not in it")
+        return [known[token] for token in tokens]
+
+    def tokens(self, places: Sequence[int]) -> list[int]:
+        """What the search calls tokens -> token ids."""
+        return list(places) if self.ids is None else self.ids[list(places)].tolist()
+
+    @torch.no_grad()
+    def prefill(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, DecoderState]:
+        """As ``LLMDecoder.prefill``, logits (B,W); the prefix runs at full depth."""
+        hidden, state = self.decoder.prefill_hidden(prefix, lengths, self._policy)
+        return self.logits(hidden), state
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
+        """As ``LLMDecoder.step``, places (R,) in, logits (R,W) out."""
+        ids = tokens if self.ids is None else self.ids[tokens]
+        return self.logits(state.step(self.decoder.embed(ids)))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states after the final norm (...,D) -> float32 logits (...,W)."""
+        return self.decoder.logits(hidden) if self.ids is None else F.linear(hidden, self._weight, self._bias).float()
