@@ -96,7 +96,7 @@ def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str]
         tqdm(total=len(keys), initial=len(keys) - sum(map(len, todo)), desc=data.path.name, unit="utt") as bar,
     ):
         for batch in todo:
-            waves = [_read_wave(data, key, rate) for key in batch]
+            waves = [read_wave(data, key, rate) for key in batch]
             if options.audio == "zero":
                 waves = [np.zeros_like(wave) for wave in waves]
             began = time.perf_counter()
@@ -217,7 +217,8 @@ def is_complete(
     return (Path(out_dir) / "stats.json").exists()
 
 
-def _read_wave(data: DataDir, key: str, rate: int) -> np.ndarray:
+def read_wave(data: DataDir, key: str, rate: int) -> np.ndarray:
+    """The waveform (N,) of an utterance; DataError where it is not sampled at ``rate`` Hz."""
     source, start, end = data.source(key)
     wave, found = read_audio(source, start=start, end=end)
     if found != rate:

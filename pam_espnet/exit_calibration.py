@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pam_espnet.data.audio import read_audio
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.decoder.calibration import Calibration, CostModel, Judgement, fit_gate, fit_map, judge
 from pam_espnet.decoder.llm import LLMDecoder
 from pam_espnet.decoder.prompt_layout import answer_ids
-from pam_espnet.errors import ConfigError, DataError
+from pam_espnet.decoding import read_wave
+from pam_espnet.errors import ConfigError
 from pam_espnet.espnet_model import ESPnetPaMModel
 
 RIDGES = (0.01, 0.1, 1.0)
@@ -68,13 +68,7 @@ def observe(
     try:
         for start in tqdm(range(0, len(keys), batch_size), desc="observe", unit="batch"):
             batch = keys[start : start + batch_size]
-            waves = []
-            for key in batch:
-                source, begin, end = data.source(key)
-                wave, found = read_audio(source, start=begin, end=end)
-                if found != rate:
-                    raise DataError(source, f"{key!r} is sampled at {found} Hz, not {rate} Hz", hint="use dump/raw/...")
-                waves.append(wave)
+            waves = [read_wave(data, key, rate) for key in batch]
             lengths = torch.tensor([len(wave) for wave in waves])
             padded = torch.from_numpy(np.stack([np.pad(w, (0, int(lengths.max()) - len(w))) for w in waves]))
             prompts = [data.prompt[key] for key in batch]
