@@ -63,7 +63,7 @@ class TreeState:
         """Append one token to every row.
 
         ``policy`` may let utterances leave before the last block. The keys and values of the blocks they skip are made
-        from the hidden state they left with (state propagation of CALM, Schuster et al., NeurIPS 2022).
+        from the hidden state they left with.
 
         Args:
             embeds: (R,D).
@@ -71,53 +71,62 @@ class TreeState:
         Returns:
             hidden states (R,D) after the final norm, of the block at which each row left; ``depths`` says which.
         """
-        policy = self.policy
-        counts = torch.bincount(self.utterance, minlength=len(self.keys[0]))
-        most, last = int(counts.max()), len(self.model.blocks)
-        first = counts.cumsum(0) - counts  # (B,) the row of each utterance's best hypothesis
-        place = torch.arange(len(embeds), device=embeds.device) - first[self.utterance]
+        model, policy = self.model, self.policy
+        count, last = len(self.keys[0]), len(model.blocks)
+        sizes = torch.bincount(self.utterance, minlength=count)
+        most = int(sizes.max())
+        first = sizes.cumsum(0) - sizes  # (B,) the row of each utterance's best hypothesis
+        rows = torch.arange(len(embeds), device=embeds.device)  # under way
+        place = rows - first[self.utterance]
         slots = self.used + place
         self._reserve(self.used + most)
         self.used += most
-        self.visible[torch.arange(len(embeds), device=embeds.device), slots] = True
+        self.visible[rows, slots] = True
         cell = self.utterance * most + place  # of the grid (B,K)
-        bias = self._bias(cell, len(counts), most)
-        cos, sin = self.model.rotary(self.positions)
-        x = embeds.to(self.model.dtype)
-        self.depths = torch.full((len(x),), last, device=x.device)
-        rows = torch.arange(len(x), device=x.device)  # under way
+        bias = self._bias(cell, count, most)
+        self.depths = torch.full_like(self.utterance, last)
+        # What follows is of the rows under way; nothing of it is indexed before somebody leaves.
+        utterance, rotary, x = self.utterance, model.rotary(self.positions), embeds.to(model.dtype)
         done = torch.empty_like(x)
         if policy is not None:
-            policy.begin(len(counts), x.device)
+            policy.begin(count, x.device)
         for index in range(last):
-            query, key, value = self.model.project(index, x, (cos[rows], sin[rows]))
-            self._write(index, rows, slots, key, value)
-            attended = self._attend(query, self.keys[index], self.values[index], bias, cell[rows], most)
-            x = self.model.finish(index, x, attended)
+            query, key, value = model.project(index, x, rotary)
+            self._write(index, utterance, slots, key, value)
+            x = model.finish(index, x, self._attend(query, index, bias, cell, most))
             if policy is None or index + 1 not in policy.layers or index + 1 == last:
                 continue
-            under_way = self.utterance[rows].unique()
-            leaves = torch.zeros(len(counts), dtype=torch.bool, device=x.device)
-            leaves[under_way] = policy.leave(index + 1, under_way, x[torch.searchsorted(rows, first[under_way])])
-            leaving = leaves[self.utterance[rows]]
-            gone, rows = rows[leaving], rows[~leaving]
-            left, x = x[leaving], x[~leaving]
-            done[gone] = policy.spoken(index + 1, left)
+            asked = utterance.unique()
+            leaves = torch.zeros(count, dtype=torch.bool, device=x.device)
+            leaves[asked] = policy.leave(index + 1, asked, x[torch.searchsorted(rows, first[asked])])
+            leaving = leaves[utterance]
+            if not leaving.any():
+                continue
+            gone = rows[leaving]
+            done[gone] = policy.spoken(index + 1, x[leaving])
             self.depths[gone] = index + 1
-            for skipped in range(index + 1, last):
-                key, value = self.model.project_memory(skipped, left, (cos[gone], sin[gone]))
-                self._write(skipped, gone, slots, key, value)
+            turned = rotary[0][leaving], rotary[1][leaving]
+            self._fill(index + 1, x[leaving], utterance[leaving], slots[leaving], turned)
+            stay = ~leaving
+            rows, utterance, slots, cell, x = (one[stay] for one in (rows, utterance, slots, cell, x))
+            rotary = rotary[0][stay], rotary[1][stay]
             if not len(rows):
                 break
         done[rows] = x
         self.positions = self.positions + 1
-        return self.model.norm(done)
+        return model.norm(done)
 
-    def _write(self, index: int, rows: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Keys and values (R',J,E) of ``rows`` into their slots of block ``index``."""
-        if len(rows):
-            self.keys[index][self.utterance[rows], :, slots[rows]] = key
-            self.values[index][self.utterance[rows], :, slots[rows]] = value
+    def _fill(self, layer: int, x: Tensor, utterance: Tensor, slots: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
+        """Keys and values in the blocks behind ``layer`` of rows that left there with hidden states (R',D)."""
+        maps = None if self.policy is None else self.policy.memory(layer, self.model.unit(x))
+        for skipped in range(layer, len(self.model.blocks)):
+            memory = self.model.memory(skipped, x) if maps is None else maps[:, skipped - layer]
+            self._write(skipped, utterance, slots, *self.model.turned(skipped, memory, rotary))
+
+    def _write(self, index: int, utterance: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Keys and values (R',J,E) of rows into their slots of block ``index``."""
+        self.keys[index][utterance, :, slots] = key
+        self.values[index][utterance, :, slots] = value
 
     def _bias(self, cell: Tensor, utterances: int, most: int) -> Tensor:
         """(B,1,K*G,C'): zero where a row may look, minus infinity elsewhere."""
@@ -127,9 +136,10 @@ class TreeState:
         bias = torch.zeros(grid.shape, dtype=self.model.dtype, device=cell.device).masked_fill(~grid, -torch.inf)
         return bias.view(utterances, 1, most, 1, -1).expand(-1, -1, -1, self.model.groups, -1).flatten(2, 3)
 
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, cell: Tensor, most: int) -> Tensor:
-        """Queries (R,A,E) -> (R,A*E); all rows and heads that share a key are one matrix product."""
-        model, utterances = self.model, len(keys)
+    def _attend(self, query: Tensor, index: int, bias: Tensor, cell: Tensor, most: int) -> Tensor:
+        """Queries (R,A,E) of block ``index`` -> (R,A*E); all rows and heads that share a key are one matrix product."""
+        model, keys, values = self.model, self.keys[index], self.values[index]
+        utterances = len(keys)
         full = len(cell) == utterances * most
         grid = query
         if not full:

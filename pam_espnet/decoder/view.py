@@ -66,7 +66,7 @@ class DecoderView:
                 raise ConfigError("exit: only Llama-type LLMs with fused_decoding can leave before the last block")
             calibration = None
             if exits.calibration:
-                calibration = Calibration.load(exits.calibration, decoder.width).to(decoder.device)
+                calibration = Calibration.load(exits.calibration, decoder.width).to(decoder.device, decoder.dtype)
             self._policy = ExitPolicy(exits, decoder.num_layers, decoder.final_norm, self.logits, calibration)
 
     def places(self, tokens: Sequence[int]) -> list[int]:
