@@ -15,6 +15,9 @@ Later steps attend to the blocks that were skipped too. What those remember is a
 
 propagate   what they would have made of the state that left (Schuster et al., CALM, NeurIPS 2022)
 map         a fitted map of that state to each block's keys and values (``decoder.calibration``), at the same cost
+deferred    nothing yet: the state waits, and goes through the blocks it lacks when its utterance next goes beyond them,
+            or before an answer may end. Its token's probability is corrected then, so that every score that is returned
+            is the whole LLM's; what was cut from the beam meanwhile stays cut. Not faster on a CPU.
 
 R rows, B utterances, S skipped blocks, D width, V vocabulary, J key/value heads, E size of a head.
 """
@@ -32,7 +35,7 @@ from pam_espnet.decoder.calibration import Calibration
 from pam_espnet.errors import ConfigError
 
 MODES = ("never", "fixed", "confidence", "entropy", "gate", "patience")
-FILLS = ("propagate", "map")
+FILLS = ("propagate", "map", "deferred")
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class ExitOptions:
         patience: number of neighbouring candidates that must agree.
         calibration: file of ``bin/pam_calibrate_exit.py``; needed by gate. In the other modes its map, where it has
             one for the block, is applied all the same.
-        fill: what skipped blocks remember: propagate, or map, for which the calibration must have been made with
-            --fill_maps and know all of ``layers``.
+        fill: what skipped blocks remember: propagate, deferred, or map, for which the calibration must have been made
+            with --fill_maps and know all of ``layers``.
     """
 
     mode: str = "never"
@@ -127,6 +130,11 @@ class ExitPolicy:
         self._named = torch.full((utterances,), -1, device=device)
         self._agreed = torch.zeros(utterances, dtype=torch.long, device=device)
 
+    @property
+    def deferred(self) -> bool:
+        """Whether what leaves waits to be completed."""
+        return self.options.fill == "deferred"
+
     def spoken(self, layer: int, hidden: Tensor) -> Tensor:
         """What a block's hidden states (...,D) are read as: mapped towards the last block's where there is a map."""
         if self.calibration is None or layer not in self.calibration.layers:
@@ -143,7 +151,7 @@ class ExitPolicy:
         Returns:
             (R,S,2*J*E) keys before norm and rotation, and values; None: what they make of the state themselves.
         """
-        if self.options.fill == "propagate" or self.calibration is None:
+        if self.options.fill != "map" or self.calibration is None:
             return None
         return self.calibration.filled(layer, unit)
 

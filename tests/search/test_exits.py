@@ -147,13 +147,18 @@ def calibration(decoder: LLMDecoder, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def everyone(calibration: Path) -> list[ExitOptions]:
-    """Every mode, with both fills."""
+    """Every mode, and every fill."""
     file = str(calibration)
     gates = [ExitOptions("gate", calibration=file), ExitOptions("gate", calibration=file, fill="map")]
-    return [*SOME, *gates, ExitOptions("confidence", (1, 2, 3), 0.14, calibration=file, fill="map")]
+    return [
+        *SOME,
+        *gates,
+        ExitOptions("confidence", (1, 2, 3), 0.14, calibration=file, fill="map"),
+        ExitOptions("confidence", (1, 2, 3), 0.14, fill="deferred"),
+    ]
 
 
-@pytest.mark.parametrize("kind", range(len(SOME) + 3))
+@pytest.mark.parametrize("kind", range(len(SOME) + 4))
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data(), st.sampled_from([1, 8, 32]), st.sampled_from([1, 4]))
 def test_neighbours_do_not_matter(
@@ -194,6 +199,48 @@ def test_maps_fill_what_is_skipped(decoder: LLMDecoder, prefix: Tensor, calibrat
     assert [one.score for one in others] != pytest.approx([one.score for one in mapped], abs=1e-3)
 
 
+@pytest.mark.parametrize("exits", SOME, ids=lambda exits: exits.mode)
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_deferred_scores_are_the_whole_llms(
+    decoder: LLMDecoder, prefix: Tensor, exits: ExitOptions, beam_size: int
+) -> None:
+    view = DecoderView(decoder, exits=replace(exits, fill="deferred"))
+    options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=9, length_penalty=0.5, eos_ids=EOS)
+    early = 0
+    for row, nbest in enumerate(search(view, prefix, ROWS, options)):
+        assert nbest
+        for one in nbest:
+            embeds = torch.cat([prefix[row, : LENGTHS[row]], decoder.embed(torch.tensor(one.tokens))])[None]
+            with torch.no_grad():
+                log_probs = decoder.lm(inputs_embeds=embeds).logits[0, LENGTHS[row] - 1 : -1].log_softmax(-1)
+            own = log_probs.gather(1, torch.tensor(one.tokens)[:, None])[:, 0].tolist()
+            assert one.log_probs == pytest.approx(own, abs=1e-4)
+            assert one.score == pytest.approx(sum(own) / len(own) ** 0.5, abs=1e-4)
+            early += sum(depth < BLOCKS for depth in one.depths)
+            assert one.depths[-1] == BLOCKS  # no answer ends on a guess
+    assert early > 0
+
+
+def test_deferred_runs_each_node_through_each_block_once(
+    decoder: LLMDecoder, prefix: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder.fused_blocks()
+    run: list[int] = [0] * BLOCKS
+    finish = FusedLlama.finish
+
+    def count(model: FusedLlama, index: int, x: Tensor, attended: Tensor) -> Tensor:
+        run[index] += len(x)
+        return finish(model, index, x, attended)
+
+    monkeypatch.setattr(FusedLlama, "finish", count)
+    for exits in SOME:
+        run[:] = [0] * BLOCKS
+        view = DecoderView(decoder, exits=replace(exits, fill="deferred"))
+        search(view, prefix, ROWS, BeamOptions(beam_size=1, max_new_tokens=9, eos_ids=()))
+        nodes = len(ROWS) * 8
+        assert run == [sum(LENGTHS) + nodes] * (BLOCKS - 1) + [len(ROWS) + nodes]
+
+
 def test_rows_that_left_cost_nothing_more(decoder: LLMDecoder, prefix: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows run through each block are those that the depths tell of, whatever leaves where."""
     decoder.fused_blocks()
@@ -216,7 +263,7 @@ def test_rows_that_left_cost_nothing_more(decoder: LLMDecoder, prefix: Tensor, m
         assert run == expected and run[-1] < run[0]
 
 
-@pytest.mark.parametrize("kind", range(1, len(SOME) + 3))
+@pytest.mark.parametrize("kind", range(1, len(SOME) + 4))
 def test_tokens_leave_at_several_depths(decoder: LLMDecoder, prefix: Tensor, calibration: Path, kind: int) -> None:
     exits = everyone(calibration)[kind]
     view = DecoderView(decoder, exits=exits)
