@@ -48,12 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--precision {args.precision}: must be above 0 and at most 1")
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = SpeechLLM.load(args.exp, AnswerOptions(), args.device, args.dtype).model
+    speech = SpeechLLM.load(args.exp, AnswerOptions(), args.device, args.dtype)
+    model = speech.model
     blocks = model.decoder.num_layers
     layers = sorted(set(args.layers or range(blocks // 2, blocks, 2)))
     if layers[0] < 1 or layers[-1] >= blocks:
         raise ConfigError(f"--layers: {layers}; the blocks before the last are 1 to {blocks - 1}")
-    observed = observe(model, args.data, layers, args.device, args.batch_size)
+    observed = observe(speech, args.data, layers, args.batch_size)
     calibration, judgement = calibrate(observed, layers, model.decoder, args.precision, not args.no_maps)
     calibration.save(args.exp / "exit.safetensors", judgement)
     verdict = "on" if judgement.worth_it else "off"
