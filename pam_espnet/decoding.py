@@ -26,7 +26,7 @@ from pam_espnet.data.passport import Passport
 from pam_espnet.data.tables import write_table
 from pam_espnet.errors import CheckpointError, ConfigError, DataError
 from pam_espnet.fileio import check_key, exclusive, read_json, sha256_file, write_json, write_text
-from pam_espnet.inference import SpeechLLM
+from pam_espnet.inference import Answer, SpeechLLM
 
 JOURNAL = "journal.jsonl"
 CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak of resident memory
@@ -87,7 +87,7 @@ def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str]
     from tqdm import tqdm
 
     _reset_peak_memory(model.device)
-    done = set(_read_journal(journal))
+    done = set(read_journal(journal))
     batches = [keys[start : start + options.batch_size] for start in range(0, len(keys), options.batch_size)]
     todo = [batch for batch in batches if not done.issuperset(batch)]
     rate = model.model.frontend.sample_rate
@@ -104,25 +104,40 @@ def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str]
                 waves, [data.prompt[key] for key in batch], [data.utt2task[key] for key in batch]
             )
             wall = time.perf_counter() - began
-            for key, wave, answer in zip(batch, waves, answers, strict=True):
-                line = {
-                    "utt": key,
-                    "task": data.utt2task[key],
-                    "prompt": data.prompt[key],
-                    "hypotheses": [
-                        {"text": text, "tokens": tokens, "score": score, "depths": depths}
-                        for text, tokens, score, depths in zip(
-                            answer.texts, answer.tokens, answer.scores, answer.depths, strict=True
-                        )
-                    ],
-                    "seconds_audio": round(len(wave) / rate, 4),
-                    "seconds_wall": wall / len(batch),
-                    "routing": answer.routing,
-                    "constraints": answer.constraints,
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(journal_lines(data, batch, [len(wave) / rate for wave in waves], answers, wall))
             file.flush()
             bar.update(len(batch))
+    note_machine(journal, model)
+    return journal
+
+
+def journal_lines(
+    data: DataDir, batch: Sequence[str], seconds: Sequence[float], answers: Sequence[Answer], wall: float
+) -> str:
+    """One JSON object per utterance of a batch that took ``wall`` seconds; ``seconds`` is each one's audio."""
+    lines = []
+    for key, length, answer in zip(batch, seconds, answers, strict=True):
+        line = {
+            "utt": key,
+            "task": data.utt2task[key],
+            "prompt": data.prompt[key],
+            "hypotheses": [
+                {"text": text, "tokens": tokens, "score": score, "depths": depths}
+                for text, tokens, score, depths in zip(
+                    answer.texts, answer.tokens, answer.scores, answer.depths, strict=True
+                )
+            ],
+            "seconds_audio": round(length, 4),
+            "seconds_wall": wall / len(batch),
+            "routing": answer.routing,
+            "constraints": answer.constraints,
+        }
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def note_machine(journal: Path, model: SpeechLLM) -> None:
+    """Write ``machine.json`` beside a journal: it is whole, and this is what it was made on."""
     write_json(
         journal.with_name("machine.json"),
         {
@@ -132,7 +147,6 @@ def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str]
             "dtype": str(model.model.decoder.dtype).removeprefix("torch."),
         },
     )
-    return journal
 
 
 def merge_shards(
@@ -155,7 +169,7 @@ def merge_shards(
     machines = []
     for shard in range(1, options.shards + 1):
         journal = out_dir / f"split{options.shards}" / str(shard) / JOURNAL
-        for key, entry in _read_journal(journal).items():
+        for key, entry in read_journal(journal).items():
             if key in entries:
                 raise DataError(journal, f"utterance {key!r} was decoded by two shards", hint="remove the directory")
             entries[key] = entry
@@ -189,6 +203,22 @@ def merge_shards(
     return stats
 
 
+def decoded_of(exp_dir: str | Path, data_dir: str | Path) -> dict[str, str]:
+    """The part of a decode directory's ``key.json`` that says whose answers to what it holds.
+
+    Raises:
+        CheckpointError: nothing was trained yet.
+    """
+    checkpoint, data = Path(exp_dir) / MODEL_FILE, DataDir.load(data_dir)
+    if not checkpoint.is_file():
+        raise CheckpointError(f"{checkpoint}: no such checkpoint\n  -> train first: ./run.sh --stage 3 --stop_stage 3")
+    return {
+        "checkpoint_sha256": sha256_file(checkpoint),
+        "audio_sha256": Passport.load(data_dir).audio_digest(data.utterances),
+        "tables_sha256": data.digest(),
+    }
+
+
 def is_complete(
     exp_dir: str | Path, data_dir: str | Path, out_dir: str | Path, options: DecodeOptions, search: dict[str, Any]
 ) -> bool:
@@ -198,14 +228,8 @@ def is_complete(
         CheckpointError: nothing was trained yet.
         DataError: the directory belongs to another checkpoint, other data or other options.
     """
-    checkpoint = Path(exp_dir) / MODEL_FILE
-    if not checkpoint.is_file():
-        raise CheckpointError(f"{checkpoint}: no such checkpoint\n  -> train first: ./run.sh --stage 3 --stop_stage 3")
-    data = DataDir.load(data_dir)
     key = {
-        "checkpoint_sha256": sha256_file(checkpoint),
-        "audio_sha256": Passport.load(data_dir).audio_digest(data.utterances),
-        "tables_sha256": data.digest(),
+        **decoded_of(exp_dir, data_dir),
         "search": search,
         "audio": options.audio,
         "batch_size": options.batch_size,
@@ -226,7 +250,7 @@ def read_wave(data: DataDir, key: str, rate: int) -> np.ndarray:
     return wave
 
 
-def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
+def read_journal(path: Path) -> dict[str, dict[str, Any]]:
     """Whole lines of a journal by utterance; a half line at its end (a killed run) is cut off."""
     if not path.exists():
         return {}

@@ -24,6 +24,7 @@ from pam_espnet.decoder.prompt_layout import answer_ids
 from pam_espnet.decoder.view import DecoderView
 from pam_espnet.errors import ConfigError
 from pam_espnet.espnet_model import ESPnetPaMModel
+from pam_espnet.frontend.frontend import AudioEmbeddings
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
 
@@ -106,8 +107,21 @@ class SpeechLLM:
         return cls(model, options, device, warm_start.get("losses"))
 
     @torch.no_grad()
+    def listen(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> AudioEmbeddings:
+        """What the LLM is given of waveforms, each (N,) float32 at the frontend's sample rate, one prompt for each."""
+        lengths = torch.tensor([len(wave) for wave in waves])
+        batch = torch.zeros(len(waves), int(lengths.max()))
+        for row, wave in zip(batch, waves, strict=True):
+            row[: len(wave)] = torch.from_numpy(wave)
+        return self.model.audio_embeddings(prompts, lengths.to(self.device), batch.to(self.device))
+
+    @torch.no_grad()
     def answer(
-        self, waves: Sequence[np.ndarray], prompts: Sequence[str], tasks: Sequence[str] | None = None
+        self,
+        waves: Sequence[np.ndarray],
+        prompts: Sequence[str],
+        tasks: Sequence[str] | None = None,
+        audio: AudioEmbeddings | None = None,
     ) -> list[Answer]:
         """Answer one prompt per waveform.
 
@@ -115,19 +129,16 @@ class SpeechLLM:
             waves: each (N,) float32 at the frontend's sample rate.
             prompts: as many.
             tasks: as many names; without them no answer set applies.
+            audio: what ``listen`` made of them, where they are answered more than once.
         """
-        lengths = torch.tensor([len(wave) for wave in waves])
-        batch = torch.zeros(len(waves), int(lengths.max()))
-        for row, wave in zip(batch, waves, strict=True):
-            row[: len(wave)] = torch.from_numpy(wave)
-        audio = self.model.audio_embeddings(prompts, lengths.to(self.device), batch.to(self.device))
+        audio = self.listen(waves, prompts) if audio is None else audio
         placed = self.model.place(prompts, audio, None)
         tasks = tasks or [""] * len(waves)
         known = self.vocabulary_tasks if self.options.task_vocabulary else None
         if known is not None and (strange := sorted(set(tasks) - set(known))):
             made_of, asked = ", ".join(known), ", ".join(strange) or "no task"
             raise ConfigError(f"task_vocabulary: it was made from answers of {made_of}, not of {asked}")
-        caps = self.options.length_caps((lengths / self.model.frontend.sample_rate).tolist())
+        caps = self.options.length_caps([len(wave) / self.model.frontend.sample_rate for wave in waves])
         if caps is not None:  # one of a set of answers is never cut
             sets = [self._answer_sets.get(task, [[]]) for task in tasks]
             caps = [max(cap, 1 + max(map(len, answers))) for cap, answers in zip(caps, sets, strict=True)]

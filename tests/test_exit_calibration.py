@@ -9,6 +9,7 @@ import torch
 from tiny_model import tiny_config, write_data
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from pam_espnet.answering import AnswerOptions
 from pam_espnet.bin.pam_calibrate_exit import main as calibrate
 from pam_espnet.bin.pam_decode import main as decode
 from pam_espnet.build import build_model
@@ -19,6 +20,7 @@ from pam_espnet.decoder.llm import LLMDecoder
 from pam_espnet.errors import ConfigError
 from pam_espnet.exit_calibration import Observed, cost_model, fit_fills, observe
 from pam_espnet.fileio import read_json
+from pam_espnet.inference import SpeechLLM
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +39,13 @@ def exp(tiny_llm_dir: Path, tmp_path: Path) -> Path:
 
 def test_states_are_those_that_name_the_answers(exp: Path, data: Path, tiny_llm_dir: Path) -> None:
     torch.manual_seed(0)
-    model = build_model(tiny_config(tiny_llm_dir)).eval()
-    observed = observe(model, data, [1], batch_size=7)
+    speech = SpeechLLM(build_model(tiny_config(tiny_llm_dir)), AnswerOptions())
+    observed = observe(speech, data, [1], batch_size=7)
     assert observed.hidden[0].shape == observed.last.shape == (len(observed.utterance), 32)
     assert observed.utterance.unique().numel() == 120
-    last = model.decoder.final_norm(observed.last)
-    first = observe(model, data, [2], batch_size=120)  # block 2 is the last one: transformers hands it out normed
-    assert torch.allclose(last, first.hidden[0], atol=1e-4)
+    again = observe(speech, data, [1, 2], batch_size=120)  # block 2 is the last one
+    assert torch.allclose(observed.last, again.hidden[1], atol=1e-4)
+    assert torch.allclose(observed.hidden[0], again.hidden[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("more", [[], ["--no_maps"], ["--fill_maps"]])

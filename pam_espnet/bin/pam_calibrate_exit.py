@@ -49,13 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--precision {args.precision}: must be above 0 and at most 1")
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = SpeechLLM.load(args.exp, AnswerOptions(), args.device, args.dtype).model
+    speech = SpeechLLM.load(args.exp, AnswerOptions(), args.device, args.dtype)
+    model = speech.model
     blocks = model.decoder.num_layers
     layers = sorted(set(args.layers or range(blocks // 2, blocks, 2)))
     if layers[0] < 1 or layers[-1] >= blocks:
         raise ConfigError(f"--layers: {layers}; the blocks before the last are 1 to {blocks - 1}")
     seen = list(range(layers[0], blocks)) if args.fill_maps else layers
-    observed = observe(model, args.data, seen, args.device, args.batch_size)
+    observed = observe(speech, args.data, seen, args.batch_size)
     candidates = replace(observed, hidden=[observed.hidden[seen.index(layer)] for layer in layers])
     calibration, judgement = calibrate(candidates, layers, model.decoder, args.precision, not args.no_maps)
     fills, fill_errors = fit_fills(observed, layers, model.decoder) if args.fill_maps else (None, None)

@@ -51,9 +51,12 @@ class CostModel:
         mean = sum(blocks) / len(blocks)
         return cls(len(blocks), head / mean, memory / mean)
 
-    def speedup(self, depths: Tensor) -> float:
-        """Steps at full depth against steps at ``depths`` (N,), gates counted as free."""
-        cost = depths + (self.blocks - depths) * self.memory + self.head
+    def speedup(self, depths: Tensor, checks: Tensor | float = 0.0) -> float:
+        """Steps at full depth against steps at ``depths`` (N,), linear gates counted as free.
+
+        ``checks`` (N,) says how often the output layer was asked only to know whether to leave.
+        """
+        cost = depths + (self.blocks - depths) * self.memory + (1 + checks) * self.head
         return float((self.blocks + self.head) / cost.double().mean())
 
 
@@ -110,8 +113,7 @@ class Calibration:
         """A block's hidden states (...,D), brought towards the last block's."""
         if self.maps is None:
             return hidden
-        matrix = self.maps[self.layers.index(layer)].to(hidden)
-        return hidden @ matrix[:-1] + matrix[-1]
+        return apply_map(self.maps[self.layers.index(layer)].to(hidden), hidden)
 
     def filled(self, layer: int, unit: Tensor) -> Tensor | None:
         """What the blocks behind ``layer`` are to remember (...,S,2*J*E) of its states ``unit`` (...,D)."""
@@ -159,6 +161,11 @@ class Calibration:
         return found
 
 
+def apply_map(matrix: Tensor, hidden: Tensor) -> Tensor:
+    """``[hidden, 1] @ matrix``: a map (D+1,D), its last row a constant, on hidden states (...,D)."""
+    return hidden @ matrix[:-1] + matrix[-1]
+
+
 def fit_map(hidden: Tensor, last: Tensor, ridge: float, start: Tensor | None = None) -> Tensor:
     """(D+1, W) such that ``[hidden, 1] @ map`` is close to ``last``, (N,D) -> (N,W).
 
@@ -196,6 +203,37 @@ def fit_gate(normed: Tensor, agrees: Tensor, penalty: float = 1e-2, steps: int =
     return torch.cat([fitted[:-1] / scale, fitted[-1:]])
 
 
+def outcome(
+    opened: Tensor,
+    right: Tensor,
+    layers: Sequence[int],
+    cost: CostModel,
+    threshold: float | None = None,
+    checked: bool = False,
+) -> Judgement:
+    """What comes of leaving at the first candidate block that is open.
+
+    Args:
+        opened: (C,N) whether a token may leave there.
+        right: (C,N) whether the block's most likely token is the last block's.
+        layers: the C blocks, from 1.
+        cost: of steps.
+        threshold: noted in the result.
+        checked: every candidate that was asked ran the output layer, which counts.
+    """
+    leaves, first = opened.any(dim=0), opened.float().argmax(dim=0)
+    good = right.gather(0, first[None])[0][leaves].float()
+    depths = torch.where(leaves, torch.tensor(layers)[first], cost.blocks)
+    asked = torch.where(leaves, first + 1, len(layers)) if checked else 0.0
+    return Judgement(
+        threshold,
+        coverage=float(leaves.float().mean()),
+        precision=float(good.mean()) if len(good) else 1.0,
+        mean_depth=float(depths.float().mean()),
+        speedup=cost.speedup(depths, asked),
+    )
+
+
 @torch.no_grad()
 def judge(
     calibration: Calibration,
@@ -221,18 +259,10 @@ def judge(
     for layer, states in zip(calibration.layers, hidden, strict=True):
         probabilities.append(calibration.probability(layer, norm(states)))
         right.append(head(norm(calibration.mapped(layer, states))).argmax(-1) == last_token)
-    layers = torch.tensor(calibration.layers)
     best = Judgement(None, 0.0, 1.0, float(cost.blocks), 1.0)
     for threshold in torch.linspace(0.99, 0.2, 80).tolist():
         opened = torch.stack(probabilities) >= threshold  # (C,N)
-        leaves, first = opened.any(dim=0), opened.float().argmax(dim=0)
-        if not leaves.any():
-            continue
-        good = float(torch.stack(right).gather(0, first[None])[0][leaves].float().mean())
-        depths = torch.where(leaves, layers[first], cost.blocks)
-        found = Judgement(
-            threshold, float(leaves.float().mean()), good, float(depths.float().mean()), cost.speedup(depths)
-        )
-        if good >= precision and found.speedup > best.speedup:
+        found = outcome(opened, torch.stack(right), calibration.layers, cost, threshold)
+        if found.precision >= precision and found.speedup > best.speedup:
             best = found
     return best

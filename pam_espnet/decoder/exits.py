@@ -171,17 +171,20 @@ class ExitPolicy:
             return torch.zeros(len(utterances), dtype=torch.bool, device=hidden.device)
         if options.mode == "fixed":
             return torch.ones(len(utterances), dtype=torch.bool, device=hidden.device)
-        if options.mode == "gate" and self.calibration is not None:
-            return self.calibration.probability(layer, self.norm(hidden)) >= self.threshold
-        logits = self.head(self.norm(self.spoken(layer, hidden)))
         if options.mode == "patience":
-            named = logits.argmax(dim=-1)
+            named = self.head(self.norm(self.spoken(layer, hidden))).argmax(dim=-1)
             same = named == self._named[utterances]
             self._agreed[utterances] = torch.where(same, self._agreed[utterances] + 1, 1)
             self._named[utterances] = named
             return self._agreed[utterances] >= options.patience
-        log_probs = logits.log_softmax(dim=-1)
-        if options.mode == "confidence":
-            return log_probs.amax(dim=-1).exp() >= self.threshold
+        return self.measure(layer, hidden) >= self.threshold
+
+    def measure(self, layer: int, hidden: Tensor) -> Tensor:
+        """How sure a block is, (B',D) -> (B',): what gate, confidence and entropy compare with the threshold."""
+        if self.options.mode == "gate" and self.calibration is not None:
+            return self.calibration.probability(layer, self.norm(hidden))
+        log_probs = self.head(self.norm(self.spoken(layer, hidden))).log_softmax(dim=-1)
+        if self.options.mode == "confidence":
+            return log_probs.amax(dim=-1).exp()
         entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
-        return 1 - entropy / math.log(log_probs.size(-1)) >= self.threshold
+        return 1 - entropy / math.log(log_probs.size(-1))

@@ -246,11 +246,6 @@ class LLMDecoder(nn.Module):
         return TokenLosses(nll, correct, exit_nll)
 
     @torch.no_grad()
-    def hidden_states(self, placed: Placed) -> tuple[Tensor, ...]:
-        """The embeddings and the output of every block, each (B,P,D); the last one after the final norm."""
-        return self._outputs(placed.embeds, placed.mask, output_hidden_states=True).hidden_states
-
-    @torch.no_grad()
     def prompt_vector(self, prompt: str) -> Tensor:
         """(D,) float32: the base LLM's last hidden state at the end of the prompt, without audio and without LoRA.
 

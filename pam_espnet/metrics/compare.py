@@ -106,7 +106,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     )
 
 
-def _difference(first: Row, row: Row, column: Column) -> Interval | None:
+def difference(first: Row, row: Row, column: Column) -> Interval | None:
     """``row`` minus ``first``; None where either lacks the column or they hold different utterances."""
     left, right = first.ratio(column), row.ratio(column)
     if left is None or right is None or left[0] != right[0]:
@@ -114,11 +114,12 @@ def _difference(first: Row, row: Row, column: Column) -> Interval | None:
     return bootstrap_difference(left[1], right[1])
 
 
-def _show_difference(difference: Interval | None, column: Column) -> str:
-    if difference is None:
+def show_difference(found: Interval | None, column: Column) -> str:
+    """With a sign; bold where the interval leaves zero out."""
+    if found is None:
         return "–"
-    shown = METRICS[column.metric].show(difference, sign=True)
-    sure = difference.low is not None and difference.high is not None and difference.low * difference.high > 0
+    shown = METRICS[column.metric].show(found, sign=True)
+    sure = found.low is not None and found.high is not None and found.low * found.high > 0
     return f"**{shown}**" if sure else shown
 
 
@@ -146,7 +147,7 @@ def compare(experiments: Sequence[str | Path], output: str | Path, title: str = 
             [[row.label, *(METRICS[c.metric].show_entry(row.entry(c)) for c in columns)] for row in rows],
         ),
     ]
-    differences = {row.label: [_difference(first, row, column) for column in columns] for row in rows[1:]}
+    differences = {row.label: [difference(first, row, column) for column in columns] for row in rows[1:]}
     if differences:
         parts += [
             f"## Difference to {first.label}\n",
@@ -154,7 +155,7 @@ def compare(experiments: Sequence[str | Path], output: str | Path, title: str = 
             table(
                 ("experiment", *(column.title for column in columns)),
                 [
-                    [label, *(_show_difference(*pair) for pair in zip(values, columns, strict=True))]
+                    [label, *(show_difference(*pair) for pair in zip(values, columns, strict=True))]
                     for label, values in differences.items()
                 ],
             ),
