@@ -10,7 +10,7 @@ V vocabulary, C candidates per row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class SteppingDecoder(Protocol):
         """Append tokens (R,) to the R rows of ``state`` -> logits (R,V) of the next token."""
 
 
+@runtime_checkable
 class DeferringDecoder(SteppingDecoder, Protocol):
     """One whose rows may leave early and be completed later, by itself in a step that goes on, or when asked to."""
 
@@ -91,12 +92,13 @@ def beam_search(
         for place, cap in enumerate(caps)
     ]
     active = list(beams)
+    deferring = decoder if isinstance(decoder, DeferringDecoder) and decoder.deferred else None
     if active:
         logits, state = decoder.prefill(prefix, prefix_lengths)
     steps = 0
     while active:
-        if getattr(decoder, "deferred", False):
-            _settle(decoder, logits, state, active, options, eos_ids, constraints)
+        if deferring is not None:
+            _settle(deferring, logits, state, active, options, eos_ids, constraints)
         depths = state.depths.tolist() if hasattr(state, "depths") else [0] * len(logits)
         candidates = _candidates(logits, depths, active, options, eos_ids, constraints)
         rows: list[int] = []
