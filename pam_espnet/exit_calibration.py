@@ -151,11 +151,9 @@ def fit_fills(
         for skipped in range(layer, blocks):
             wanted = _on(decoder, partial(fused.memory, skipped))(states[skipped])
             found.append(_fit_fill(unit, wanted, fused.propagation(skipped).float().cpu(), observed.utterance))
-        fills.append(torch.stack([matrix for matrix, *_ in found], dim=1))
-        mean = {
-            "propagate": sum(started for _, started, _ in found) / len(found),
-            "map": sum(fitted for _, _, fitted in found) / len(found),
-        }
+        matrices, propagated, mapped = zip(*found, strict=True)
+        fills.append(torch.stack(matrices, dim=1))
+        mean = {"propagate": sum(propagated) / len(found), "map": sum(mapped) / len(found)}
         errors[layer] = mean
         logging.info(f"block {layer}: error of keys and values {mean['propagate']:.3f}, with maps {mean['map']:.3f}")
     return tuple(fills), errors

@@ -60,17 +60,23 @@ class FusedLlama:
         self.blocks = [_fuse(layer) for layer in transformer.layers]
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (R,1,E) for positions (R,)."""
+        """Cosines and sines (R,1,E) for positions (R,); the first half of the sines with the minus of the rotation."""
         like = torch.empty(0, dtype=self.dtype, device=positions.device)
         cos, sin = self._rotary(like, positions[None])
-        return cos[0, :, None], sin[0, :, None]
+        signed = torch.cat([-sin[0, :, : self.head // 2], sin[0, :, self.head // 2 :]], dim=-1)
+        return cos[0, :, None], signed[:, None]
 
     def project(self, index: int, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Block ``index``: rows (R,D) -> queries (R,A,E), keys (R,J,E), values (R,J,E)."""
         block = self.blocks[index]
         heads = F.linear(self.norm(x, block.norm), block.qkv, block.qkv_bias).unflatten(-1, (-1, self.head))
-        query, key, value = heads.split([self.kv_heads * self.groups, self.kv_heads, self.kv_heads], dim=1)
-        return self._turn(query, block.q_norm, rotary), self._turn(key, block.k_norm, rotary), value
+        together = self.kv_heads * self.groups + self.kv_heads
+        turned, value = heads[:, :together], heads[:, together:]
+        if block.q_norm is not None and block.k_norm is not None:
+            query, key = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :]
+            turned = torch.cat([self.norm(query, block.q_norm), self.norm(key, block.k_norm)], dim=1)
+        turned = self._turn(turned, rotary)
+        return turned[:, : -self.kv_heads], turned[:, -self.kv_heads :], value
 
     def memory(self, index: int, x: Tensor) -> Tensor:
         """Block ``index``: rows (R,D) -> what it would remember of them (R,2*J*E), keys before norm and rotation."""
@@ -81,14 +87,12 @@ class FusedLlama:
     def turned(self, index: int, memory: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Block ``index``: results of ``memory`` (R,2*J*E) -> the keys and values of ``project`` (R,J,E)."""
         key, value = memory.unflatten(-1, (-1, self.head)).chunk(2, dim=1)
-        return self._turn(key, self.blocks[index].k_norm, rotary), value
+        norm = self.blocks[index].k_norm
+        return self._turn(key if norm is None else self.norm(key, norm), rotary), value
 
-    def _turn(self, heads: Tensor, norm: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        if norm is not None:
-            heads = self.norm(heads, norm)
+    def _turn(self, heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         cos, sin = rotary
-        half = self.head // 2
-        return heads * cos + torch.cat([-heads[..., half:], heads[..., :half]], dim=-1) * sin
+        return torch.addcmul(heads * cos, heads.roll(self.head // 2, dims=-1), sin)
 
     def finish(self, index: int, x: Tensor, attended: Tensor) -> Tensor:
         """Block ``index`` after attention: its input (R,D) and the heads' results (R,A*E) -> its output (R,D)."""

@@ -136,9 +136,10 @@ class TreeState:
         """
         model, last, done = self.model, len(self.model.blocks), torch.empty_like(way.x)
         grid: Grid | None = None
+        mixed = False  # whether nodes from earlier steps are on the way
         for index in range(last):
             if (waited := self.pending.take(index, going)) is not None:
-                way, grid = way.joined(waited), None
+                way, grid, mixed = way.joined(waited), None, True
             if not len(way):
                 continue
             if grid is None:
@@ -155,15 +156,17 @@ class TreeState:
                 continue
             leaving = leaves[way.utterance]
             left, way, grid, going = way[leaving], way[~leaving], None, going & ~leaves
-            done[left.rows[left.new]] = policy.spoken(index + 1, left.x[left.new])
-            self.depths[left.rows[left.new]] = index + 1
+            speaks = left[left.new]
+            done[speaks.rows] = policy.spoken(index + 1, speaks.x)
+            self.depths[speaks.rows] = index + 1
             if policy.deferred:
                 self.pending.add(index + 1, left)
             else:
                 self._fill(index + 1, left)
-        done[way.rows[way.new]] = way.x[way.new]
-        if not way.new.all():
+        if mixed:
             self._completed = self._completed.joined(way[~way.new])
+            way = way[way.new]
+        done[way.rows] = way.x
         return done
 
     def _grid(self, way: Nodes) -> Grid:

@@ -92,12 +92,13 @@ def beam_search(
         for place, cap in enumerate(caps)
     ]
     active = list(beams)
+    deferring = decoder if isinstance(decoder, DeferringDecoder) and decoder.deferred else None
     if active:
         logits, state = decoder.prefill(prefix, prefix_lengths)
     steps = 0
     while active:
-        if isinstance(decoder, DeferringDecoder) and decoder.deferred:
-            _settle(decoder, logits, state, active, options, eos_ids, constraints)
+        if deferring is not None:
+            _settle(deferring, logits, state, active, options, eos_ids, constraints)
         depths = state.depths.tolist() if hasattr(state, "depths") else [0] * len(logits)
         candidates = _candidates(logits, depths, active, options, eos_ids, constraints)
         rows: list[int] = []
