@@ -135,7 +135,9 @@ def _profile(
     batch_size: int,
 ) -> dict[str, Any]:
     data, decoder = DataDir.load(data_dir), speech.model.decoder
-    fitted = None if calibration is None else Calibration.load(calibration, decoder.width).to(decoder.device)
+    fitted = None
+    if calibration is not None:
+        fitted = Calibration.load(calibration, decoder.width).to(decoder.device, decoder.dtype)
     layers = candidates(layers, fitted, decoder.num_layers)
     said = reference_answers(speech, data) if answers is None else answers[data.path.name]
     logging.info(f"{data.path.name}: {sum(map(len, said.values()))} tokens through {decoder.num_layers} blocks")

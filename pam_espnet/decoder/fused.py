@@ -72,13 +72,16 @@ class FusedLlama:
         query, key, value = heads.split([self.kv_heads * self.groups, self.kv_heads, self.kv_heads], dim=1)
         return self._turn(query, block.q_norm, rotary), self._turn(key, block.k_norm, rotary), value
 
-    def project_memory(self, index: int, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Block ``index``: the keys and values of ``project`` without the queries."""
+    def memory(self, index: int, x: Tensor) -> Tensor:
+        """Block ``index``: rows (R,D) -> what it would remember of them (R,2*J*E), keys before norm and rotation."""
         block, skip = self.blocks[index], self.kv_heads * self.groups * self.head
         bias = None if block.qkv_bias is None else block.qkv_bias[skip:]
-        heads = F.linear(self.norm(x, block.norm), block.qkv[skip:], bias).unflatten(-1, (-1, self.head))
-        key, value = heads.chunk(2, dim=1)
-        return self._turn(key, block.k_norm, rotary), value
+        return F.linear(self.norm(x, block.norm), block.qkv[skip:], bias)
+
+    def turned(self, index: int, memory: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Block ``index``: results of ``memory`` (R,2*J*E) -> the keys and values of ``project`` (R,J,E)."""
+        key, value = memory.unflatten(-1, (-1, self.head)).chunk(2, dim=1)
+        return self._turn(key, self.blocks[index].k_norm, rotary), value
 
     def _turn(self, heads: Tensor, norm: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
         if norm is not None:
@@ -98,6 +101,17 @@ class FusedLlama:
         """RMS norm of rows (...,D), by default the final one."""
         weight = self.final_norm if weight is None else weight
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+
+    def unit(self, x: Tensor) -> Tensor:
+        """RMS norm of rows (...,D) without a weight, what the norms of all blocks have in common."""
+        return F.rms_norm(x, (x.shape[-1],), None, self.eps)
+
+    def propagation(self, index: int) -> Tensor:
+        """Block ``index``: ``memory`` as a matrix (D+1,2*J*E) on the rows of ``unit``, the last row a constant."""
+        block, skip = self.blocks[index], self.kv_heads * self.groups * self.head
+        weight = block.qkv[skip:].T * block.norm[:, None]
+        bias = weight.new_zeros(weight.shape[1]) if block.qkv_bias is None else block.qkv_bias[skip:]
+        return torch.cat([weight, bias[None]])
 
 
 def _fuse(layer: Any) -> Block:

@@ -9,7 +9,7 @@ B utterances, R rows (utterances or hypotheses), P positions, D width, V vocabul
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from pam_espnet.decoder import stepping
 from pam_espnet.decoder.exits import ExitPolicy
 from pam_espnet.decoder.fused import FusedLlama
+from pam_espnet.decoder.layer_dropout import blocks_skipped
 from pam_espnet.decoder.lora import add_lora, lora_off, lora_precision, set_lora_training
 from pam_espnet.decoder.prompt_layout import Placed, end_of_turn_id, layout
 from pam_espnet.decoder.stepping import DecoderState
@@ -222,15 +223,19 @@ class LLMDecoder(nn.Module):
                 return norm
         raise ConfigError(f"{type(self.transformer).__name__} has no final norm under a known name {_NORM_NAMES}")
 
-    def token_losses(self, placed: Placed, exit_layer: int | None = None) -> TokenLosses:
+    def token_losses(
+        self, placed: Placed, exit_layer: int | None = None, skipped: Collection[int] = ()
+    ) -> TokenLosses:
         """Negative log-likelihood of each answer token; logits are computed only where there is a target.
 
         Args:
             placed: the batch.
             exit_layer: a block (from 1) whose output is to name the tokens too, through the shared final norm and
                 output layer.
+            skipped: blocks (from 1) that are left out; needs an LLM whose blocks are ``layers``.
         """
-        outputs = self._outputs(placed.embeds, placed.mask, output_hidden_states=exit_layer is not None)
+        with blocks_skipped(self.transformer, skipped):
+            outputs = self._outputs(placed.embeds, placed.mask, output_hidden_states=exit_layer is not None)
         logits = self.logits(outputs.last_hidden_state.flatten(0, 1)[placed.target_index])  # (targets,V)
         nll = F.cross_entropy(logits, placed.target_ids, reduction="none")
         correct = logits.detach().argmax(-1) == placed.target_ids

@@ -21,6 +21,7 @@ from pam_espnet.decoder.calibration import Calibration
 from pam_espnet.decoder.exits import ExitOptions, ExitPolicy
 from pam_espnet.decoder.llm import LLMDecoder
 from pam_espnet.decoder.stepping import DecoderState
+from pam_espnet.decoder.tree_cache import TreeState
 from pam_espnet.errors import ConfigError
 
 
@@ -66,7 +67,7 @@ class DecoderView:
                 raise ConfigError("exit: only Llama-type LLMs with fused_decoding can leave before the last block")
             calibration = None
             if exits.calibration:
-                calibration = Calibration.load(exits.calibration, decoder.width).to(decoder.device)
+                calibration = Calibration.load(exits.calibration, decoder.width).to(decoder.device, decoder.dtype)
             self._policy = ExitPolicy(exits, decoder.num_layers, decoder.final_norm, self.logits, calibration)
 
     def places(self, tokens: Sequence[int]) -> list[int]:
@@ -97,6 +98,22 @@ class DecoderView:
         """As ``LLMDecoder.step``, places (R,) in, logits (R,W) out."""
         ids = tokens if self.ids is None else self.ids[tokens]
         return self.logits(state.step(self.decoder.embed(ids)))
+
+    @property
+    def deferred(self) -> bool:
+        """Whether rows that leave early are completed later; what ``search.beam.DeferringDecoder`` asks for."""
+        return self._policy is not None and self._policy.deferred
+
+    @torch.no_grad()
+    def finish(self, utterances: Tensor, state: TreeState) -> None:
+        """Complete what waits of ``utterances`` (B,) bool."""
+        state.finish(utterances)
+
+    @torch.no_grad()
+    def completed(self, state: TreeState) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``TreeState.completed``, with logits (N,W)."""
+        rows, back, hidden = state.completed()
+        return rows, back, self.logits(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states after the final norm (...,D) -> float32 logits (...,W)."""

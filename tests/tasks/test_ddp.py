@@ -70,6 +70,33 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def deep_llm_dir(tiny_llm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny LLM with five blocks, some of which are left out of a step."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    path = tmp_path_factory.mktemp("models") / "deep-llm"
+    config = AutoConfig.from_pretrained(tiny_llm_dir)
+    config.num_hidden_layers = 5
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_llm_dir).save_pretrained(path)
+    return path
+
+
+def test_two_processes_leave_out_the_same_blocks(data: Path, deep_llm_dir: Path, tmp_path: Path) -> None:
+    """Rank 0 draws as a single process does, so that both train the same."""
+    joint = {"exit_weight": 0.4, "exit_layers": [2, 3], "exit_layer_dropout": 0.8}
+    options = {
+        "batching_conf": {"max_utterances": 4, "pool": 2},
+        "model_conf": {"extract_feats_in_collect_stats": False, **joint},
+    }
+    one, _ = train(data, deep_llm_dir, tmp_path / "one", 1, **options)
+    two, _ = train(data, deep_llm_dir, tmp_path / "two", 2, **options)
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=1e-4), name
+
+
 def test_two_processes_train_what_one_does(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
     options = {"batching_conf": {"max_utterances": 4, "pool": 2}}
     one, one_curve = train(data, tiny_llm_dir, tmp_path / "one", 1, **options)
