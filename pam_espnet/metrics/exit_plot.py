@@ -34,7 +34,7 @@ def plot_exits(report: Mapping[str, Any], path: str | Path, title: str = "") -> 
     figure, grid = new_figure(len(lines), columns, (5.4 * columns, 2.9 * len(lines) + 0.9))
     for (name, task, figures), axes in zip(lines, grid, strict=True):
         _draw_agreement(axes[0], report, figures)
-        axes[0].set_title(f"{name}: does a block name the last block's token?")
+        axes[0].set_title(f"{name}: blocks that name the last block's token")
         if columns == 2:
             _draw_quality(axes[1], [one for one in report["sweep"] if (one["set"], one["task"]) == (name, task)], task)
             axes[1].set_title(f"{name}: quality against depth")
@@ -42,7 +42,8 @@ def plot_exits(report: Mapping[str, Any], path: str | Path, title: str = "") -> 
         handles: dict[str, Any] = {}
         for axes in grid[:, column]:
             handles.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)})
-        grid[-1, column].set_xlabel(("block", "blocks per step, mean")[column])
+        depth = "mean blocks per step; bars: 95 % interval of the difference to full depth"
+        grid[-1, column].set_xlabel(("block", depth)[column])
         grid[0, column].legend(handles.values(), handles.keys(), frameon=False, fontsize=8)
     figure.suptitle(title)
     save_figure(figure, Path(path))
@@ -61,7 +62,7 @@ def _draw_agreement(axes: Any, report: Mapping[str, Any], figures: Mapping[str, 
         inner = [100 * agreement["inner"]["all"][block - 1] for block in where]
         axes.plot([block - 0.5 for block in where], inner, color=COLOURS[5], linestyle=":", label="within the block, "
                   "before its feed-forward part")  # fmt: skip
-    axes.set(ylim=(-2, 103), ylabel=f"% of {figures['tokens']['all']} tokens")
+    axes.set(ylim=(-2, 103), ylabel=f"agreement, % of {figures['tokens']['all']} tokens")
     axes.grid(alpha=0.3)
 
 
@@ -76,10 +77,11 @@ def _draw_quality(axes: Any, entries: Sequence[Mapping[str, Any]], task: str) ->
         points = [one for one in entries if one["point"].partition(":")[0] == mode and one["mean_depth"] is not None]
         if not points:
             continue
+        points.sort(key=lambda one: one["mean_depth"])
         depths = [one["mean_depth"] for one in points]
         values = [one["scores"][name]["value"] for one in points]
         size, label = (12, "full depth") if mode == "never" else (6, mode)
-        axes.plot(depths, values, marker, color=colour, markersize=size, label=label)
+        axes.plot(depths, values, marker=marker, color=colour, markersize=size, linewidth=0.8, label=label)
         for one, depth in zip(points, depths, strict=True):
             pair = one.get("difference", {}).get(name)
             if pair and pair["low"] is not None and full is not None:
