@@ -1,7 +1,8 @@
 """What drafts are worth: greedy decoding of a test set with and without them, as ratios within one run.
 
 Audio goes through the experiment's encoders once; what is timed is the LLM from the prefix's embeddings to the last
-token, and the making of the drafts. Ways, whose tokens are compared with the first one's before anything is timed:
+token, and the making of the drafts. On a CPU these are CPU seconds, so that other work on the machine does not count;
+with one thread they are the wall clock of an idle machine. Ways, whose tokens are compared with the first one's:
 
     greedy       no drafts (beam_search with beam_size 1)
     prefix       the first token of greedy alone: the part of the time that no draft can save
@@ -22,6 +23,7 @@ import argparse
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -65,8 +67,9 @@ def main() -> None:
     speech = SpeechLLM.load(args.exp, options, args.device)
     view = speech.decoder
     data = DataDir.load(args.data)
-    waves = {key: read_wave(data, key, speech.model.frontend.sample_rate) for key in data.utterances}
-    keys = sorted(waves, key=lambda key: (-len(waves[key]), key))[: args.limit or None]
+    chosen = data.utterances[: args.limit or None]
+    waves = {key: read_wave(data, key, speech.model.frontend.sample_rate) for key in chosen}
+    keys = sorted(waves, key=lambda key: (-len(waves[key]), key))
 
     def prepare(keys: list[str]) -> dict[str, Any]:
         """A batch up to the prefix's embeddings."""
@@ -112,36 +115,29 @@ def main() -> None:
     }
     rows = []
     for size in args.batch:
-        began = time.perf_counter()
-        batches = [prepare(keys[start : start + size]) for start in range(0, len(keys), size)]
-        seconds_audio = time.perf_counter() - began
-        facts = {}
-        for name, way in ways.items():
-            found, counts = [], []
-            for batch in batches:
-                nbest, drafts = way(batch)
-                found += [one.tokens for (one,) in nbest]
-                counts += drafts
-            if name == "greedy":
-                answers.update(zip(keys, found, strict=True))
-            facts[name] = {
-                "same": sum(answers[key] == tokens for key, tokens in zip(keys, found, strict=True)),
-                "passes": sum(count.passes for count in counts) or sum(map(len, found)),
-                "proposed": sum(count.proposed for count in counts),
-                "accepted": sum(count.accepted for count in counts),
-            }
-        times: dict[str, list[list[float]]] = {name: [] for name in ways}  # rounds of batches
-        for _ in range(args.rounds):
-            taken: dict[str, list[float]] = {name: [] for name in ways}
+        batches, seconds = [], []
+        for start in range(0, len(keys), size):
+            batch, taken = timed(prepare, keys[start : start + size], args.device)
+            batches.append(batch)
+            seconds.append(taken)
+        seconds_audio = sum(seconds)
+        times: dict[str, list[list[float]]] = {name: [[] for _ in range(args.rounds)] for name in ways}  # of batches
+        same, counts = Counter(), {name: [] for name in ways}
+        for at in range(args.rounds):
             for batch in batches:
                 for name, way in ways.items():
-                    taken[name].append(timed(way, batch, args.device))
-            for name in ways:
-                times[name].append(taken[name])
+                    (nbest, drafts), taken = timed(way, batch, args.device)
+                    times[name][at].append(taken)
+                    found = {key: one.tokens for key, (one,) in zip(batch["keys"], nbest, strict=True)}
+                    if at == 0:
+                        answers.update(found if name == "greedy" else {})
+                        same[name] += sum(answers[key] == tokens for key, tokens in found.items())
+                        counts[name] += drafts
         tokens = sum(map(len, answers.values()))
         print(f"batch {size}: {len(keys)} utterances, {tokens} tokens; encoders and adapters {seconds_audio:.2f} s")
         for name in ways:
-            row = {"way": name, "batch": size, "utterances": len(keys), "tokens": tokens, **facts[name]}
+            row = {"way": name, "batch": size, "utterances": len(keys), "tokens": tokens, "same": same[name]}
+            row.update({key: sum(vars(one)[key] for one in counts[name]) for key in ("proposed", "accepted", "passes")})
             row.update(ratios(times, name), seconds_audio=seconds_audio)
             if size == 1:
                 row["by_length"] = {
@@ -163,15 +159,17 @@ def main() -> None:
         args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def timed(way: Callable[[Any], Any], batch: Any, device: str) -> float:
-    """Wall seconds of one batch."""
+def timed(way: Callable[[Any], Any], batch: Any, device: str) -> tuple[Any, float]:
+    """What it returns, and its seconds: of the CPU, or, on a GPU, of the wall clock."""
     import torch
 
-    began = time.perf_counter()
-    way(batch)
-    if device.startswith("cuda"):
+    cuda = device.startswith("cuda")
+    clock = time.perf_counter if cuda else time.process_time
+    began = clock()
+    found = way(batch)
+    if cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return found, clock() - began
 
 
 def ratios(times: dict[str, list[list[float]]], name: str) -> dict[str, float]:
@@ -195,7 +193,7 @@ def describe(row: dict[str, Any]) -> str:
     )
     return (
         f"  {row['way']:10s} {row['seconds']:7.2f} s  faster {row['faster']:5.2f}x  steps {steps}"
-        f"  passes {row['passes']:4d}  {accepted}  same {row['same']}/{row['utterances']}{lengths}"
+        f"  passes {row['passes'] or row['tokens']:4d}  {accepted}  same {row['same']}/{row['utterances']}{lengths}"
     )
 
 

@@ -212,7 +212,7 @@ def test_a_loop_is_foreseen(decoder: LLMDecoder, prefix: Tensor) -> None:
     expected = search(view, prefix, ROWS, options)
     found, counts = drafted(view, prefix, ROWS, options, [NgramLookup([[] for _ in ROWS])] * len(ROWS), most=8)
     same(found, expected)
-    assert max(count.accepted for count in counts) > 20
+    assert max(count.accepted for count in counts) > 10
     assert all(count.accepted + count.passes == 60 for count in counts)
 
 
