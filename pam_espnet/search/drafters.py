@@ -26,7 +26,7 @@ class DraftOptions:
     """
 
     kind: str = "none"
-    most: int = 32
+    most: int = 8
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--exp", required=True, help="experiment directory with a CTC head")
     parser.add_argument("--data", required=True, help="formatted data directory of an ASR test set")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="utterances decoded together (1 8)")
-    parser.add_argument("--most", type=int, default=32, help="tokens per draft (32)")
+    parser.add_argument("--most", type=int, default=8, help="tokens per draft (8)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="length cap (64)")
     parser.add_argument("--task_vocabulary", action="store_true", help="cut the output layer, as the option does")
     parser.add_argument("--limit", type=int, default=0, help="only the first utterances (0: all)")
