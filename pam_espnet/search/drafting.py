@@ -5,6 +5,8 @@ one as long as its weights, not its arithmetic, take the time; what it would hav
 place where the draft is wrong, and there the LLM's own token stands. So every pass yields at least one token, and the
 answer is that of greedy search (blockwise decoding: Stern et al., NeurIPS 2018; speculative decoding: Leviathan et al.,
 ICML 2023). The first draft is read together with the prefix, so that an answer that was foreseen costs no step at all.
+Products of one row and of several are rounded differently: in float32 that changes no token but one in a tie; in half
+precision near ties are common and an answer may turn out another one, no worse and no better.
 
 Only greedy search: one draft is one path, while the running hypotheses of a beam are K different ones of the same
 length, so that from the first token on K - 1 of them at least are not on the path, and every step still needs its pass.
@@ -178,8 +180,10 @@ class _Reader:
         self.options, self.eos_ids, self.constraints = options, eos_ids, constraints
         self.depths: Sequence[int] = state.depths.tolist() if hasattr(state, "depths") else [0] * len(logits)
         self.log_probs = torch.log_softmax(logits.float() / options.temperature, dim=-1)
-        values, tokens = self.log_probs.max(dim=-1)
-        self.values, self.tokens = values.tolist(), tokens.tolist()  # of all rows at once
+        # As many as the beam search asks for, so that of equal ones, which half precision has, the same one is taken.
+        self.wanted = min(max(2, 1 + len(eos_ids)), logits.size(1))
+        values, tokens = self.log_probs.topk(self.wanted, dim=-1)
+        self.values, self.tokens = values[:, 0].tolist(), tokens[:, 0].tolist()  # of all rows at once
 
     def advance(self, beam: UtteranceBeam, row: int) -> bool:
         """Continue a hypothesis by what ``row`` says; whether it goes on from there."""
@@ -191,7 +195,7 @@ class _Reader:
                 own[:, list(self.eos_ids)] = -torch.inf
             for constraint in self.constraints:
                 constraint.apply(own, [token], [beam.place], [beam.running[0].tokens])
-            best, at = own[0].max(dim=-1)
-            value, token = float(best), int(at)
+            values, tokens = own[0].topk(self.wanted)
+            value, token = float(values[0]), int(tokens[0])
         beam.advance([Candidate(beam.running[0].score + value, 0, token, value, self.depths[row])])
         return not beam.done

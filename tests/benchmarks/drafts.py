@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0, help="only the first utterances (0: all)")
     parser.add_argument("--rounds", type=int, default=3, help="timings of each way (3)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
+    parser.add_argument("--dtype", default="float32", help="precision of the LLM (float32)")
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
     parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args()
@@ -64,7 +65,7 @@ def main() -> None:
     options = AnswerOptions(
         beam=search, draft=DraftOptions("ctc", args.most), task_vocabulary=args.task_vocabulary
     )
-    speech = SpeechLLM.load(args.exp, options, args.device)
+    speech = SpeechLLM.load(args.exp, options, args.device, args.dtype)
     view = speech.decoder
     data = DataDir.load(args.data)
     chosen = data.utterances[: args.limit or None]
