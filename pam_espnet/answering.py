@@ -8,6 +8,8 @@
     task_vocabulary: false    only token types of the training answers (those of the warm start's head)
     exit:                     early exit, see decoder.exits.ExitOptions
       mode: never
+    draft:                    tokens that the LLM verifies instead of finding them one by one, see search.drafting
+      kind: none
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.decoder.exits import ExitOptions
 from pam_espnet.errors import ConfigError
+from pam_espnet.search.drafters import DraftOptions
 from pam_espnet.search.options import BeamOptions
 
 SPARE_TOKENS = 8  # for short clips, in which a word or two and the end token must fit
@@ -37,6 +40,7 @@ class AnswerOptions:
         answer_sets: task -> its answers.
         task_vocabulary: whether the output layer is cut to the token types of the training answers.
         exit: when a token may be taken from a block before the last.
+        draft: who guesses tokens ahead; the answers do not change.
     """
 
     beam: BeamOptions = field(default_factory=BeamOptions)
@@ -45,6 +49,7 @@ class AnswerOptions:
     answer_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     task_vocabulary: bool = False
     exit: ExitOptions = field(default_factory=ExitOptions)
+    draft: DraftOptions = field(default_factory=DraftOptions)
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
@@ -63,6 +68,10 @@ class AnswerOptions:
                 raise ConfigError(f"answer_sets.{task}: must be a list of quoted, non-empty answers")
         if self.answer_sets and self.beam.min_new_tokens > 0:
             raise ConfigError("min_new_tokens: an answer set says how long answers are; leave it at 0")
+        if self.draft.kind != "none" and self.beam.beam_size != 1:
+            raise ConfigError(f"draft: greedy search only; set beam_size to 1, not {self.beam.beam_size}")
+        if self.draft.kind != "none" and self.exit.mode != "never":
+            raise ConfigError("draft: the whole LLM verifies; set exit.mode to never, or draft.kind to none")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any], source: str | Path = "decoding options") -> AnswerOptions:
@@ -77,8 +86,9 @@ class AnswerOptions:
         try:
             if "eos_ids" in beam:
                 raise ConfigError("eos_ids: the LLM's own end tokens are used")
-            if "exit" in own:
-                own["exit"] = ExitOptions(**{key: value for key, value in own["exit"].items() if value is not None})
+            for key, group in (("exit", ExitOptions), ("draft", DraftOptions)):
+                if key in own:
+                    own[key] = group(**{name: value for name, value in own[key].items() if value is not None})
             return cls(beam=BeamOptions(**beam), **own)
         except (TypeError, AttributeError, ConfigError) as error:
             raise ConfigError(f"{source}: {error}") from error

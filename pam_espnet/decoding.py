@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,8 @@ def journal_lines(
             "routing": answer.routing,
             "constraints": answer.constraints,
         }
+        if answer.draft is not None:
+            line["draft"] = asdict(answer.draft)
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)
 
@@ -188,6 +190,7 @@ def merge_shards(
         "seconds_wall": sum(e["seconds_wall"] for e in ordered),
         "tokens": sum(len(e["hypotheses"][0]["tokens"]) for e in ordered),
         "constraints": dict(sum((Counter(e["constraints"]) for e in ordered), Counter())),
+        **({"drafts": drafts} if (drafts := _sum_drafts(ordered)) else {}),
         "peak_memory_bytes": max(machine["peak_memory_bytes"] for machine in machines),
         "batch_size": options.batch_size,
         "shards": options.shards,
@@ -248,6 +251,17 @@ def read_wave(data: DataDir, key: str, rate: int) -> np.ndarray:
     if found != rate:
         raise DataError(source, f"utterance {key!r} is sampled at {found} Hz, not {rate} Hz", hint="use dump/raw/...")
     return wave
+
+
+def _sum_drafts(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """By drafter: utterances, tokens of their answers, tokens drafted and accepted, passes of the LLM."""
+    sums: dict[str, Counter[str]] = {}
+    for entry in entries:
+        if draft := entry.get("draft"):
+            found = sums.setdefault(draft["drafter"], Counter())
+            found.update({key: draft[key] for key in ("proposed", "accepted", "passes")})
+            found.update({"utterances": 1, "tokens": len(entry["hypotheses"][0]["tokens"])})
+    return {drafter: dict(found) for drafter, found in sums.items()}
 
 
 def read_journal(path: Path) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ Dimension letters: B utterances, N samples, U adapter frames, P prefix positions
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,22 @@ from pam_espnet.build import build_model
 from pam_espnet.checkpoint import MODEL_FILE, load_strict, read_trained
 from pam_espnet.config import load_yaml
 from pam_espnet.data.tables import one_line
-from pam_espnet.decoder.prompt_layout import answer_ids
+from pam_espnet.decoder.prompt_layout import answer_ids, layout
 from pam_espnet.decoder.view import DecoderView
 from pam_espnet.errors import ConfigError
 from pam_espnet.espnet_model import ESPnetPaMModel
 from pam_espnet.frontend.frontend import AudioEmbeddings
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
+from pam_espnet.search.drafters import NgramLookup, NoDraft, WholeAnswer
+from pam_espnet.search.drafting import DraftCount, Drafter, draft_search
 
 
 @dataclass
 class Answer:
     """The n-best answers to one utterance, best first, with the block of the LLM that named each token; how its
     encoders were combined; which constraints fired and how often (over steps and hypotheses; ``length_cap`` is 1 where
-    the best answer was cut)."""
+    the best answer was cut); what drafts were worth, where there were any."""
 
     texts: list[str]
     tokens: list[list[int]]
@@ -41,6 +43,7 @@ class Answer:
     depths: list[list[int]]
     routing: dict[str, Any]
     constraints: dict[str, int]
+    draft: DraftCount | None = None
 
 
 class SpeechLLM:
@@ -50,12 +53,13 @@ class SpeechLLM:
         model: built and loaded.
         options: how answers are decoded.
         device: a torch device.
-
-        vocabulary_tasks: tasks whose answers the task vocabulary was made from; None for all.
+        warm_losses: the warm start's loss of each task whose answers the task vocabulary was made from; None: it was
+            made from all, and only the CTC head of ASR was trained.
 
     Raises:
-        ConfigError: a task vocabulary is asked for, but the model has no list of the training answers' tokens, or the
-            list lacks tokens of an answer set; an answer that is longer than ``max_new_tokens``.
+        ConfigError: a task vocabulary or a draft by CTC is asked for, but the model has no list of the training
+            answers' tokens, or the list lacks tokens of an answer set; an answer that is longer than
+            ``max_new_tokens``; an LLM that cannot verify drafts.
     """
 
     def __init__(
@@ -63,16 +67,21 @@ class SpeechLLM:
         model: ESPnetPaMModel,
         options: AnswerOptions,
         device: str = "cpu",
-        vocabulary_tasks: Collection[str] | None = None,
+        warm_losses: Mapping[str, str] | None = None,
     ) -> None:
         self.model = model.to(device).eval()
         self.options = options
         self.device = device
-        self.vocabulary_tasks = vocabulary_tasks
+        self.vocabulary_tasks = warm_losses
+        self.ctc_tasks = {task for task, loss in (warm_losses or {"asr": "ctc"}).items() if loss == "ctc"}
         if options.task_vocabulary and model.ctc is None:
             raise ConfigError("task_vocabulary: this model was trained without the warm start's list of tokens")
         vocabulary = model.ctc.token_ids.tolist() if options.task_vocabulary and model.ctc is not None else None
         self.decoder = DecoderView(model.decoder, vocabulary, options.exit)
+        if options.draft.kind != "none":
+            self.decoder.verifier()
+        if options.draft.kind == "ctc" and (model.ctc is None or not self.ctc_tasks):
+            raise ConfigError("draft.kind: ctc needs a model whose warm start fitted a task with CTC; choose another")
         model.decoder.fused_blocks()  # now, or the first batch would be charged for it
         self._answer_sets = {
             task: [self.decoder.places(answer_ids(model.decoder.tokenizer, answer)[:-1]) for answer in answers]
@@ -143,9 +152,13 @@ class SpeechLLM:
             sets = [self._answer_sets.get(task, [[]]) for task in tasks]
             caps = [max(cap, 1 + max(map(len, answers))) for cap, answers in zip(caps, sets, strict=True)]
         constraints = self._constraints(tasks)
-        nbest = beam_search(
-            self.decoder, placed.embeds, placed.prefix_lengths, self.options.beam, caps, constraints=constraints
-        )
+        drafts: Sequence[DraftCount | None] = [None] * len(waves)
+        prefix = (placed.embeds, placed.prefix_lengths, self.options.beam)
+        if self.options.draft.kind == "none":
+            nbest = beam_search(self.decoder, *prefix, caps, constraints=constraints)
+        else:
+            drafters, most = self.drafters(tasks, prompts, audio), self.options.draft.most
+            nbest, drafts = draft_search(self.decoder, *prefix, drafters, most, caps, constraints=constraints)
         tokenizer, end = self.model.decoder.tokenizer, set(self.model.decoder.eos_ids)
         answers = []
         for b, hypotheses in enumerate(nbest):
@@ -166,9 +179,26 @@ class SpeechLLM:
                     depths=[one.depths for one in hypotheses],
                     routing=self._routing(audio.routing, b),
                     constraints={name: times for name, times in fired.items() if times},
+                    draft=drafts[b],
                 )
             )
         return answers
+
+    @torch.no_grad()
+    def drafters(self, tasks: Sequence[str], prompts: Sequence[str], audio: AudioEmbeddings) -> list[Drafter]:
+        """One for each utterance, by ``options.draft.kind``."""
+        kind, model = self.options.draft.kind, self.model
+        if kind == "ngram":
+            layouts = [layout(model.decoder.tokenizer, prompt, model.decoder.system) for prompt in prompts]
+            lookup = NgramLookup([self.decoder.places(one.prompt_ids, strict=False) for one in layouts])
+            return [lookup] * len(tasks)
+        heard: list[list[int]] = [[] for _ in tasks]
+        own = [b for b, task in enumerate(tasks) if kind == "ctc" and task in self.ctc_tasks]
+        if own and model.ctc is not None:
+            for b, tokens in zip(own, model.ctc.greedy(audio.embeddings[own], audio.lengths[own]), strict=True):
+                heard[b] = self.decoder.places(tokens)
+        whole = WholeAnswer(heard, "ctc")
+        return [whole if b in own else NoDraft() for b in range(len(tasks))]
 
     def _constraints(self, tasks: Sequence[str]) -> list[Constraint]:
         found: list[Constraint] = []

@@ -180,6 +180,43 @@ def test_answers_keep_to_their_constraints(data: Path, tiny_llm_dir: Path, tmp_p
     assert {"answer_set", "length_cap"} <= set(fired)
 
 
+@pytest.mark.parametrize("vocabulary", [False, True])
+def test_drafts_change_no_answer_and_are_counted(
+    data: Path, tiny_llm_dir: Path, tmp_path: Path, vocabulary: bool
+) -> None:
+    torch.manual_seed(0)
+    tokens = tmp_path / "ctc_tokens.txt"
+    tokens.write_text("".join(f"{token}\n" for token in range(3, 250)))
+    config = tiny_config(tiny_llm_dir, ctc_tokens=str(tokens), ctc_weight=0.1)
+    config["warm_start_conf"] = {"losses": {"asr": "ctc", "caption": "bag", "count": "bag"}}
+    save_trained(build_model(config).state_dict(), tmp_path / "model.safetensors")
+    write_config(config, tmp_path / "config.yaml")
+    entries = {}
+    for kind in ("none", "ctc", "ngram"):
+        draft = {"kind": kind, "most": 5}
+        options = {"beam_size": 1, "max_new_tokens": 16, "task_vocabulary": vocabulary, "draft": draft}
+        write_config(options, tmp_path / "decode.yaml")
+        assert decode(tmp_path, data, tmp_path / kind) == 0
+        lines = (tmp_path / kind / "nbest.jsonl").read_text().splitlines()
+        entries[kind] = [json.loads(line) for line in lines]
+        drafts: dict[str, dict[str, int]] = {}
+        for entry, plain in zip(entries[kind], entries["none"], strict=True):
+            assert entry["hypotheses"][0]["tokens"] == plain["hypotheses"][0]["tokens"]
+            if kind == "none":
+                assert "draft" not in entry
+                continue
+            assert entry["draft"]["drafter"] == (kind if kind == "ngram" or entry["task"] == "asr" else "none")
+            assert entry["draft"]["passes"] + entry["draft"]["accepted"] == len(entry["hypotheses"][0]["tokens"])
+            found = drafts.setdefault(entry["draft"]["drafter"], {"utterances": 0, "tokens": 0})
+            found["utterances"] += 1
+            found["tokens"] += len(entry["hypotheses"][0]["tokens"])
+            for name in ("proposed", "accepted", "passes"):
+                found[name] = found.get(name, 0) + entry["draft"][name]
+        assert read_json(tmp_path / kind / "stats.json").get("drafts", {}) == drafts
+    assert sum(entry["draft"]["proposed"] for entry in entries["ctc"]) > 0
+    assert sum(entry["draft"]["accepted"] for entry in entries["ngram"]) > 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -195,6 +232,11 @@ def test_answers_keep_to_their_constraints(data: Path, tiny_llm_dir: Path, tmp_p
         ({"answer_sets": {"count": ["0"]}, "min_new_tokens": 3}, "min_new_tokens"),
         ({"answer_sets": {"count": ["zero point one two three four"]}, "max_new_tokens": 2}, "max_new_tokens"),
         ({"exit": [3]}, "decode.yaml"),
+        ({"draft": [3]}, "decode.yaml"),
+        ({"draft": {"kind": "exit"}}, "draft.kind"),
+        ({"draft": {"kind": "ngram"}}, "beam_size"),
+        ({"beam_size": 1, "draft": {"kind": "ctc"}}, "warm start"),
+        ({"beam_size": 1, "draft": {"kind": "ngram"}, "exit": {"mode": "fixed", "layers": [1]}}, "exit.mode"),
         ({"answer_sets": {"count": []}}, "answer_sets.count"),
         ({"answer_sets": {"counting": ["1"]}}, "counting"),
         ({"task_vocabulary": True}, "task_vocabulary"),

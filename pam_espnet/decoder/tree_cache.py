@@ -52,16 +52,23 @@ class TreeState:
         keys, values: per block (B,J,C,E), the prefixes in the first P slots.
         lengths: (B,) positions of each prefix.
         prefix_slots: P.
+        utterance: (R,) whose rows ``lengths`` (R,) speaks of, where an utterance has other than one.
     """
 
     def __init__(
-        self, model: FusedLlama, keys: list[Tensor], values: list[Tensor], lengths: Tensor, prefix_slots: int
+        self,
+        model: FusedLlama,
+        keys: list[Tensor],
+        values: list[Tensor],
+        lengths: Tensor,
+        prefix_slots: int,
+        utterance: Tensor | None = None,
     ) -> None:
         self.model, self.keys, self.values = model, keys, values
         self.prefix_slots = self.used = prefix_slots
         slots = torch.arange(keys[0].shape[2], device=lengths.device)
         self.visible = slots < lengths[:, None]  # (R,C)
-        self.utterance = torch.arange(len(lengths), device=lengths.device)  # (R,)
+        self.utterance = torch.arange(len(lengths), device=lengths.device) if utterance is None else utterance  # (R,)
         self.positions = lengths.clone()  # (R,) of the next token
         self.depths = torch.full_like(lengths, len(keys))  # (R,) block from which each row's last result came
         self.policy: ExitPolicy | None = None  # when steps may leave before the last block
@@ -81,7 +88,23 @@ class TreeState:
         self.pending.follow(utterances, self.utterance, self.visible)
         self._compact()
 
-    def step(self, embeds: Tensor) -> Tensor:
+    def chain(self, embeds: Tensor, lengths: Tensor) -> Tensor:
+        """Append several tokens, one after the other, to every row; each of them becomes a row, at full depth.
+
+        Args:
+            embeds: (N,D), the tokens of the first row, then those of the second, ...
+            lengths: (R,) tokens for each row, at least 1; they sum to N.
+
+        Returns:
+            hidden states (N,D) after the final norm. ``select`` chooses where to go on.
+        """
+        row = torch.arange(len(lengths), device=embeds.device).repeat_interleave(lengths)
+        before = torch.arange(len(embeds), device=embeds.device) - (lengths.cumsum(0) - lengths)[row]
+        self.select(row)
+        self.positions = self.positions + before
+        return self.step(embeds, before)
+
+    def step(self, embeds: Tensor, before: Tensor | None = None) -> Tensor:
         """Append one token to every row.
 
         ``policy`` may let utterances leave before the last block. The keys and values of the blocks they skip are made
@@ -89,6 +112,7 @@ class TreeState:
 
         Args:
             embeds: (R,D).
+            before: (R,) how many of the rows directly before it each row follows in a chain; full depth then.
 
         Returns:
             hidden states (R,D) after the final norm, of the block at which each row left; ``depths`` says which.
@@ -100,12 +124,16 @@ class TreeState:
         self._reserve(self.used + most)
         self.used += most
         self.visible[rows, slots] = True
+        if before is not None:
+            every = torch.arange(self.visible.shape[1], device=embeds.device)
+            self.visible |= (every >= (slots - before)[:, None]) & (every < slots[:, None])
         self.depths = torch.full_like(self.utterance, len(self.model.blocks))
-        if self.policy is not None:
-            self.policy.begin(count, embeds.device)
+        policy = self.policy if before is None else None
+        if policy is not None:
+            policy.begin(count, embeds.device)
         going = torch.ones(count, dtype=torch.bool, device=embeds.device)
         way = Nodes(embeds.to(self.model.dtype), self.utterance, slots, rows, torch.ones_like(rows, dtype=torch.bool))
-        done = self._run(way, going, self.policy)
+        done = self._run(way, going, policy)
         self.positions = self.positions + 1
         return self.model.norm(done)
 
@@ -253,7 +281,9 @@ def _places(utterance: Tensor, count: int) -> tuple[Tensor, int]:
 
 
 @torch.no_grad()
-def tree_prefill(model: FusedLlama, prefix: Tensor, lengths: Tensor, reserve: int = 0) -> tuple[Tensor, TreeState]:
+def tree_prefill(
+    model: FusedLlama, prefix: Tensor, lengths: Tensor, reserve: int = 0, asked: Tensor | None = None
+) -> tuple[Tensor, TreeState]:
     """Run every prefix once; padding is neither computed nor remembered.
 
     Args:
@@ -261,14 +291,18 @@ def tree_prefill(model: FusedLlama, prefix: Tensor, lengths: Tensor, reserve: in
         prefix: (B,P,D) embeddings, right-padded.
         lengths: (B,) valid positions, at least 1.
         reserve: slots to keep free behind the prefix.
+        asked: (B,) how many of each prefix's last positions become rows, at least 1; None for the last one alone.
 
     Returns:
-        the last position's hidden state after the final norm (B,D), and the state for steps.
+        the rows' hidden states after the final norm (R,D), and the state for steps.
     """
     count, most = prefix.shape[:2]
     place = torch.arange(most, device=prefix.device).expand(count, -1)
     valid = place < lengths[:, None]
-    last = lengths.cumsum(0) - 1  # among the packed rows
+    asked = torch.ones_like(lengths) if asked is None else asked
+    owner = torch.arange(count, device=prefix.device).repeat_interleave(asked)  # (R,)
+    behind = asked.cumsum(0)[owner] - 1 - torch.arange(len(owner), device=prefix.device)  # positions behind a row's own
+    wanted = lengths.cumsum(0)[owner] - 1 - behind  # among the packed positions
     rotary = model.rotary(place[valid])
     x = prefix[valid].to(model.dtype)
     all_keys, all_values = [], []
@@ -280,12 +314,12 @@ def tree_prefill(model: FusedLlama, prefix: Tensor, lengths: Tensor, reserve: in
         keys.transpose(1, 2)[:, :most][valid] = key
         values.transpose(1, 2)[:, :most][valid] = value
         attended = _causal(model, grid, keys[:, :, :most], values[:, :, :most])[valid]
-        if index == len(model.blocks) - 1:  # of the last block only the last position is asked for
-            x, attended = x[last], attended[last]
+        if index == len(model.blocks) - 1:  # of the last block only these positions are asked for
+            x, attended = x[wanted], attended[wanted]
         x = model.finish(index, x, attended)
         all_keys.append(keys)
         all_values.append(values)
-    return model.norm(x), TreeState(model, all_keys, all_values, lengths, most)
+    return model.norm(x), TreeState(model, all_keys, all_values, lengths[owner] - behind, most, owner)
 
 
 def _causal(model: FusedLlama, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
