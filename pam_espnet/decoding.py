@@ -129,7 +129,7 @@ def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str]
             "peak_memory_bytes": _peak_memory(model.device),
             "device": _device_name(model.device),
             "threads": torch.get_num_threads(),
-            "dtype": str(model.model.decoder.dtype).removeprefix("torch."),
+            "dtype": model.model.decoder.precision,
         },
     )
     return journal
