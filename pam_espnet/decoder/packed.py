@@ -6,9 +6,10 @@ float32, bfloat16  on an x86 CPU oneDNN's, which want the weights in blocks of t
                    A row's result is the same, to the last bit, however many rows run with it (torch's own float32
                    product on a CPU is not: it changes kernels with the number of rows).
 int8               symmetric, one scale per output channel, activations in float32: FBGEMM's product of two 8-bit
-                   matrices, to which every activation row is given as two, its value in 127 steps of the row's largest
-                   and what is left of it in steps 127 times finer. Integers are summed exactly, so a row's result
-                   does not depend on its neighbours.
+                   matrices, to which every activation row is given as two: its values in 127ths of the row's largest,
+                   and what that leaves in steps 254 times finer. Integers are summed exactly, so a row's result is the
+                   same, to the last bit, whatever its neighbours are. (A difference in a row's last bits, such as
+                   attention has, may round the other way and come out as one of the finer steps.)
 
 R rows, I input and O output features.
 """
@@ -122,10 +123,10 @@ class Int8(_Opaque):
         """See ``Linear``."""
         step = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_min_(1e-30).mul_(1 / STEPS)  # (R,1)
         steps = x / step
-        coarse = steps.trunc()
-        fine = steps.sub_(coarse).mul_(STEPS)
+        coarse = steps.round()
+        fine = steps.sub_(coarse).mul_(2 * STEPS)
         both = self._multiply(torch.cat([coarse, fine]))
-        found = both[: len(x)].add_(both[len(x) :], alpha=1 / STEPS).mul_(step)
+        found = both[: len(x)].add_(both[len(x) :], alpha=1 / (2 * STEPS)).mul_(step)
         return found if self.bias is None else found.add_(self.bias)
 
     def product(self, x: Tensor) -> Tensor:
