@@ -6,9 +6,10 @@
     int8      weights alone, activations in float32
 
 Negative log-likelihoods are teacher-forced through the search's own path, a prefill and then a step per token, of text
-that comes with every Python (pydoc_data) and, with --exp and --data, of reference answers after real audio. Times are
-medians of rounds in which the ways take turns. A row's logits must not depend on how many rows run beside it: the
-largest difference between rows of a batch of 32 and the same rows in smaller batches is shown.
+that comes with every Python (pydoc_data) and, with --exp and --data, of reference answers after real audio (the same
+prefixes for all ways). Times are CPU milliseconds, medians of rounds in which the ways take turns. A row's logits must
+not depend on how many rows run beside it: the largest difference between rows of a batch of 32 and the same rows in
+smaller batches is shown.
 
     python tests/benchmarks/precision.py --llm egs/mini/pam1/downloads/models/smollm2-135m-instruct
     python tests/benchmarks/precision.py --exp exp/pam_full --data dump/full/raw/dev     # in egs/mini/pam1
@@ -51,14 +52,18 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    models = {way: load(way, args.llm, args.exp) for way in args.ways}
-    decoders = {way: model if args.llm else model.decoder for way, model in models.items()}
+    decoders, prefixes = {}, []
+    for way in args.ways:
+        model = load(way, args.llm, args.exp)
+        decoders[way] = model if args.llm else model.decoder
+        if args.data and not prefixes:
+            prefixes = answer_prefixes(model, args.data, args.limit)
     rows: dict[str, dict[str, Any]] = {way: {} for way in args.ways}
     for way, decoder in decoders.items():
         rows[way]["packed_mb"] = packed_bytes(decoder) / 2**20
         rows[way]["text"] = text_nll(decoder, args.texts)
-        if args.data:
-            rows[way]["answers"] = answer_nll(models[way], args.data, args.limit)
+        if prefixes:
+            rows[way]["answers"] = answer_nll(decoder, prefixes)
         rows[way]["invariance"] = invariance(decoder)
     for batch in args.batch:
         for beams in args.beams:
@@ -144,8 +149,8 @@ def text_nll(decoder: Any, count: int) -> float:
     return statistics.fmean(found)
 
 
-def answer_nll(model: Any, data_dir: str, limit: int) -> dict[str, float]:
-    """Of the reference answers of a data directory, by task."""
+def answer_prefixes(model: Any, data_dir: str, limit: int) -> list[tuple[str, Any, Any, list[list[int]]]]:
+    """Batches of one task each: its name, prefixes (B,P,D) with audio, their lengths (B,), reference answers."""
     import torch
 
     from pam_espnet.data.datadir import DataDir
@@ -153,7 +158,7 @@ def answer_nll(model: Any, data_dir: str, limit: int) -> dict[str, float]:
     from pam_espnet.decoding import read_wave
 
     data = DataDir.load(data_dir)
-    found: dict[str, list[float]] = {}
+    found = []
     for task in sorted(set(data.utt2task.values())):
         keys = [key for key in data.utterances if data.utt2task[key] == task][: limit or None]
         for at in range(0, len(keys), BATCH):
@@ -165,9 +170,15 @@ def answer_nll(model: Any, data_dir: str, limit: int) -> dict[str, float]:
             with torch.no_grad():
                 audio = model.audio_embeddings(prompts, torch.tensor([len(wave) for wave in waves]), batch)
                 placed = model.place(prompts, audio, None)
-            found.setdefault(task, []).extend(
-                forced_nll(model.decoder, placed.embeds, placed.prefix_lengths, answers)
-            )
+            found.append((task, placed.embeds, placed.prefix_lengths, answers))
+    return found
+
+
+def answer_nll(decoder: Any, prefixes: Sequence[tuple[str, Any, Any, list[list[int]]]]) -> dict[str, float]:
+    """Per answer token, by task."""
+    found: dict[str, list[float]] = {}
+    for task, *batch in prefixes:
+        found.setdefault(task, []).extend(forced_nll(decoder, *batch))
     every = [value for values in found.values() for value in values]
     return {**{task: statistics.fmean(values) for task, values in found.items()}, "all": statistics.fmean(every)}
 
@@ -190,7 +201,7 @@ def invariance(decoder: Any) -> float:
 def step_times(
     decoders: dict[str, Any], batch: int, beams: int, prefix: int, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Median milliseconds of a prefill and of a step with ``batch * beams`` rows."""
+    """Median CPU milliseconds of a prefill and of a step with ``batch * beams`` rows."""
     import torch
 
     times: dict[str, dict[str, list[float]]] = {way: {"prefill": [], "step": []} for way in decoders}
@@ -198,16 +209,16 @@ def step_times(
     for place in range(rounds + 1):
         for way, decoder in decoders.items():
             ids = torch.randint(0, decoder.vocab_size, (batch, prefix), generator=generator)
-            began = time.perf_counter()
+            began = time.process_time()
             _, state = decoder.prefill(decoder.embed(ids), torch.full((batch,), prefix))
-            prefilled = time.perf_counter()
+            prefilled = time.process_time()
             state.select(torch.arange(batch).repeat_interleave(beams))
             steps = []
             for _ in range(8):
                 tokens = torch.randint(0, decoder.vocab_size, (batch * beams,), generator=generator)
-                start = time.perf_counter()
+                start = time.process_time()
                 decoder.step(tokens, state)
-                steps.append(time.perf_counter() - start)
+                steps.append(time.process_time() - start)
             if place > 0:  # the first round warms up
                 times[way]["prefill"].append(1000 * (prefilled - began))
                 times[way]["step"] += [1000 * one for one in steps]
