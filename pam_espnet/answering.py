@@ -6,6 +6,7 @@
     answer_sets:              task -> the only answers there are
       count: ["0", "1", "2", "3", "4"]
     task_vocabulary: false    only token types of the training answers (those of the warm start's head)
+    compile: false            torch.compile for the LLM's blocks: a minute of warm-up for a few per cent of each step
     exit:                     early exit, see decoder.exits.ExitOptions
       mode: never
     draft:                    tokens that the LLM verifies instead of finding them one by one, see search.drafting
@@ -39,6 +40,7 @@ class AnswerOptions:
         tokens_per_second: tokens allowed per second of audio, or 0.
         answer_sets: task -> its answers.
         task_vocabulary: whether the output layer is cut to the token types of the training answers.
+        compile: whether the LLM's blocks are compiled before the first answer.
         exit: when a token may be taken from a block before the last.
         draft: who guesses tokens ahead; the answers do not change.
     """
@@ -48,6 +50,7 @@ class AnswerOptions:
     tokens_per_second: float = 0.0
     answer_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     task_vocabulary: bool = False
+    compile: bool = False
     exit: ExitOptions = field(default_factory=ExitOptions)
     draft: DraftOptions = field(default_factory=DraftOptions)
 
@@ -58,8 +61,9 @@ class AnswerOptions:
         rate = self.tokens_per_second
         if not isinstance(rate, int | float) or not 0 <= rate < math.inf:
             raise ConfigError(f"tokens_per_second: {rate!r}; must be a number, 0 turns it off")
-        if not isinstance(self.task_vocabulary, bool):
-            raise ConfigError(f"task_vocabulary: {self.task_vocabulary!r}; must be true or false")
+        for name in ("task_vocabulary", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: {getattr(self, name)!r}; must be true or false")
         if not isinstance(self.answer_sets, Mapping):
             raise ConfigError(f"answer_sets: {self.answer_sets!r}; must be a mapping of tasks to their answers")
         for task, answers in self.answer_sets.items():

@@ -146,7 +146,7 @@ def note_machine(journal: Path, model: SpeechLLM) -> None:
             "peak_memory_bytes": _peak_memory(model.device),
             "device": _device_name(model.device),
             "threads": torch.get_num_threads(),
-            "dtype": str(model.model.decoder.dtype).removeprefix("torch."),
+            "dtype": model.model.decoder.precision,
         },
     )
 

@@ -77,12 +77,15 @@ class SpeechLLM:
         if options.task_vocabulary and model.ctc is None:
             raise ConfigError("task_vocabulary: this model was trained without the warm start's list of tokens")
         vocabulary = model.ctc.token_ids.tolist() if options.task_vocabulary and model.ctc is not None else None
+        model.decoder.compile_decoding = options.compile
         self.decoder = DecoderView(model.decoder, vocabulary, options.exit)
         if options.draft.kind != "none":
             self.decoder.verifier()
         if options.draft.kind == "ctc" and (model.ctc is None or not self.ctc_tasks):
             raise ConfigError("draft.kind: ctc needs a model whose warm start fitted a task with CTC; choose another")
-        model.decoder.fused_blocks()  # now, or the first batch would be charged for it
+        fused = model.decoder.fused_blocks()  # now, or the first batch would be charged for it
+        if options.compile and fused is None:
+            raise ConfigError("compile: only Llama-type LLMs with fused_decoding can be compiled; set compile: false")
         self._answer_sets = {
             task: [self.decoder.places(answer_ids(model.decoder.tokenizer, answer)[:-1]) for answer in answers]
             for task, answers in options.answer_sets.items()
@@ -101,14 +104,16 @@ class SpeechLLM:
             exp_dir: experiment directory.
             options: see ``AnswerOptions``.
             device: "cpu", "cuda", ...
-            dtype: precision of the LLM in place of the configured one.
+            dtype: precision of the LLM in place of the configured one: "float32", "bfloat16", or "int8" (weights of
+                its products in the search, all else in float32).
 
         Raises:
             ConfigError, CheckpointError: what is missing or does not fit, and which stage makes it.
         """
         config = load_yaml(Path(exp_dir) / "config.yaml")
         if dtype is not None:
-            config["llm_conf"] = {**(config.get("llm_conf") or {}), "dtype": dtype}
+            int8 = {"dtype": "float32", "int8_decoding": True}
+            config["llm_conf"] = {**(config.get("llm_conf") or {}), **(int8 if dtype == "int8" else {"dtype": dtype})}
         model = build_model(config)
         checkpoint = Path(exp_dir) / MODEL_FILE
         load_strict(model, read_trained(checkpoint), checkpoint)

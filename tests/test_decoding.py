@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_model import tiny_config, write_data
 
+from pam_espnet.answering import AnswerOptions
 from pam_espnet.bin.pam_decode import main
 from pam_espnet.build import build_model
 from pam_espnet.checkpoint import save_trained
@@ -18,6 +19,7 @@ from pam_espnet.data.tables import read_table
 from pam_espnet.decoding import DecodeOptions, shard_keys
 from pam_espnet.errors import CheckpointError, ConfigError, DataError
 from pam_espnet.fileio import read_json
+from pam_espnet.inference import SpeechLLM
 from pam_espnet.metrics.scoring import score_directory
 
 
@@ -62,6 +64,21 @@ def test_outputs(decoded: Path, data: Path) -> None:
     stats = read_json(decoded / "stats.json")
     assert stats["seconds_audio"] == pytest.approx(9 * 0.7, abs=0.01)
     assert stats["audio"] == "on" and stats["tokens"] > 0 and stats["seconds_wall"] > 0
+
+
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="int8 needs FBGEMM (x86)")
+def test_int8_is_named_in_the_statistics(exp: Path, data: Path, tmp_path: Path) -> None:
+    assert decode(exp, data, tmp_path, "--dtype", "int8", "--limit", "3") == 0
+    assert read_json(tmp_path / "stats.json")["dtype"] == "int8"
+    with pytest.raises(DataError, match=r"key\.json"):  # another precision is another run
+        decode(exp, data, tmp_path, "--dtype", "float32", "--limit", "3")
+
+
+def test_compile_needs_fused_blocks(tiny_llm_dir: Path) -> None:
+    config = tiny_config(tiny_llm_dir)
+    config["llm_conf"]["fused_decoding"] = False
+    with pytest.raises(ConfigError, match="compile: only Llama-type"):
+        SpeechLLM(build_model(config), AnswerOptions(compile=True))
 
 
 def test_scoring_takes_it(decoded: Path, data: Path) -> None:

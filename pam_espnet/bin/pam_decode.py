@@ -26,7 +26,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--merge", action="store_true", help="only join the N finished parts")
     parser.add_argument("--limit", type=int, default=0, help="decode only the first utterances (default: 0 = all)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="precision of the LLM (default: as trained)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "int8"),
+        help="precision of the LLM; int8: its weights in the search, on x86 CPUs (default: as trained)",
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0 = torch's choice)")
     return parser
 

@@ -15,12 +15,12 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pam_espnet.decoder.calibration import Calibration
 from pam_espnet.decoder.exits import ExitOptions, ExitPolicy
 from pam_espnet.decoder.fused import FusedLlama
 from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.decoder.packed import pack
 from pam_espnet.decoder.stepping import RESERVE, DecoderState
 from pam_espnet.decoder.tree_cache import TreeState, tree_prefill
 from pam_espnet.errors import ConfigError
@@ -61,8 +61,8 @@ class DecoderView:
             self._place = {token: place for place, token in enumerate(wanted)}
             self.eos_ids = tuple(self._place[end] for end in decoder.eos_ids)
             layer = decoder.lm.get_output_embeddings()
-            self._weight = layer.weight.detach()[self.ids]  # (W,D)
-            self._bias = None if getattr(layer, "bias", None) is None else layer.bias.detach()[self.ids]
+            bias = None if getattr(layer, "bias", None) is None else layer.bias.detach()[self.ids]
+            self._output = pack(layer.weight.detach()[self.ids], bias, decoder.int8_decoding)  # D -> W
         self._policy: ExitPolicy | None = None
         if exits is not None and exits.mode != "never":
             if decoder.fused_blocks() is None:
@@ -152,5 +152,5 @@ class DecoderView:
         return rows, back, self.logits(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states after the final norm (...,D) -> float32 logits (...,W)."""
-        return self.decoder.logits(hidden) if self.ids is None else F.linear(hidden, self._weight, self._bias).float()
+        """Hidden states after the final norm (R,D) -> float32 logits (R,W)."""
+        return self.decoder.search_logits(hidden) if self.ids is None else self._output(hidden).float()

@@ -33,8 +33,8 @@ Options (default)
   --nj N                parallel processes where work is split (number of cores, at most 8)
   --ngpu N              GPUs for training; 0 = CPU (0)
   --batch_size N        utterances decoded together (8)
-  --decode_dtype NAME   precision of the LLM in decoding, float32 or bfloat16; only in float32 does an answer not
-                        depend on the batch it is decoded in (float32)
+  --decode_dtype NAME   precision of the LLM in decoding: float32, bfloat16, or int8 (the search's weights alone, on
+                        x86 CPUs); see conf/decode.yaml (float32)
 
 A second run skips what is done; a killed one goes on where it stopped."
 
