@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,9 +26,10 @@ from pam_espnet.data.passport import Passport
 from pam_espnet.data.tables import write_table
 from pam_espnet.errors import CheckpointError, ConfigError, DataError
 from pam_espnet.fileio import check_key, exclusive, read_json, sha256_file, write_json, write_text
-from pam_espnet.inference import SpeechLLM
+from pam_espnet.inference import PartialAnswer, SpeechLLM
 
 JOURNAL = "journal.jsonl"
+REFRESH = 0.5  # seconds between two updates of a progress bar within a batch
 CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak of resident memory
 
 
@@ -101,7 +102,10 @@ def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str]
                 waves = [np.zeros_like(wave) for wave in waves]
             began = time.perf_counter()
             answers = model.answer(
-                waves, [data.prompt[key] for key in batch], [data.utt2task[key] for key in batch]
+                waves,
+                [data.prompt[key] for key in batch],
+                [data.utt2task[key] for key in batch],
+                _show_steps(bar) if sys.stderr.isatty() else None,  # a log file would fill up
             )
             wall = time.perf_counter() - began
             for key, wave, answer in zip(batch, waves, answers, strict=True):
@@ -122,6 +126,7 @@ def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str]
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
+            bar.set_postfix_str("", refresh=False)
             bar.update(len(batch))
     write_json(
         journal.with_name("machine.json"),
@@ -133,6 +138,20 @@ def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str]
         },
     )
     return journal
+
+
+def _show_steps(bar: Any) -> Callable[[list[PartialAnswer]], None]:
+    """A callback that writes the running batch's step and unfinished utterances behind a tqdm bar."""
+    shown = time.monotonic()
+
+    def show(partials: list[PartialAnswer]) -> None:
+        nonlocal shown
+        running = [one for one in partials if not one.done]
+        if running and time.monotonic() - shown >= REFRESH:
+            shown = time.monotonic()
+            bar.set_postfix_str(f"token {len(running[0].tokens)}, {len(running)} running")
+
+    return show
 
 
 def merge_shards(

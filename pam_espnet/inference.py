@@ -6,7 +6,7 @@ Dimension letters: B utterances, N samples, U adapter frames, P prefix positions
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from pam_espnet.errors import ConfigError
 from pam_espnet.espnet_model import ESPnetPaMModel
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
+from pam_espnet.search.hypothesis import Partial
 
 
 @dataclass
@@ -40,6 +41,23 @@ class Answer:
     depths: list[list[int]]
     routing: dict[str, Any]
     constraints: dict[str, int]
+
+
+@dataclass(frozen=True)
+class PartialAnswer:
+    """How far the answer to an utterance is; ``text`` costs nothing until it is read."""
+
+    utterance: int  # place among the waveforms
+    tokens: list[int]  # of the best running hypothesis, of the answer once ``done``; the LLM's ids
+    score: float  # sum of log-probabilities; once done, divided as ``length_penalty`` says
+    done: bool
+    decode: Callable[[Sequence[int]], str]
+
+    @property
+    def text(self) -> str:
+        """The words so far; bytes of a letter that is not whole yet are left out."""
+        text = self.decode(self.tokens)
+        return text if self.done else text.rstrip("\ufffd")
 
 
 class SpeechLLM:
@@ -107,7 +125,11 @@ class SpeechLLM:
 
     @torch.no_grad()
     def answer(
-        self, waves: Sequence[np.ndarray], prompts: Sequence[str], tasks: Sequence[str] | None = None
+        self,
+        waves: Sequence[np.ndarray],
+        prompts: Sequence[str],
+        tasks: Sequence[str] | None = None,
+        on_partial: Callable[[list[PartialAnswer]], None] | None = None,
     ) -> list[Answer]:
         """Answer one prompt per waveform.
 
@@ -115,6 +137,8 @@ class SpeechLLM:
             waves: each (N,) float32 at the frontend's sample rate.
             prompts: as many.
             tasks: as many names; without them no answer set applies.
+            on_partial: called after every step of the search with the utterances that took it: for streaming and
+                progress bars.
         """
         lengths = torch.tensor([len(wave) for wave in waves])
         batch = torch.zeros(len(waves), int(lengths.max()))
@@ -133,9 +157,14 @@ class SpeechLLM:
             caps = [max(cap, 1 + max(map(len, answers))) for cap, answers in zip(caps, sets, strict=True)]
         constraints = self._constraints(tasks)
         nbest = beam_search(
-            self.decoder, placed.embeds, placed.prefix_lengths, self.options.beam, caps, constraints=constraints
+            self.decoder,
+            placed.embeds,
+            placed.prefix_lengths,
+            self.options.beam,
+            caps,
+            on_partial and (lambda partials: on_partial([self._partial(one) for one in partials])),
+            constraints,
         )
-        tokenizer, end = self.model.decoder.tokenizer, set(self.model.decoder.eos_ids)
         answers = []
         for b, hypotheses in enumerate(nbest):
             if not hypotheses:
@@ -146,10 +175,7 @@ class SpeechLLM:
                 fired[constraint.name] += constraint.fired[b]
             answers.append(
                 Answer(
-                    texts=[
-                        one_line(tokenizer.decode([t for t in one if t not in end], skip_special_tokens=True))
-                        for one in tokens
-                    ],
+                    texts=[self.text(one) for one in tokens],
                     tokens=tokens,
                     scores=[one.score for one in hypotheses],
                     depths=[one.depths for one in hypotheses],
@@ -158,6 +184,17 @@ class SpeechLLM:
                 )
             )
         return answers
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The words of an answer's token ids."""
+        kept = [token for token in tokens if token not in self.model.decoder.eos_ids]
+        return one_line(self.model.decoder.tokenizer.decode(kept, skip_special_tokens=True))
+
+    def _partial(self, partial: Partial) -> PartialAnswer:
+        best = partial.hypothesis
+        return PartialAnswer(
+            partial.utterance, self.decoder.tokens(best.tokens), best.score, partial.done, self.text
+        )
 
     def _constraints(self, tasks: Sequence[str]) -> list[Constraint]:
         found: list[Constraint] = []
