@@ -87,7 +87,7 @@ def decode_shard(model: SpeechLLM, data_dir: str | Path, out_dir: str | Path, op
 def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str], options: DecodeOptions) -> Path:
     from tqdm import tqdm
 
-    _reset_peak_memory(model.device)
+    reset_peak_memory(model.device)
     done = set(_read_journal(journal))
     batches = [keys[start : start + options.batch_size] for start in range(0, len(keys), options.batch_size)]
     todo = [batch for batch in batches if not done.issuperset(batch)]
@@ -131,7 +131,7 @@ def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str]
     write_json(
         journal.with_name("machine.json"),
         {
-            "peak_memory_bytes": _peak_memory(model.device),
+            "peak_memory_bytes": peak_memory(model.device),
             "device": _device_name(model.device),
             "threads": torch.get_num_threads(),
             "dtype": str(model.model.decoder.dtype).removeprefix("torch."),
@@ -265,7 +265,7 @@ def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _reset_peak_memory(device: str) -> None:
+def reset_peak_memory(device: str) -> None:
     """So that the peak of one test set is not reported for the next one that the same process decodes."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
@@ -274,7 +274,7 @@ def _reset_peak_memory(device: str) -> None:
             CLEAR_REFS.write_text("5")
 
 
-def _peak_memory(device: str) -> int:
+def peak_memory(device: str) -> int:
     """Bytes since the last reset, where the system can do that; else of the whole process."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated(device))

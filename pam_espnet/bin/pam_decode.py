@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.merge or shards == 1:
         # A recipe says what its user typed; alone, it is this command.
         typed = os.environ.get("PAM_COMMAND") or shlex.join(["pam_decode.py", *sys.argv[1:]])
-        run = {"command": shlex.split(typed), "commit": _commit()}
+        run = {"command": shlex.split(typed), "commit": code_commit()}
         for data, out in todo:
             stats = merge_shards(data, out, options, run)
             rtf = stats["seconds_wall"] / max(stats["seconds_audio"], 1e-9)
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _commit() -> str | None:
+def code_commit() -> str | None:
     """The commit of the code that runs, or None outside a git checkout."""
     folder = Path(__file__).resolve().parent
     if os.environ.get("PAM_COMMIT"):
