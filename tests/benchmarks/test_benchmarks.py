@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import decode
-import decode_ways
 import pytest
 import torch
+from benchmarks import decode, decode_ways
 from torch.nn import functional as F
 
 from pam_espnet.decoder.llm import LLMDecoder
