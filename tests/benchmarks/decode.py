@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 WAYS = ("generate", "espnet", "uncached", "transformers", "fused")
-LONG = 60.0  # seconds of a round of all ways above which one round is enough
+LONG = 60.0  # CPU seconds of a round of all ways above which one round is enough
 TEXT = (
     "A speech model hears a recording, reads the question that is put to it, and answers in words. It may be asked who "
     "is talking, what is said, or which sounds are to be heard in the background, and it should say so in plain words. "
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--beam", type=int, default=4, help="hypotheses per utterance (4)")
     parser.add_argument("--tokens", type=int, default=24, help="tokens to decode (24)")
     parser.add_argument("--rounds", type=int, default=3, help="timings of each way (3)")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds that one search may take (60)")
+    parser.add_argument("--limit", type=float, default=60.0, help="CPU seconds that one search may take (60)")
     parser.add_argument("--profile", choices=WAYS, help="only: where this way's CPU time goes")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     parser.add_argument("--dtype", default="float32", help="precision of the LLM (float32)")
@@ -186,7 +186,7 @@ def measure(
         count = positions(way, max(lengths), batch, args.beam, args.tokens)
         speed = speeds.get(way) or speeds.get(args.ways[0])
         if speed and count / speed > args.limit:
-            reason = f"{way}: {count} positions, about {count / speed:.0f} s a search at its last speed"
+            reason = f"{way}: {count} positions, about {count / speed:.0f} CPU s a search at its last speed"
             record["left_out"].append({"prefix": length, "batch": batch, "reason": reason})
             print(f"prefix {length} batch {batch}: left out {reason}", flush=True)
             continue
@@ -194,8 +194,8 @@ def measure(
             workers[way] = Worker(way, args)
             workers[way].ask(**search, tokens=2)  # what is made at the first call is made now
         first[way] = workers[way].ask(**search, tokens=args.tokens)
-        speeds[way] = count / first[way]["wall"]
-    rounds = args.rounds if sum(one["wall"] for one in first.values()) < LONG else 1
+        speeds[way] = count / first[way]["cpu"]
+    rounds = args.rounds if sum(one["cpu"] for one in first.values()) < LONG else 1
     times: dict[str, dict[str, list[float]]] = {way: {"prefill": [], "total": [], "cpu": []} for way in first}
     for _ in range(rounds):
         for way, own in times.items():
