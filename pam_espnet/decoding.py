@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,9 +26,10 @@ from pam_espnet.data.passport import Passport
 from pam_espnet.data.tables import write_table
 from pam_espnet.errors import CheckpointError, ConfigError, DataError
 from pam_espnet.fileio import check_key, exclusive, read_json, sha256_file, write_json, write_text
-from pam_espnet.inference import Answer, SpeechLLM
+from pam_espnet.inference import Answer, PartialAnswer, SpeechLLM
 
 JOURNAL = "journal.jsonl"
+REFRESH = 0.5  # seconds between two updates of a progress bar within a batch
 CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak of resident memory
 
 
@@ -86,7 +87,7 @@ def decode_shard(model: SpeechLLM, data_dir: str | Path, out_dir: str | Path, op
 def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str], options: DecodeOptions) -> Path:
     from tqdm import tqdm
 
-    _reset_peak_memory(model.device)
+    reset_peak_memory(model.device)
     done = set(read_journal(journal))
     batches = [keys[start : start + options.batch_size] for start in range(0, len(keys), options.batch_size)]
     todo = [batch for batch in batches if not done.issuperset(batch)]
@@ -101,11 +102,15 @@ def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str]
                 waves = [np.zeros_like(wave) for wave in waves]
             began = time.perf_counter()
             answers = model.answer(
-                waves, [data.prompt[key] for key in batch], [data.utt2task[key] for key in batch]
+                waves,
+                [data.prompt[key] for key in batch],
+                [data.utt2task[key] for key in batch],
+                on_partial=_show_steps(bar) if sys.stderr.isatty() else None,  # a log file would fill up
             )
             wall = time.perf_counter() - began
             file.write(journal_lines(data, batch, [len(wave) / rate for wave in waves], answers, wall))
             file.flush()
+            bar.set_postfix_str("", refresh=False)
             bar.update(len(batch))
     note_machine(journal, model)
     return journal
@@ -143,12 +148,26 @@ def note_machine(journal: Path, model: SpeechLLM) -> None:
     write_json(
         journal.with_name("machine.json"),
         {
-            "peak_memory_bytes": _peak_memory(model.device),
+            "peak_memory_bytes": peak_memory(model.device),
             "device": _device_name(model.device),
             "threads": torch.get_num_threads(),
             "dtype": model.model.decoder.precision,
         },
     )
+
+
+def _show_steps(bar: Any) -> Callable[[list[PartialAnswer]], None]:
+    """A callback that writes the running batch's step and unfinished utterances behind a tqdm bar."""
+    shown = time.monotonic()
+
+    def show(partials: list[PartialAnswer]) -> None:
+        nonlocal shown
+        running = [one for one in partials if not one.done]
+        if running and time.monotonic() - shown >= REFRESH:
+            shown = time.monotonic()
+            bar.set_postfix_str(f"token {len(running[0].tokens)}, {len(running)} running")
+
+    return show
 
 
 def merge_shards(
@@ -284,7 +303,7 @@ def read_journal(path: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _reset_peak_memory(device: str) -> None:
+def reset_peak_memory(device: str) -> None:
     """So that the peak of one test set is not reported for the next one that the same process decodes."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
@@ -293,7 +312,7 @@ def _reset_peak_memory(device: str) -> None:
             CLEAR_REFS.write_text("5")
 
 
-def _peak_memory(device: str) -> int:
+def peak_memory(device: str) -> int:
     """Bytes since the last reset, where the system can do that; else of the whole process."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated(device))

@@ -6,8 +6,9 @@ Dimension letters: B utterances, N samples, U adapter frames, P prefix positions
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pam_espnet.search.beam import beam_search
 from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
 from pam_espnet.search.drafters import NgramLookup, NoDraft, WholeAnswer
 from pam_espnet.search.drafting import DraftCount, Drafter, draft_search
+from pam_espnet.search.hypothesis import Partial
 
 
 @dataclass
@@ -44,6 +46,23 @@ class Answer:
     routing: dict[str, Any]
     constraints: dict[str, int]
     draft: DraftCount | None = None
+
+
+@dataclass(frozen=True)
+class PartialAnswer:
+    """How far the answer to an utterance is; ``text`` costs nothing until it is read."""
+
+    utterance: int  # place among the waveforms
+    tokens: list[int]  # of the best running hypothesis, of the answer once ``done``; the LLM's ids
+    score: float  # sum of log-probabilities; once done, divided as ``length_penalty`` says
+    done: bool
+    decode: Callable[[Sequence[int]], str]
+
+    @property
+    def text(self) -> str:
+        """The words so far; bytes of a letter that is not whole yet are left out."""
+        text = self.decode(self.tokens)
+        return text if self.done else text.rstrip("\ufffd")
 
 
 class SpeechLLM:
@@ -136,6 +155,7 @@ class SpeechLLM:
         prompts: Sequence[str],
         tasks: Sequence[str] | None = None,
         audio: AudioEmbeddings | None = None,
+        on_partial: Callable[[list[PartialAnswer]], None] | None = None,
     ) -> list[Answer]:
         """Answer one prompt per waveform.
 
@@ -144,6 +164,8 @@ class SpeechLLM:
             prompts: as many.
             tasks: as many names; without them no answer set applies.
             audio: what ``listen`` made of them, where they are answered more than once.
+            on_partial: called after every step of the search with the utterances that took it: for streaming and
+                progress bars.
         """
         audio = self.listen(waves, prompts) if audio is None else audio
         placed = self.model.place(prompts, audio, None)
@@ -157,14 +179,14 @@ class SpeechLLM:
             sets = [self._answer_sets.get(task, [[]]) for task in tasks]
             caps = [max(cap, 1 + max(map(len, answers))) for cap, answers in zip(caps, sets, strict=True)]
         constraints = self._constraints(tasks)
+        show = None if on_partial is None else partial(self._show, on_partial)
         drafts: Sequence[DraftCount | None] = [None] * len(waves)
         prefix = (placed.embeds, placed.prefix_lengths, self.options.beam)
         if self.options.draft.kind == "none":
-            nbest = beam_search(self.decoder, *prefix, caps, constraints=constraints)
+            nbest = beam_search(self.decoder, *prefix, caps, show, constraints)
         else:
             drafters, most = self.drafters(tasks, prompts, audio), self.options.draft.most
-            nbest, drafts = draft_search(self.decoder, *prefix, drafters, most, caps, constraints=constraints)
-        tokenizer, end = self.model.decoder.tokenizer, set(self.model.decoder.eos_ids)
+            nbest, drafts = draft_search(self.decoder, *prefix, drafters, most, caps, show, constraints)
         answers = []
         for b, hypotheses in enumerate(nbest):
             if not hypotheses:
@@ -175,10 +197,7 @@ class SpeechLLM:
                 fired[constraint.name] += constraint.fired[b]
             answers.append(
                 Answer(
-                    texts=[
-                        one_line(tokenizer.decode([t for t in one if t not in end], skip_special_tokens=True))
-                        for one in tokens
-                    ],
+                    texts=[self.text(one) for one in tokens],
                     tokens=tokens,
                     scores=[one.score for one in hypotheses],
                     depths=[one.depths for one in hypotheses],
@@ -204,6 +223,20 @@ class SpeechLLM:
                 heard[b] = self.decoder.places(tokens)
         whole = WholeAnswer(heard, "ctc")
         return [whole if b in own else NoDraft() for b in range(len(tasks))]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The words of an answer's token ids."""
+        kept = [token for token in tokens if token not in self.model.decoder.eos_ids]
+        return one_line(self.model.decoder.tokenizer.decode(kept, skip_special_tokens=True))
+
+    def _show(self, on_partial: Callable[[list[PartialAnswer]], None], found: Sequence[Partial]) -> None:
+        places = self.decoder.tokens
+        on_partial(
+            [
+                PartialAnswer(one.utterance, places(one.hypothesis.tokens), one.hypothesis.score, one.done, self.text)
+                for one in found
+            ]
+        )
 
     def _constraints(self, tasks: Sequence[str]) -> list[Constraint]:
         found: list[Constraint] = []

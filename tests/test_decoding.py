@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from tiny_model import tiny_config, write_data
 
+from pam_espnet import decoding
 from pam_espnet.answering import AnswerOptions
 from pam_espnet.bin.pam_decode import main
 from pam_espnet.build import build_model
@@ -79,6 +81,16 @@ def test_compile_needs_fused_blocks(tiny_llm_dir: Path) -> None:
     config["llm_conf"]["fused_decoding"] = False
     with pytest.raises(ConfigError, match="compile: only Llama-type"):
         SpeechLLM(build_model(config), AnswerOptions(compile=True))
+
+
+def test_the_bar_shows_the_step_of_a_long_batch(
+    exp: Path, data: Path, tmp_path: Path, decoded: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(decoding, "REFRESH", 0.0)
+    decode(exp, data, tmp_path)
+    assert "token 2, 4 running" in capsys.readouterr().err
+    assert (tmp_path / "score").read_text() == (decoded / "score").read_text()
 
 
 def test_scoring_takes_it(decoded: Path, data: Path) -> None:

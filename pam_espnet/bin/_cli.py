@@ -36,10 +36,10 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
 def run_record(program: str) -> dict[str, Any]:
     """Command (its words) and commit, for result files. A recipe says what its user typed; alone, it is ``program``."""
     typed = os.environ.get("PAM_COMMAND") or shlex.join([program, *sys.argv[1:]])
-    return {"command": shlex.split(typed), "commit": _commit()}
+    return {"command": shlex.split(typed), "commit": code_commit()}
 
 
-def _commit() -> str | None:
+def code_commit() -> str | None:
     """The commit of the code that runs, or None outside a git checkout."""
     folder = Path(__file__).resolve().parent
     if os.environ.get("PAM_COMMIT"):

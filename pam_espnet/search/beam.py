@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pam_espnet.search.constraints import Constraint
-from pam_espnet.search.hypothesis import Candidate, Hypothesis, UtteranceBeam
+from pam_espnet.search.hypothesis import Candidate, Hypothesis, Partial, UtteranceBeam
 from pam_espnet.search.options import BeamOptions
 
 
@@ -64,7 +64,7 @@ def beam_search(
     prefix_lengths: Tensor,
     options: BeamOptions,
     max_new_tokens: Tensor | Sequence[int] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_partial: Callable[[list[Partial]], None] | None = None,
     constraints: Sequence[Constraint] = (),
 ) -> list[list[Hypothesis]]:
     """Search the best answers of a batch.
@@ -78,7 +78,7 @@ def beam_search(
         options: of the search.
         max_new_tokens: (B,) a length cap per utterance, e.g. from the audio's duration; ``options.max_new_tokens``
             stays the upper bound.
-        on_step: called after every step with (utterances still active, steps taken).
+        on_partial: called after every step with how far the utterances are that took it.
         constraints: on the answers; they count per utterance where they fired.
 
     Returns:
@@ -95,7 +95,6 @@ def beam_search(
     deferring = decoder if isinstance(decoder, DeferringDecoder) and decoder.deferred else None
     if active:
         logits, state = decoder.prefill(prefix, prefix_lengths)
-    steps = 0
     while active:
         if deferring is not None:
             _settle(deferring, logits, state, active, options, eos_ids, constraints)
@@ -109,10 +108,9 @@ def beam_search(
             if not beam.done:
                 rows += [first_row + parent for parent in parents]
             first_row += before
+        if on_partial is not None:
+            on_partial([beam.partial() for beam in active])
         active = [beam for beam in active if not beam.done]
-        steps += 1
-        if on_step is not None:
-            on_step(len(active), steps)
         if active:
             tokens = [hypothesis.tokens[-1] for beam in active for hypothesis in beam.running]
             state.select(torch.tensor(rows, device=logits.device))

@@ -29,7 +29,7 @@ from torch import Tensor
 from pam_espnet.errors import ConfigError
 from pam_espnet.search.beam import State
 from pam_espnet.search.constraints import Constraint
-from pam_espnet.search.hypothesis import Candidate, Hypothesis, UtteranceBeam
+from pam_espnet.search.hypothesis import Candidate, Hypothesis, Partial, UtteranceBeam
 from pam_espnet.search.options import BeamOptions
 
 
@@ -88,7 +88,7 @@ def draft_search(
     drafters: Sequence[Drafter],
     most: int,
     max_new_tokens: Tensor | Sequence[int] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_partial: Callable[[list[Partial]], None] | None = None,
     constraints: Sequence[Constraint] = (),
     with_prefix: bool = True,
 ) -> tuple[list[list[Hypothesis]], list[DraftCount]]:
@@ -96,7 +96,7 @@ def draft_search(
 
     Args:
         decoder: that verifies drafts.
-        prefix, prefix_lengths, max_new_tokens, on_step, constraints: as in ``beam_search``; a step is a pass.
+        prefix, prefix_lengths, max_new_tokens, on_partial, constraints: as in ``beam_search``; a step is a pass.
         options: of the search.
         drafters: one per utterance.
         most: tokens per draft.
@@ -126,7 +126,6 @@ def draft_search(
     if active:
         drafts = drafted() if with_prefix else [[] for _ in active]
         logits, state = decoder.prefill_drafts(prefix, prefix_lengths, drafts)
-    steps = 0
     while active:
         reader = _Reader(logits, state, options, eos_ids, constraints)
         rows: list[int] = []  # behind which each utterance goes on
@@ -144,10 +143,9 @@ def draft_search(
             counted.proposed += len(draft)
             counted.accepted += right
             counted.passes += 1
+        if on_partial is not None:
+            on_partial([beam.partial() for beam in active])
         active = [beam for beam in active if not beam.done]
-        steps += 1
-        if on_step is not None:
-            on_step(len(active), steps)
         if active:
             drafts = drafted()
             chains = [[beam.running[0].tokens[-1], *draft] for beam, draft in zip(active, drafts, strict=True)]

@@ -41,6 +41,15 @@ class Candidate:
     depth: int = 0  # block of the LLM that named it
 
 
+@dataclass(frozen=True)
+class Partial:
+    """How far the search of an utterance is."""
+
+    utterance: int  # place in its batch
+    hypothesis: Hypothesis  # the best running one; once done, the answer (empty where the search found none)
+    done: bool
+
+
 class UtteranceBeam:
     """The beam of one utterance.
 
@@ -109,6 +118,11 @@ class UtteranceBeam:
     def nbest(self) -> list[Hypothesis]:
         """The best finished hypotheses, best first."""
         return self.finished[: self.options.nbest]
+
+    def partial(self) -> Partial:
+        """How far it is."""
+        best = self.finished if self.done else self.running
+        return Partial(self.place, best[0] if best else Hypothesis(), self.done)
 
     def _extend(self, one: Candidate, score: float, ended: bool) -> Hypothesis:
         parent = self.running[one.parent]

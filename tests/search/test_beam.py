@@ -17,7 +17,7 @@ from pam_espnet.decoder.fused import FusedLlama
 from pam_espnet.decoder.llm import LLMDecoder
 from pam_espnet.errors import ConfigError
 from pam_espnet.search.beam import beam_search
-from pam_espnet.search.hypothesis import Hypothesis
+from pam_espnet.search.hypothesis import Hypothesis, Partial
 from pam_espnet.search.options import BeamOptions
 
 
@@ -109,18 +109,16 @@ def test_the_prefix_is_run_once_and_finished_utterances_leave(
     hook = decoder.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
     )
-    steps: list[tuple[int, int]] = []
+    active: list[int] = []  # after each step
     try:
         options = BeamOptions(beam_size=4, max_new_tokens=10, eos_ids=EOS)
         search(
             decoder, prefix, list(range(6)), options, max_new_tokens=[1, 2, 10, 3, 10, 99],
-            on_step=lambda active, step: steps.append((active, step)),
+            on_partial=lambda partials: active.append(sum(not one.done for one in partials)),
         )  # fmt: skip
     finally:
         hook.remove()
-    assert [step for _, step in steps] == list(range(1, len(steps) + 1))
-    active = [active for active, _ in steps]
-    assert active == sorted(active, reverse=True) and active[0] == 5 and active[-1] == 0 and len(steps) <= 10
+    assert active == sorted(active, reverse=True) and active[0] == 5 and active[-1] == 0 and len(active) <= 10
     new = [4 * count for count in active if count]  # one position per hypothesis and step
     if decoder.fused_decoding:  # and of a prefix nothing but its last position through the last block
         assert not seen and rows_run == [[sum(LENGTHS), *new], [len(LENGTHS), *new]]
@@ -138,6 +136,22 @@ def test_cost_grows_linearly_with_utterances(tiny_llm_dir: Path, prefix: Tensor,
         search(decoder, prefix, [1] * utterances, options)
         totals.append([sum(counts) for counts in rows_run])
     assert totals == [[times * (LENGTHS[1] + 9 * 4), times * (1 + 9 * 4)] for times in (1, 3, 12)]
+
+
+def test_partial_results_grow_to_the_answer(decoder: LLMDecoder, prefix: Tensor) -> None:
+    steps: list[list[Partial]] = []
+    options = BeamOptions(beam_size=3, max_new_tokens=9, eos_ids=EOS)
+    rows = [3, 0, 5]
+    found = search(decoder, prefix, rows, options, max_new_tokens=[9, 2, 9], on_partial=steps.append)
+    assert found == search(decoder, prefix, rows, options, max_new_tokens=[9, 2, 9])
+    assert [one.utterance for one in steps[0]] == [0, 1, 2]
+    for utterance, (best,) in enumerate(found):
+        own = [one for partials in steps for one in partials if one.utterance == utterance]
+        assert [one.done for one in own] == [False] * (len(own) - 1) + [True]
+        assert own[-1].hypothesis == best
+        for length, one in enumerate(own[:-1], 1):
+            assert len(one.hypothesis.tokens) == length and not one.hypothesis.ended
+            assert one.hypothesis.score == pytest.approx(sum(one.hypothesis.log_probs))
 
 
 def test_length_caps_are_per_utterance(decoder: LLMDecoder, prefix: Tensor) -> None:

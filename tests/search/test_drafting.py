@@ -182,13 +182,13 @@ def test_finished_utterances_leave(decoder: LLMDecoder, prefix: Tensor) -> None:
     options = BeamOptions(beam_size=1, max_new_tokens=9, eos_ids=())
     expected = search(view, prefix, ROWS, options)
     drafts = [one.tokens if row % 2 else [] for row, (one,) in enumerate(expected)]
-    steps: list[tuple[int, int]] = []
+    active: list[int] = []  # after each pass
     found, counts = drafted(
         view, prefix, ROWS, options, [WholeAnswer(drafts, "whole")] * len(ROWS),
-        on_step=lambda active, step: steps.append((active, step)),
+        on_partial=lambda partials: active.append(sum(not one.done for one in partials)),
     )  # fmt: skip
     same(found, expected)
-    assert [active for active, _ in steps] == [3] * 8 + [0]
+    assert active == [3] * 8 + [0]
     assert [count.passes for count in counts] == [9, 1] * 3
     assert [count.accepted for count in counts] == [0, 8] * 3
 
