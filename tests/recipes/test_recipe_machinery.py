@@ -119,6 +119,28 @@ def check_configuration(recipe: Path, names: list[str], tmp_path: Path) -> None:
         AnswerOptions.from_dict(load_yaml(decode), decode)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "fusion"),
+    [pytest.param(*entry.values[:2], id=entry.id.rsplit("-", 1)[0]) for entry in CONFIGS if entry.values[2] == "mini"],
+)
+def test_a_model_is_built_of_every_fusion(recipe: Path, fusion: str, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    """With tiny parts instead of the ones that a configuration names."""
+    from pam_espnet.build import build_model
+    from pam_espnet.config import resolve
+
+    conf = recipe / "conf"
+    config = resolve([conf / "train.yaml", conf / "fusion" / f"{fusion}.yaml"])
+    config["llm"] = str(tiny_llm_dir)
+    encoders = config["frontend_conf"]["encoders"]
+    config["frontend_conf"]["encoders"] = {name: {"type": "tiny_encoder:TinyEncoder"} for name in encoders}
+    (tmp_path / "tokens.txt").write_text("5\n6\n")
+    config["model_conf"]["ctc_tokens"] = str(tmp_path / "tokens.txt")
+    names = set(build_model(config).trainable_parameters())
+    assert any("lora" in name for name in names)
+    for prefix in (*config.get("lr_scale_conf", {}), *config["warm_start_conf"].get("lr_scales", {})):
+        assert any(name.startswith(prefix) for name in names), f"{prefix} matches nothing"
+
+
 def test_a_new_recipe_is_made_and_refuses_to_overwrite(tmp_path: Path) -> None:
     """setup.sh needs the tree around it, so it runs on a copy of egs/ and utils/."""
     import shutil
