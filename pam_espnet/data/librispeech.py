@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -141,9 +142,10 @@ def _read_chapter(speaker: str, chapter: Path, problems: list[Problem]) -> list[
     texts: dict[str, str] = {}
     for number, line in enumerate(transcripts.read_text(encoding="utf-8").splitlines(), 1):
         key, _, text = line.partition(" ")
-        if not key.startswith(f"{name}-") or not text.strip():
+        if re.fullmatch(rf"{re.escape(name)}-\d+", key) is None or not text.strip():
             problems.append(Problem(transcripts, number, f"not '{name}-NUMBER WORDS': {line!r}", UNPACK_HINT))
-        elif key not in audio:
+            continue
+        if key not in audio:
             problems.append(Problem(transcripts, number, f"there is no {key}.flac beside it", UNPACK_HINT))
         texts[key] = " ".join(text.split())
     for key in sorted(audio - texts.keys()):

@@ -44,7 +44,7 @@ Options (default)
   --decode_dtype NAME   precision of the LLM in decoding, float32 or bfloat16; only in float32 does an answer not
                         depend on the batch it is decoded in (float32)
 ${DATA_HELP:+
-Options of this recipe's data; relative paths start at the recipe's folder
+Options of the data of this recipe; relative paths start at its folder
 ${DATA_HELP}
 }
 A second run skips what is done; a killed one goes on where it stopped."
