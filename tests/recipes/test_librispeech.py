@@ -61,19 +61,20 @@ def prepare(local: SimpleNamespace, corpus: Path, data: Path, *args: str) -> Non
 
 def test_first_two_stages(corpus: Path, tmp_path: Path) -> None:
     recipe = copy_recipe(tmp_path / "tree", "librispeech")
-    options = ["--size", "mini", "--stop_stage", "2", "--librispeech", str(corpus), "--nj", "1"]
-    refused = run(recipe, *options)
+    options = ["--size", "mini", "--librispeech", str(corpus), "--nj", "1"]
+    refused = run(recipe, *options, program="local/data.sh")
     assert refused.returncode == 1
     assert "test-clean has 6 utterances, published are 2620" in refused.stderr
     assert "--check_counts false" in refused.stderr
-    done = run(recipe, *options, "--check_counts", "false")
+    options += ["--check_counts", "false"]
+    done = run(recipe, *options, "--stop_stage", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "note: test-other has 6 utterances, published are 2939" in done.stdout
     for name, number in zip(SETS, (9, 6, 6, 6), strict=True):
         passport = json.loads((recipe / "dump/mini/raw" / name / "passport.json").read_text())
         assert len(passport["utterances"]) == number and passport["tasks"] == {"asr": number}
         assert not passport["skipped"]
-    again = run(recipe, *options, "--check_counts", "false")
+    again = run(recipe, *options, program="local/data.sh")
     assert again.returncode == 0 and "data/mini is there already" in again.stdout
 
 
@@ -201,7 +202,7 @@ def mirror(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def test_download_unpacks_marks_and_keeps(corpus: Path, mirror: tuple[str, Path], tmp_path: Path) -> None:
-    """Stage 1 through run.sh, from archives on this machine; then a cut one, and a folder that is somebody's own."""
+    """Stage 1 from archives on this machine; then a cut one, and a folder that is somebody's own."""
     recipe = copy_recipe(tmp_path / "tree", "librispeech")
     address, folder = mirror
     table = yaml.safe_load((recipe / "local/archives.yaml").read_text())
@@ -214,17 +215,18 @@ def test_download_unpacks_marks_and_keeps(corpus: Path, mirror: tuple[str, Path]
         content = archive.read_bytes()
         table["archives"][subset] |= {"md5": hashlib.md5(content).hexdigest(), "size": len(content)}
     (recipe / "local/archives.yaml").write_text(yaml.safe_dump(table))
-    options = ["--size", "mini", "--stop_stage", "1", "--mirror", address, "--check_counts", "false", "--nj", "1"]
-    done = run(recipe, *options, "--remove_archives", "true")
+    options = ["--size", "mini", "--mirror", address, "--check_counts", "false", "--nj", "1"]
+    make = partial(run, program="local/data.sh")
+    done = make(recipe, *options, "--remove_archives", "true")
     assert done.returncode == 0, done.stdout + done.stderr
     unpacked = recipe / "downloads/LibriSpeech"
     assert all((unpacked / subset / ".completed").is_file() for subset in READERS)
     assert not list((recipe / "downloads").glob("*.tar.gz")) and (recipe / "data/mini/test_other/text").is_file()
-    again = run(recipe, *options)
+    again = make(recipe, *options)
     assert again.returncode == 0 and again.stdout.count("is there already") == len(READERS) + 1
 
     (unpacked / "test-clean/.completed").unlink()
-    refused = run(recipe, *options)
+    refused = make(recipe, *options)
     assert refused.returncode == 1 and "was not unpacked by this program" in refused.stderr
     shutil.rmtree(unpacked / "test-clean")
     cut = folder / "12/test-clean.tar.gz"
@@ -233,7 +235,7 @@ def test_download_unpacks_marks_and_keeps(corpus: Path, mirror: tuple[str, Path]
     (recipe / "local/archives.yaml").write_text(
         yaml.safe_dump(table | {"archives": table["archives"] | {"test-clean": entry}})
     )
-    damaged = run(recipe, *options)
+    damaged = make(recipe, *options)
     assert damaged.returncode == 1 and "test-clean.tar.gz: cannot be unpacked" in damaged.stderr
     assert "delete the file and run this again" in damaged.stderr
 
