@@ -65,6 +65,7 @@ MAIN_METRICS: dict[str, tuple[str, ...]] = {
     "wer": ("wer", "wer_normalised"),
     "count": ("accuracy", "mae"),
     "caption": ("cider_d", "rouge_l"),
+    "choice": ("accuracy",),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 from pathlib import Path
 
@@ -17,12 +18,19 @@ CONFIGS = [
 ]
 
 
+BASES = [
+    pytest.param(recipe, base.name, id=f"{recipe.parent.name}-{base.stem}")
+    for recipe in RECIPES
+    for base in sorted(recipe.glob("conf/train*.yaml"))
+]
+
+
 def call(recipe: Path, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["./run.sh", *args], cwd=recipe, capture_output=True, text=True, check=False)
 
 
 def test_there_is_something_to_test() -> None:
-    assert len(RECIPES) >= 1 and len(CONFIGS) >= 7
+    assert {recipe.parent.name for recipe in RECIPES} >= {"mini", "librispeech", "libricount"} and len(CONFIGS) >= 7
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.parent.name)
@@ -70,6 +78,17 @@ def test_mistakes_are_named(args: list[str], said: str) -> None:
 def test_every_configuration_is_one_that_training_accepts(
     recipe: Path, fusion: str, size: str, tmp_path: Path
 ) -> None:
+    check_configuration(recipe, ["train.yaml", f"fusion/{fusion}.yaml", f"size/{size}.yaml"], tmp_path)
+
+
+@pytest.mark.parametrize(("recipe", "base"), BASES)
+def test_so_is_every_base_configuration(recipe: Path, base: str, tmp_path: Path) -> None:
+    """Those beside train.yaml are laid over it."""
+    size = sorted(recipe.glob("conf/size/*.yaml"))[0].name
+    check_configuration(recipe, ["train.yaml", base, "fusion/pam.yaml", f"size/{size}"], tmp_path)
+
+
+def check_configuration(recipe: Path, names: list[str], tmp_path: Path) -> None:
     """ESPnet's parser knows every key, and every block of options fits its reader."""
     from pam_espnet.answering import AnswerOptions
     from pam_espnet.config import load_yaml, resolve, used_encoders, write_config
@@ -81,21 +100,45 @@ def test_every_configuration_is_one_that_training_accepts(
     from pam_espnet.tasks.warm_start import WarmStartOptions
 
     conf = recipe / "conf"
-    config = resolve([conf / "train.yaml", conf / "fusion" / f"{fusion}.yaml", conf / "size" / f"{size}.yaml"])
+    config = resolve([conf / name for name in names])
     write_config(config, tmp_path / "train.yaml")
     args = PaMTask.get_parser().parse_args(["--config", str(tmp_path / "train.yaml"), "--output_dir", str(tmp_path)])
     BatchingOptions(**args.batching_conf)
     WarmStartOptions(**args.warm_start_conf)
     frontend = args.frontend_conf
     MaskOptions(**frontend.get("mask_conf", {}))
-    names = used_encoders(config)
-    counts = [len(frontend["encoders"][name]["layers"]) for name in names]
+    encoders = used_encoders(config)
+    counts = [len(frontend["encoders"][name]["layers"]) for name in encoders]
     options = frontend.get("fusion_conf", {})
-    build_fusion(frontend["fusion"], num_layers=counts, width=8, prompt_width=8, names=names, **options)
-    for name in names:
-        assert encoder_class(frontend["encoders"][name]["type"])
+    build_fusion(frontend["fusion"], num_layers=counts, width=8, prompt_width=8, names=encoders, **options)
+    for name in encoders:
+        own = dict(frontend["encoders"][name])
+        inspect.signature(encoder_class(own.pop("type"))).bind(**own)
+    assert set(args.lr_scale_conf) <= {"decoder", "frontend.fusion.experts", "frontend.fusion.project"}
     for decode in conf.glob("decode*.yaml"):
         AnswerOptions.from_dict(load_yaml(decode), decode)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fusion"),
+    [pytest.param(*entry.values[:2], id=entry.id.rsplit("-", 1)[0]) for entry in CONFIGS if entry.values[2] == "mini"],
+)
+def test_a_model_is_built_of_every_fusion(recipe: Path, fusion: str, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    """With tiny parts instead of the ones that a configuration names."""
+    from pam_espnet.build import build_model
+    from pam_espnet.config import resolve
+
+    conf = recipe / "conf"
+    config = resolve([conf / "train.yaml", conf / "fusion" / f"{fusion}.yaml"])
+    config["llm"] = str(tiny_llm_dir)
+    encoders = config["frontend_conf"]["encoders"]
+    config["frontend_conf"]["encoders"] = {name: {"type": "tiny_encoder:TinyEncoder"} for name in encoders}
+    (tmp_path / "tokens.txt").write_text("5\n6\n")
+    config["model_conf"]["ctc_tokens"] = str(tmp_path / "tokens.txt")
+    names = set(build_model(config).trainable_parameters())
+    assert any("lora" in name for name in names)
+    for prefix in (*config.get("lr_scale_conf", {}), *config["warm_start_conf"].get("lr_scales", {})):
+        assert any(name.startswith(prefix) for name in names), f"{prefix} matches nothing"
 
 
 def test_a_new_recipe_is_made_and_refuses_to_overwrite(tmp_path: Path) -> None:
