@@ -48,7 +48,8 @@ def _summary(found: Profile, chosen: Tensor, cost: CostModel, threshold: float |
     steps, right = groups["step"], found.right()
     gates = {}
     for mode, sureness in found.sureness.items():
-        tried = sorted({*THRESHOLDS, *([threshold] if mode == "gate" and threshold is not None else [])})
+        own = [threshold] if mode == "gate" and threshold is not None else []
+        tried = sorted([*own, *(at for at in THRESHOLDS if not own or abs(at - own[0]) > 1e-6)])
         gates[mode] = [
             outcome((sureness >= at)[:, steps], right[:, steps], found.layers, cost, at, checked=mode != "gate")
             for at in tried

@@ -50,10 +50,10 @@ _ORACLE = (
     "takes from the prefix at full depth.\n"
 )
 _GATES = (
-    "For each measure the threshold with the greatest predicted speed-up among those that are precise enough; steps "
-    "only. Coverage: share of steps that leave early; precision: share of those whose token is the last block's. "
-    "Confidence, entropy and patience are charged for every output layer that they run to decide, a gate is counted as "
-    "free. A dash: no threshold that was tried is precise enough and gains anything.\n"
+    "For each measure the threshold with the greatest predicted speed-up among those that are precise enough; where "
+    "none is, the most precise one. Steps only. Coverage: share of steps that leave early; precision: share of those "
+    "whose token is the last block's. Confidence, entropy and patience are charged for every output layer that they "
+    "run to decide, a gate is counted as free.\n"
 )
 _DECODING = (
     "Beam search as in the recipe, with and without exits. In brackets: 95 % interval, bootstrap over utterances; "
@@ -119,22 +119,33 @@ def _oracle(report: Mapping[str, Any]) -> str:
 
 
 def _gates(report: Mapping[str, Any]) -> str:
-    rows = []
+    rows, own = [], (report["calibration"] or {}).get("threshold")
     for name, tasks in report["sets"].items():
         for task, figures in tasks.items():
             for mode, outcomes in figures["gates"].items():
-                for wanted in PRECISIONS:
-                    good = [one for one in outcomes if one["precision"] >= wanted and one["coverage"] > 0]
-                    best = max(good, key=lambda one: one["speedup"], default=None)
-                    row = [f"{name}: {task}", mode, f"{wanted:.0%}"]
-                    if best is None or best["speedup"] <= 1:
-                        rows.append([*row, *5 * ["–"]])
-                        continue
-                    at = "–" if best["threshold"] is None else f"{best['threshold']:.3g}"
-                    figures_of_best = [_share(best["coverage"]), _share(best["precision"]), f"{best['mean_depth']:.1f}"]
-                    rows.append([*row, at, *figures_of_best, f"{best['speedup']:.2f}x"])
-    head = ("set", "measure", "precision wanted", "threshold", "coverage %", "precision %", "mean depth", "speed-up")
+                for why, one in _chosen(outcomes, own if mode == "gate" else None):
+                    at = "–" if one["threshold"] is None else f"{one['threshold']:.3g}"
+                    rows.append([
+                        f"{name}: {task}", mode, why, at, _share(one["coverage"]), _share(one["precision"]),
+                        f"{one['mean_depth']:.1f}", f"{one['speedup']:.2f}x",
+                    ])  # fmt: skip
+    head = ("set", "measure", "chosen for", "threshold", "coverage %", "precision %", "mean depth", "speed-up")
     return table(head, rows)
+
+
+def _chosen(outcomes: Sequence[Mapping[str, Any]], own: float | None) -> list[tuple[str, Mapping[str, Any]]]:
+    """Which thresholds the table shows, and why."""
+    if len(outcomes) == 1:  # patience has none
+        return [("", outcomes[0])]
+    found = [("calibrated", one) for one in outcomes if one["threshold"] == own]
+    leaving = [one for one in outcomes if one["coverage"] > 0]
+    for wanted in PRECISIONS:
+        if good := [one for one in leaving if one["precision"] >= wanted]:
+            found.append((f"precision {wanted:.0%}", max(good, key=lambda one: one["speedup"])))
+        elif leaving:
+            found.append(("most precise", max(leaving, key=lambda one: one["precision"])))
+            break
+    return found
 
 
 def _quality(sweep: Sequence[Mapping[str, Any]]) -> str:
