@@ -239,6 +239,19 @@ def test_layer_dropout_spares_the_block_that_speaks_and_the_last(deep_llm_dir: P
     assert run == [1, 2, 3, 4, 5, 6]
 
 
+def test_rank_0_draws_for_all(deep_llm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"exit_weight": 0.4, "exit_layers": [2, 4], "exit_layer_dropout": 0.5}
+    model = build_model(tiny_config(deep_llm_dir, **options)).train()
+
+    def broadcast(tensor: torch.Tensor, source: int) -> None:
+        assert source == 0
+        tensor.copy_(torch.tensor([1, 0, 0, 1, 1, 1, 0]))  # the second exit layer; blocks 3, 4 and 5
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    assert model._draw_exit() == (4, [3, 5])
+
+
 @pytest.mark.parametrize(
     "options",
     [
