@@ -11,6 +11,8 @@
       mode: never
     draft:                    tokens that the LLM verifies instead of finding them one by one, see search.drafting
       kind: none
+    ctc:                      the warm start's CTC head beside the LLM, see search.joint
+      weight: 0
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pam_espnet.data.tasks import task_spec
 from pam_espnet.decoder.exits import ExitOptions
 from pam_espnet.errors import ConfigError
 from pam_espnet.search.drafters import DraftOptions
+from pam_espnet.search.joint import JointOptions
 from pam_espnet.search.options import BeamOptions
 
 SPARE_TOKENS = 8  # for short clips, in which a word or two and the end token must fit
@@ -43,6 +46,7 @@ class AnswerOptions:
         compile: whether the LLM's blocks are compiled before the first answer.
         exit: when a token may be taken from a block before the last.
         draft: who guesses tokens ahead; the answers do not change.
+        ctc: the warm start's CTC head beside the LLM, in the tasks that it was fitted to.
     """
 
     beam: BeamOptions = field(default_factory=BeamOptions)
@@ -53,6 +57,7 @@ class AnswerOptions:
     compile: bool = False
     exit: ExitOptions = field(default_factory=ExitOptions)
     draft: DraftOptions = field(default_factory=DraftOptions)
+    ctc: JointOptions = field(default_factory=JointOptions)
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
@@ -76,6 +81,10 @@ class AnswerOptions:
             raise ConfigError(f"draft: greedy search only; set beam_size to 1, not {self.beam.beam_size}")
         if self.draft.kind != "none" and self.exit.mode != "never":
             raise ConfigError("draft: the whole LLM verifies; set exit.mode to never, or draft.kind to none")
+        if self.ctc.weight > 0 and self.draft.kind != "none":
+            raise ConfigError("ctc.weight: the LLM alone verifies drafts; set draft.kind to none, or weight to 0")
+        if self.ctc.weight > 0 and self.exit.mode != "never" and self.exit.fill == "deferred":
+            raise ConfigError("ctc.weight: exit.fill deferred corrects the LLM's scores alone; choose another fill")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any], source: str | Path = "decoding options") -> AnswerOptions:
@@ -90,7 +99,7 @@ class AnswerOptions:
         try:
             if "eos_ids" in beam:
                 raise ConfigError("eos_ids: the LLM's own end tokens are used")
-            for key, group in (("exit", ExitOptions), ("draft", DraftOptions)):
+            for key, group in (("exit", ExitOptions), ("draft", DraftOptions), ("ctc", JointOptions)):
                 if key in own:
                     own[key] = group(**{name: value for name, value in own[key].items() if value is not None})
             return cls(beam=BeamOptions(**beam), **own)

@@ -20,6 +20,7 @@ from pam_espnet.answering import AnswerOptions
 from pam_espnet.build import build_model
 from pam_espnet.checkpoint import MODEL_FILE, load_strict, read_trained
 from pam_espnet.config import load_yaml
+from pam_espnet.ctc_scorer import CTCScorer
 from pam_espnet.data.tables import one_line
 from pam_espnet.decoder.prompt_layout import answer_ids, layout
 from pam_espnet.decoder.view import DecoderView
@@ -100,8 +101,11 @@ class SpeechLLM:
         self.decoder = DecoderView(model.decoder, vocabulary, options.exit)
         if options.draft.kind != "none":
             self.decoder.verifier()
-        if options.draft.kind == "ctc" and (model.ctc is None or not self.ctc_tasks):
-            raise ConfigError("draft.kind: ctc needs a model whose warm start fitted a task with CTC; choose another")
+        if model.ctc is None or not self.ctc_tasks:
+            if options.draft.kind == "ctc":
+                raise ConfigError("draft.kind: ctc needs a model whose warm start fitted a task with CTC")
+            if options.ctc.weight > 0:
+                raise ConfigError("ctc.weight: needs a model whose warm start fitted a task with CTC; set it to 0")
         fused = model.decoder.fused_blocks()  # now, or the first batch would be charged for it
         if options.compile and fused is None:
             raise ConfigError("compile: only Llama-type LLMs with fused_decoding can be compiled; set compile: false")
@@ -183,7 +187,7 @@ class SpeechLLM:
         drafts: Sequence[DraftCount | None] = [None] * len(waves)
         prefix = (placed.embeds, placed.prefix_lengths, self.options.beam)
         if self.options.draft.kind == "none":
-            nbest = beam_search(self.decoder, *prefix, caps, show, constraints)
+            nbest = beam_search(self.decoder, *prefix, caps, show, constraints, self._ctc_scorer(tasks, audio))
         else:
             drafters, most = self.drafters(tasks, prompts, audio), self.options.draft.most
             nbest, drafts = draft_search(self.decoder, *prefix, drafters, most, caps, show, constraints)
@@ -223,6 +227,13 @@ class SpeechLLM:
                 heard[b] = self.decoder.places(tokens)
         whole = WholeAnswer(heard, "ctc")
         return [whole if b in own else NoDraft() for b in range(len(tasks))]
+
+    def _ctc_scorer(self, tasks: Sequence[str], audio: AudioEmbeddings) -> CTCScorer | None:
+        ctc, options = self.model.ctc, self.options.ctc
+        own = [b for b, task in enumerate(tasks) if task in self.ctc_tasks]
+        if ctc is None or options.weight == 0 or not own:
+            return None
+        return CTCScorer(ctc, self.decoder, audio.embeddings[own], audio.lengths[own], own, options)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The words of an answer's token ids."""

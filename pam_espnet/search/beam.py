@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pam_espnet.search.constraints import Constraint
 from pam_espnet.search.hypothesis import Candidate, Hypothesis, Partial, UtteranceBeam
+from pam_espnet.search.joint import JointScorer
 from pam_espnet.search.options import BeamOptions
 
 
@@ -66,6 +67,7 @@ def beam_search(
     max_new_tokens: Tensor | Sequence[int] | None = None,
     on_partial: Callable[[list[Partial]], None] | None = None,
     constraints: Sequence[Constraint] = (),
+    joint: JointScorer | None = None,
 ) -> list[list[Hypothesis]]:
     """Search the best answers of a batch.
 
@@ -80,6 +82,7 @@ def beam_search(
             stays the upper bound.
         on_partial: called after every step with how far the utterances are that took it.
         constraints: on the answers; they count per utterance where they fired.
+        joint: a second model whose scores are added to the LLM's; not with rows that are completed later.
 
     Returns:
         for each utterance its n-best hypotheses, best first.
@@ -99,7 +102,7 @@ def beam_search(
         if deferring is not None:
             _settle(deferring, logits, state, active, options, eos_ids, constraints)
         depths = state.depths.tolist() if hasattr(state, "depths") else [0] * len(logits)
-        candidates = _candidates(logits, depths, active, options, eos_ids, constraints)
+        candidates = _candidates(logits, depths, active, options, eos_ids, constraints, joint)
         rows: list[int] = []
         first_row = 0
         for beam, choices in zip(active, candidates, strict=True):
@@ -160,6 +163,7 @@ def _candidates(
     options: BeamOptions,
     eos_ids: Sequence[int],
     constraints: Sequence[Constraint],
+    joint: JointScorer | None = None,
 ) -> list[list[Candidate]]:
     """The best continuations (logits (R,V) from blocks ``depths``) of each active utterance, best first.
 
@@ -177,11 +181,19 @@ def _candidates(
         past = [hypothesis.tokens for beam in active for hypothesis in beam.running]
         for constraint in constraints:
             constraint.apply(log_probs, best, utterances, past)
-    values, tokens = log_probs.topk(min(wanted, log_probs.size(1)), dim=-1)  # (R,C)
+    reach = wanted
+    if joint is not None:
+        reach = max(wanted, joint.options.candidates)
+    values, tokens = log_probs.topk(min(reach, log_probs.size(1)), dim=-1)  # (R,C)
     rows = list(zip(values.tolist(), tokens.tolist(), depths, strict=True))
     result = []
     for beam in active:
         own, rows = rows[: len(beam.running)], rows[len(beam.running) :]
+        if joint is not None and joint.covers(beam.place):
+            own = [
+                (_joined(joint, beam.place, hypothesis.tokens, row_values, row_tokens), row_tokens, depth)
+                for hypothesis, (row_values, row_tokens, depth) in zip(beam.running, own, strict=True)
+            ]
         found = [
             Candidate(beam.running[parent].score + value, parent, token, value, depth)
             for parent, (row_values, row_tokens, depth) in enumerate(own)
@@ -190,3 +202,16 @@ def _candidates(
         found.sort(key=lambda candidate: -candidate.total)
         result.append(found[:wanted])
     return result
+
+
+def _joined(
+    joint: JointScorer, utterance: int, past: Sequence[int], values: Sequence[float], tokens: Sequence[int]
+) -> list[float]:
+    """Weighted sums of the LLM's log-probabilities of ``tokens`` and the second model's; what is forbidden stays so."""
+    weight = joint.options.weight
+    possible = [token for token, value in zip(tokens, values, strict=True) if value > -torch.inf]
+    second = dict(zip(possible, joint.score(utterance, past, possible), strict=True))
+    return [
+        (1 - weight) * value + weight * second[token] if token in second else value
+        for token, value in zip(tokens, values, strict=True)
+    ]
