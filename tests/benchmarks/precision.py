@@ -4,6 +4,7 @@
     float32   packed (the default)
     bfloat16  weights and activations
     int8      weights alone, activations in float32
+    *+compile the same with torch.compile for the blocks (``ready_s``: wall seconds until the copy can be used)
 
 Negative log-likelihoods are teacher-forced through the search's own path, a prefill and then a step per token, of text
 that comes with every Python (pydoc_data) and, with --exp and --data, of reference answers after real audio (the same
@@ -25,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-WAYS = ("plain", "float32", "bfloat16", "int8")
+WAYS = ("plain", "float32", "bfloat16", "int8", "float32+compile", "bfloat16+compile", "int8+compile")
 PREFIX, SPAN = 32, 96  # tokens of text: context, and those that count
 BATCH = 16  # texts together
 
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--llm", help="folder of a Llama-type causal LLM: text")
     parser.add_argument("--exp", help="experiment directory: answers, and text with its LoRA")
     parser.add_argument("--data", help="formatted data directory with the answers")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS[:4]), choices=WAYS)
     parser.add_argument("--texts", type=int, default=64, help=f"pieces of text of {PREFIX}+{SPAN} tokens (64)")
     parser.add_argument("--limit", type=int, default=0, help="answers (0: all)")
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 4], help="hypotheses per utterance (1 4)")
@@ -52,25 +53,28 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    decoders, prefixes = {}, []
+    decoders, prefixes, ready = {}, [], {}
     for way in args.ways:
+        began = time.perf_counter()
         model = load(way, args.llm, args.exp)
+        ready[way] = time.perf_counter() - began
         decoders[way] = model if args.llm else model.decoder
         if args.data and not prefixes:
             prefixes = answer_prefixes(model, args.data, args.limit)
-    rows: dict[str, dict[str, Any]] = {way: {} for way in args.ways}
+    rows: dict[str, dict[str, Any]] = {way: {"ready_s": ready[way]} for way in args.ways}
     for way, decoder in decoders.items():
         rows[way]["packed_mb"] = packed_bytes(decoder) / 2**20
         rows[way]["text"] = text_nll(decoder, args.texts)
         if prefixes:
             rows[way]["answers"] = answer_nll(decoder, prefixes)
         rows[way]["invariance"] = invariance(decoder)
+        print(way, rows[way], flush=True)
     for batch in args.batch:
         for beams in args.beams:
             for way, found in step_times(decoders, batch, beams, args.prefix, args.rounds).items():
                 rows[way][f"batch{batch}_beam{beams}"] = found
     for way, row in rows.items():
-        print(f"{way:9s} " + "  ".join(show(name, value, rows[args.ways[0]][name]) for name, value in row.items()))
+        print(f"{way:16s} " + "  ".join(show(name, value, rows[args.ways[0]][name]) for name, value in row.items()))
     if args.output:
         record = {
             "options": {key: str(value) for key, value in vars(args).items()},
@@ -98,16 +102,20 @@ def load(way: str, llm: str | None, exp: str | None) -> Any:
     helps = packed._blocks_help
     if way == "plain":
         packed._blocks_help = lambda _: False
-    dtype = "bfloat16" if way == "bfloat16" else "float32"
+    dtype, _, compiled = way.partition("+")
+    int8 = dtype == "int8"
+    dtype = "bfloat16" if dtype == "bfloat16" else "float32"
     try:
         if llm is not None:
-            decoder = LLMDecoder.from_pretrained(llm, dtype=dtype, attention="sdpa", int8_decoding=way == "int8").eval()
+            decoder = LLMDecoder.from_pretrained(llm, dtype=dtype, attention="sdpa", int8_decoding=int8).eval()
+            decoder.compile_decoding = bool(compiled)
             decoder.fused_blocks()
             return decoder
         from pam_espnet.answering import AnswerOptions
         from pam_espnet.inference import SpeechLLM
 
-        return SpeechLLM.load(str(exp), AnswerOptions(), dtype="int8" if way == "int8" else dtype).model
+        options = AnswerOptions(compile=bool(compiled))
+        return SpeechLLM.load(str(exp), options, dtype="int8" if int8 else dtype).model
     finally:
         packed._blocks_help = helps
 
