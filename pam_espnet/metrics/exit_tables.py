@@ -103,14 +103,15 @@ def _said(report: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
 
 
 def _oracle(report: Mapping[str, Any]) -> str:
-    rows = []
+    rows, maps = [], (report["calibration"] or {}).get("maps")
     for name, tasks in report["sets"].items():
         for task, figures in tasks.items():
             for group in ("all", "step"):
                 for may, found in figures["oracle"][group].items():
                     for kind, entry in (found or {}).items():
                         rows.append([
-                            f"{name}: {task}", {"all": "all", "step": "steps"}[group], may, kind,
+                            f"{name}: {task}", {"all": "all", "step": "steps"}[group],
+                            may + (", mapped" if maps and "bare" not in may else ""), kind,
                             f"{entry['mean_depth']:.1f}", f"{entry['speedup']:.2f}x",
                             f"{entry['mean_depth_together']:.1f}", f"{entry['speedup_together']:.2f}x",
                         ])  # fmt: skip
