@@ -15,6 +15,13 @@ CONFIGS = [
     for fusion in sorted(recipe.glob("conf/fusion/*.yaml"))
     for size in sorted(recipe.glob("conf/size/*.yaml"))
 ]
+# What may be laid over conf/train.yaml besides: for another machine, for another LLM.
+OVERLAYS = [
+    pytest.param(path.parents[1], path.name, id=f"{path.parents[2].name}-{path.stem}")
+    for recipe in RECIPES
+    for path in sorted(recipe.glob("conf/*.yaml"))
+    if path.name != "train.yaml" and not path.name.startswith("decode")
+]
 
 
 def call(recipe: Path, *args: str) -> subprocess.CompletedProcess[str]:
@@ -22,7 +29,7 @@ def call(recipe: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_there_is_something_to_test() -> None:
-    assert len(RECIPES) >= 1 and len(CONFIGS) >= 7
+    assert len(RECIPES) >= 2 and len(CONFIGS) >= 37 and len(OVERLAYS) >= 1
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.parent.name)
@@ -70,32 +77,59 @@ def test_mistakes_are_named(args: list[str], said: str) -> None:
 def test_every_configuration_is_one_that_training_accepts(
     recipe: Path, fusion: str, size: str, tmp_path: Path
 ) -> None:
-    """ESPnet's parser knows every key, and every block of options fits its reader."""
+    check(recipe, ["train.yaml", f"fusion/{fusion}.yaml", f"size/{size}.yaml"], tmp_path)
+
+
+@pytest.mark.parametrize(("recipe", "overlay"), OVERLAYS)
+def test_every_overlay_is_one_that_training_accepts(recipe: Path, overlay: str, tmp_path: Path) -> None:
+    fusion, size = sorted(recipe.glob("conf/fusion/*.yaml"))[0], sorted(recipe.glob("conf/size/*.yaml"))[0]
+    check(recipe, ["train.yaml", overlay, f"fusion/{fusion.name}", f"size/{size.name}"], tmp_path)
+    configs = f"conf/train.yaml conf/{overlay}"
+    done = call(recipe, "--dry_run", "true", "--train_config", configs)
+    assert done.returncode == 0 and configs in done.stdout, done.stderr
+
+
+def check(recipe: Path, files: list[str], tmp_path: Path) -> None:
+    """ESPnet's parser knows every key, every block of options fits its reader, and the encoders' rates go together."""
     from pam_espnet.answering import AnswerOptions
-    from pam_espnet.config import load_yaml, resolve, used_encoders, write_config
+    from pam_espnet.config import check_options, load_yaml, resolve, used_encoders, write_config
     from pam_espnet.data.batching import BatchingOptions
+    from pam_espnet.decoder.llm import LLMDecoder
+    from pam_espnet.espnet_model import ESPnetPaMModel
+    from pam_espnet.frontend.adapter import stacking
     from pam_espnet.frontend.encoders.registry import encoder_class
+    from pam_espnet.frontend.frontend import PaMFrontend
     from pam_espnet.frontend.fusion.registry import build_fusion
     from pam_espnet.frontend.masking import MaskOptions
     from pam_espnet.tasks.pam import PaMTask
     from pam_espnet.tasks.warm_start import WarmStartOptions
 
     conf = recipe / "conf"
-    config = resolve([conf / "train.yaml", conf / "fusion" / f"{fusion}.yaml", conf / "size" / f"{size}.yaml"])
+    config = resolve([conf / file for file in files])
     write_config(config, tmp_path / "train.yaml")
     args = PaMTask.get_parser().parse_args(["--config", str(tmp_path / "train.yaml"), "--output_dir", str(tmp_path)])
     BatchingOptions(**args.batching_conf)
     WarmStartOptions(**args.warm_start_conf)
     frontend = args.frontend_conf
     MaskOptions(**frontend.get("mask_conf", {}))
+    check_options(config["llm_conf"], "llm_conf", LLMDecoder.from_pretrained, LLMDecoder)
+    check_options(frontend, "frontend_conf", PaMFrontend)
+    model_conf = {k: v for k, v in config["model_conf"].items() if k != "extract_feats_in_collect_stats"}
+    check_options(model_conf, "model_conf", ESPnetPaMModel)
     names = used_encoders(config)
     counts = [len(frontend["encoders"][name]["layers"]) for name in names]
     options = frontend.get("fusion_conf", {})
     build_fusion(frontend["fusion"], num_layers=counts, width=8, prompt_width=8, names=names, **options)
     for name in names:
-        assert encoder_class(frontend["encoders"][name]["type"])
+        kind = frontend["encoders"][name]["type"]
+        assert encoder_class(kind)
+        stacking(RATES[kind], frontend["frame_rate"], name)
     for decode in conf.glob("decode*.yaml"):
         AnswerOptions.from_dict(load_yaml(decode), decode)
+
+
+# Frames per second that each type of encoder emits (as published models are configured), Hz.
+RATES = {"whisper": 50.0, "hf_wave": 50.0, "ast": 10.0, "yamnet": 6.25, "pyannote": 25.0, "ge2e": 100.0}
 
 
 def test_a_new_recipe_is_made_and_refuses_to_overwrite(tmp_path: Path) -> None:

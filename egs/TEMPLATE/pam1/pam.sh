@@ -30,6 +30,7 @@ Options (default)
   --valid_set NAME      (dev)
   --test_sets NAMES     separated by blanks (test_asr test_count test_caption)
   --max_seconds N       longer utterances are skipped, and listed (30)
+  --data_args WORDS     further options of local/data.sh, one word on a line (what a recipe's run.sh takes itself) ()
   --nj N                parallel processes where work is split (number of cores, at most 8)
   --ngpu N              GPUs for training; 0 = CPU (0)
   --batch_size N        utterances decoded together (8)
@@ -56,6 +57,7 @@ train_set=train
 valid_set=dev
 test_sets="test_asr test_count test_caption"
 max_seconds=30
+data_args=
 nj=$(nproc 2>/dev/null || echo 1)
 ((nj <= 8)) || nj=8
 ngpu=0
@@ -91,6 +93,8 @@ for overlay in "conf/fusion/${fusion}.yaml" "conf/size/${size}.yaml"; do
 done
 read -r -a changes <<<"${set}"
 read -r -a tests <<<"${test_sets}"
+data_words=()
+[ -z "${data_args}" ] || mapfile -t data_words <<<"${data_args}"
 
 if [ "${dry_run}" = false ]; then
     # shellcheck source=egs/TEMPLATE/pam1/path.sh
@@ -155,7 +159,7 @@ background() {
 if wants 1; then
     begin 1 data "local/ (packages and their checksums)" "downloads/, ${data}/"
     run "${python}" "${PAM_ROOT}/tools/check_install.py" --config "conf/size/${size}.yaml"
-    run local/data.sh --size "${size}" --data_dir "${data}" --nj "${nj}"
+    run local/data.sh --size "${size}" --data_dir "${data}" --nj "${nj}" "${data_words[@]}"
     end "./run.sh --stage 2"
 fi
 
