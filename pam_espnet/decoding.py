@@ -120,6 +120,8 @@ def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str]
                     "routing": answer.routing,
                     "constraints": answer.constraints,
                 }
+                if answer.answer_log_probs is not None:
+                    line["answer_log_probs"] = answer.answer_log_probs
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(batch))

@@ -24,6 +24,7 @@ from pam_espnet.decoder.prompt_layout import answer_ids
 from pam_espnet.decoder.view import DecoderView
 from pam_espnet.errors import ConfigError
 from pam_espnet.espnet_model import ESPnetPaMModel
+from pam_espnet.search.answer_scores import answer_log_probs
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
 
@@ -40,6 +41,7 @@ class Answer:
     depths: list[list[int]]
     routing: dict[str, Any]
     constraints: dict[str, int]
+    answer_log_probs: dict[str, float] | None = None  # of every answer, where the task has a set of them
 
 
 class SpeechLLM:
@@ -135,6 +137,7 @@ class SpeechLLM:
         nbest = beam_search(
             self.decoder, placed.embeds, placed.prefix_lengths, self.options.beam, caps, constraints=constraints
         )
+        log_probs = self._answer_log_probs(tasks, placed.embeds, placed.prefix_lengths)
         tokenizer, end = self.model.decoder.tokenizer, set(self.model.decoder.eos_ids)
         answers = []
         for b, hypotheses in enumerate(nbest):
@@ -155,9 +158,23 @@ class SpeechLLM:
                     depths=[one.depths for one in hypotheses],
                     routing=self._routing(audio.routing, b),
                     constraints={name: times for name, times in fired.items() if times},
+                    answer_log_probs=log_probs.get(b),
                 )
             )
         return answers
+
+    def _answer_log_probs(self, tasks: Sequence[str], prefix: Tensor, lengths: Tensor) -> dict[int, dict[str, float]]:
+        """Place in the batch -> log-probability of each answer, where the task has a set of answers."""
+        found = {}
+        for task, answers in self._answer_sets.items():
+            if rows := [place for place, name in enumerate(tasks) if name == task]:
+                own = lengths[rows]
+                temperature = self.options.beam.temperature
+                scores = answer_log_probs(self.decoder, prefix[rows, : int(own.max())], own, answers, temperature)
+                names = self.options.answer_sets[task]
+                for row, values in zip(rows, scores.tolist(), strict=True):
+                    found[row] = {name: round(value, 6) for name, value in zip(names, values, strict=True)}
+        return found
 
     def _constraints(self, tasks: Sequence[str]) -> list[Constraint]:
         found: list[Constraint] = []
