@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pam_espnet.bin._cli import run_main
 
@@ -36,8 +37,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Score one directory; returns the exit status."""
     args = build_parser().parse_args(argv)
-    from pathlib import Path
-
     from pam_espnet.metrics.scoring import format_scores, score_directory, subset_folder
 
     scores = score_directory(args.decode_dir, args.data_dir, ids=args.ids, resamples=args.resamples, seed=args.seed)

@@ -32,12 +32,14 @@ def fense(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> lis
     Raises:
         UnavailableError: the models are not installed or cannot be read.
     """
+    from safetensors import SafetensorError
+
     folder = find_part("fense")
     try:
         flat = [text for several in references for text in several]
         said, meant = embed(folder / "sbert", hypotheses), embed(folder / "sbert", flat)
         broken = error_probabilities(folder / "detector", hypotheses)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UnavailableError(f"the models in {folder} cannot be used: {str(error).splitlines()[0]}") from error
     scores, first = [], 0
     for row, several in enumerate(references):

@@ -20,7 +20,7 @@ import pytest
 from pam_espnet.metrics.captions import score_captions, tokenize
 from pam_espnet.metrics.intervals import value_of
 from pam_espnet.metrics.meteor import Meteor, meteor
-from pam_espnet.metrics.parts import UnavailableError, find_java, parts_folder
+from pam_espnet.metrics.parts import UnavailableError, find_java
 from pam_espnet.metrics.result import statistics_of
 from pam_espnet.metrics.spice import spice
 
@@ -88,9 +88,10 @@ def test_meteor_of_its_counts() -> None:
     assert value_of(statistics_of("meteor", found.table)) == value_of(found)  # as read back from a file
 
 
-def test_meteor_with_the_real_program() -> None:
-    if not (parts_folder() / "meteor").is_dir():
+def test_meteor_with_the_real_program(installed_parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (installed_parts / "meteor").is_dir():
         pytest.skip("METEOR is not installed: tools/installers/caption_metrics.py meteor")
+    monkeypatch.setenv("PAM_PARTS", str(installed_parts))
     try:
         find_java()
     except UnavailableError as error:

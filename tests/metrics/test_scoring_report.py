@@ -60,12 +60,6 @@ def make_decoding(path: Path, text: dict[str, str], audio: str = "on", experts: 
     return path
 
 
-@pytest.fixture(autouse=True)
-def _no_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this machine has installed, these figures are made without it."""
-    monkeypatch.setenv("PAM_PARTS", str(tmp_path / "no-parts"))
-
-
 @pytest.fixture
 def experiments(tmp_path: Path) -> Path:
     """exp/pam (decoded with and without audio) and exp/average, scored."""
@@ -131,7 +125,8 @@ def test_without_statistics_and_references(tmp_path: Path, caplog: pytest.LogCap
     assert scores["speed"] is None and "no speed is reported" in caplog.text
     assert "2 of 2 captions have one reference only" in caplog.text
     report = write_report(tmp_path / "x").read_text(encoding="utf-8")
-    assert "## Speed" not in report and "## Routing" not in report and "png" not in report
+    assert "## Speed" not in report and "## Routing" not in report
+    assert "learning_curve.png" not in report and "routing.png" not in report
 
 
 def test_report(experiments: Path) -> None:
@@ -162,7 +157,7 @@ def test_report(experiments: Path) -> None:
         assert text in report
     assert "**beam, test was" not in report
     table = (exp / "RESULTS.txt").read_text(encoding="utf-8")
-    assert "beam (audio off)" in table and "BLEU-4 ↑" in table and "|" not in table
+    assert "beam_off (audio off)" in table and "BLEU-4 ↑" in table and "|" not in table
     for name in ("learning_curve.png", "routing.png", "confusion.png"):
         assert (exp / name).read_bytes().startswith(b"\x89PNG")
     results = read_json(exp / "results.json")

@@ -490,6 +490,14 @@ def test_stages_1_and_2_with_every_format_a_corrupt_clip_and_a_folder_with_blank
     assert "2 utterances" in done.stdout and "2 skipped" in done.stdout
 
 
+def test_help_has_the_options_of_the_recipe_and_of_all_recipes(recipe: Path) -> None:
+    done = run(recipe, "--help")
+    assert done.returncode == 0
+    for option in ("--version 1|2", "--csv DIR", "--fetch_interval S", "--stage N", "--fusion NAME"):
+        assert option in done.stdout
+    assert "set -e" not in done.stdout
+
+
 def test_mistakes_through_run_sh(recipe: Path, tmp_path: Path) -> None:
     write_release(tmp_path)
     stage = ("--stop_stage", "1", "--csv", str(tmp_path))

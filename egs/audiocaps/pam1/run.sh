@@ -2,7 +2,7 @@
 # Captions of sounds: AudioCaps, four frozen encoders, Qwen2.5-3B; see README.md.
 #   ./run.sh --version 1 --csv DIR --audio DIR      the official CSVs, and a folder with the clips
 #   ./run.sh --version 2 --csv DIR --fetch true     fetch the clips that are still there (days)
-# Besides the options of pam.sh (--help):
+# Options of this recipe, besides those of every recipe:
 #   --version 1|2         release of the captions (1); data/v<version>
 #   --csv DIR             folder with train.csv, val.csv, test.csv, or a clone of the official repository
 #                         (downloads/audiocaps)
@@ -30,6 +30,11 @@ while [ $# -gt 0 ]; do
                 *) data_args+=("$1" "$2") ;;
             esac
             shift 2
+            ;;
+        -h | --help)
+            sed -n '/^# Options/,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]##*/}"
+            echo
+            rest+=("$1") && shift
             ;;
         *) rest+=("$1") && shift ;;
     esac

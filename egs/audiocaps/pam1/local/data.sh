@@ -28,6 +28,7 @@ fetch_interval=5
 downloads=downloads
 data_dir=
 size=
+# shellcheck disable=SC2034  # pam.sh gives it to every recipe; there is nothing to share out here
 nj=1
 
 # shellcheck source=utils/parse_options.sh
