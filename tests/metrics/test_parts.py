@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import runpy
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -175,35 +177,35 @@ def install(repo_root: Path, *args: str, **env: str) -> subprocess.CompletedProc
     return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture
-def fense_parts(tiny_bert: Path, tmp_path: Path, repo_root: Path) -> tuple[Path, Any]:
-    """FENSE installed from a stand-in of the published checkpoint, and the detector's last layer."""
+@pytest.fixture(scope="module")
+def fense_parts(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
+    """FENSE installed from a stand-in of the published checkpoint."""
     import torch
     from transformers import BertModel
 
+    folder = tmp_path_factory.mktemp("fense")
     model = BertModel.from_pretrained(tiny_bert)
     state = {f"encoder.{name}": value for name, value in model.state_dict().items()}
     state["encoder.embeddings.position_ids"] = torch.arange(512)[None]  # as in checkpoints of its time
     state["clf.weight"], state["clf.bias"] = torch.zeros(6, 16), torch.zeros(6)
     state["clf.weight"][5, 0] = 30.0
-    checkpoint = tmp_path / "echecker.ckpt"
+    checkpoint = folder / "echecker.ckpt"
     torch.save({"model_type": str(tiny_bert), "num_classes": 6, "state_dict": state}, checkpoint)
-    done = install(
-        repo_root, "fense", "--sentences", str(tiny_bert), "--detector", str(checkpoint),
-        PAM_PARTS=str(tmp_path / "parts"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return tmp_path / "parts", state
+    with pytest.MonkeyPatch.context() as patch:  # in this process, which has imported transformers already
+        patch.setenv("PAM_PARTS", str(folder / "parts"))
+        words = ["fense", "--sentences", str(tiny_bert), "--detector", str(checkpoint)]
+        patch.setattr(sys, "argv", ["caption_metrics.py", *words])
+        tool = runpy.run_path(str(repo_root / "tools/installers/caption_metrics.py"), run_name="installer")
+        assert tool["main"]() == 0
+    return folder / "parts"
 
 
-def test_fense(
-    fense_parts: tuple[Path, dict[str, Any]], tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fense(fense_parts: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a plain computation, one sentence at a time."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    monkeypatch.setenv("PAM_PARTS", str(fense_parts[0]))
+    monkeypatch.setenv("PAM_PARTS", str(fense_parts))
     result = score_captions(REFERENCES, HYPOTHESES)
     assert "fense" not in result.details["not_computed"]
     tokenizer, model = AutoTokenizer.from_pretrained(tiny_bert), AutoModel.from_pretrained(tiny_bert).eval()
@@ -227,10 +229,11 @@ def test_fense(
 
 
 def test_models_that_cannot_be_read_cost_one_metric(
-    fense_parts: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+    fense_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PAM_PARTS", str(fense_parts[0]))
-    (fense_parts[0] / "fense/detector/model.safetensors").write_bytes(b"short")
+    shutil.copytree(fense_parts, tmp_path / "parts")
+    monkeypatch.setenv("PAM_PARTS", str(tmp_path / "parts"))
+    (tmp_path / "parts/fense/detector/model.safetensors").write_bytes(b"short")
     assert "cannot be used" in score_captions(REFERENCES, HYPOTHESES).details["not_computed"]["fense"]
 
 
@@ -244,8 +247,6 @@ def wheel(path: Path, members: dict[str, bytes]) -> Path:
 def test_the_installer_unpacks_what_is_needed_and_nothing_outside(
     repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import runpy
-
     tool = runpy.run_path(str(repo_root / "tools/installers/caption_metrics.py"), run_name="installer")
     good = wheel(tmp_path / "good.whl", {"a/b/x.jar": b"1", "a/b/data/y": b"2", "a/code.py": b"raise SystemExit"})
     tool["unpack"](good, "a/b/", tmp_path / "out")

@@ -464,9 +464,7 @@ def run(recipe: Path, *args: str, cwd: Path | None = None, **env: str) -> subpro
     return subprocess.run(command, cwd=cwd or recipe, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_stages_1_and_2_with_every_format_a_corrupt_clip_and_a_folder_with_blanks(
-    recipe: Path, tmp_path: Path
-) -> None:
+def test_stages_1_and_2_with_every_format_a_corrupt_clip_and_a_folder_with_blanks(recipe: Path, tmp_path: Path) -> None:
     write_release(tmp_path / "the csv")
     audio = write_audio(tmp_path / "my clips")
     (audio / "cccccccccc1.wav").write_bytes(b"RIFF\0\0\0\0WAVEjunk")

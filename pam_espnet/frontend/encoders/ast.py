@@ -60,7 +60,8 @@ class ASTEncoder(AbsEncoder):
                 f"path: {path} reads {extractor.num_mel_bins} mel bins at {extractor.sampling_rate} Hz; expected are "
                 f"{config.num_mel_bins}, as its model has, at {_RATE} Hz"
             )
-        self._mean, self._std = (extractor.mean, extractor.std) if extractor.do_normalize else (0.0, 0.5)
+        self._mean: float = extractor.mean if extractor.do_normalize else 0.0
+        self._std: float = extractor.std if extractor.do_normalize else 0.5
         self._bins, self._length, self._step = config.num_mel_bins, config.max_length, config.time_stride
         self._across, self._along = self.model.embeddings.get_shape(config)  # Q, P
         self._samples = _HOP * self._step  # of one encoder frame
