@@ -6,8 +6,11 @@
     answer_sets:              task -> the only answers there are
       count: ["0", "1", "2", "3", "4"]
     task_vocabulary: false    only token types of the training answers (those of the warm start's head)
+    compile: false            torch.compile for the LLM's blocks: a minute of warm-up for a few per cent of each step
     exit:                     early exit, see decoder.exits.ExitOptions
       mode: never
+    draft:                    tokens that the LLM verifies instead of finding them one by one, see search.drafting
+      kind: none
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.decoder.exits import ExitOptions
 from pam_espnet.errors import ConfigError
+from pam_espnet.search.drafters import DraftOptions
 from pam_espnet.search.options import BeamOptions
 
 SPARE_TOKENS = 8  # for short clips, in which a word or two and the end token must fit
@@ -36,7 +40,9 @@ class AnswerOptions:
         tokens_per_second: tokens allowed per second of audio, or 0.
         answer_sets: task -> its answers.
         task_vocabulary: whether the output layer is cut to the token types of the training answers.
+        compile: whether the LLM's blocks are compiled before the first answer.
         exit: when a token may be taken from a block before the last.
+        draft: who guesses tokens ahead; the answers do not change.
     """
 
     beam: BeamOptions = field(default_factory=BeamOptions)
@@ -44,7 +50,9 @@ class AnswerOptions:
     tokens_per_second: float = 0.0
     answer_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     task_vocabulary: bool = False
+    compile: bool = False
     exit: ExitOptions = field(default_factory=ExitOptions)
+    draft: DraftOptions = field(default_factory=DraftOptions)
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
@@ -53,8 +61,9 @@ class AnswerOptions:
         rate = self.tokens_per_second
         if not isinstance(rate, int | float) or not 0 <= rate < math.inf:
             raise ConfigError(f"tokens_per_second: {rate!r}; must be a number, 0 turns it off")
-        if not isinstance(self.task_vocabulary, bool):
-            raise ConfigError(f"task_vocabulary: {self.task_vocabulary!r}; must be true or false")
+        for name in ("task_vocabulary", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: {getattr(self, name)!r}; must be true or false")
         if not isinstance(self.answer_sets, Mapping):
             raise ConfigError(f"answer_sets: {self.answer_sets!r}; must be a mapping of tasks to their answers")
         for task, answers in self.answer_sets.items():
@@ -63,6 +72,10 @@ class AnswerOptions:
                 raise ConfigError(f"answer_sets.{task}: must be a list of quoted, non-empty answers")
         if self.answer_sets and self.beam.min_new_tokens > 0:
             raise ConfigError("min_new_tokens: an answer set says how long answers are; leave it at 0")
+        if self.draft.kind != "none" and self.beam.beam_size != 1:
+            raise ConfigError(f"draft: greedy search only; set beam_size to 1, not {self.beam.beam_size}")
+        if self.draft.kind != "none" and self.exit.mode != "never":
+            raise ConfigError("draft: the whole LLM verifies; set exit.mode to never, or draft.kind to none")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any], source: str | Path = "decoding options") -> AnswerOptions:
@@ -77,8 +90,9 @@ class AnswerOptions:
         try:
             if "eos_ids" in beam:
                 raise ConfigError("eos_ids: the LLM's own end tokens are used")
-            if "exit" in own:
-                own["exit"] = ExitOptions(**{key: value for key, value in own["exit"].items() if value is not None})
+            for key, group in (("exit", ExitOptions), ("draft", DraftOptions)):
+                if key in own:
+                    own[key] = group(**{name: value for name, value in own[key].items() if value is not None})
             return cls(beam=BeamOptions(**beam), **own)
         except (TypeError, AttributeError, ConfigError) as error:
             raise ConfigError(f"{source}: {error}") from error

@@ -10,8 +10,8 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from pam_espnet.data.passport import Passport
 from pam_espnet.data.tables import write_table
 from pam_espnet.errors import CheckpointError, ConfigError, DataError
 from pam_espnet.fileio import check_key, exclusive, read_json, sha256_file, write_json, write_text
-from pam_espnet.inference import SpeechLLM
+from pam_espnet.inference import Answer, PartialAnswer, SpeechLLM
 
 JOURNAL = "journal.jsonl"
+REFRESH = 0.5  # seconds between two updates of a progress bar within a batch
 CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak of resident memory
 
 
@@ -86,8 +87,8 @@ def decode_shard(model: SpeechLLM, data_dir: str | Path, out_dir: str | Path, op
 def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str], options: DecodeOptions) -> Path:
     from tqdm import tqdm
 
-    _reset_peak_memory(model.device)
-    done = set(_read_journal(journal))
+    reset_peak_memory(model.device)
+    done = set(read_journal(journal))
     batches = [keys[start : start + options.batch_size] for start in range(0, len(keys), options.batch_size)]
     todo = [batch for batch in batches if not done.issuperset(batch)]
     rate = model.model.frontend.sample_rate
@@ -101,40 +102,74 @@ def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str]
                 waves = [np.zeros_like(wave) for wave in waves]
             began = time.perf_counter()
             answers = model.answer(
-                waves, [data.prompt[key] for key in batch], [data.utt2task[key] for key in batch]
+                waves,
+                [data.prompt[key] for key in batch],
+                [data.utt2task[key] for key in batch],
+                on_partial=_show_steps(bar) if sys.stderr.isatty() else None,  # a log file would fill up
             )
             wall = time.perf_counter() - began
-            for key, wave, answer in zip(batch, waves, answers, strict=True):
-                line = {
-                    "utt": key,
-                    "task": data.utt2task[key],
-                    "prompt": data.prompt[key],
-                    "hypotheses": [
-                        {"text": text, "tokens": tokens, "score": score, "depths": depths}
-                        for text, tokens, score, depths in zip(
-                            answer.texts, answer.tokens, answer.scores, answer.depths, strict=True
-                        )
-                    ],
-                    "seconds_audio": round(len(wave) / rate, 4),
-                    "seconds_wall": wall / len(batch),
-                    "routing": answer.routing,
-                    "constraints": answer.constraints,
-                }
-                if answer.answer_log_probs is not None:
-                    line["answer_log_probs"] = answer.answer_log_probs
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(journal_lines(data, batch, [len(wave) / rate for wave in waves], answers, wall))
             file.flush()
+            bar.set_postfix_str("", refresh=False)
             bar.update(len(batch))
+    note_machine(journal, model)
+    return journal
+
+
+def journal_lines(
+    data: DataDir, batch: Sequence[str], seconds: Sequence[float], answers: Sequence[Answer], wall: float
+) -> str:
+    """One JSON object per utterance of a batch that took ``wall`` seconds; ``seconds`` is each one's audio."""
+    lines = []
+    for key, length, answer in zip(batch, seconds, answers, strict=True):
+        line = {
+            "utt": key,
+            "task": data.utt2task[key],
+            "prompt": data.prompt[key],
+            "hypotheses": [
+                {"text": text, "tokens": tokens, "score": score, "depths": depths}
+                for text, tokens, score, depths in zip(
+                    answer.texts, answer.tokens, answer.scores, answer.depths, strict=True
+                )
+            ],
+            "seconds_audio": round(length, 4),
+            "seconds_wall": wall / len(batch),
+            "routing": answer.routing,
+            "constraints": answer.constraints,
+        }
+        if answer.draft is not None:
+            line["draft"] = asdict(answer.draft)
+        if answer.answer_log_probs is not None:
+            line["answer_log_probs"] = answer.answer_log_probs
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def note_machine(journal: Path, model: SpeechLLM) -> None:
+    """Write ``machine.json`` beside a journal: it is whole, and this is what it was made on."""
     write_json(
         journal.with_name("machine.json"),
         {
-            "peak_memory_bytes": _peak_memory(model.device),
+            "peak_memory_bytes": peak_memory(model.device),
             "device": _device_name(model.device),
             "threads": torch.get_num_threads(),
-            "dtype": str(model.model.decoder.dtype).removeprefix("torch."),
+            "dtype": model.model.decoder.precision,
         },
     )
-    return journal
+
+
+def _show_steps(bar: Any) -> Callable[[list[PartialAnswer]], None]:
+    """A callback that writes the running batch's step and unfinished utterances behind a tqdm bar."""
+    shown = time.monotonic()
+
+    def show(partials: list[PartialAnswer]) -> None:
+        nonlocal shown
+        running = [one for one in partials if not one.done]
+        if running and time.monotonic() - shown >= REFRESH:
+            shown = time.monotonic()
+            bar.set_postfix_str(f"token {len(running[0].tokens)}, {len(running)} running")
+
+    return show
 
 
 def merge_shards(
@@ -157,7 +192,7 @@ def merge_shards(
     machines = []
     for shard in range(1, options.shards + 1):
         journal = out_dir / f"split{options.shards}" / str(shard) / JOURNAL
-        for key, entry in _read_journal(journal).items():
+        for key, entry in read_journal(journal).items():
             if key in entries:
                 raise DataError(journal, f"utterance {key!r} was decoded by two shards", hint="remove the directory")
             entries[key] = entry
@@ -176,6 +211,7 @@ def merge_shards(
         "seconds_wall": sum(e["seconds_wall"] for e in ordered),
         "tokens": sum(len(e["hypotheses"][0]["tokens"]) for e in ordered),
         "constraints": dict(sum((Counter(e["constraints"]) for e in ordered), Counter())),
+        **({"drafts": drafts} if (drafts := _sum_drafts(ordered)) else {}),
         "peak_memory_bytes": max(machine["peak_memory_bytes"] for machine in machines),
         "batch_size": options.batch_size,
         "shards": options.shards,
@@ -191,6 +227,22 @@ def merge_shards(
     return stats
 
 
+def decoded_of(exp_dir: str | Path, data_dir: str | Path) -> dict[str, str]:
+    """The part of a decode directory's ``key.json`` that says whose answers to what it holds.
+
+    Raises:
+        CheckpointError: nothing was trained yet.
+    """
+    checkpoint, data = Path(exp_dir) / MODEL_FILE, DataDir.load(data_dir)
+    if not checkpoint.is_file():
+        raise CheckpointError(f"{checkpoint}: no such checkpoint\n  -> train first: ./run.sh --stage 3 --stop_stage 3")
+    return {
+        "checkpoint_sha256": sha256_file(checkpoint),
+        "audio_sha256": Passport.load(data_dir).audio_digest(data.utterances),
+        "tables_sha256": data.digest(),
+    }
+
+
 def is_complete(
     exp_dir: str | Path, data_dir: str | Path, out_dir: str | Path, options: DecodeOptions, search: dict[str, Any]
 ) -> bool:
@@ -200,14 +252,8 @@ def is_complete(
         CheckpointError: nothing was trained yet.
         DataError: the directory belongs to another checkpoint, other data or other options.
     """
-    checkpoint = Path(exp_dir) / MODEL_FILE
-    if not checkpoint.is_file():
-        raise CheckpointError(f"{checkpoint}: no such checkpoint\n  -> train first: ./run.sh --stage 3 --stop_stage 3")
-    data = DataDir.load(data_dir)
     key = {
-        "checkpoint_sha256": sha256_file(checkpoint),
-        "audio_sha256": Passport.load(data_dir).audio_digest(data.utterances),
-        "tables_sha256": data.digest(),
+        **decoded_of(exp_dir, data_dir),
         "search": search,
         "audio": options.audio,
         "batch_size": options.batch_size,
@@ -228,7 +274,18 @@ def read_wave(data: DataDir, key: str, rate: int) -> np.ndarray:
     return wave
 
 
-def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
+def _sum_drafts(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """By drafter: utterances, tokens of their answers, tokens drafted and accepted, passes of the LLM."""
+    sums: dict[str, Counter[str]] = {}
+    for entry in entries:
+        if draft := entry.get("draft"):
+            found = sums.setdefault(draft["drafter"], Counter())
+            found.update({key: draft[key] for key in ("proposed", "accepted", "passes")})
+            found.update({"utterances": 1, "tokens": len(entry["hypotheses"][0]["tokens"])})
+    return {drafter: dict(found) for drafter, found in sums.items()}
+
+
+def read_journal(path: Path) -> dict[str, dict[str, Any]]:
     """Whole lines of a journal by utterance; a half line at its end (a killed run) is cut off."""
     if not path.exists():
         return {}
@@ -248,7 +305,7 @@ def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _reset_peak_memory(device: str) -> None:
+def reset_peak_memory(device: str) -> None:
     """So that the peak of one test set is not reported for the next one that the same process decodes."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
@@ -257,7 +314,7 @@ def _reset_peak_memory(device: str) -> None:
             CLEAR_REFS.write_text("5")
 
 
-def _peak_memory(device: str) -> int:
+def peak_memory(device: str) -> int:
     """Bytes since the last reset, where the system can do that; else of the whole process."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated(device))

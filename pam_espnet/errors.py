@@ -6,7 +6,9 @@ Command lines print them without a stack trace and exit with 1 (see ``pam_espnet
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 
 class PamError(Exception):
@@ -27,10 +29,15 @@ class DataError(PamError):
         self, path: str | Path, message: str, *, line: int | None = None, hint: str | None = None
     ) -> None:
         self.path = Path(path)
+        self.message = message
         self.line = line
         self.hint = hint
         where = f"{path}:{line}" if line is not None else f"{path}"
         super().__init__(f"{where}: {message}" + (f"\n  -> {hint}" if hint else ""))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So that it reaches the parent when it is raised in a worker process."""
+        return partial(DataError, line=self.line, hint=self.hint), (self.path, self.message)
 
 
 class ConfigError(PamError):

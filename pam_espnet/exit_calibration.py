@@ -8,21 +8,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from pam_espnet.answer_states import answer_states, reference_answers
 from pam_espnet.data.datadir import DataDir
-from pam_espnet.decoder.calibration import Calibration, CostModel, Judgement, fit_gate, fit_map, judge
+from pam_espnet.decoder.calibration import Calibration, CostModel, Judgement, apply_map, fit_gate, fit_map, judge
 from pam_espnet.decoder.llm import LLMDecoder
-from pam_espnet.decoder.prompt_layout import answer_ids
-from pam_espnet.decoding import read_wave
 from pam_espnet.errors import ConfigError
-from pam_espnet.espnet_model import ESPnetPaMModel
+from pam_espnet.inference import SpeechLLM
 
 RIDGES = (0.01, 0.1, 1.0)
+FILL_RIDGES = (1e-3, 1e-2, 1e-1)
 FEWEST_TOKENS = 200  # on either half; with fewer the judgement would be a guess
 
 
@@ -45,46 +45,22 @@ class Observed:
         return Observed([states[chosen] for states in self.hidden], self.last[chosen], self.utterance[chosen])
 
 
-@torch.no_grad()
-def observe(
-    model: ESPnetPaMModel, data_dir: str | Path, layers: Sequence[int], device: str = "cpu", batch_size: int = 8
-) -> Observed:
+def observe(speech: SpeechLLM, data_dir: str | Path, layers: Sequence[int], batch_size: int = 8) -> Observed:
     """Run the reference answers of a formatted data directory through the LLM.
 
     Raises:
         DataError: audio of another sample rate than the model's.
     """
-    from tqdm import tqdm
-
-    data, decoder, rate = DataDir.load(data_dir), model.decoder, model.frontend.sample_rate
-    keys = data.utterances
+    data = DataDir.load(data_dir)
     hidden: list[list[Tensor]] = [[] for _ in layers]
     last: list[Tensor] = []
     owners: list[Tensor] = []
-    caught: list[Tensor] = []
-    hook = decoder.transformer.layers[-1].register_forward_hook(
-        lambda _module, _inputs, output: caught.append(output if isinstance(output, Tensor) else output[0])
-    )
-    try:
-        for start in tqdm(range(0, len(keys), batch_size), desc="observe", unit="batch"):
-            batch = keys[start : start + batch_size]
-            waves = [read_wave(data, key, rate) for key in batch]
-            lengths = torch.tensor([len(wave) for wave in waves])
-            padded = torch.from_numpy(np.stack([np.pad(w, (0, int(lengths.max()) - len(w))) for w in waves]))
-            prompts = [data.prompt[key] for key in batch]
-            answers = [torch.tensor(answer_ids(decoder.tokenizer, data.text[key]), device=device) for key in batch]
-            audio = model.audio_embeddings(prompts, lengths.to(device), padded.to(device))
-            placed = model.place(prompts, audio, answers)
-            caught.clear()
-            states = decoder.hidden_states(placed)
-            for kept, layer in zip(hidden, layers, strict=True):
-                kept.append(states[layer].flatten(0, 1)[placed.target_index].float().cpu())
-            last.append(caught[-1].flatten(0, 1)[placed.target_index].float().cpu())
-            counts = torch.tensor([len(answer) for answer in answers])
-            owners.append(torch.repeat_interleave(torch.arange(start, start + len(batch)), counts))
-    finally:
-        hook.remove()
-    return Observed([torch.cat(states) for states in hidden], torch.cat(last), torch.cat(owners))
+    for states in answer_states(speech, data, reference_answers(speech, data), batch_size):
+        for kept, layer in zip(hidden, layers, strict=True):
+            kept.append(states.blocks[layer - 1].float().cpu())
+        last.append(states.blocks[-1].float().cpu())
+        owners.append(states.utterance)
+    return Observed([torch.cat(parts) for parts in hidden], torch.cat(last), torch.cat(owners))
 
 
 def cost_model(decoder: LLMDecoder) -> CostModel:
@@ -129,14 +105,14 @@ def calibrate(
             scores = {}
             for ridge in RIDGES:
                 matrix = fit_map(states[inner], fit.last[inner], ridge)
-                found = head(norm(_map(matrix, states[~inner]))).argmax(-1)
+                found = head(norm(apply_map(matrix, states[~inner]))).argmax(-1)
                 scores[ridge] = float((found == tokens[~inner]).float().mean())
             best = max(scores, key=scores.__getitem__)
             maps.append(fit_map(states, fit.last, best))
             # What the gate learns to foretell are maps that meet new tokens, not those that they were fitted to.
             spoken = torch.empty_like(states)
             for part in (inner, ~inner):
-                spoken[part] = _map(fit_map(states[~part], fit.last[~part], best), states[part])
+                spoken[part] = apply_map(fit_map(states[~part], fit.last[~part], best), states[part])
         agrees = head(norm(spoken)).argmax(-1) == tokens
         logging.info(f"block {layer}: {float(agrees.float().mean()):.1%} of the last block's tokens")
         gates.append(fit_gate(norm(states), agrees))
@@ -145,8 +121,61 @@ def calibrate(
     return Calibration(calibration.layers, calibration.maps, calibration.gates, verdict.threshold), verdict
 
 
-def _map(matrix: Tensor, hidden: Tensor) -> Tensor:
-    return hidden @ matrix[:-1] + matrix[-1]
+def fit_fills(
+    observed: Observed, layers: Sequence[int], decoder: LLMDecoder
+) -> tuple[tuple[Tensor, ...], dict[int, dict[str, float]]]:
+    """Maps from each candidate block's states to the keys and values of the blocks behind it, from even utterances.
+
+    Args:
+        observed: at every block from the first of ``layers`` to the last but one.
+        layers: candidate blocks.
+        decoder: whose blocks remember.
+
+    Returns:
+        ``Calibration.fills``; and of each candidate the errors of "propagate" and "map" on the odd utterances: length
+        of the difference over length of the keys, likewise of the values, mean over both and over the blocks.
+
+    Raises:
+        ConfigError: an LLM that cannot leave early.
+    """
+    fused = decoder.fused_blocks()
+    if fused is None:
+        raise ConfigError("--fill_maps: only Llama-type LLMs with fused_decoding can leave before the last block")
+    blocks = decoder.num_layers
+    states = dict(zip(range(blocks - len(observed.hidden), blocks), observed.hidden, strict=True))
+    fills: list[Tensor] = []
+    errors: dict[int, dict[str, float]] = {}
+    for layer in layers:
+        unit = _on(decoder, fused.unit)(states[layer])
+        found = []
+        for skipped in range(layer, blocks):
+            wanted = _on(decoder, partial(fused.memory, skipped))(states[skipped])
+            found.append(_fit_fill(unit, wanted, fused.propagation(skipped).float().cpu(), observed.utterance))
+        matrices, propagated, mapped = zip(*found, strict=True)
+        fills.append(torch.stack(matrices, dim=1))
+        mean = {"propagate": sum(propagated) / len(found), "map": sum(mapped) / len(found)}
+        errors[layer] = mean
+        logging.info(f"block {layer}: error of keys and values {mean['propagate']:.3f}, with maps {mean['map']:.3f}")
+    return tuple(fills), errors
+
+
+def _fit_fill(unit: Tensor, wanted: Tensor, start: Tensor, utterance: Tensor) -> tuple[Tensor, float, float]:
+    """A map for one block, the error of ``start`` and its own; the ridge by a held-out third of the fitted half."""
+    fit = utterance % 2 == 0
+    inner = fit & ((utterance // 2) % 3 > 0)
+    outer = fit & ~inner
+    scores = {
+        ridge: _error(fit_map(unit[inner], wanted[inner], ridge, start), unit[outer], wanted[outer])
+        for ridge in FILL_RIDGES
+    }
+    matrix = fit_map(unit[fit], wanted[fit], min(scores, key=scores.__getitem__), start)
+    return matrix, _error(start, unit[~fit], wanted[~fit]), _error(matrix, unit[~fit], wanted[~fit])
+
+
+def _error(matrix: Tensor, unit: Tensor, wanted: Tensor) -> float:
+    difference = apply_map(matrix, unit) - wanted
+    wrong, whole = (one.unflatten(1, (2, -1)).square().sum(dim=(0, 2)) for one in (difference, wanted))  # (2,)
+    return float((wrong / whole).sqrt().mean())
 
 
 def _on(decoder: LLMDecoder, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

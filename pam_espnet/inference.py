@@ -6,8 +6,9 @@ Dimension letters: B utterances, N samples, U adapter frames, P prefix positions
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,24 @@ from pam_espnet.build import build_model
 from pam_espnet.checkpoint import MODEL_FILE, load_strict, read_trained
 from pam_espnet.config import load_yaml
 from pam_espnet.data.tables import one_line
-from pam_espnet.decoder.prompt_layout import answer_ids
+from pam_espnet.decoder.prompt_layout import answer_ids, layout
 from pam_espnet.decoder.view import DecoderView
 from pam_espnet.errors import ConfigError
 from pam_espnet.espnet_model import ESPnetPaMModel
+from pam_espnet.frontend.frontend import AudioEmbeddings
 from pam_espnet.search.answer_scores import answer_log_probs
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
+from pam_espnet.search.drafters import NgramLookup, NoDraft, WholeAnswer
+from pam_espnet.search.drafting import DraftCount, Drafter, draft_search
+from pam_espnet.search.hypothesis import Partial
 
 
 @dataclass
 class Answer:
     """The n-best answers to one utterance, best first, with the block of the LLM that named each token; how its
     encoders were combined; which constraints fired and how often (over steps and hypotheses; ``length_cap`` is 1 where
-    the best answer was cut)."""
+    the best answer was cut); what drafts were worth, where there were any."""
 
     texts: list[str]
     tokens: list[list[int]]
@@ -42,6 +47,24 @@ class Answer:
     routing: dict[str, Any]
     constraints: dict[str, int]
     answer_log_probs: dict[str, float] | None = None  # of every answer, where the task has a set of them
+    draft: DraftCount | None = None
+
+
+@dataclass(frozen=True)
+class PartialAnswer:
+    """How far the answer to an utterance is; ``text`` costs nothing until it is read."""
+
+    utterance: int  # place among the waveforms
+    tokens: list[int]  # of the best running hypothesis, of the answer once ``done``; the LLM's ids
+    score: float  # sum of log-probabilities; once done, divided as ``length_penalty`` says
+    done: bool
+    decode: Callable[[Sequence[int]], str]
+
+    @property
+    def text(self) -> str:
+        """The words so far; bytes of a letter that is not whole yet are left out."""
+        text = self.decode(self.tokens)
+        return text if self.done else text.rstrip("\ufffd")
 
 
 class SpeechLLM:
@@ -51,12 +74,13 @@ class SpeechLLM:
         model: built and loaded.
         options: how answers are decoded.
         device: a torch device.
-
-        vocabulary_tasks: tasks whose answers the task vocabulary was made from; None for all.
+        warm_losses: the warm start's loss of each task whose answers the task vocabulary was made from; None: it was
+            made from all, and only the CTC head of ASR was trained.
 
     Raises:
-        ConfigError: a task vocabulary is asked for, but the model has no list of the training answers' tokens, or the
-            list lacks tokens of an answer set; an answer that is longer than ``max_new_tokens``.
+        ConfigError: a task vocabulary or a draft by CTC is asked for, but the model has no list of the training
+            answers' tokens, or the list lacks tokens of an answer set; an answer that is longer than
+            ``max_new_tokens``; an LLM that cannot verify drafts.
     """
 
     def __init__(
@@ -64,17 +88,25 @@ class SpeechLLM:
         model: ESPnetPaMModel,
         options: AnswerOptions,
         device: str = "cpu",
-        vocabulary_tasks: Collection[str] | None = None,
+        warm_losses: Mapping[str, str] | None = None,
     ) -> None:
         self.model = model.to(device).eval()
         self.options = options
         self.device = device
-        self.vocabulary_tasks = vocabulary_tasks
+        self.vocabulary_tasks = warm_losses
+        self.ctc_tasks = {task for task, loss in (warm_losses or {"asr": "ctc"}).items() if loss == "ctc"}
         if options.task_vocabulary and model.ctc is None:
             raise ConfigError("task_vocabulary: this model was trained without the warm start's list of tokens")
         vocabulary = model.ctc.token_ids.tolist() if options.task_vocabulary and model.ctc is not None else None
+        model.decoder.compile_decoding = options.compile
         self.decoder = DecoderView(model.decoder, vocabulary, options.exit)
-        model.decoder.fused_blocks()  # now, or the first batch would be charged for it
+        if options.draft.kind != "none":
+            self.decoder.verifier()
+        if options.draft.kind == "ctc" and (model.ctc is None or not self.ctc_tasks):
+            raise ConfigError("draft.kind: ctc needs a model whose warm start fitted a task with CTC; choose another")
+        fused = model.decoder.fused_blocks()  # now, or the first batch would be charged for it
+        if options.compile and fused is None:
+            raise ConfigError("compile: only Llama-type LLMs with fused_decoding can be compiled; set compile: false")
         self._answer_sets = {
             task: [self.decoder.places(answer_ids(model.decoder.tokenizer, answer)[:-1]) for answer in answers]
             for task, answers in options.answer_sets.items()
@@ -93,14 +125,16 @@ class SpeechLLM:
             exp_dir: experiment directory.
             options: see ``AnswerOptions``.
             device: "cpu", "cuda", ...
-            dtype: precision of the LLM in place of the configured one.
+            dtype: precision of the LLM in place of the configured one: "float32", "bfloat16", or "int8" (weights of
+                its products in the search, all else in float32).
 
         Raises:
             ConfigError, CheckpointError: what is missing or does not fit, and which stage makes it.
         """
         config = load_yaml(Path(exp_dir) / "config.yaml")
         if dtype is not None:
-            config["llm_conf"] = {**(config.get("llm_conf") or {}), "dtype": dtype}
+            int8 = {"dtype": "float32", "int8_decoding": True}
+            config["llm_conf"] = {**(config.get("llm_conf") or {}), **(int8 if dtype == "int8" else {"dtype": dtype})}
         model = build_model(config)
         checkpoint = Path(exp_dir) / MODEL_FILE
         load_strict(model, read_trained(checkpoint), checkpoint)
@@ -108,8 +142,23 @@ class SpeechLLM:
         return cls(model, options, device, warm_start.get("losses"))
 
     @torch.no_grad()
+    def listen(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> AudioEmbeddings:
+        """What the LLM is given of waveforms, each (N,) float32 at the frontend's sample rate, one prompt for each."""
+        lengths = torch.tensor([len(wave) for wave in waves])
+        batch = torch.zeros(len(waves), int(lengths.max()))
+        for row, wave in zip(batch, waves, strict=True):
+            row[: len(wave)] = torch.from_numpy(wave)
+        return self.model.audio_embeddings(prompts, lengths.to(self.device), batch.to(self.device))
+
+    @torch.no_grad()
     def answer(
-        self, waves: Sequence[np.ndarray], prompts: Sequence[str], tasks: Sequence[str] | None = None
+        self,
+        waves: Sequence[np.ndarray],
+        prompts: Sequence[str],
+        tasks: Sequence[str] | None = None,
+        audio: AudioEmbeddings | None = None,
+        on_partial: Callable[[list[PartialAnswer]], None] | None = None,
+        score_answers: bool = True,
     ) -> list[Answer]:
         """Answer one prompt per waveform.
 
@@ -117,28 +166,32 @@ class SpeechLLM:
             waves: each (N,) float32 at the frontend's sample rate.
             prompts: as many.
             tasks: as many names; without them no answer set applies.
+            audio: what ``listen`` made of them, where they are answered more than once.
+            on_partial: called after every step of the search with the utterances that took it: for streaming and
+                progress bars.
+            score_answers: also say how likely each answer is, where a task has a set of them; costs a few steps.
         """
-        lengths = torch.tensor([len(wave) for wave in waves])
-        batch = torch.zeros(len(waves), int(lengths.max()))
-        for row, wave in zip(batch, waves, strict=True):
-            row[: len(wave)] = torch.from_numpy(wave)
-        audio = self.model.audio_embeddings(prompts, lengths.to(self.device), batch.to(self.device))
+        audio = self.listen(waves, prompts) if audio is None else audio
         placed = self.model.place(prompts, audio, None)
         tasks = tasks or [""] * len(waves)
         known = self.vocabulary_tasks if self.options.task_vocabulary else None
         if known is not None and (strange := sorted(set(tasks) - set(known))):
             made_of, asked = ", ".join(known), ", ".join(strange) or "no task"
             raise ConfigError(f"task_vocabulary: it was made from answers of {made_of}, not of {asked}")
-        caps = self.options.length_caps((lengths / self.model.frontend.sample_rate).tolist())
+        caps = self.options.length_caps([len(wave) / self.model.frontend.sample_rate for wave in waves])
         if caps is not None:  # one of a set of answers is never cut
             sets = [self._answer_sets.get(task, [[]]) for task in tasks]
             caps = [max(cap, 1 + max(map(len, answers))) for cap, answers in zip(caps, sets, strict=True)]
         constraints = self._constraints(tasks)
-        nbest = beam_search(
-            self.decoder, placed.embeds, placed.prefix_lengths, self.options.beam, caps, constraints=constraints
-        )
-        log_probs = self._answer_log_probs(tasks, placed.embeds, placed.prefix_lengths)
-        tokenizer, end = self.model.decoder.tokenizer, set(self.model.decoder.eos_ids)
+        show = None if on_partial is None else partial(self._show, on_partial)
+        drafts: Sequence[DraftCount | None] = [None] * len(waves)
+        prefix = (placed.embeds, placed.prefix_lengths, self.options.beam)
+        if self.options.draft.kind == "none":
+            nbest = beam_search(self.decoder, *prefix, caps, show, constraints)
+        else:
+            drafters, most = self.drafters(tasks, prompts, audio), self.options.draft.most
+            nbest, drafts = draft_search(self.decoder, *prefix, drafters, most, caps, show, constraints)
+        log_probs = self._answer_log_probs(tasks, placed.embeds, placed.prefix_lengths) if score_answers else {}
         answers = []
         for b, hypotheses in enumerate(nbest):
             if not hypotheses:
@@ -149,19 +202,47 @@ class SpeechLLM:
                 fired[constraint.name] += constraint.fired[b]
             answers.append(
                 Answer(
-                    texts=[
-                        one_line(tokenizer.decode([t for t in one if t not in end], skip_special_tokens=True))
-                        for one in tokens
-                    ],
+                    texts=[self.text(one) for one in tokens],
                     tokens=tokens,
                     scores=[one.score for one in hypotheses],
                     depths=[one.depths for one in hypotheses],
                     routing=self._routing(audio.routing, b),
                     constraints={name: times for name, times in fired.items() if times},
                     answer_log_probs=log_probs.get(b),
+                    draft=drafts[b],
                 )
             )
         return answers
+
+    @torch.no_grad()
+    def drafters(self, tasks: Sequence[str], prompts: Sequence[str], audio: AudioEmbeddings) -> list[Drafter]:
+        """One for each utterance, by ``options.draft.kind``."""
+        kind, model = self.options.draft.kind, self.model
+        if kind == "ngram":
+            layouts = [layout(model.decoder.tokenizer, prompt, model.decoder.system) for prompt in prompts]
+            lookup = NgramLookup([self.decoder.places(one.prompt_ids, strict=False) for one in layouts])
+            return [lookup] * len(tasks)
+        heard: list[list[int]] = [[] for _ in tasks]
+        own = [b for b, task in enumerate(tasks) if kind == "ctc" and task in self.ctc_tasks]
+        if own and model.ctc is not None:
+            for b, tokens in zip(own, model.ctc.greedy(audio.embeddings[own], audio.lengths[own]), strict=True):
+                heard[b] = self.decoder.places(tokens)
+        whole = WholeAnswer(heard, "ctc")
+        return [whole if b in own else NoDraft() for b in range(len(tasks))]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The words of an answer's token ids."""
+        kept = [token for token in tokens if token not in self.model.decoder.eos_ids]
+        return one_line(self.model.decoder.tokenizer.decode(kept, skip_special_tokens=True))
+
+    def _show(self, on_partial: Callable[[list[PartialAnswer]], None], found: Sequence[Partial]) -> None:
+        places = self.decoder.tokens
+        on_partial(
+            [
+                PartialAnswer(one.utterance, places(one.hypothesis.tokens), one.hypothesis.score, one.done, self.text)
+                for one in found
+            ]
+        )
 
     def _answer_log_probs(self, tasks: Sequence[str], prefix: Tensor, lengths: Tensor) -> dict[int, dict[str, float]]:
         """Place in the batch -> log-probability of each answer, where the task has a set of answers."""

@@ -33,11 +33,21 @@ def search(decoder: Any, prefix: Tensor, rows: list[int], options: BeamOptions, 
 def generate(
     decoder: LLMDecoder, embeds: Tensor, options: BeamOptions, **more: Any
 ) -> list[tuple[list[int], float]]:
-    """The same search of one utterance (P,D) by transformers, without padding."""
+    """The same search of one utterance (P,D) by transformers, without padding: its n-best tokens and scores."""
+    return generate_batch(decoder, [embeds], options, **more)[0]
+
+
+def generate_batch(
+    decoder: LLMDecoder, prefixes: list[Tensor], options: BeamOptions, **more: Any
+) -> list[list[tuple[list[int], float]]]:
+    """The same search of several utterances, each (P,D), by transformers in one batch, padded on the left."""
     eos = list(options.eos_ids or decoder.eos_ids)
+    most = max(map(len, prefixes))
+    padded = torch.stack([torch.nn.functional.pad(one, (0, 0, most - len(one), 0)) for one in prefixes])
+    mask = torch.stack([torch.arange(most) >= most - len(one) for one in prefixes]).long()
     output = decoder.lm.generate(
-        inputs_embeds=embeds[None],
-        attention_mask=torch.ones(1, len(embeds), dtype=torch.long),
+        inputs_embeds=padded,
+        attention_mask=mask,
         do_sample=False,
         num_beams=options.beam_size,
         num_return_sequences=options.nbest,
@@ -56,9 +66,9 @@ def generate(
     for i, sequence in enumerate(output.sequences.tolist()):
         end = next((at + 1 for at, token in enumerate(sequence) if token in eos), len(sequence))
         if options.beam_size == 1:
-            scores = [step[0].log_softmax(-1)[token].item() for step, token in zip(output.logits, sequence)]  # noqa: B905
+            scores = [step[i].log_softmax(-1)[token].item() for step, token in zip(output.logits, sequence)]  # noqa: B905
             score = sum(scores[:end]) / end**options.length_penalty
         else:
             score = output.sequences_scores[i].item()
         results.append((sequence[:end], score))
-    return results
+    return [results[at : at + options.nbest] for at in range(0, len(results), options.nbest)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from tiny_model import tiny_config, write_data
 
+from pam_espnet import decoding
+from pam_espnet.answering import AnswerOptions
 from pam_espnet.bin.pam_decode import main
 from pam_espnet.build import build_model
 from pam_espnet.checkpoint import save_trained
@@ -19,6 +22,7 @@ from pam_espnet.data.tables import read_table
 from pam_espnet.decoding import DecodeOptions, shard_keys
 from pam_espnet.errors import CheckpointError, ConfigError, DataError
 from pam_espnet.fileio import read_json
+from pam_espnet.inference import SpeechLLM
 from pam_espnet.metrics.scoring import score_directory
 
 
@@ -63,6 +67,31 @@ def test_outputs(decoded: Path, data: Path) -> None:
     stats = read_json(decoded / "stats.json")
     assert stats["seconds_audio"] == pytest.approx(9 * 0.7, abs=0.01)
     assert stats["audio"] == "on" and stats["tokens"] > 0 and stats["seconds_wall"] > 0
+
+
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="int8 needs FBGEMM (x86)")
+def test_int8_is_named_in_the_statistics(exp: Path, data: Path, tmp_path: Path) -> None:
+    assert decode(exp, data, tmp_path, "--dtype", "int8", "--limit", "3") == 0
+    assert read_json(tmp_path / "stats.json")["dtype"] == "int8"
+    with pytest.raises(DataError, match=r"key\.json"):  # another precision is another run
+        decode(exp, data, tmp_path, "--dtype", "float32", "--limit", "3")
+
+
+def test_compile_needs_fused_blocks(tiny_llm_dir: Path) -> None:
+    config = tiny_config(tiny_llm_dir)
+    config["llm_conf"]["fused_decoding"] = False
+    with pytest.raises(ConfigError, match="compile: only Llama-type"):
+        SpeechLLM(build_model(config), AnswerOptions(compile=True))
+
+
+def test_the_bar_shows_the_step_of_a_long_batch(
+    exp: Path, data: Path, tmp_path: Path, decoded: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(decoding, "REFRESH", 0.0)
+    decode(exp, data, tmp_path)
+    assert "token 2, 4 running" in capsys.readouterr().err
+    assert (tmp_path / "score").read_text() == (decoded / "score").read_text()
 
 
 def test_scoring_takes_it(decoded: Path, data: Path) -> None:
@@ -184,6 +213,43 @@ def test_answers_keep_to_their_constraints(data: Path, tiny_llm_dir: Path, tmp_p
     assert {"answer_set", "length_cap"} <= set(fired)
 
 
+@pytest.mark.parametrize("vocabulary", [False, True])
+def test_drafts_change_no_answer_and_are_counted(
+    data: Path, tiny_llm_dir: Path, tmp_path: Path, vocabulary: bool
+) -> None:
+    torch.manual_seed(0)
+    tokens = tmp_path / "ctc_tokens.txt"
+    tokens.write_text("".join(f"{token}\n" for token in range(3, 250)))
+    config = tiny_config(tiny_llm_dir, ctc_tokens=str(tokens), ctc_weight=0.1)
+    config["warm_start_conf"] = {"losses": {"asr": "ctc", "caption": "bag", "count": "bag"}}
+    save_trained(build_model(config).state_dict(), tmp_path / "model.safetensors")
+    write_config(config, tmp_path / "config.yaml")
+    entries = {}
+    for kind in ("none", "ctc", "ngram"):
+        draft = {"kind": kind, "most": 5}
+        options = {"beam_size": 1, "max_new_tokens": 16, "task_vocabulary": vocabulary, "draft": draft}
+        write_config(options, tmp_path / "decode.yaml")
+        assert decode(tmp_path, data, tmp_path / kind) == 0
+        lines = (tmp_path / kind / "nbest.jsonl").read_text().splitlines()
+        entries[kind] = [json.loads(line) for line in lines]
+        drafts: dict[str, dict[str, int]] = {}
+        for entry, plain in zip(entries[kind], entries["none"], strict=True):
+            assert entry["hypotheses"][0]["tokens"] == plain["hypotheses"][0]["tokens"]
+            if kind == "none":
+                assert "draft" not in entry
+                continue
+            assert entry["draft"]["drafter"] == (kind if kind == "ngram" or entry["task"] == "asr" else "none")
+            assert entry["draft"]["passes"] + entry["draft"]["accepted"] == len(entry["hypotheses"][0]["tokens"])
+            found = drafts.setdefault(entry["draft"]["drafter"], {"utterances": 0, "tokens": 0})
+            found["utterances"] += 1
+            found["tokens"] += len(entry["hypotheses"][0]["tokens"])
+            for name in ("proposed", "accepted", "passes"):
+                found[name] = found.get(name, 0) + entry["draft"][name]
+        assert read_json(tmp_path / kind / "stats.json").get("drafts", {}) == drafts
+    assert sum(entry["draft"]["proposed"] for entry in entries["ctc"]) > 0
+    assert sum(entry["draft"]["accepted"] for entry in entries["ngram"]) > 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -199,6 +265,11 @@ def test_answers_keep_to_their_constraints(data: Path, tiny_llm_dir: Path, tmp_p
         ({"answer_sets": {"count": ["0"]}, "min_new_tokens": 3}, "min_new_tokens"),
         ({"answer_sets": {"count": ["zero point one two three four"]}, "max_new_tokens": 2}, "max_new_tokens"),
         ({"exit": [3]}, "decode.yaml"),
+        ({"draft": [3]}, "decode.yaml"),
+        ({"draft": {"kind": "exit"}}, "draft.kind"),
+        ({"draft": {"kind": "ngram"}}, "beam_size"),
+        ({"beam_size": 1, "draft": {"kind": "ctc"}}, "warm start"),
+        ({"beam_size": 1, "draft": {"kind": "ngram"}, "exit": {"mode": "fixed", "layers": [1]}}, "exit.mode"),
         ({"answer_sets": {"count": []}}, "answer_sets.count"),
         ({"answer_sets": {"counting": ["1"]}}, "counting"),
         ({"task_vocabulary": True}, "task_vocabulary"),

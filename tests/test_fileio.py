@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import pickle
 import time
 from pathlib import Path
 
 import pytest
 
+from pam_espnet.errors import DataError
 from pam_espnet.fileio import atomic_path, exclusive, read_json, sha256_file, write_json, write_text
 
 
@@ -63,3 +65,10 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
     process.join()
     with exclusive(tmp_path / ".lock"):
         assert not (tmp_path / "first").exists()
+
+
+def test_data_errors_come_out_of_worker_processes_whole() -> None:
+    error = DataError("a/b", "is wrong", line=3, hint="correct it")
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301
+    assert str(copy) == str(error) == "a/b:3: is wrong\n  -> correct it"
+    assert (copy.path, copy.line, copy.hint) == (error.path, 3, "correct it")

@@ -36,7 +36,7 @@ def write_data(root: Path, name: str, size: int = 6, seed: int = 0) -> Path:
     source = root / "data" / name
     (source / "wav").mkdir(parents=True)
     tables: dict[str, dict[str, str]] = {key: {} for key in ("wav", "text", "prompt", "utt2task", "utt2spk")}
-    for task, spec in TASKS.items():
+    for task in TEXTS:
         for i in range(size):
             utt = f"{task}-{name}-{i:03d}"
             samples = int(16000 * (0.6 + 0.1 * i))
@@ -45,7 +45,7 @@ def write_data(root: Path, name: str, size: int = 6, seed: int = 0) -> Path:
             soundfile.write(path, wave.astype(np.float32), 16000, subtype="PCM_16")
             tables["wav"][utt] = str(path)
             tables["text"][utt] = TEXTS[task]
-            tables["prompt"][utt] = spec.default_prompt
+            tables["prompt"][utt] = TASKS[task].default_prompt
             tables["utt2task"][utt] = task
             tables["utt2spk"][utt] = utt
     DataDir(path=source, **tables).save()

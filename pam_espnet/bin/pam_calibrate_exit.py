@@ -24,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, nargs="+", help="candidate blocks (default: upper half, every second)")
     parser.add_argument("--precision", type=float, default=0.95, help="of the tokens that leave (default: 0.95)")
     parser.add_argument("--no_maps", action="store_true", help="gates alone; blocks speak as they are")
+    parser.add_argument("--fill_maps", action="store_true", help="fit what skipped blocks remember (exit.fill: map)")
     parser.add_argument("--batch_size", type=int, default=8, help="utterances run together (default: 8)")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the LLM (float32)")
@@ -34,13 +35,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     args = build_parser().parse_args(argv)
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     import torch
 
     from pam_espnet.answering import AnswerOptions
     from pam_espnet.errors import ConfigError
-    from pam_espnet.exit_calibration import calibrate, cost_model, observe
+    from pam_espnet.exit_calibration import calibrate, cost_model, fit_fills, observe
     from pam_espnet.fileio import write_json
     from pam_espnet.inference import SpeechLLM
 
@@ -48,13 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--precision {args.precision}: must be above 0 and at most 1")
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = SpeechLLM.load(args.exp, AnswerOptions(), args.device, args.dtype).model
+    speech = SpeechLLM.load(args.exp, AnswerOptions(), args.device, args.dtype)
+    model = speech.model
     blocks = model.decoder.num_layers
     layers = sorted(set(args.layers or range(blocks // 2, blocks, 2)))
     if layers[0] < 1 or layers[-1] >= blocks:
         raise ConfigError(f"--layers: {layers}; the blocks before the last are 1 to {blocks - 1}")
-    observed = observe(model, args.data, layers, args.device, args.batch_size)
-    calibration, judgement = calibrate(observed, layers, model.decoder, args.precision, not args.no_maps)
+    seen = list(range(layers[0], blocks)) if args.fill_maps else layers
+    observed = observe(speech, args.data, seen, args.batch_size)
+    candidates = replace(observed, hidden=[observed.hidden[seen.index(layer)] for layer in layers])
+    calibration, judgement = calibrate(candidates, layers, model.decoder, args.precision, not args.no_maps)
+    fills, fill_errors = fit_fills(observed, layers, model.decoder) if args.fill_maps else (None, None)
+    calibration = replace(calibration, fills=fills)
     calibration.save(args.exp / "exit.safetensors", judgement)
     verdict = "on" if judgement.worth_it else "off"
     write_json(
@@ -63,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "advice": verdict,
             "layers": layers,
             "maps": not args.no_maps,
+            "fill_errors": fill_errors,
             "precision_wanted": args.precision,
             "judgement": asdict(judgement),
             "cost_model": asdict(cost_model(model.decoder)),

@@ -7,14 +7,10 @@ returns at once. With --shard i/n several processes share the work and --merge j
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from pam_espnet.bin._cli import run_main
+from pam_espnet.bin._cli import run_main, run_record
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,7 +26,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--merge", action="store_true", help="only join the N finished parts")
     parser.add_argument("--limit", type=int, default=0, help="decode only the first utterances (default: 0 = all)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="precision of the LLM (default: as trained)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "int8"),
+        help="precision of the LLM; int8: its weights in the search, on x86 CPUs (default: as trained)",
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0 = torch's choice)")
     return parser
 
@@ -74,28 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for data, out in todo:
             decode_shard(model, data, out, options)
     if args.merge or shards == 1:
-        # A recipe says what its user typed; alone, it is this command.
-        typed = os.environ.get("PAM_COMMAND") or shlex.join(["pam_decode.py", *sys.argv[1:]])
-        run = {"command": shlex.split(typed), "commit": _commit()}
+        run = run_record("pam_decode.py")
         for data, out in todo:
             stats = merge_shards(data, out, options, run)
             rtf = stats["seconds_wall"] / max(stats["seconds_audio"], 1e-9)
             print(f"{out}: {stats['seconds_audio']:.0f} s of audio, real-time factor {rtf:.3f} per process")
     return 0
-
-
-def _commit() -> str | None:
-    """The commit of the code that runs, or None outside a git checkout."""
-    folder = Path(__file__).resolve().parent
-    if os.environ.get("PAM_COMMIT"):
-        return os.environ["PAM_COMMIT"]
-    found = subprocess.run(
-        ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or None
 
 
 if __name__ == "__main__":

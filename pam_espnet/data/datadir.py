@@ -3,7 +3,7 @@
     wav.scp      <recording> <audio file, relative to the current directory>
     text         <utterance> <answer>
     prompt       <utterance> <question to the model>
-    utt2task     <utterance> <asr | count | caption>
+    utt2task     <utterance> <asr | count | caption | verify>
     utt2spk      <utterance> <speaker>
     segments     <utterance> <recording> <start> <end>     optional, seconds; without it utterance = recording
     references   <utterance> <JSON list of strings>        optional, several right answers, for some utterances

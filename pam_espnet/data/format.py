@@ -210,6 +210,18 @@ def format_one(job: Job) -> dict[str, Any]:
     return record | {"entry": entry}
 
 
+def read_formatted(path: str | Path, settings: Settings) -> np.ndarray:
+    """One file (N,) float32 as ``format_data_dir`` would write it and ``read_audio`` read that back.
+
+    Raises:
+        DataError: it would be left out; says why.
+    """
+    wave, rate = read_audio(path)
+    if reason := skip_reason(wave, rate, settings):
+        raise DataError(path, reason, hint="name a recording with sound in it, cut to the limits of stage 2")
+    return to_pcm16(resample(wave, rate, settings.sample_rate))[0].astype(np.float32) / 32768
+
+
 def skip_reason(wave: np.ndarray, rate: int, settings: Settings) -> str | None:
     """Why ``wave`` (N,) at ``rate`` Hz cannot be used, as ``"<class>: <detail>"``; None when it can."""
     if len(wave) == 0:

@@ -22,6 +22,8 @@ TASKS: dict[str, TaskSpec] = {
         TaskSpec("asr", metric="wer", default_prompt="Transcribe the speech."),
         TaskSpec("count", metric="count", default_prompt="How many people are speaking?"),
         TaskSpec("caption", metric="caption", default_prompt="Describe the sounds."),
+        # speaker number verification: the number that is asked for stands in each utterance's own prompt
+        TaskSpec("verify", metric="choice", default_prompt="Is one person speaking? Answer yes or no."),
     )
 }
 

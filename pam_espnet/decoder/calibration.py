@@ -4,12 +4,13 @@ A *map* brings a block's hidden state towards the last block's (least squares wi
 linear short-cuts of Yom Din et al., "Jump to Conclusions", LREC-COLING 2024). The identity is the setting of early
 exit as a natural capability (Shan et al., arXiv 2412.01455). A *gate* is a logistic regression on the state itself (a
 map may erase what gives doubts away) that says whether the block's most likely token is the last block's. No gradient
-reaches the LLM, no output layer is added.
+reaches the LLM, no output layer is added. *Fills* are maps from the state that leaves to the keys and values of the
+blocks that are skipped, for ``exit.fill: map``; their ridge pulls towards CALM's propagation of that state.
 
 Everything is fitted on some utterances and judged on others; what the judge does not believe to be worth it is
 answered with "off".
 
-N tokens, C candidate blocks, D width.
+N tokens, C candidate blocks, S blocks skipped behind a candidate, D width, J key/value heads, E size of a head.
 """
 
 from __future__ import annotations
@@ -50,9 +51,12 @@ class CostModel:
         mean = sum(blocks) / len(blocks)
         return cls(len(blocks), head / mean, memory / mean)
 
-    def speedup(self, depths: Tensor) -> float:
-        """Steps at full depth against steps at ``depths`` (N,), gates counted as free."""
-        cost = depths + (self.blocks - depths) * self.memory + self.head
+    def speedup(self, depths: Tensor, checks: Tensor | float = 0.0) -> float:
+        """Steps at full depth against steps at ``depths`` (N,), linear gates counted as free.
+
+        ``checks`` (N,) says how often the output layer was asked only to know whether to leave.
+        """
+        cost = depths + (self.blocks - depths) * self.memory + (1 + checks) * self.head
         return float((self.blocks + self.head) / cost.double().mean())
 
 
@@ -89,24 +93,34 @@ class Calibration:
         maps: (C, D+1, D), the last row a constant; None leaves hidden states as they are.
         gates: (C, D+1), the last entry a constant.
         threshold: the gates' probability at which to leave; None: at none, which is "off".
+        fills: of each candidate (D+1, S, 2*J*E), the last row a constant, for states after an RMS norm without a
+            weight; None where none were fitted.
     """
 
     layers: tuple[int, ...]
     maps: Tensor | None
     gates: Tensor
     threshold: float | None
+    fills: tuple[Tensor, ...] | None = None
 
-    def to(self, device: torch.device) -> Calibration:
-        """The same on another device."""
-        maps = None if self.maps is None else self.maps.to(device)
-        return Calibration(self.layers, maps, self.gates.to(device), self.threshold)
+    def to(self, device: torch.device, dtype: torch.dtype) -> Calibration:
+        """The same on another device and in the precision of the states that it will meet."""
+        maps = None if self.maps is None else self.maps.to(device, dtype)
+        fills = None if self.fills is None else tuple(one.to(device, dtype) for one in self.fills)
+        return Calibration(self.layers, maps, self.gates.to(device, dtype), self.threshold, fills)
 
     def mapped(self, layer: int, hidden: Tensor) -> Tensor:
         """A block's hidden states (...,D), brought towards the last block's."""
         if self.maps is None:
             return hidden
-        matrix = self.maps[self.layers.index(layer)].to(hidden)
-        return hidden @ matrix[:-1] + matrix[-1]
+        return apply_map(self.maps[self.layers.index(layer)].to(hidden), hidden)
+
+    def filled(self, layer: int, unit: Tensor) -> Tensor | None:
+        """What the blocks behind ``layer`` are to remember (...,S,2*J*E) of its states ``unit`` (...,D)."""
+        if self.fills is None:
+            return None
+        matrix = self.fills[self.layers.index(layer)]
+        return torch.addmm(matrix[-1].flatten(), unit, matrix[:-1].flatten(1)).unflatten(-1, matrix.shape[1:])
 
     def probability(self, layer: int, normed: Tensor) -> Tensor:
         """That the block's token is the last block's: its states after the final norm, not mapped (...,D) -> (...,)."""
@@ -118,6 +132,8 @@ class Calibration:
         tensors = {"gates": self.gates.contiguous()}
         if self.maps is not None:
             tensors["maps"] = self.maps.contiguous()
+        if self.fills is not None:
+            tensors |= {f"fill_{layer}": fill for layer, fill in zip(self.layers, self.fills, strict=True)}
         described = {"layers": list(self.layers), "threshold": self.threshold, "judgement": asdict(judgement)}
         with atomic_path(path) as tmp:
             save_file(tensors, tmp, metadata={"calibration": json.dumps(described)})
@@ -133,7 +149,10 @@ class Calibration:
             with safe_open(str(path), "pt") as file:
                 described = json.loads((file.metadata() or {})["calibration"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            found = cls(tuple(described["layers"]), tensors.get("maps"), tensors["gates"], described["threshold"])
+            layers = tuple(described["layers"])
+            has_fills = any(name.startswith("fill_") for name in tensors)
+            fills = tuple(tensors[f"fill_{layer}"] for layer in layers) if has_fills else None
+            found = cls(layers, tensors.get("maps"), tensors["gates"], described["threshold"], fills)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             hint = "make it: python -m pam_espnet.bin.pam_calibrate_exit"
             raise CheckpointError(f"{path}: no calibration of early exit ({error})\n  -> {hint}") from error
@@ -142,19 +161,26 @@ class Calibration:
         return found
 
 
-def fit_map(hidden: Tensor, last: Tensor, ridge: float) -> Tensor:
-    """(D+1, D) such that ``[hidden, 1] @ map`` is close to ``last``, both (N,D).
+def apply_map(matrix: Tensor, hidden: Tensor) -> Tensor:
+    """``[hidden, 1] @ matrix``: a map (D+1,D), its last row a constant, on hidden states (...,D)."""
+    return hidden @ matrix[:-1] + matrix[-1]
 
-    ``ridge`` times the mean square of a hidden value pulls the map towards the identity; the constant is free.
+
+def fit_map(hidden: Tensor, last: Tensor, ridge: float, start: Tensor | None = None) -> Tensor:
+    """(D+1, W) such that ``[hidden, 1] @ map`` is close to ``last``, (N,D) -> (N,W).
+
+    ``ridge`` times the mean square of a hidden value pulls the map towards ``start`` (D+1, W), without one towards the
+    identity; the constant is free.
     """
     count, width = hidden.shape
+    if start is None:
+        start = torch.eye(width + 1, width)
     inputs = torch.cat([hidden, torch.ones(count, 1, dtype=hidden.dtype)], dim=1).double()
-    missing = (last - hidden).double()
+    missing = last.double() - inputs @ start.double()
     penalty = torch.full((width + 1,), ridge * float(hidden.double().square().mean()) * count, dtype=torch.double)
     penalty[-1] = 1e-6
     change = torch.linalg.solve(inputs.T @ inputs + penalty.diag(), inputs.T @ missing)
-    change[:-1] += torch.eye(width, dtype=torch.double)
-    return change.float()
+    return (start + change).float()
 
 
 def fit_gate(normed: Tensor, agrees: Tensor, penalty: float = 1e-2, steps: int = 60) -> Tensor:
@@ -175,6 +201,37 @@ def fit_gate(normed: Tensor, agrees: Tensor, penalty: float = 1e-2, steps: int =
     optimizer.step(loss)
     fitted = weights.detach()
     return torch.cat([fitted[:-1] / scale, fitted[-1:]])
+
+
+def outcome(
+    opened: Tensor,
+    right: Tensor,
+    layers: Sequence[int],
+    cost: CostModel,
+    threshold: float | None = None,
+    checked: bool = False,
+) -> Judgement:
+    """What comes of leaving at the first candidate block that is open.
+
+    Args:
+        opened: (C,N) whether a token may leave there.
+        right: (C,N) whether the block's most likely token is the last block's.
+        layers: the C blocks, from 1.
+        cost: of steps.
+        threshold: noted in the result.
+        checked: every candidate that was asked ran the output layer, which counts.
+    """
+    leaves, first = opened.any(dim=0), opened.float().argmax(dim=0)
+    good = right.gather(0, first[None])[0][leaves].float()
+    depths = torch.where(leaves, torch.tensor(layers)[first], cost.blocks)
+    asked = torch.where(leaves, first + 1, len(layers)) if checked else 0.0
+    return Judgement(
+        threshold,
+        coverage=float(leaves.float().mean()),
+        precision=float(good.mean()) if len(good) else 1.0,
+        mean_depth=float(depths.float().mean()),
+        speedup=cost.speedup(depths, asked),
+    )
 
 
 @torch.no_grad()
@@ -202,18 +259,10 @@ def judge(
     for layer, states in zip(calibration.layers, hidden, strict=True):
         probabilities.append(calibration.probability(layer, norm(states)))
         right.append(head(norm(calibration.mapped(layer, states))).argmax(-1) == last_token)
-    layers = torch.tensor(calibration.layers)
     best = Judgement(None, 0.0, 1.0, float(cost.blocks), 1.0)
     for threshold in torch.linspace(0.99, 0.2, 80).tolist():
         opened = torch.stack(probabilities) >= threshold  # (C,N)
-        leaves, first = opened.any(dim=0), opened.float().argmax(dim=0)
-        if not leaves.any():
-            continue
-        good = float(torch.stack(right).gather(0, first[None])[0][leaves].float().mean())
-        depths = torch.where(leaves, layers[first], cost.blocks)
-        found = Judgement(
-            threshold, float(leaves.float().mean()), good, float(depths.float().mean()), cost.speedup(depths)
-        )
-        if good >= precision and found.speedup > best.speedup:
+        found = outcome(opened, torch.stack(right), calibration.layers, cost, threshold)
+        if found.precision >= precision and found.speedup > best.speedup:
             best = found
     return best

@@ -9,7 +9,7 @@ B utterances, R rows (utterances or hypotheses), P positions, D width, V vocabul
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from pam_espnet.decoder import stepping
 from pam_espnet.decoder.exits import ExitPolicy
 from pam_espnet.decoder.fused import FusedLlama
+from pam_espnet.decoder.layer_dropout import blocks_skipped
 from pam_espnet.decoder.lora import add_lora, lora_off, lora_precision, set_lora_training
 from pam_espnet.decoder.prompt_layout import Placed, end_of_turn_id, layout
 from pam_espnet.decoder.stepping import DecoderState
@@ -58,6 +59,7 @@ class LLMDecoder(nn.Module):
         prompt_position: str = "prompt",
         system: str | None = "",
         fused_decoding: bool = True,
+        int8_decoding: bool = False,
     ) -> None:
         """
         Args:
@@ -70,11 +72,15 @@ class LLMDecoder(nn.Module):
             system: system prompt of every conversation; "" is an empty one, None the template's default.
             fused_decoding: let the search run a copy of the blocks with LoRA merged (``decoder.fused``) where the LLM
                 is of that kind; False goes through transformers, slower and without the copy's memory.
+            int8_decoding: round that copy's weights, and the output layer's as the search uses it, to 8 bits
+                (``decoder.packed``); training and prompts know nothing of it.
 
         Raises:
             ConfigError: a value out of range, or an LLM whose logits are not final norm + output layer.
         """
         super().__init__()
+        if int8_decoding and not fused_decoding:
+            raise ConfigError("dtype int8: only fused decoding has it; remove llm_conf.fused_decoding: false")
         if prompt_position not in ("prompt", "template"):
             raise ConfigError(f"prompt_position must be 'prompt' or 'template', not {prompt_position!r}")
         scaled = [name for name in _SCALED_LOGITS if getattr(lm.config, name, None) not in (None, 1, 1.0)]
@@ -95,7 +101,9 @@ class LLMDecoder(nn.Module):
         self.end_id = end_of_turn_id(tokenizer)
         self.eos_ids = _eos_ids(self.end_id, tokenizer, lm)
         self.fused_decoding = fused_decoding
-        self._fused: tuple[list[tuple[int, int]], FusedLlama | None] | None = None
+        self.int8_decoding = int8_decoding
+        self.compile_decoding = False  # torch.compile for the fused blocks
+        self._fused: tuple[Any, FusedLlama | None] | None = None  # and what it was made from
         self._prompt_vectors: dict[str, Tensor] = {}
         self.register_load_state_dict_post_hook(_forget_prompt_vectors)
         self.train(self.training)
@@ -222,15 +230,19 @@ class LLMDecoder(nn.Module):
                 return norm
         raise ConfigError(f"{type(self.transformer).__name__} has no final norm under a known name {_NORM_NAMES}")
 
-    def token_losses(self, placed: Placed, exit_layer: int | None = None) -> TokenLosses:
+    def token_losses(
+        self, placed: Placed, exit_layer: int | None = None, skipped: Collection[int] = ()
+    ) -> TokenLosses:
         """Negative log-likelihood of each answer token; logits are computed only where there is a target.
 
         Args:
             placed: the batch.
             exit_layer: a block (from 1) whose output is to name the tokens too, through the shared final norm and
                 output layer.
+            skipped: blocks (from 1) that are left out; needs an LLM whose blocks are ``layers``.
         """
-        outputs = self._outputs(placed.embeds, placed.mask, output_hidden_states=exit_layer is not None)
+        with blocks_skipped(self.transformer, skipped):
+            outputs = self._outputs(placed.embeds, placed.mask, output_hidden_states=exit_layer is not None)
         logits = self.logits(outputs.last_hidden_state.flatten(0, 1)[placed.target_index])  # (targets,V)
         nll = F.cross_entropy(logits, placed.target_ids, reduction="none")
         correct = logits.detach().argmax(-1) == placed.target_ids
@@ -239,11 +251,6 @@ class LLMDecoder(nn.Module):
         hidden = outputs.hidden_states[exit_layer].flatten(0, 1)[placed.target_index]
         exit_nll = F.cross_entropy(self.exit_logits(hidden), placed.target_ids, reduction="none")
         return TokenLosses(nll, correct, exit_nll)
-
-    @torch.no_grad()
-    def hidden_states(self, placed: Placed) -> tuple[Tensor, ...]:
-        """The embeddings and the output of every block, each (B,P,D); the last one after the final norm."""
-        return self._outputs(placed.embeds, placed.mask, output_hidden_states=True).hidden_states
 
     @torch.no_grad()
     def prompt_vector(self, prompt: str) -> Tensor:
@@ -274,7 +281,7 @@ class LLMDecoder(nn.Module):
             float32 logits (B,V) of the first answer token, and the state for ``step``.
         """
         hidden, state = self.prefill_hidden(prefix, lengths)
-        return self.logits(hidden), state
+        return self.search_logits(hidden), state
 
     @torch.no_grad()
     def prefill_hidden(
@@ -297,16 +304,35 @@ class LLMDecoder(nn.Module):
         Returns:
             float32 logits (R,V) of the next token.
         """
-        return self.logits(state.step(self.embed(tokens)))
+        return self.search_logits(state.step(self.embed(tokens)))
+
+    @torch.no_grad()
+    def search_logits(self, hidden: Tensor) -> Tensor:
+        """``logits`` (R,V) of rows (R,D), through the output layer that ``prefill`` packed where it did."""
+        fused = None if self._fused is None else self._fused[1]
+        return self.logits(hidden) if fused is None else fused.logits(hidden)
+
+    @property
+    def precision(self) -> str:
+        """What decoding multiplies with: the LLM's dtype, or int8."""
+        return "int8" if self.int8_decoding else str(self.dtype).removeprefix("torch.")
 
     def fused_blocks(self) -> FusedLlama | None:
-        """The LLM as the search runs it, made anew when a weight has changed; None where transformers must do it."""
+        """The LLM as the search runs it, made anew when a weight has changed; None where transformers must do it.
+
+        Raises:
+            ConfigError: ``int8_decoding`` of an LLM that transformers must run.
+        """
         if not self.fused_decoding:
             return None
         # Optimizers and load_state_dict raise a tensor's version; a write to ``.data`` does not, but moves the storage.
         weights = [(weight.data_ptr(), weight._version) for weight in self.lm.parameters()]
-        if self._fused is None or self._fused[0] != weights:
-            self._fused = (weights, stepping.fuse(self.lm))
+        made_from = (weights, self.int8_decoding, self.compile_decoding)
+        if self._fused is None or self._fused[0] != made_from:
+            self._fused = None  # frees the old copy before the new one is made
+            self._fused = (made_from, stepping.fuse(self.lm, self.int8_decoding, self.compile_decoding))
+        if self.int8_decoding and self._fused[1] is None:
+            raise ConfigError(f"dtype int8: {type(self.lm).__name__} has blocks that cannot be fused; use float32")
         return self._fused[1]
 
 

@@ -19,11 +19,13 @@ from pam_espnet.decoder.exits import ExitPolicy
 from pam_espnet.decoder.fused import FusedLlama
 from pam_espnet.decoder.lora import lora_precision
 from pam_espnet.decoder.tree_cache import tree_prefill
+from pam_espnet.errors import ConfigError
 
 # Same block: RMS norm, attention with rotary positions, RMS norm, gated feed-forward network.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 TOLERANCE = {torch.float32: 1e-3}  # of the self-check: length of the difference over the length of the state
 COARSE_TOLERANCE = 0.05  # in half precision
+INT8_TOLERANCE = 0.2  # of rounded weights; the blocks that they were rounded from have been held to the above
 RESERVE = 64  # slots for steps, allocated with the prefix
 
 
@@ -105,11 +107,16 @@ def prefill(
     return hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1], state
 
 
-def fuse(lm: Any) -> FusedLlama | None:
+def fuse(lm: Any, int8: bool = False, compiled: bool = False) -> FusedLlama | None:
     """The fused form of ``lm``, or None for an LLM that is not of this kind.
 
     A self-check compares one forward pass with transformers' own, so that a family member with a twist that is not
-    known here is left to transformers instead of being decoded wrongly.
+    known here is left to transformers instead of being decoded wrongly. With ``int8`` the blocks are checked as floats
+    first, then rounded, and checked again for what rounding must not exceed. ``compiled`` has torch.compile at the
+    blocks, which the check that follows warms up.
+
+    Raises:
+        ConfigError: int8 for an LLM that rounding breaks, or on a machine that cannot do it; compilation that fails.
     """
     config = lm.config
     ropes = f"{getattr(config, 'rope_scaling', None)} {getattr(config, 'rope_parameters', None)}"
@@ -129,7 +136,26 @@ def fuse(lm: Any) -> FusedLlama | None:
             "through transformers, which is slower"
         )
         return None
+    if int8:
+        fused = FusedLlama(lm, int8=True)
+        if not (difference := self_check(fused, lm)) <= INT8_TOLERANCE:
+            raise ConfigError(f"dtype int8: rounded weights change this LLM's states by {difference:.2g}; use float32")
+    if compiled:
+        _compile(fused, lm, difference)
     return fused
+
+
+def _compile(fused: FusedLlama, lm: Any, difference: float) -> None:
+    """Compile, warm up, and hold the compiled blocks to the ``difference`` from transformers that they had before."""
+    fused.compile()
+    try:
+        changed = abs(self_check(fused, lm) - difference)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        hint = "a CPU needs a C++ compiler (apt install g++) and Python's headers; or set compile: false"
+        raise ConfigError(f"compile: torch.compile failed: {reason}\n  -> {hint}") from error
+    if not changed <= TOLERANCE.get(fused.dtype, COARSE_TOLERANCE):
+        raise ConfigError(f"compile: compiled blocks differ by {changed:.2g} more; set compile: false")
 
 
 def _is_plain(module: torch.nn.Module) -> bool:

@@ -6,13 +6,14 @@ heads or rows that share them. Utterances that are done leave the memory, and so
 
 Prior art: tree attention of SpecInfer (Miao et al., ASPLOS 2024) and Medusa (Cai et al., ICML 2024).
 
-B utterances in memory, R rows, K rows of the utterance with most, P prefix positions, C slots, D width, A heads, G
-heads per key/value head, J key/value heads, E size of a head.
+B utterances in memory, R rows, N nodes under way, K nodes of the utterance with most, P prefix positions, C slots, D
+width, A heads, G heads per key/value head, J key/value heads, E size of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,9 +21,27 @@ from torch.nn import functional as F
 
 from pam_espnet.decoder.exits import ExitPolicy
 from pam_espnet.decoder.fused import FusedLlama
+from pam_espnet.decoder.pending import Nodes, Pending, no_nodes
 
 GROWTH = 1.5  # of the memory when it is full
 DEAD = 2  # compact when there are so many times more slots behind the prefix than the living need
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How nodes are laid out for attention: (B,K) cells, K nodes of the utterance with most.
+
+    Attributes:
+        cell: (N,) of each node.
+        most: K.
+        bias: (B,1,K*G,C) zero where a node may look, minus infinity elsewhere.
+        rotary: of the nodes' positions.
+    """
+
+    cell: Tensor
+    most: int
+    bias: Tensor
+    rotary: tuple[Tensor, Tensor]
 
 
 class TreeState:
@@ -33,19 +52,28 @@ class TreeState:
         keys, values: per block (B,J,C,E), the prefixes in the first P slots.
         lengths: (B,) positions of each prefix.
         prefix_slots: P.
+        utterance: (R,) whose rows ``lengths`` (R,) speaks of, where an utterance has other than one.
     """
 
     def __init__(
-        self, model: FusedLlama, keys: list[Tensor], values: list[Tensor], lengths: Tensor, prefix_slots: int
+        self,
+        model: FusedLlama,
+        keys: list[Tensor],
+        values: list[Tensor],
+        lengths: Tensor,
+        prefix_slots: int,
+        utterance: Tensor | None = None,
     ) -> None:
         self.model, self.keys, self.values = model, keys, values
         self.prefix_slots = self.used = prefix_slots
         slots = torch.arange(keys[0].shape[2], device=lengths.device)
         self.visible = slots < lengths[:, None]  # (R,C)
-        self.utterance = torch.arange(len(lengths), device=lengths.device)  # (R,)
+        self.utterance = torch.arange(len(lengths), device=lengths.device) if utterance is None else utterance  # (R,)
         self.positions = lengths.clone()  # (R,) of the next token
         self.depths = torch.full_like(lengths, len(keys))  # (R,) block from which each row's last result came
         self.policy: ExitPolicy | None = None  # when steps may leave before the last block
+        self.pending = Pending()
+        self._completed = no_nodes(keys[0].new_empty(0, model.width))
 
     def select(self, rows: Tensor) -> None:
         """Keep ``rows`` (R',), repeats and drops allowed, in any order.
@@ -57,90 +85,160 @@ class TreeState:
         utterances, self.utterance = self.utterance[rows].unique_consecutive(return_inverse=True)
         if not torch.equal(utterances, torch.arange(len(self.keys[0]), device=rows.device)):
             self._move(lambda memory: memory[utterances])
+        self.pending.follow(utterances, self.utterance, self.visible)
         self._compact()
 
-    def step(self, embeds: Tensor) -> Tensor:
+    def chain(self, embeds: Tensor, lengths: Tensor) -> Tensor:
+        """Append several tokens, one after the other, to every row; each of them becomes a row, at full depth.
+
+        Args:
+            embeds: (N,D), the tokens of the first row, then those of the second, ...
+            lengths: (R,) tokens for each row, at least 1; they sum to N.
+
+        Returns:
+            hidden states (N,D) after the final norm. ``select`` chooses where to go on.
+        """
+        row = torch.arange(len(lengths), device=embeds.device).repeat_interleave(lengths)
+        before = torch.arange(len(embeds), device=embeds.device) - (lengths.cumsum(0) - lengths)[row]
+        self.select(row)
+        self.positions = self.positions + before
+        return self.step(embeds, before)
+
+    def step(self, embeds: Tensor, before: Tensor | None = None) -> Tensor:
         """Append one token to every row.
 
         ``policy`` may let utterances leave before the last block. The keys and values of the blocks they skip are made
-        from the hidden state they left with (state propagation of CALM, Schuster et al., NeurIPS 2022).
+        from the hidden state they left with, or wait until their utterance goes on.
 
         Args:
             embeds: (R,D).
+            before: (R,) how many of the rows directly before it each row follows in a chain; full depth then.
 
         Returns:
             hidden states (R,D) after the final norm, of the block at which each row left; ``depths`` says which.
         """
-        policy = self.policy
-        counts = torch.bincount(self.utterance, minlength=len(self.keys[0]))
-        most, last = int(counts.max()), len(self.model.blocks)
-        first = counts.cumsum(0) - counts  # (B,) the row of each utterance's best hypothesis
-        place = torch.arange(len(embeds), device=embeds.device) - first[self.utterance]
+        count = len(self.keys[0])
+        rows = torch.arange(len(embeds), device=embeds.device)
+        place, most = _places(self.utterance, count)
         slots = self.used + place
         self._reserve(self.used + most)
         self.used += most
-        self.visible[torch.arange(len(embeds), device=embeds.device), slots] = True
-        cell = self.utterance * most + place  # of the grid (B,K)
-        bias = self._bias(cell, len(counts), most)
-        cos, sin = self.model.rotary(self.positions)
-        x = embeds.to(self.model.dtype)
-        self.depths = torch.full((len(x),), last, device=x.device)
-        rows = torch.arange(len(x), device=x.device)  # under way
-        done = torch.empty_like(x)
+        self.visible[rows, slots] = True
+        if before is not None:
+            every = torch.arange(self.visible.shape[1], device=embeds.device)
+            self.visible |= (every >= (slots - before)[:, None]) & (every < slots[:, None])
+        self.depths = torch.full_like(self.utterance, len(self.model.blocks))
+        policy = self.policy if before is None else None
         if policy is not None:
-            policy.begin(len(counts), x.device)
-        for index in range(last):
-            query, key, value = self.model.project(index, x, (cos[rows], sin[rows]))
-            self._write(index, rows, slots, key, value)
-            attended = self._attend(query, self.keys[index], self.values[index], bias, cell[rows], most)
-            x = self.model.finish(index, x, attended)
-            if policy is None or index + 1 not in policy.layers or index + 1 == last:
-                continue
-            under_way = self.utterance[rows].unique()
-            leaves = torch.zeros(len(counts), dtype=torch.bool, device=x.device)
-            leaves[under_way] = policy.leave(index + 1, under_way, x[torch.searchsorted(rows, first[under_way])])
-            leaving = leaves[self.utterance[rows]]
-            gone, rows = rows[leaving], rows[~leaving]
-            left, x = x[leaving], x[~leaving]
-            done[gone] = policy.spoken(index + 1, left)
-            self.depths[gone] = index + 1
-            for skipped in range(index + 1, last):
-                key, value = self.model.project_memory(skipped, left, (cos[gone], sin[gone]))
-                self._write(skipped, gone, slots, key, value)
-            if not len(rows):
-                break
-        done[rows] = x
+            policy.begin(count, embeds.device)
+        going = torch.ones(count, dtype=torch.bool, device=embeds.device)
+        way = Nodes(embeds.to(self.model.dtype), self.utterance, slots, rows, torch.ones_like(rows, dtype=torch.bool))
+        done = self._run(way, going, policy)
         self.positions = self.positions + 1
         return self.model.norm(done)
 
-    def _write(self, index: int, rows: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Keys and values (R',J,E) of ``rows`` into their slots of block ``index``."""
-        if len(rows):
-            self.keys[index][self.utterance[rows], :, slots[rows]] = key
-            self.values[index][self.utterance[rows], :, slots[rows]] = value
+    def finish(self, utterances: Tensor) -> None:
+        """Run what waits of ``utterances`` (B,) bool through the blocks that it lacks; ``completed`` has it then."""
+        self._run(no_nodes(self._completed.x[:0]), utterances, None)
+        self.depths[utterances[self.utterance]] = len(self.model.blocks)
 
-    def _bias(self, cell: Tensor, utterances: int, most: int) -> Tensor:
-        """(B,1,K*G,C'): zero where a row may look, minus infinity elsewhere."""
-        grid = torch.zeros(utterances * most, self.used, dtype=torch.bool, device=cell.device)
-        grid[:, 0] = True  # cells without a row see something, or their softmax would divide by zero
-        grid[cell] = self.visible[:, : self.used]
-        bias = torch.zeros(grid.shape, dtype=self.model.dtype, device=cell.device).masked_fill(~grid, -torch.inf)
-        return bias.view(utterances, 1, most, 1, -1).expand(-1, -1, -1, self.model.groups, -1).flatten(2, 3)
+    def completed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What nodes that waited say at the last block, since this was asked last.
 
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, cell: Tensor, most: int) -> Tensor:
-        """Queries (R,A,E) -> (R,A*E); all rows and heads that share a key are one matrix product."""
-        model, utterances = self.model, len(keys)
-        full = len(cell) == utterances * most
-        grid = query
+        Returns:
+            rows (N,), how many tokens back on each row's path (N,), hidden states (N,D) after the final norm; a node is
+            named once for every row that descends from it.
+        """
+        nodes, self._completed = self._completed, no_nodes(self._completed.x[:0])
+        descends = self.visible[:, nodes.slots] & (self.utterance[:, None] == nodes.utterance)  # (R,N)
+        rows, which = descends.nonzero(as_tuple=True)
+        slots = torch.arange(self.visible.shape[1], device=rows.device)
+        back = (self.visible[rows] & (slots > nodes.slots[which, None])).sum(1)
+        return rows, back, self.model.norm(nodes.x)[which]
+
+    def _run(self, way: Nodes, going: Tensor, policy: ExitPolicy | None) -> Tensor:
+        """Nodes through the blocks, with what waits of the utterances that are ``going`` (B,) bool.
+
+        Returns:
+            (R,D) what the new nodes say, not normed.
+        """
+        model, last, done = self.model, len(self.model.blocks), torch.empty_like(way.x)
+        grid: Grid | None = None
+        mixed = False  # whether nodes from earlier steps are on the way
+        for index in range(last):
+            if (waited := self.pending.take(index, going)) is not None:
+                way, grid, mixed = way.joined(waited), None, True
+            if not len(way):
+                continue
+            if grid is None:
+                grid = self._grid(way)
+            query, key, value = model.project(index, way.x, grid.rotary)
+            self._write(index, way, key, value)
+            way.x = model.finish(index, way.x, self._attend(query, index, grid))
+            if policy is None or index + 1 not in policy.layers:
+                continue
+            asked, sizes = way.utterance.unique_consecutive(return_counts=True)
+            leaves = torch.zeros_like(going)
+            leaves[asked] = policy.leave(index + 1, asked, way.x[sizes.cumsum(0) - sizes])  # asked of the best row
+            if not leaves.any():
+                continue
+            leaving = leaves[way.utterance]
+            left, way, grid, going = way[leaving], way[~leaving], None, going & ~leaves
+            speaks = left[left.new]
+            done[speaks.rows] = policy.spoken(index + 1, speaks.x)
+            self.depths[speaks.rows] = index + 1
+            if policy.deferred:
+                self.pending.add(index + 1, left)
+            else:
+                self._fill(index + 1, left)
+        if mixed:
+            self._completed = self._completed.joined(way[~way.new])
+            way = way[way.new]
+        done[way.rows] = way.x
+        return done
+
+    def _grid(self, way: Nodes) -> Grid:
+        """Where the nodes stand, and what they may look at."""
+        count, groups = len(self.keys[0]), self.model.groups
+        place, most = _places(way.utterance, count)
+        cell = way.utterance * most + place
+        slots = torch.arange(self.visible.shape[1], device=cell.device)
+        sees = self.visible[way.rows] & (slots <= way.slots[:, None])  # (N,C)
+        looks = torch.zeros(count * most, self.used, dtype=torch.bool, device=cell.device)
+        looks[:, 0] = True  # cells without a node see something, or their softmax would divide by zero
+        looks[cell] = sees[:, : self.used]
+        bias = torch.zeros(looks.shape, dtype=self.model.dtype, device=cell.device).masked_fill(~looks, -torch.inf)
+        bias = bias.view(count, 1, most, 1, -1).expand(-1, -1, -1, groups, -1).flatten(2, 3)
+        return Grid(cell, most, bias, self.model.rotary(sees.sum(1) - 1))
+
+    def _fill(self, layer: int, left: Nodes) -> None:
+        """Keys and values in the blocks behind ``layer`` of nodes that left there."""
+        rotary = self.model.rotary(self.positions[left.rows])
+        maps = None if self.policy is None else self.policy.memory(layer, self.model.unit(left.x))
+        for skipped in range(layer, len(self.model.blocks)):
+            memory = self.model.memory(skipped, left.x) if maps is None else maps[:, skipped - layer]
+            self._write(skipped, left, *self.model.turned(skipped, memory, rotary))
+
+    def _write(self, index: int, nodes: Nodes, key: Tensor, value: Tensor) -> None:
+        """Keys and values (N,J,E) of nodes into their slots of block ``index``."""
+        self.keys[index][nodes.utterance, :, nodes.slots] = key
+        self.values[index][nodes.utterance, :, nodes.slots] = value
+
+    def _attend(self, query: Tensor, index: int, grid: Grid) -> Tensor:
+        """Queries (N,A,E) of block ``index`` -> (N,A*E); all rows and heads that share a key are one matrix product."""
+        model, keys, values = self.model, self.keys[index], self.values[index]
+        cells, most = len(keys) * grid.most, grid.most
+        full = len(grid.cell) == cells
+        placed = query
         if not full:
-            grid = query.new_zeros(utterances * most, *query.shape[1:])
-            grid[cell] = query
-        grid = grid.view(utterances, most, model.kv_heads, model.groups, model.head).transpose(1, 2).flatten(2, 3)
+            placed = query.new_zeros(cells, *query.shape[1:])
+            placed[grid.cell] = query
+        placed = placed.view(-1, most, model.kv_heads, model.groups, model.head).transpose(1, 2).flatten(2, 3)
         found = F.scaled_dot_product_attention(
-            grid, keys[:, :, : self.used], values[:, :, : self.used], attn_mask=bias, scale=model.scale
+            placed, keys[:, :, : self.used], values[:, :, : self.used], attn_mask=grid.bias, scale=model.scale
         )
-        found = found.unflatten(2, (most, model.groups)).transpose(1, 2).reshape(utterances * most, -1)
-        return found if full else found[cell]
+        found = found.unflatten(2, (most, model.groups)).transpose(1, 2).reshape(cells, -1)
+        return found if full else found[grid.cell]
 
     def _reserve(self, wanted: int) -> None:
         have = self.keys[0].shape[2]
@@ -165,6 +263,7 @@ class TreeState:
         head = torch.arange(self.prefix_slots, device=order.device).expand(len(order), -1)
         order = torch.cat([head, order + self.prefix_slots], dim=1)
         self.visible = self.visible.gather(1, order[self.utterance])
+        self.pending.compact(order)
         self._move(lambda memory: memory.take_along_dim(order[:, None, :, None], dim=2))
         self.used = self.prefix_slots + most
 
@@ -174,8 +273,17 @@ class TreeState:
                 memories[index] = change(memory)
 
 
+def _places(utterance: Tensor, count: int) -> tuple[Tensor, int]:
+    """Of nodes (N,) in the order of their ``count`` utterances: each one's place in its own, and the most of one."""
+    sizes = torch.bincount(utterance, minlength=count)
+    first = sizes.cumsum(0) - sizes
+    return torch.arange(len(utterance), device=utterance.device) - first[utterance], int(sizes.max())
+
+
 @torch.no_grad()
-def tree_prefill(model: FusedLlama, prefix: Tensor, lengths: Tensor, reserve: int = 0) -> tuple[Tensor, TreeState]:
+def tree_prefill(
+    model: FusedLlama, prefix: Tensor, lengths: Tensor, reserve: int = 0, asked: Tensor | None = None
+) -> tuple[Tensor, TreeState]:
     """Run every prefix once; padding is neither computed nor remembered.
 
     Args:
@@ -183,14 +291,18 @@ def tree_prefill(model: FusedLlama, prefix: Tensor, lengths: Tensor, reserve: in
         prefix: (B,P,D) embeddings, right-padded.
         lengths: (B,) valid positions, at least 1.
         reserve: slots to keep free behind the prefix.
+        asked: (B,) how many of each prefix's last positions become rows, at least 1; None for the last one alone.
 
     Returns:
-        the last position's hidden state after the final norm (B,D), and the state for steps.
+        the rows' hidden states after the final norm (R,D), and the state for steps.
     """
     count, most = prefix.shape[:2]
     place = torch.arange(most, device=prefix.device).expand(count, -1)
     valid = place < lengths[:, None]
-    last = lengths.cumsum(0) - 1  # among the packed rows
+    asked = torch.ones_like(lengths) if asked is None else asked
+    owner = torch.arange(count, device=prefix.device).repeat_interleave(asked)  # (R,)
+    behind = asked.cumsum(0)[owner] - 1 - torch.arange(len(owner), device=prefix.device)  # positions behind a row's own
+    wanted = lengths.cumsum(0)[owner] - 1 - behind  # among the packed positions
     rotary = model.rotary(place[valid])
     x = prefix[valid].to(model.dtype)
     all_keys, all_values = [], []
@@ -202,12 +314,12 @@ def tree_prefill(model: FusedLlama, prefix: Tensor, lengths: Tensor, reserve: in
         keys.transpose(1, 2)[:, :most][valid] = key
         values.transpose(1, 2)[:, :most][valid] = value
         attended = _causal(model, grid, keys[:, :, :most], values[:, :, :most])[valid]
-        if index == len(model.blocks) - 1:  # of the last block only the last position is asked for
-            x, attended = x[last], attended[last]
+        if index == len(model.blocks) - 1:  # of the last block only these positions are asked for
+            x, attended = x[wanted], attended[wanted]
         x = model.finish(index, x, attended)
         all_keys.append(keys)
         all_values.append(values)
-    return model.norm(x), TreeState(model, all_keys, all_values, lengths, most)
+    return model.norm(x), TreeState(model, all_keys, all_values, lengths[owner] - behind, most, owner)
 
 
 def _causal(model: FusedLlama, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ of those types, its probabilities are normalised over what is left, as transform
 
 Several views may look at one decoder; none of them changes it.
 
-B utterances, R rows, W tokens that can be said, D width.
+B utterances, P prefix positions, R rows, N rows that verify drafts, W tokens that can be said, D width.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pam_espnet.decoder.calibration import Calibration
 from pam_espnet.decoder.exits import ExitOptions, ExitPolicy
+from pam_espnet.decoder.fused import FusedLlama
 from pam_espnet.decoder.llm import LLMDecoder
-from pam_espnet.decoder.stepping import DecoderState
+from pam_espnet.decoder.packed import pack
+from pam_espnet.decoder.stepping import RESERVE, DecoderState
+from pam_espnet.decoder.tree_cache import TreeState, tree_prefill
 from pam_espnet.errors import ConfigError
 
 
@@ -56,31 +58,31 @@ class DecoderView:
             if wanted[0] < 0 or wanted[-1] >= decoder.vocab_size:
                 raise ConfigError(f"task vocabulary: ids must be 0 to {decoder.vocab_size - 1}")
             self.ids = torch.tensor(wanted, device=decoder.device)
-            self.eos_ids = tuple(wanted.index(end) for end in decoder.eos_ids)
+            self._place = {token: place for place, token in enumerate(wanted)}
+            self.eos_ids = tuple(self._place[end] for end in decoder.eos_ids)
             layer = decoder.lm.get_output_embeddings()
-            self._weight = layer.weight.detach()[self.ids]  # (W,D)
-            self._bias = None if getattr(layer, "bias", None) is None else layer.bias.detach()[self.ids]
+            bias = None if getattr(layer, "bias", None) is None else layer.bias.detach()[self.ids]
+            self._output = pack(layer.weight.detach()[self.ids], bias, decoder.int8_decoding)  # D -> W
         self._policy: ExitPolicy | None = None
         if exits is not None and exits.mode != "never":
             if decoder.fused_blocks() is None:
                 raise ConfigError("exit: only Llama-type LLMs with fused_decoding can leave before the last block")
             calibration = None
             if exits.calibration:
-                calibration = Calibration.load(exits.calibration, decoder.width).to(decoder.device)
+                calibration = Calibration.load(exits.calibration, decoder.width).to(decoder.device, decoder.dtype)
             self._policy = ExitPolicy(exits, decoder.num_layers, decoder.final_norm, self.logits, calibration)
 
-    def places(self, tokens: Sequence[int]) -> list[int]:
+    def places(self, tokens: Sequence[int], strict: bool = True) -> list[int]:
         """Token ids -> what the search calls them.
 
         Raises:
-            ConfigError: a token that cannot be said.
+            ConfigError: a token that cannot be said; where not ``strict``, it gets a negative number of its own.
         """
         if self.ids is None:
             return list(tokens)
-        known = {token: place for place, token in enumerate(self.ids.tolist())}
-        if missing := sorted(set(tokens) - set(known)):
+        if strict and (missing := sorted(set(tokens) - set(self._place))):
             raise ConfigError(f"task vocabulary: the tokens {missing} are not in it")
-        return [known[token] for token in tokens]
+        return [self._place.get(token, -1 - token) for token in tokens]
 
     def tokens(self, places: Sequence[int]) -> list[int]:
         """What the search calls tokens -> token ids."""
@@ -95,9 +97,60 @@ class DecoderView:
     @torch.no_grad()
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """As ``LLMDecoder.step``, places (R,) in, logits (R,W) out."""
-        ids = tokens if self.ids is None else self.ids[tokens]
-        return self.logits(state.step(self.decoder.embed(ids)))
+        return self.logits(state.step(self._embed(tokens)))
+
+    def verifier(self) -> FusedLlama:
+        """The blocks that verify drafts.
+
+        Raises:
+            ConfigError: an LLM that only transformers can run.
+        """
+        blocks = self.decoder.fused_blocks()
+        if blocks is None:
+            raise ConfigError("draft: only Llama-type LLMs with fused_decoding can verify drafts; use draft.kind: none")
+        return blocks
+
+    @torch.no_grad()
+    def prefill_drafts(
+        self, prefix: Tensor, lengths: Tensor, drafts: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, TreeState]:
+        """``search.drafting.DraftingDecoder.prefill_drafts``: one causal sequence per utterance, at full depth."""
+        device, count = prefix.device, len(lengths)
+        drafted = torch.tensor([len(draft) for draft in drafts], device=device)
+        places = torch.tensor([place for draft in drafts for place in draft], dtype=torch.long, device=device)
+        at = torch.arange(int((lengths + drafted).max()), device=device)
+        most = min(prefix.shape[1], len(at))
+        whole = torch.zeros(count, len(at), prefix.shape[2], dtype=self.decoder.dtype, device=device)
+        whole[:, :most] = prefix[:, :most].to(self.decoder.dtype)
+        behind = (at >= lengths[:, None]) & (at < (lengths + drafted)[:, None])  # (B,P) the drafts, right behind
+        whole[behind] = self._embed(places)
+        hidden, state = tree_prefill(self.verifier(), whole, lengths + drafted, RESERVE, drafted + 1)
+        return self.logits(hidden), state
+
+    @torch.no_grad()
+    def chain(self, tokens: Tensor, lengths: Tensor, state: TreeState) -> Tensor:
+        """``search.drafting.DraftingDecoder.chain``: places (N,) in, logits (N,W) out."""
+        return self.logits(state.chain(self._embed(tokens), lengths))
+
+    def _embed(self, places: Tensor) -> Tensor:
+        return self.decoder.embed(places if self.ids is None else self.ids[places])
+
+    @property
+    def deferred(self) -> bool:
+        """Whether rows that leave early are completed later; what ``search.beam.DeferringDecoder`` asks for."""
+        return self._policy is not None and self._policy.deferred
+
+    @torch.no_grad()
+    def finish(self, utterances: Tensor, state: TreeState) -> None:
+        """Complete what waits of ``utterances`` (B,) bool."""
+        state.finish(utterances)
+
+    @torch.no_grad()
+    def completed(self, state: TreeState) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``TreeState.completed``, with logits (N,W)."""
+        rows, back, hidden = state.completed()
+        return rows, back, self.logits(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states after the final norm (...,D) -> float32 logits (...,W)."""
-        return self.decoder.logits(hidden) if self.ids is None else F.linear(hidden, self._weight, self._bias).float()
+        """Hidden states after the final norm (R,D) -> float32 logits (R,W)."""
+        return self.decoder.search_logits(hidden) if self.ids is None else self._output(hidden).float()

@@ -77,13 +77,6 @@ class Difference(NamedTuple):
     high: float | None
     p: float | None
 
-    def show(self, column: Column) -> str:
-        """A cell of a table; bold where the interval leaves zero out."""
-        shown = METRICS[column.metric].show(Interval(self.value, self.low, self.high), sign=True)
-        if self.low is not None and self.high is not None and self.low * self.high > 0:
-            shown = f"**{shown}**"
-        return shown if self.p is None else f"{shown}, p = {self.p:.3f}"
-
 
 def find_rows(experiments: Sequence[str | Path]) -> list[Row]:
     """One row per decoding, in the order given; with the audio before without.
@@ -122,13 +115,23 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     )
 
 
-def _difference(first: Row, row: Row, column: Column) -> Difference | None:
+def difference(first: Row, row: Row, column: Column) -> Difference | None:
     """``row`` minus ``first``; None where either lacks the column or they hold different utterances."""
     left, right = first.statistics(column), row.statistics(column)
     if left is None or right is None or left[0] != right[0]:
         return None
     interval = bootstrap_difference(left[1], right[1])
     return Difference(*interval, p=paired_p_value(left[1], right[1]))
+
+
+def show_difference(found: Difference | None, column: Column) -> str:
+    """A cell of a table: with a sign, bold where the interval leaves zero out; a dash where there is none."""
+    if found is None:
+        return "–"
+    shown = METRICS[column.metric].show(Interval(found.value, found.low, found.high), sign=True)
+    if found.low is not None and found.high is not None and found.low * found.high > 0:
+        shown = f"**{shown}**"
+    return shown if found.p is None else f"{shown}, p = {found.p:.3f}"
 
 
 def compare(experiments: Sequence[str | Path], output: str | Path, title: str = "Results") -> str:
@@ -155,10 +158,10 @@ def compare(experiments: Sequence[str | Path], output: str | Path, title: str = 
         table(head, cells),
     ]
     text = [title, text_table(head, cells)]
-    differences = {row.label: [_difference(first, row, column) for column in columns] for row in rows[1:]}
+    differences = {row.label: [difference(first, row, column) for column in columns] for row in rows[1:]}
     if differences:
         cells = [
-            [label, *("–" if one is None else one.show(c) for one, c in zip(values, columns, strict=True))]
+            [label, *(show_difference(*pair) for pair in zip(values, columns, strict=True))]
             for label, values in differences.items()
         ]
         note = (

@@ -23,7 +23,8 @@ _SMOOTH_FROM = 60  # training points from which a running mean is drawn over the
 _NAMED_LAYERS = 12  # layers up to which every cell of the heat map carries its number
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+def new_figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """A figure of ``size`` inches and its grid of axes."""
     # The figure's own canvas instead of pyplot: no global state, no display, whatever backend the caller has.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -33,7 +34,8 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) 
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a PNG, atomically."""
     with atomic_path(path) as tmp:
         figure.savefig(tmp, dpi=120)
 
@@ -82,7 +84,7 @@ def plot_curve(entries: list[dict[str, Any]], path: str | Path, title: str = "")
         panels.append(("acc", "next-token accuracy", "Accuracy"))
     if tasks:
         panels.append(("tasks", "cross-entropy (nats per token)", "Loss per task"))
-    figure, grid = _figure(1, len(panels), (5.2 * len(panels), 3.8))
+    figure, grid = new_figure(1, len(panels), (5.2 * len(panels), 3.8))
     for axes, (key, unit, heading) in zip(grid[0], panels, strict=True):
         if key == "tasks":
             _draw_tasks(axes, entries, tasks)
@@ -97,7 +99,7 @@ def plot_curve(entries: list[dict[str, Any]], path: str | Path, title: str = "")
         else:
             axes.set_ylim(bottom=0)
     figure.suptitle(title)
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def _draw_splits(axes: Any, entries: list[dict[str, Any]], key: str) -> None:
@@ -142,7 +144,7 @@ def plot_routing(routing: Mapping[str, TaskRouting], path: str | Path, title: st
     widths = [3.2, min(max(0.42 * depth, 3.2), 9.0) + 1.4] + ([2.6] if routed else [])
     height = 1.3 + max(0.42 * len(encoders), 1.2)
     size = (sum(widths) + 0.8, height * len(routing) + 0.6)
-    figure, grid = _figure(len(routing), len(widths), size, gridspec_kw={"width_ratios": widths})
+    figure, grid = new_figure(len(routing), len(widths), size, gridspec_kw={"width_ratios": widths})
     for (task, row), axes in zip(routing.items(), grid, strict=True):
         _draw_encoders(axes[0], row, encoders)
         _draw_heat(figure, axes[1], row, encoders, depth, top)
@@ -153,7 +155,7 @@ def plot_routing(routing: Mapping[str, TaskRouting], path: str | Path, title: st
             _draw_experts(axes[2], row)
             axes[2].set_title(f"{task}: experts")
     figure.suptitle(title)
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def _draw_encoders(axes: Any, row: TaskRouting, encoders: list[str]) -> None:
@@ -204,7 +206,7 @@ def plot_confusions(confusions: Mapping[str, Mapping[str, Any]], path: str | Pat
     sizes = [(len(one["columns"]), len(one["rows"])) for one in confusions.values()]
     widths = [max(0.5 * columns, 2.0) + 1.6 for columns, _ in sizes]
     height = max(0.5 * max(rows for _, rows in sizes), 2.0) + 1.6
-    figure, grid = _figure(1, len(confusions), (sum(widths), height), gridspec_kw={"width_ratios": widths})
+    figure, grid = new_figure(1, len(confusions), (sum(widths), height), gridspec_kw={"width_ratios": widths})
     for axes, (name, one) in zip(grid[0], confusions.items(), strict=True):
         counts = np.array(one["matrix"], dtype=np.float64)
         shares = counts / counts.sum(1, keepdims=True).clip(min=1)
@@ -218,4 +220,4 @@ def plot_confusions(confusions: Mapping[str, Mapping[str, Any]], path: str | Pat
         axes.set(xlabel="said", ylabel="true", title=name)
         figure.colorbar(image, ax=axes, label="share of the row", pad=0.02)
     figure.suptitle(title)
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))

@@ -74,6 +74,7 @@ MAIN_METRICS: dict[str, tuple[str, ...]] = {
     "wer": ("wer", "wer_normalised"),
     "count": ("accuracy", "mae"),
     "caption": ("cider_d", "rouge_l", "meteor", "spice", "spider", "fense"),
+    "choice": ("accuracy",),
 }
 
 

@@ -29,6 +29,7 @@ from pam_espnet.data.tasks import task_spec
 from pam_espnet.errors import DataError
 from pam_espnet.fileio import read_json, write_json, write_text
 from pam_espnet.metrics.captions import score_captions
+from pam_espnet.metrics.choices import parse_choice, score_choices
 from pam_espnet.metrics.counting import parse_count, score_counts
 from pam_espnet.metrics.intervals import LEVEL, RESAMPLES, SEED, bootstrap
 from pam_espnet.metrics.result import MAIN_METRICS, METRICS, TaskResult
@@ -67,11 +68,21 @@ def _score_captions(data: DataDir, keys: list[str], hypotheses: dict[str, str]) 
     return score_captions({key: references.get(key, [data.text[key]]) for key in keys}, hypotheses)
 
 
+def _score_choices(data: DataDir, keys: list[str], hypotheses: dict[str, str]) -> TaskResult:
+    for key in keys:
+        if parse_choice(data.text[key]) is None:
+            line = data.utterances.index(key) + 1  # the table is sorted
+            message = f"the reference of {key!r} is neither yes nor no: {data.text[key]!r}"
+            raise DataError(data.path / "text", message, line=line, hint="write yes or no")
+    return score_choices({key: data.text[key] for key in keys}, hypotheses)
+
+
 # By the `metric` of a task.
 SCORERS: dict[str, Callable[[DataDir, list[str], dict[str, str]], TaskResult]] = {
     "wer": _score_wer,
     "count": _score_counts,
     "caption": _score_captions,
+    "choice": _score_choices,
 }
 
 

@@ -10,13 +10,13 @@ V vocabulary, C candidates per row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from pam_espnet.search.constraints import Constraint
-from pam_espnet.search.hypothesis import Candidate, Hypothesis, UtteranceBeam
+from pam_espnet.search.hypothesis import Candidate, Hypothesis, Partial, UtteranceBeam
 from pam_espnet.search.options import BeamOptions
 
 
@@ -44,6 +44,19 @@ class SteppingDecoder(Protocol):
         """Append tokens (R,) to the R rows of ``state`` -> logits (R,V) of the next token."""
 
 
+@runtime_checkable
+class DeferringDecoder(SteppingDecoder, Protocol):
+    """One whose rows may leave early and be completed later, by itself in a step that goes on, or when asked to."""
+
+    deferred: bool
+
+    def finish(self, utterances: Tensor, state: Any) -> None:
+        """Complete what waits of ``utterances`` (B,) bool."""
+
+    def completed(self, state: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """What has been completed since this was asked last: rows (N,), tokens back (N,), logits (N,V) of the next."""
+
+
 @torch.no_grad()
 def beam_search(
     decoder: SteppingDecoder,
@@ -51,7 +64,7 @@ def beam_search(
     prefix_lengths: Tensor,
     options: BeamOptions,
     max_new_tokens: Tensor | Sequence[int] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_partial: Callable[[list[Partial]], None] | None = None,
     constraints: Sequence[Constraint] = (),
 ) -> list[list[Hypothesis]]:
     """Search the best answers of a batch.
@@ -65,7 +78,7 @@ def beam_search(
         options: of the search.
         max_new_tokens: (B,) a length cap per utterance, e.g. from the audio's duration; ``options.max_new_tokens``
             stays the upper bound.
-        on_step: called after every step with (utterances still active, steps taken).
+        on_partial: called after every step with how far the utterances are that took it.
         constraints: on the answers; they count per utterance where they fired.
 
     Returns:
@@ -79,10 +92,12 @@ def beam_search(
         for place, cap in enumerate(caps)
     ]
     active = list(beams)
+    deferring = decoder if isinstance(decoder, DeferringDecoder) and decoder.deferred else None
     if active:
         logits, state = decoder.prefill(prefix, prefix_lengths)
-    steps = 0
     while active:
+        if deferring is not None:
+            _settle(deferring, logits, state, active, options, eos_ids, constraints)
         depths = state.depths.tolist() if hasattr(state, "depths") else [0] * len(logits)
         candidates = _candidates(logits, depths, active, options, eos_ids, constraints)
         rows: list[int] = []
@@ -93,15 +108,49 @@ def beam_search(
             if not beam.done:
                 rows += [first_row + parent for parent in parents]
             first_row += before
+        if on_partial is not None:
+            on_partial([beam.partial() for beam in active])
         active = [beam for beam in active if not beam.done]
-        steps += 1
-        if on_step is not None:
-            on_step(len(active), steps)
         if active:
             tokens = [hypothesis.tokens[-1] for beam in active for hypothesis in beam.running]
             state.select(torch.tensor(rows, device=logits.device))
             logits = decoder.step(torch.tensor(tokens, device=logits.device), state)
     return [beam.nbest() for beam in beams]
+
+
+def _settle(
+    decoder: DeferringDecoder,
+    logits: Tensor,
+    state: Any,
+    active: Sequence[UtteranceBeam],
+    options: BeamOptions,
+    eos_ids: Sequence[int],
+    constraints: Sequence[Constraint],
+) -> None:
+    """Bring scores and ``logits`` (R,V) up to what has been completed; no answer ends on a token that has not been."""
+    _correct(decoder, logits, state, active, options)
+    fired = [one.fired.copy() for one in constraints]
+    candidates = _candidates(logits, [0] * len(logits), active, options, eos_ids, constraints)
+    for one, count in zip(constraints, fired, strict=True):  # these candidates were a question, not a step
+        one.fired = count
+    ends = [beam.ends(choices) for beam, choices in zip(active, candidates, strict=True)]
+    if any(ends):
+        decoder.finish(torch.tensor(ends, device=logits.device), state)
+        _correct(decoder, logits, state, active, options)
+
+
+def _correct(
+    decoder: DeferringDecoder, logits: Tensor, state: Any, active: Sequence[UtteranceBeam], options: BeamOptions
+) -> None:
+    rows, back, found = decoder.completed(state)
+    log_probs = torch.log_softmax(found.float() / options.temperature, dim=-1)
+    running = [(beam, place) for beam in active for place in range(len(beam.running))]
+    for row, steps, values, own in zip(rows.tolist(), back.tolist(), log_probs, found, strict=True):
+        beam, place = running[row]
+        if steps == 0:
+            logits[row] = own
+        else:
+            beam.correct(place, steps, float(values[beam.running[place].tokens[-steps]]))
 
 
 def _candidates(

@@ -7,7 +7,7 @@ nothing here can depend on its neighbours. Pure Python: no tensors, no LLM.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pam_espnet.search.options import BeamOptions
 
@@ -39,6 +39,15 @@ class Candidate:
     token: int
     log_prob: float  # of the token alone
     depth: int = 0  # block of the LLM that named it
+
+
+@dataclass(frozen=True)
+class Partial:
+    """How far the search of an utterance is."""
+
+    utterance: int  # place in its batch
+    hypothesis: Hypothesis  # the best running one; once done, the answer (empty where the search found none)
+    done: bool
 
 
 class UtteranceBeam:
@@ -94,9 +103,26 @@ class UtteranceBeam:
         self.done = not running or (len(self.finished) == size and self._cannot_improve(running[0].score, length))
         return parents
 
+    def ends(self, candidates: Sequence[Candidate]) -> bool:
+        """Whether ``advance`` would finish an answer."""
+        best = candidates[: self.options.beam_size]
+        return self.length + 1 == self.max_new_tokens or any(one.token in self.eos_ids for one in best)
+
+    def correct(self, place: int, back: int, log_prob: float) -> None:
+        """A running hypothesis's token, so many before the next one, has another log-probability."""
+        hypothesis = self.running[place]
+        log_probs = [*hypothesis.log_probs]
+        log_probs[len(log_probs) - back] = log_prob
+        self.running[place] = replace(hypothesis, log_probs=log_probs, score=sum(log_probs))
+
     def nbest(self) -> list[Hypothesis]:
         """The best finished hypotheses, best first."""
         return self.finished[: self.options.nbest]
+
+    def partial(self) -> Partial:
+        """How far it is."""
+        best = self.finished if self.done else self.running
+        return Partial(self.place, best[0] if best else Hypothesis(), self.done)
 
     def _extend(self, one: Candidate, score: float, ended: bool) -> Hypothesis:
         parent = self.running[one.parent]

@@ -156,6 +156,7 @@ def test_subset_keeps_only_what_it_needs(tmp_path: Path) -> None:
 
 
 def test_tasks() -> None:
-    assert {name: task_spec(name).metric for name in TASKS} == {"asr": "wer", "count": "count", "caption": "caption"}
-    with pytest.raises(ConfigError, match="known tasks: asr, count, caption"):
+    metrics = {"asr": "wer", "count": "count", "caption": "caption", "verify": "choice"}
+    assert {name: task_spec(name).metric for name in TASKS} == metrics
+    with pytest.raises(ConfigError, match="known tasks: asr, count, caption, verify"):
         task_spec("sing")

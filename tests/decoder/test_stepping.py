@@ -141,3 +141,51 @@ def test_a_twist_that_is_not_known_is_found_out(
     with caplog.at_level(logging.WARNING):
         assert stepping.fuse(lm) is None
     assert "differ from transformers" in caplog.text
+
+
+def test_chains_are_tokens_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token of a chain becomes a row, which goes on or is dropped; what is dropped leaves the memory."""
+    monkeypatch.setattr(stepping, "RESERVE", 3)
+    lm = build("qwen2")
+    _, tree = stepping.prefill(lm, stepping.fuse(lm), prefixes(), LENGTHS)
+    generator = torch.Generator().manual_seed(5)
+    rows: list[tuple[int, Tensor]] = [(b, torch.zeros(0, 32)) for b in range(3)]  # utterance, its tokens so far
+    slots = []
+    for turn in range(40):
+        sizes = torch.randint(1, 6, (len(rows),), generator=generator)
+        chains = [torch.randn(int(size), 32, generator=generator) for size in sizes]
+        found = tree.chain(torch.cat(chains), sizes)
+        pasts = [
+            (b, torch.cat([past, chain[: at + 1]]))
+            for (b, past), chain in zip(rows, chains, strict=True)
+            for at in range(len(chain))
+        ]
+        owners = torch.tensor([b for b, _ in pasts])
+        # the second utterance goes on with two of its rows, the first leaves in the end
+        chosen = [int(torch.randint(0, len(pasts), (1,), generator=generator)) for _ in range(9)]
+        kept = sorted(
+            row
+            for b in ({0, 1, 2} if turn < 30 else {1, 2})
+            for row in [row for row in chosen if owners[row] == b][: 1 + (b == 1)] or [int((owners == b).nonzero()[0])]
+        )
+        for row in kept:
+            utterance, past = pasts[row]
+            whole = torch.cat([prefixes()[utterance, : LENGTHS[utterance]], past])[None]
+            expected, _ = stepping.prefill(lm, None, whole, torch.tensor([whole.shape[1]]))
+            assert torch.allclose(found[row], expected[0], atol=1e-4)
+        tree.select(torch.tensor(kept))
+        rows = [pasts[row] for row in kept]
+        slots.append(tree.used)
+    assert len(tree.keys[0]) == 2 and any(later < earlier for earlier, later in itertools.pairwise(slots))
+
+
+@pytest.mark.parametrize("asked", [[1, 1, 1], [3, 9, 2]])
+def test_several_positions_of_a_prefix_become_rows(asked: list[int]) -> None:
+    lm = build("llama")
+    found, tree = tree_cache.tree_prefill(stepping.fuse(lm), prefixes(), LENGTHS, 2, torch.tensor(asked))
+    ends = [(b, int(LENGTHS[b]) - behind) for b in range(3) for behind in reversed(range(asked[b]))]
+    parts = [stepping.prefill(lm, None, prefixes()[[b], :end], torch.tensor([end])) for b, end in ends]
+    assert torch.allclose(found, torch.cat([hidden for hidden, _ in parts]), atol=1e-4)
+    more = torch.randn(len(ends), 32)
+    expected = torch.cat([state.step(row[None]) for (_, state), row in zip(parts, more, strict=True)])
+    assert torch.allclose(tree.step(more), expected, atol=1e-4)

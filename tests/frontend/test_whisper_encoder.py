@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,19 @@ def test_too_long_is_an_error_not_a_cut(tiny_whisper_dir: Path) -> None:
         encoder(torch.zeros(1, LONGEST + 1), torch.tensor([LONGEST + 1]))
 
 
+def test_too_long_in_pieces(tiny_whisper_dir: Path) -> None:
+    """Each piece as if it were a clip, one frame after another; short clips in the batch stay as they were."""
+    encoder = WhisperEncoder(str(tiny_whisper_dir), long_clips="split")
+    lengths = torch.tensor([2 * LONGEST + 1, 20000, LONGEST + 700])
+    wave = torch.randn(3, 2 * LONGEST + 1) * 0.1
+    hidden, frames = encoder(wave, lengths)
+    assert frames.tolist() == [301, 63, 153] and hidden.shape[2] == 301
+    cuts = [[0, 101 * 320, 202 * 320, 2 * LONGEST + 1], [0, 20000], [0, 77 * 320, LONGEST + 700]]
+    for row, own in enumerate(cuts):
+        alone = [encoder(wave[row : row + 1, a:b], torch.tensor([b - a]))[0] for a, b in pairwise(own)]
+        torch.testing.assert_close(hidden[row, :, : int(frames[row])], torch.cat(alone, dim=2)[0], atol=1e-4, rtol=1e-4)
+
+
 def test_only_the_encoder_is_loaded(tiny_whisper_dir: Path) -> None:
     names = dict(WhisperEncoder(str(tiny_whisper_dir)).named_parameters())
     weights = load_file(tiny_whisper_dir / "model.safetensors")
@@ -83,7 +97,7 @@ def test_missing_weights(tiny_whisper_dir: Path, tmp_path: Path) -> None:
         WhisperEncoder(str(folder))
 
 
-@pytest.mark.parametrize("options", [{"window": "10s"}, {"pad_seconds": -0.5}])
+@pytest.mark.parametrize("options", [{"window": "10s"}, {"pad_seconds": -0.5}, {"long_clips": "cut"}])
 def test_wrong_options(tiny_whisper_dir: Path, options: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         WhisperEncoder(str(tiny_whisper_dir), **options)

@@ -20,11 +20,15 @@ import pytest
 import soundfile
 import yaml
 
+from pam_espnet.data import rendering
+from pam_espnet.data.mixtures import EMPTY_LEVEL, MIX_LEVEL
+from pam_espnet.data.rendering import seeded
+from pam_espnet.data.signals import frame_levels
 from pam_espnet.errors import ConfigError, DataError
 
 RECIPE = Path(__file__).resolve().parents[2] / "egs" / "mini" / "pam1"
 LOCAL = RECIPE / "local"
-MODULES = ("asr", "caption", "common", "count", "download", "models", "prepare", "rcc", "recordings", "text")
+MODULES = ("asr", "caption", "count", "download", "models", "prepare", "rcc", "recordings", "text")
 RATE = 16000
 SPLITS = ("train", "dev", "test")
 
@@ -124,7 +128,7 @@ def small(tmp_path: Path, local: SimpleNamespace, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     # in this process: starting others would import everything again
     fake = SimpleNamespace(Pool=lambda jobs: _Serial())
-    monkeypatch.setattr(local.common, "multiprocessing", SimpleNamespace(get_context=lambda method: fake))
+    monkeypatch.setattr(rendering, "multiprocessing", SimpleNamespace(get_context=lambda method: fake))
     return SimpleNamespace(root=tmp_path, voices=voices, sounds=sounds, local=local)
 
 
@@ -254,11 +258,11 @@ def test_voices_all_talk_all_the_time_at_equal_level(local: SimpleNamespace, tmp
         write_audio(path, level * voiced(0.8, 200 + 300 * number))
         paths.append(str(path))
     samples = 3 * RATE
-    stream = local.count.talk(local.common.seeded(0, "x"), paths, samples, 1.1)
+    stream = local.count.talk(seeded(0, "x"), paths, samples, 1.1)
     assert stream.shape == (samples,)
     # no pause longer than the joints, though each clip has 0.4 s of silence
-    assert np.median(local.common.frame_levels(stream)) == pytest.approx(-23, abs=3)
-    quiet = local.common.frame_levels(stream) < -45
+    assert np.median(frame_levels(stream)) == pytest.approx(-23, abs=3)
+    quiet = frame_levels(stream) < -45
     assert max(len(run) for run in "".join("x" if q else " " for q in quiet).split(" ")) <= 12
 
 
@@ -268,19 +272,10 @@ def test_mixture_has_the_asked_level_and_no_silence(local: SimpleNamespace, tmp_
         voices = [([str(tmp_path / "a.wav")], f"v{n}") for n in range(number)]
         wave = local.count.render((5, f"key{number}", number, "train", voices, []))
         assert wave.shape == (5 * RATE,) and wave.dtype == np.float32 and np.abs(wave).max() < 1
-        low, high = local.count.MIX_LEVEL if number else local.count.EMPTY_LEVEL
+        low, high = MIX_LEVEL if number else EMPTY_LEVEL
         level = 10 * np.log10(np.mean(wave.astype(np.float64) ** 2))
         assert low - 0.5 <= level <= high + 0.5
         assert np.count_nonzero(wave) > 0.99 * len(wave)
-
-
-def test_groups_are_never_mixed(local: SimpleNamespace) -> None:
-    voices = {"a": "x", "b": "x", "c": "y", "d": "z"}
-    for seed in range(50):
-        chosen = local.count.choose_voices(local.common.seeded(seed, "k"), voices, 3)
-        assert len({voices[name] for name in chosen}) == 3
-    with pytest.raises(ValueError, match="3 groups"):
-        local.count.choose_voices(local.common.seeded(0, "k"), voices, 4)
 
 
 def test_tables_keep_splits_apart(local: SimpleNamespace) -> None:

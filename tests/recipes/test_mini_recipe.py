@@ -91,9 +91,6 @@ def test_a_second_run_does_nothing_again(unbroken: str) -> None:
     assert results(unbroken) == before and model.stat().st_mtime_ns == time_before
 
 
-@pytest.mark.skipif(
-    "PAM_TEST_KILLS" not in os.environ, reason="runs most stages six times: set PAM_TEST_KILLS=1 to run it"
-)
 def test_killed_in_every_stage_it_ends_in_the_same_files(unbroken: str) -> None:
     """kill -9 of the whole run as soon as a stage has left its first traces; then once more to the end."""
     tag = "test_killed"

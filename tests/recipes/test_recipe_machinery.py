@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def call(recipe: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_there_is_something_to_test() -> None:
-    assert len(RECIPES) >= 2 and len(CONFIGS) >= 37 and len(OVERLAYS) >= 1
+    assert {recipe.parent.name for recipe in RECIPES} >= {"audiocaps", "libricount", "librispeech", "mini"}
+    assert len(CONFIGS) >= 80 and len(OVERLAYS) >= 3
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.parent.name)
@@ -77,19 +79,19 @@ def test_mistakes_are_named(args: list[str], said: str) -> None:
 def test_every_configuration_is_one_that_training_accepts(
     recipe: Path, fusion: str, size: str, tmp_path: Path
 ) -> None:
-    check(recipe, ["train.yaml", f"fusion/{fusion}.yaml", f"size/{size}.yaml"], tmp_path)
+    check_configuration(recipe, ["train.yaml", f"fusion/{fusion}.yaml", f"size/{size}.yaml"], tmp_path)
 
 
 @pytest.mark.parametrize(("recipe", "overlay"), OVERLAYS)
 def test_every_overlay_is_one_that_training_accepts(recipe: Path, overlay: str, tmp_path: Path) -> None:
-    fusion, size = sorted(recipe.glob("conf/fusion/*.yaml"))[0], sorted(recipe.glob("conf/size/*.yaml"))[0]
-    check(recipe, ["train.yaml", overlay, f"fusion/{fusion.name}", f"size/{size.name}"], tmp_path)
+    size = sorted(recipe.glob("conf/size/*.yaml"))[0].name
+    check_configuration(recipe, ["train.yaml", overlay, "fusion/pam.yaml", f"size/{size}"], tmp_path)
     configs = f"conf/train.yaml conf/{overlay}"
     done = call(recipe, "--dry_run", "true", "--train_config", configs)
     assert done.returncode == 0 and configs in done.stdout, done.stderr
 
 
-def check(recipe: Path, files: list[str], tmp_path: Path) -> None:
+def check_configuration(recipe: Path, names: list[str], tmp_path: Path) -> None:
     """ESPnet's parser knows every key, every block of options fits its reader, and the encoders' rates go together."""
     from pam_espnet.answering import AnswerOptions
     from pam_espnet.config import check_options, load_yaml, resolve, used_encoders, write_config
@@ -105,7 +107,7 @@ def check(recipe: Path, files: list[str], tmp_path: Path) -> None:
     from pam_espnet.tasks.warm_start import WarmStartOptions
 
     conf = recipe / "conf"
-    config = resolve([conf / file for file in files])
+    config = resolve([conf / name for name in names])
     write_config(config, tmp_path / "train.yaml")
     args = PaMTask.get_parser().parse_args(["--config", str(tmp_path / "train.yaml"), "--output_dir", str(tmp_path)])
     BatchingOptions(**args.batching_conf)
@@ -116,20 +118,49 @@ def check(recipe: Path, files: list[str], tmp_path: Path) -> None:
     check_options(frontend, "frontend_conf", PaMFrontend)
     model_conf = {k: v for k, v in config["model_conf"].items() if k != "extract_feats_in_collect_stats"}
     check_options(model_conf, "model_conf", ESPnetPaMModel)
-    names = used_encoders(config)
-    counts = [len(frontend["encoders"][name]["layers"]) for name in names]
+    encoders = used_encoders(config)
+    counts = [len(frontend["encoders"][name]["layers"]) for name in encoders]
     options = frontend.get("fusion_conf", {})
-    build_fusion(frontend["fusion"], num_layers=counts, width=8, prompt_width=8, names=names, **options)
-    for name in names:
-        kind = frontend["encoders"][name]["type"]
-        assert encoder_class(kind)
+    build_fusion(frontend["fusion"], num_layers=counts, width=8, prompt_width=8, names=encoders, **options)
+    for name in encoders:
+        own = dict(frontend["encoders"][name])
+        kind = own.pop("type")
+        inspect.signature(encoder_class(kind)).bind(**own)
         stacking(RATES[kind], frontend["frame_rate"], name)
+    assert set(args.lr_scale_conf) <= {"decoder", "frontend.fusion.experts", "frontend.fusion.project"}
     for decode in conf.glob("decode*.yaml"):
         AnswerOptions.from_dict(load_yaml(decode), decode)
 
 
 # Frames per second that each type of encoder emits (as published models are configured), Hz.
-RATES = {"whisper": 50.0, "hf_wave": 50.0, "ast": 10.0, "yamnet": 6.25, "pyannote": 25.0, "ge2e": 100.0}
+RATES = {"whisper": 50.0, "hf_wave": 50.0, "ast": 10.0, "yamnet": 6.25, "pyannote": 25.0, "ge2e": 25.0}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fusion"),
+    [
+        pytest.param(recipe, path.stem, id=f"{recipe.parent.name}-{path.stem}")
+        for recipe in RECIPES
+        for path in sorted(recipe.glob("conf/fusion/*.yaml"))
+    ],
+)
+def test_a_model_is_built_of_every_fusion(recipe: Path, fusion: str, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    """With tiny parts instead of the ones that a configuration names."""
+    from pam_espnet.build import build_model
+    from pam_espnet.config import resolve
+
+    conf = recipe / "conf"
+    config = resolve([conf / "train.yaml", conf / "fusion" / f"{fusion}.yaml"])
+    config["llm"] = str(tiny_llm_dir)
+    encoders = config["frontend_conf"]["encoders"]
+    config["frontend_conf"]["encoders"] = {name: {"type": "tiny_encoder:TinyEncoder"} for name in encoders}
+    config["frontend_conf"]["frame_rate"] = 12.5  # the tiny encoder has 25 Hz
+    (tmp_path / "tokens.txt").write_text("5\n6\n")
+    config["model_conf"]["ctc_tokens"] = str(tmp_path / "tokens.txt")
+    names = set(build_model(config).trainable_parameters())
+    assert any("lora" in name for name in names)
+    for prefix in (*config.get("lr_scale_conf", {}), *config["warm_start_conf"].get("lr_scales", {})):
+        assert any(name.startswith(prefix) for name in names), f"{prefix} matches nothing"
 
 
 def test_a_new_recipe_is_made_and_refuses_to_overwrite(tmp_path: Path) -> None:

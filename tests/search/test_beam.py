@@ -17,7 +17,7 @@ from pam_espnet.decoder.fused import FusedLlama
 from pam_espnet.decoder.llm import LLMDecoder
 from pam_espnet.errors import ConfigError
 from pam_espnet.search.beam import beam_search
-from pam_espnet.search.hypothesis import Hypothesis
+from pam_espnet.search.hypothesis import Hypothesis, Partial
 from pam_espnet.search.options import BeamOptions
 
 
@@ -70,49 +70,88 @@ def test_hypotheses_explain_their_scores(decoder: LLMDecoder, prefix: Tensor) ->
             assert one.score == pytest.approx(sum(own) / len(own) ** 0.6, abs=1e-4)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.integers(0, len(LENGTHS) - 1), min_size=1, max_size=8), st.sampled_from([1, 3, 4]))
-def test_neighbours_do_not_matter(decoder: LLMDecoder, prefix: Tensor, rows: list[int], beam_size: int) -> None:
+@pytest.mark.parametrize("size", [1, 8, 32])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data(), st.sampled_from([1, 4]))
+def test_neighbours_do_not_matter(
+    decoder: LLMDecoder, prefix: Tensor, size: int, data: st.DataObject, beam_size: int
+) -> None:
     """Any utterances, any number of them, in any order, repeated too: the same n-best as alone."""
+    rows = data.draw(st.lists(st.integers(0, len(LENGTHS) - 1), min_size=size, max_size=size))
     options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=8, eos_ids=EOS)
+    alone = {row: search(decoder, prefix, [row], options)[0] for row in set(rows)}
     for row, nbest in zip(rows, search(decoder, prefix, rows, options), strict=True):
-        (alone,) = search(decoder, prefix, [row], options)
-        assert [one.tokens for one in nbest] == [one.tokens for one in alone]
-        assert [one.score for one in nbest] == pytest.approx([one.score for one in alone], abs=1e-4)
+        assert [one.tokens for one in nbest] == [one.tokens for one in alone[row]]
+        assert [one.score for one in nbest] == pytest.approx([one.score for one in alone[row]], abs=1e-5)
+
+
+@pytest.fixture
+def rows_run(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Of each block, from the first, how many positions every forward pass runs through it."""
+    counts: list[list[int]] = []
+    finish = FusedLlama.finish
+
+    def count(model: FusedLlama, index: int, x: Tensor, attended: Tensor) -> Tensor:
+        counts.extend([] for _ in range(index + 1 - len(counts)))
+        counts[index].append(len(x))
+        return finish(model, index, x, attended)
+
+    monkeypatch.setattr(FusedLlama, "finish", count)
+    return counts
 
 
 def test_the_prefix_is_run_once_and_finished_utterances_leave(
-    decoder: LLMDecoder, prefix: Tensor, monkeypatch: pytest.MonkeyPatch
+    decoder: LLMDecoder, prefix: Tensor, rows_run: list[list[int]]
 ) -> None:
-    seen: list[int] = []  # positions that each forward pass computes
-    finish = FusedLlama.finish
-
-    def count(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        seen.append(kwargs["inputs_embeds"].shape[:2].numel())
-
-    def count_fused(model: FusedLlama, index: int, x: Tensor, attended: Tensor) -> Tensor:
-        if index == 0:
-            seen.append(len(x))
-        return finish(model, index, x, attended)
-
+    seen: list[int] = []  # positions of each forward pass of transformers
     search(decoder, prefix, [0], BeamOptions(max_new_tokens=1))  # makes the fused blocks, and checks them
-    monkeypatch.setattr(FusedLlama, "finish", count_fused)
-    hook = decoder.transformer.register_forward_pre_hook(count, with_kwargs=True)
-    steps: list[tuple[int, int]] = []
+    rows_run.clear()
+    hook = decoder.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+    )
+    active: list[int] = []  # after each step
     try:
         options = BeamOptions(beam_size=4, max_new_tokens=10, eos_ids=EOS)
         search(
             decoder, prefix, list(range(6)), options, max_new_tokens=[1, 2, 10, 3, 10, 99],
-            on_step=lambda active, step: steps.append((active, step)),
+            on_partial=lambda partials: active.append(sum(not one.done for one in partials)),
         )  # fmt: skip
     finally:
         hook.remove()
-    # transformers computes padding too
-    assert seen[0] == (sum(LENGTHS) if decoder.fused_decoding else len(LENGTHS) * max(LENGTHS))
-    assert [step for _, step in steps] == list(range(1, len(steps) + 1))
-    assert seen[1:] == [4 * active for active, _ in steps if active]
-    active = [active for active, _ in steps]
-    assert active == sorted(active, reverse=True) and active[0] == 5 and active[-1] == 0 and len(steps) <= 10
+    assert active == sorted(active, reverse=True) and active[0] == 5 and active[-1] == 0 and len(active) <= 10
+    new = [4 * count for count in active if count]  # one position per hypothesis and step
+    if decoder.fused_decoding:  # and of a prefix nothing but its last position through the last block
+        assert not seen and rows_run == [[sum(LENGTHS), *new], [len(LENGTHS), *new]]
+    else:  # transformers computes padding too
+        assert not rows_run and seen == [len(LENGTHS) * max(LENGTHS), *new]
+
+
+def test_cost_grows_linearly_with_utterances(tiny_llm_dir: Path, prefix: Tensor, rows_run: list[list[int]]) -> None:
+    decoder = LLMDecoder.from_pretrained(str(tiny_llm_dir), dtype="float32").eval()
+    options = BeamOptions(beam_size=4, max_new_tokens=10, eos_ids=())
+    search(decoder, prefix, [1], options)
+    totals = []
+    for utterances in (1, 3, 12):
+        rows_run.clear()
+        search(decoder, prefix, [1] * utterances, options)
+        totals.append([sum(counts) for counts in rows_run])
+    assert totals == [[times * (LENGTHS[1] + 9 * 4), times * (1 + 9 * 4)] for times in (1, 3, 12)]
+
+
+def test_partial_results_grow_to_the_answer(decoder: LLMDecoder, prefix: Tensor) -> None:
+    steps: list[list[Partial]] = []
+    options = BeamOptions(beam_size=3, max_new_tokens=9, eos_ids=EOS)
+    rows = [3, 0, 5]
+    found = search(decoder, prefix, rows, options, max_new_tokens=[9, 2, 9], on_partial=steps.append)
+    assert found == search(decoder, prefix, rows, options, max_new_tokens=[9, 2, 9])
+    assert [one.utterance for one in steps[0]] == [0, 1, 2]
+    for utterance, (best,) in enumerate(found):
+        own = [one for partials in steps for one in partials if one.utterance == utterance]
+        assert [one.done for one in own] == [False] * (len(own) - 1) + [True]
+        assert own[-1].hypothesis == best
+        for length, one in enumerate(own[:-1], 1):
+            assert len(one.hypothesis.tokens) == length and not one.hypothesis.ended
+            assert one.hypothesis.score == pytest.approx(sum(one.hypothesis.log_probs))
 
 
 def test_length_caps_are_per_utterance(decoder: LLMDecoder, prefix: Tensor) -> None:

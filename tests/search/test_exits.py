@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from reference_search import EOS, LENGTHS, make_prefix, search
 from torch import Tensor
 from torch.nn import functional as F
 
+from pam_espnet.decoder.calibration import Calibration, Judgement
 from pam_espnet.decoder.exits import ExitOptions, ExitPolicy
+from pam_espnet.decoder.fused import FusedLlama
 from pam_espnet.decoder.llm import LLMDecoder
 from pam_espnet.decoder.view import DecoderView
 from pam_espnet.errors import ConfigError
@@ -58,9 +62,9 @@ def test_who_never_leaves_is_the_plain_search_bit_for_bit(decoder: LLMDecoder, p
     assert {depth for nbest in plain for one in nbest for depth in one.depths} == {BLOCKS}
 
 
-def reference(decoder: LLMDecoder, prefix: Tensor, leave_at: int, steps: int) -> tuple[list[int], list[float]]:
-    """Greedy decoding of one prefix (P,D) with transformers' modules: prefix at full depth, then ``leave_at`` blocks
-    per token; the keys and values of the others come from the hidden state of the last one that was run."""
+def reference(decoder: LLMDecoder, prefix: Tensor, depths: Sequence[int]) -> tuple[list[int], list[float]]:
+    """Greedy decoding of one prefix (P,D) with transformers' modules: prefix at full depth, then so many blocks per
+    token; the keys and values of the others come from the hidden state of the last one that was run."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     transformer = decoder.transformer
@@ -90,44 +94,178 @@ def reference(decoder: LLMDecoder, prefix: Tensor, leave_at: int, steps: int) ->
 
     with torch.no_grad():
         hidden, tokens, scores = run(prefix[None], 0, BLOCKS), [], []
-        for step in range(steps):
+        for step in range(len(depths) + 1):
             log_probs = decoder.exit_logits(hidden).log_softmax(-1)
             tokens.append(int(log_probs.argmax()))
             scores.append(float(log_probs.max()))
-            hidden = run(decoder.embed(torch.tensor([[tokens[-1]]])), len(prefix) + step, leave_at)
+            if step < len(depths):
+                hidden = run(decoder.embed(torch.tensor([[tokens[-1]]])), len(prefix) + step, depths[step])
     return tokens, scores
 
 
-@pytest.mark.parametrize("layer", [1, 2, 3])
-def test_skipped_blocks_remember_what_the_last_one_said(decoder: LLMDecoder, prefix: Tensor, layer: int) -> None:
-    view = DecoderView(decoder, exits=ExitOptions("fixed", (layer,)))
-    options = BeamOptions(beam_size=1, max_new_tokens=7, eos_ids=())
+class Planned(ExitPolicy):
+    """Leaves where it is told, step by step."""
+
+    def plan(self, depths: Sequence[int]) -> None:
+        self.depths = [0, *depths]
+
+    def begin(self, utterances: int, device: torch.device) -> None:
+        del self.depths[0]
+
+    def leave(self, layer: int, utterances: Tensor, hidden: Tensor) -> Tensor:
+        return torch.full((len(utterances),), layer == self.depths[0])
+
+
+@pytest.mark.parametrize("depths", [[1] * 6, [1, 4, 2, 2, 3, 4, 1, 4], [3, 1, 4, 1, 2, 4]])
+def test_skipped_blocks_remember_what_the_last_one_said(decoder: LLMDecoder, prefix: Tensor, depths: list[int]) -> None:
+    view = DecoderView(decoder, exits=ExitOptions("confidence", (1, 2, 3)))
+    policy = Planned(ExitOptions("confidence", (1, 2, 3)), BLOCKS, decoder.final_norm, view.logits)
+    view._policy = policy
+    policy.plan(depths)
+    options = BeamOptions(beam_size=1, max_new_tokens=len(depths) + 1, eos_ids=())
     for row, ((found,),) in enumerate(zip(search(view, prefix, ROWS, options), strict=True)):
-        tokens, scores = reference(decoder, prefix[row, : LENGTHS[row]], layer, 7)
+        tokens, scores = reference(decoder, prefix[row, : LENGTHS[row]], depths)
         assert found.tokens == tokens
         assert found.log_probs == pytest.approx(scores, abs=1e-4)
-        assert found.depths == [BLOCKS] + 6 * [layer]  # the first token comes from the prefix
+        assert found.depths == [BLOCKS, *depths]  # the first token comes from the prefix
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.lists(st.integers(0, len(LENGTHS) - 1), min_size=1, max_size=8),
-    st.sampled_from([1, 3]),
-    st.sampled_from(SOME),
-)
+@pytest.fixture(scope="module")
+def calibration(decoder: LLMDecoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random gates that open now and then, random maps, and fills that are not propagation's."""
+    torch.manual_seed(7)
+    fused = decoder.fused_blocks()
+    assert fused is not None
+    width, layers = decoder.width, (1, 2, 3)
+    maps = torch.eye(width + 1, width) + 0.02 * torch.randn(3, width + 1, width)
+    gates = 0.4 * torch.randn(3, width + 1)
+    fills = tuple(torch.stack([fused.propagation(j) for j in range(layer, BLOCKS)], 1) for layer in layers)
+    fills = tuple(fill + 0.1 * torch.randn_like(fill) for fill in fills)
+    path = tmp_path_factory.mktemp("exit") / "exit.safetensors"
+    Calibration(layers, maps, gates, 0.6, fills).save(path, Judgement(0.6, 0.5, 0.9, 2.0, 1.2))
+    return path
+
+
+def everyone(calibration: Path) -> list[ExitOptions]:
+    """Every mode, and every fill."""
+    file = str(calibration)
+    gates = [ExitOptions("gate", calibration=file), ExitOptions("gate", calibration=file, fill="map")]
+    return [
+        *SOME,
+        *gates,
+        ExitOptions("confidence", (1, 2, 3), 0.14, calibration=file, fill="map"),
+        ExitOptions("confidence", (1, 2, 3), 0.14, fill="deferred"),
+    ]
+
+
+@pytest.mark.parametrize("kind", range(len(SOME) + 4))
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data(), st.sampled_from([1, 8, 32]), st.sampled_from([1, 4]))
 def test_neighbours_do_not_matter(
-    decoder: LLMDecoder, prefix: Tensor, rows: list[int], beam_size: int, exits: ExitOptions
+    decoder: LLMDecoder,
+    prefix: Tensor,
+    calibration: Path,
+    kind: int,
+    data: st.DataObject,
+    size: int,
+    beam_size: int,
 ) -> None:
-    view = DecoderView(decoder, exits=exits)
+    """Any utterances, any number of them, in any order, repeated too: the same n-best from the same blocks as alone."""
+    rows = data.draw(st.lists(st.integers(0, len(LENGTHS) - 1), min_size=size, max_size=size))
+    view = DecoderView(decoder, exits=everyone(calibration)[kind])
     options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=8, eos_ids=EOS)
+    alone = {row: search(view, prefix, [row], options)[0] for row in set(rows)}
     for row, nbest in zip(rows, search(view, prefix, rows, options), strict=True):
-        (alone,) = search(view, prefix, [row], options)
-        assert [(one.tokens, one.depths) for one in nbest] == [(one.tokens, one.depths) for one in alone]
-        assert [one.score for one in nbest] == pytest.approx([one.score for one in alone], abs=1e-4)
+        assert [(one.tokens, one.depths) for one in nbest] == [(one.tokens, one.depths) for one in alone[row]]
+        assert [one.score for one in nbest] == pytest.approx([one.score for one in alone[row]], abs=1e-5)
 
 
-@pytest.mark.parametrize("exits", SOME[1:], ids=lambda exits: exits.mode)
-def test_tokens_leave_at_several_depths(decoder: LLMDecoder, prefix: Tensor, exits: ExitOptions) -> None:
+def test_maps_fill_what_is_skipped(decoder: LLMDecoder, prefix: Tensor, calibration: Path, tmp_path: Path) -> None:
+    """Fills that are propagation as a matrix give propagation's answers; others give others."""
+    options = BeamOptions(beam_size=3, nbest=3, max_new_tokens=8, eos_ids=())
+    fused, stored = decoder.fused_blocks(), Calibration.load(calibration, decoder.width)
+    assert fused is not None
+    same = tuple(torch.stack([fused.propagation(j) for j in range(layer, BLOCKS)], 1) for layer in stored.layers)
+    replace(stored, maps=None, fills=same).save(tmp_path / "same", Judgement(0.6, 0.5, 0.9, 2.0, 1.2))
+    replace(stored, maps=None).save(tmp_path / "other", Judgement(0.6, 0.5, 0.9, 2.0, 1.2))
+    found = {}
+    for name, fill in (("same", "propagate"), ("same", "map"), ("other", "map")):
+        exits = ExitOptions("confidence", (1, 2, 3), 0.14, calibration=str(tmp_path / name), fill=fill)
+        nbests = search(DecoderView(decoder, exits=exits), prefix, ROWS, options)
+        found[name, fill] = [one for nbest in nbests for one in nbest]
+    expected, mapped, others = found.values()
+    assert [(one.tokens, one.depths) for one in mapped] == [(one.tokens, one.depths) for one in expected]
+    assert [one.score for one in mapped] == pytest.approx([one.score for one in expected], abs=1e-4)
+    assert [one.score for one in others] != pytest.approx([one.score for one in mapped], abs=1e-3)
+
+
+@pytest.mark.parametrize("exits", SOME, ids=lambda exits: exits.mode)
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_deferred_scores_are_the_whole_llms(
+    decoder: LLMDecoder, prefix: Tensor, exits: ExitOptions, beam_size: int
+) -> None:
+    view = DecoderView(decoder, exits=replace(exits, fill="deferred"))
+    options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=9, length_penalty=0.5, eos_ids=EOS)
+    early = 0
+    for row, nbest in enumerate(search(view, prefix, ROWS, options)):
+        assert nbest
+        for one in nbest:
+            embeds = torch.cat([prefix[row, : LENGTHS[row]], decoder.embed(torch.tensor(one.tokens))])[None]
+            with torch.no_grad():
+                log_probs = decoder.lm(inputs_embeds=embeds).logits[0, LENGTHS[row] - 1 : -1].log_softmax(-1)
+            own = log_probs.gather(1, torch.tensor(one.tokens)[:, None])[:, 0].tolist()
+            assert one.log_probs == pytest.approx(own, abs=1e-4)
+            assert one.score == pytest.approx(sum(own) / len(own) ** 0.5, abs=1e-4)
+            early += sum(depth < BLOCKS for depth in one.depths)
+            assert one.depths[-1] == BLOCKS  # no answer ends on a guess
+    assert early > 0
+
+
+def test_deferred_runs_each_node_through_each_block_once(
+    decoder: LLMDecoder, prefix: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder.fused_blocks()
+    run: list[int] = [0] * BLOCKS
+    finish = FusedLlama.finish
+
+    def count(model: FusedLlama, index: int, x: Tensor, attended: Tensor) -> Tensor:
+        run[index] += len(x)
+        return finish(model, index, x, attended)
+
+    monkeypatch.setattr(FusedLlama, "finish", count)
+    for exits in SOME:
+        run[:] = [0] * BLOCKS
+        view = DecoderView(decoder, exits=replace(exits, fill="deferred"))
+        search(view, prefix, ROWS, BeamOptions(beam_size=1, max_new_tokens=9, eos_ids=()))
+        nodes = len(ROWS) * 8
+        assert run == [sum(LENGTHS) + nodes] * (BLOCKS - 1) + [len(ROWS) + nodes]
+
+
+def test_rows_that_left_cost_nothing_more(decoder: LLMDecoder, prefix: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows run through each block are those that the depths tell of, whatever leaves where."""
+    decoder.fused_blocks()
+    run: list[int] = [0] * BLOCKS
+    finish = FusedLlama.finish
+
+    def count(model: FusedLlama, index: int, x: Tensor, attended: Tensor) -> Tensor:
+        run[index] += len(x)
+        return finish(model, index, x, attended)
+
+    monkeypatch.setattr(FusedLlama, "finish", count)
+    for exits in SOME:
+        run[:] = [0] * BLOCKS
+        found = search(
+            DecoderView(decoder, exits=exits), prefix, ROWS, BeamOptions(beam_size=3, max_new_tokens=9, eos_ids=())
+        )
+        depths = [depth for nbest in found for depth in nbest[0].depths[1:]]  # three hypotheses at each of them
+        expected = [sum(LENGTHS) + 3 * sum(depth > block for depth in depths) for block in range(BLOCKS)]
+        expected[-1] += len(ROWS) - sum(LENGTHS)  # of a prefix only its last position
+        assert run == expected and run[-1] < run[0]
+
+
+@pytest.mark.parametrize("kind", range(1, len(SOME) + 4))
+def test_tokens_leave_at_several_depths(decoder: LLMDecoder, prefix: Tensor, calibration: Path, kind: int) -> None:
+    exits = everyone(calibration)[kind]
     view = DecoderView(decoder, exits=exits)
     found = search(view, prefix, ROWS, BeamOptions(beam_size=1, max_new_tokens=12, eos_ids=()))
     depths = [depth for (one,) in found for depth in one.depths[1:]]
@@ -167,11 +305,21 @@ def test_measures() -> None:
         ({"mode": "fixed", "layers": (BLOCKS,)}, "last block"),
         ({"mode": "fixed", "layers": 3}, "list of blocks"),
         ({"mode": "gate"}, "needs calibration"),
+        ({"mode": "fixed", "layers": (1,), "fill": "guess"}, "fill"),
+        ({"mode": "fixed", "layers": (1,), "fill": "map"}, "map needs calibration"),
     ],
 )
 def test_bad_options(decoder: LLMDecoder, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DecoderView(decoder, exits=ExitOptions(**options))
+
+
+def test_maps_must_be_there(decoder: LLMDecoder, calibration: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare.safetensors"
+    stored = Calibration.load(calibration, decoder.width)
+    replace(stored, layers=(1, 2), fills=None).save(bare, Judgement(0.6, 0.5, 0.9, 2.0, 1.2))
+    with pytest.raises(ConfigError, match=r"no maps for \[1\]; use --fill_maps"):
+        DecoderView(decoder, exits=ExitOptions("fixed", (1,), calibration=str(bare), fill="map"))
 
 
 def test_one_view_does_not_change_another(decoder: LLMDecoder, prefix: Tensor) -> None:

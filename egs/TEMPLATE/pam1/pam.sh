@@ -2,6 +2,13 @@
 # All stages of a PaM recipe, once. A recipe's run.sh calls it from the recipe's directory with its own defaults.
 set -euo pipefail
 
+# What local/data.sh of a recipe takes beside --size, --data_dir and --nj: local/options.sh lists the names, sets a
+# variable of each name to its default, and describes them.
+DATA_OPTIONS=()
+DATA_HELP=
+# shellcheck source=/dev/null
+[ ! -f local/options.sh ] || . local/options.sh
+
 help_message="Usage: ./run.sh [options]
 
 Stages
@@ -30,13 +37,16 @@ Options (default)
   --valid_set NAME      (dev)
   --test_sets NAMES     separated by blanks (test_asr test_count test_caption)
   --max_seconds N       longer utterances are skipped, and listed (30)
-  --data_args WORDS     further options of local/data.sh, one word on a line (what a recipe's run.sh takes itself) ()
   --nj N                parallel processes where work is split (number of cores, at most 8)
   --ngpu N              GPUs for training; 0 = CPU (0)
+  --decode_nj N         processes that decode, each with the whole model (--nj; 1 on a GPU)
   --batch_size N        utterances decoded together (8)
-  --decode_dtype NAME   precision of the LLM in decoding, float32 or bfloat16; only in float32 does an answer not
-                        depend on the batch it is decoded in (float32)
-
+  --decode_dtype NAME   precision of the LLM in decoding: float32, bfloat16, or int8 (the search's weights alone, on
+                        x86 CPUs); see conf/decode.yaml (float32)
+${DATA_HELP:+
+Options of the data of this recipe; relative paths start at its folder
+${DATA_HELP}
+}
 A second run skips what is done; a killed one goes on where it stopped."
 
 stage=1
@@ -57,10 +67,10 @@ train_set=train
 valid_set=dev
 test_sets="test_asr test_count test_caption"
 max_seconds=30
-data_args=
 nj=$(nproc 2>/dev/null || echo 1)
 ((nj <= 8)) || nj=8
 ngpu=0
+decode_nj=
 batch_size=8
 decode_dtype=float32
 
@@ -74,10 +84,11 @@ fail() {
     exit 1
 }
 [ $# -eq 0 ] || fail "unexpected word '$1'" "  -> options look like --stage 1; --help lists them"
-for number in stage stop_stage nj ngpu batch_size; do
+[ -n "${decode_nj}" ] || { [ "${ngpu}" = 0 ] && decode_nj=${nj}; } || decode_nj=1
+for number in stage stop_stage nj ngpu decode_nj batch_size; do
     [[ ${!number} =~ ^[0-9]+$ ]] || fail "--${number} must be a whole number, not '${!number}'"
 done
-((nj > 0 && batch_size > 0)) || fail "--nj and --batch_size must be at least 1"
+((nj > 0 && decode_nj > 0 && batch_size > 0)) || fail "--nj, --decode_nj and --batch_size must be at least 1"
 [ -d conf ] || fail "no conf/ here: call pam.sh through the run.sh of a recipe"
 
 tag=${tag:-${fusion}_${size}}
@@ -93,8 +104,6 @@ for overlay in "conf/fusion/${fusion}.yaml" "conf/size/${size}.yaml"; do
 done
 read -r -a changes <<<"${set}"
 read -r -a tests <<<"${test_sets}"
-data_words=()
-[ -z "${data_args}" ] || mapfile -t data_words <<<"${data_args}"
 
 if [ "${dry_run}" = false ]; then
     # shellcheck source=egs/TEMPLATE/pam1/path.sh
@@ -159,7 +168,11 @@ background() {
 if wants 1; then
     begin 1 data "local/ (packages and their checksums)" "downloads/, ${data}/"
     run "${python}" "${PAM_ROOT}/tools/check_install.py" --config "conf/size/${size}.yaml"
-    run local/data.sh --size "${size}" --data_dir "${data}" --nj "${nj}" "${data_words[@]}"
+    data_command=(local/data.sh --size "${size}" --data_dir "${data}" --nj "${nj}")
+    for option in "${DATA_OPTIONS[@]}"; do
+        data_command+=("--${option}" "${!option}")
+    done
+    run "${data_command[@]}"
     end "./run.sh --stage 2"
 fi
 
@@ -239,11 +252,11 @@ fi
 
 if wants 4; then
     begin 4 decode "${exp}/model.safetensors, ${dump}/raw/" "${exp}/decode_${decode_tag}*/"
-    audios=(on)
-    [ "${audio_off}" = false ] || audios+=(zero)
-    for audio in "${audios[@]}"; do
+    hearings=(on)
+    [ "${audio_off}" = false ] || hearings+=(zero)
+    for hearing in "${hearings[@]}"; do
         decode_dir=${exp}/decode_${decode_tag}
-        [ "${audio}" = on ] || decode_dir=${decode_dir}_audio_off
+        [ "${hearing}" = on ] || decode_dir=${decode_dir}_audio_off
         sources=() targets=() complete=true
         for set_name in "${tests[@]}"; do
             sources+=("${dump}/raw/${set_name}")
@@ -251,14 +264,14 @@ if wants 4; then
             [ -f "${decode_dir}/${set_name}/stats.json" ] || complete=false
         done
         args=(--exp "${exp}" --data "${sources[@]}" --out "${targets[@]}" --config "${decode_config}"
-            --batch_size "${batch_size}" --audio "${audio}" --dtype "${decode_dtype}" --device "${device}")
+            --batch_size "${batch_size}" --audio "${hearing}" --dtype "${decode_dtype}" --device "${device}")
         if [ "${dry_run}" = true ] || [ "${complete}" = false ]; then
             log=${decode_dir}/log/decode
             background "${log}.1.log" "${log}.*.log" \
-                "${decode_run[@]}" --max-jobs-run "${nj}" JOB=1:"${nj}" "${log}.JOB.log" \
-                "${python}" -m pam_espnet.bin.pam_decode "${args[@]}" --shard "JOB/${nj}" --threads 1
+                "${decode_run[@]}" --max-jobs-run "${decode_nj}" JOB=1:"${decode_nj}" "${log}.JOB.log" \
+                "${python}" -m pam_espnet.bin.pam_decode "${args[@]}" --shard "JOB/${decode_nj}" --threads 1
         fi
-        module pam_decode "${args[@]}" --shard "1/${nj}" --merge
+        module pam_decode "${args[@]}" --shard "1/${decode_nj}" --merge
     done
     end "./run.sh --stage 5"
 fi

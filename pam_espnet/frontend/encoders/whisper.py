@@ -37,7 +37,12 @@ class WhisperEncoder(AbsEncoder):
     _hann: Tensor
 
     def __init__(
-        self, path: str, layers: Sequence[int] | None = None, window: str = "clip", pad_seconds: float = 0.5
+        self,
+        path: str,
+        layers: Sequence[int] | None = None,
+        window: str = "clip",
+        pad_seconds: float = 0.5,
+        long_clips: str = "refuse",
     ) -> None:
         """Load the encoder half of a Whisper checkpoint; its decoder is not read.
 
@@ -46,9 +51,11 @@ class WhisperEncoder(AbsEncoder):
             layers: hidden states to emit, 0..n; None for all n + 1.
             window: ``clip`` (the clip and ``pad_seconds``, rounded up to whole frames, at most 30 s) or ``30s``.
             pad_seconds: silence behind the clip in a ``clip`` window, seconds.
+            long_clips: what is done with a clip longer than 30 s: ``refuse``, or ``split`` it into equal pieces, each
+                encoded in a window of its own.
 
         Raises:
-            ConfigError: unknown window, negative padding, missing folder, layer out of range.
+            ConfigError: unknown window or long_clips, negative padding, missing folder, layer out of range.
             CheckpointError: weights are missing.
         """
         from transformers.audio_utils import mel_filter_bank
@@ -59,7 +66,9 @@ class WhisperEncoder(AbsEncoder):
             raise ConfigError(f"window: {window!r} for whisper; allowed are 'clip' and '30s'")
         if pad_seconds < 0:
             raise ConfigError(f"pad_seconds: {pad_seconds} for whisper; must be at least 0 (seconds)")
-        self.window = window
+        if long_clips not in ("refuse", "split"):
+            raise ConfigError(f"long_clips: {long_clips!r} for whisper; allowed are 'refuse' and 'split'")
+        self.window, self.long_clips = window, long_clips
         self._pad = round(pad_seconds * _SAMPLE_RATE)
         self.model = load_pretrained(
             HFWhisperEncoder, path, attn_implementation="sdpa", key_mapping={r"^(model\.)?encoder\.": ""}
@@ -93,13 +102,15 @@ class WhisperEncoder(AbsEncoder):
         """Hidden states 0..max(layers), each (B,T,D).
 
         Raises:
-            PamError: a clip is longer than the model's window; it is never cut silently.
+            PamError: a clip is longer than the model's window, and such are refused; it is never cut silently.
         """
         if int(lengths.max()) > self._longest:
+            if self.long_clips == "split":
+                return self._in_pieces(wave, lengths)
             raise PamError(
                 f"a clip of {int(lengths.max()) / _SAMPLE_RATE:.2f} s is longer than Whisper's window of "
-                f"{self._longest / _SAMPLE_RATE:g} s\n  -> cut it with a segments file, or format the data with a "
-                "smaller maximum duration"
+                f"{self._longest / _SAMPLE_RATE:g} s\n  -> cut it with a segments file, format the data with a "
+                "smaller maximum duration, or set long_clips: split"
             )
         if self.window == "30s":
             windows = torch.full_like(lengths, self._longest)
@@ -124,6 +135,24 @@ class WhisperEncoder(AbsEncoder):
         if len(states) == len(self.model.layers) + 1:
             states[-1] = self.model.layer_norm(states[-1])
         return states
+
+    def _in_pieces(self, wave: Tensor, lengths: Tensor) -> list[Tensor]:
+        """Hidden states (B,T,D) of clips of which some are cut into equal pieces of whole frames."""
+        frames = self.output_lengths(lengths)
+        counts = -(-frames // (self._longest // _FRAME))  # (B,) pieces
+        sizes = -(-frames // counts) * _FRAME  # (B,) samples of a piece but the last
+        pieces: list[Tensor] = []
+        for row, length, count, size in zip(wave, lengths.tolist(), counts.tolist(), sizes.tolist(), strict=True):
+            pieces += [row[start * size : min((start + 1) * size, length)] for start in range(count)]
+        piece_lengths = torch.tensor([len(piece) for piece in pieces], device=lengths.device)
+        states = self.hidden_states(torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True), piece_lengths)
+        kept = self.output_lengths(piece_lengths).tolist()
+        joined: list[Tensor] = []
+        for state in states:
+            parts = iter([piece[:frame] for piece, frame in zip(state, kept, strict=True)])
+            rows = [torch.cat([next(parts) for _ in range(count)]) for count in counts.tolist()]
+            joined.append(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        return joined
 
     def _log_mel(self, wave: Tensor, windows: Tensor) -> Tensor:
         """Log-mel spectrogram (B,mels,N/160), each row as Whisper's own for a clip of its window (B,) samples.

@@ -76,7 +76,7 @@ def release(version: int) -> Release:
         ConfigError: there is no such release.
     """
     if version not in RELEASES:
-        raise ConfigError(f"--version {version}: AudioCaps has releases 1 and 2")
+        raise ConfigError(f"release {version}: AudioCaps has releases 1 and 2 (--size v1, v2)")
     return RELEASES[version]
 
 
@@ -206,5 +206,5 @@ def _check_counts(place: Path, rows: dict[str, list[_Row]], version: int) -> Non
         for other, known in RELEASES.items():
             if other != version and found == known.rows[name]:
                 message = f"has {found} captions: those of release {other}, not {version}"
-                raise DataError(place / file, message, hint=f"--version {other}, or the files of release {version}")
+                raise DataError(place / file, message, hint=f"--size v{other}, or the files of release {version}")
         print(f"{place / file}: {found} captions, and release {version} has {expected}: not the whole official file")

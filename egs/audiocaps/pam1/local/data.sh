@@ -5,29 +5,18 @@ set -euo pipefail
 
 PAM_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../../.." && pwd)"
 
-help_message="Usage: $0 [--version 1|2] [--csv DIR] [--audio DIR] [--fetch true] [--data_dir data/v<version>]
-  --version         release of the captions: 1 (2019) or 2 (AudioCaps 2.0, 2025)
-  --csv             folder with train.csv, val.csv and test.csv, or a clone of the official repository
-                    (downloads/audiocaps)
-  --audio           folder with the clips, any depth: <youtube_id>, Y<youtube_id>, <youtube_id>_<start> or
-                    <audiocap_id>, as wav, flac, mp3, m4a, webm, ...
-  --fetch           fetch clips that are in no folder with yt-dlp, into <downloads>/audio (false)
-  --fetch_jobs      downloads at a time (2)
-  --fetch_interval  seconds between the starts of two downloads (5)
-  --downloads       (downloads)
-  --data_dir        folder for the data directories (data/v<version>)
-  --size, --nj      given by pam.sh; not needed here
+# shellcheck source=egs/audiocaps/pam1/local/options.sh
+. local/options.sh
+
+help_message="Usage: $0 [--size v1] [--data_dir data/<size>] [options]
+  --size NAME           release of the captions: v1 (2019) or v2 (AudioCaps 2.0, 2025) (v1)
+  --data_dir DIR        folder for the data directories (data/<size>)
+  --nj N                given by pam.sh; not needed here
+${DATA_HELP}
 Writes <data_dir>/{train,dev,test}. Clips that are missing are listed with the reason in <data_dir>/<set>/missing."
 
-version=1
-csv=
-audio=
-fetch=false
-fetch_jobs=2
-fetch_interval=5
-downloads=downloads
+size=v1
 data_dir=
-size=
 # shellcheck disable=SC2034  # pam.sh gives it to every recipe; there is nothing to share out here
 nj=1
 
@@ -39,8 +28,13 @@ if [ $# -ne 0 ]; then
     echo "${help_message}" >&2
     exit 1
 fi
+if [[ ! ${size} =~ ^v[0-9]+$ ]]; then
+    echo "$0: error: --size ${size}: v1 or v2, the release of the captions" >&2
+    exit 1
+fi
+version=${size#v}
 csv=${csv:-${downloads}/audiocaps}
-data_dir=${data_dir:-data/${size:-v${version}}}
+data_dir=${data_dir:-data/${size}}
 
 # path.sh of the recipe template exports the interpreter; alone, this script takes the project's
 if [ -z "${python:-}" ]; then

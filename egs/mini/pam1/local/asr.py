@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import SAMPLE_RATE, Job, Utterance, change_speed, seeded, set_level
 from recordings import Clip, asterisk_english, librivox, read_16k, tuxpaint_english
 from text import normalise
+
+from pam_espnet.data.rendering import Job, Utterance, seeded
+from pam_espnet.data.signals import SAMPLE_RATE, change_speed, set_level
 
 MAX_SECONDS = 20.0  # of a prompt; longer ones (menus read aloud) are left out
 MAX_SPLICE_SECONDS = 15.0

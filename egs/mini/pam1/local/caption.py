@@ -13,19 +13,10 @@ from typing import Any
 
 import numpy as np
 import yaml
-from common import (
-    SAMPLE_RATE,
-    SPLITS,
-    Job,
-    Utterance,
-    change_speed,
-    coloured_noise,
-    fade,
-    seeded,
-    set_level,
-    speech_only,
-)
 from recordings import read_16k, sound_path
+
+from pam_espnet.data.rendering import SPLITS, Job, Utterance, seeded
+from pam_espnet.data.signals import SAMPLE_RATE, change_speed, coloured_noise, fade, set_level, speech_only
 
 SCENES = ("alone", "sequence", "overlap")
 SCENE_SHARES = (0.4, 0.3, 0.3)

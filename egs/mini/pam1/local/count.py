@@ -13,26 +13,23 @@ from typing import Any
 
 import numpy as np
 import yaml
-from common import (
-    SAMPLE_RATE,
-    SPLITS,
-    Job,
-    Utterance,
-    change_speed,
-    coloured_noise,
-    fade,
-    seeded,
-    set_level,
-    speech_only,
-)
 from recordings import read_16k, sound_path, voice_clips
+
+from pam_espnet.data.mixtures import (
+    add_voices,
+    at_random_level,
+    background,
+    choose_voices,
+    empty_clip,
+    over_noise,
+)
+from pam_espnet.data.rendering import SPLITS, Job, Utterance, seeded
+from pam_espnet.data.signals import SAMPLE_RATE, change_speed, fade, set_level, speech_only
 
 SECONDS = 5.0
 MAX_VOICES = 4
 MIN_CLIP = 0.2  # seconds; shorter pieces of speech are clicks
 SPEEDS = (0.85, 1.15)
-MIX_LEVEL = (-26.0, -20.0)  # dB RMS of a clip with voices
-EMPTY_LEVEL = (-50.0, -30.0)  # dB RMS of a clip without
 FLOOR_BELOW = (35.0, 50.0)  # dB from the mix down to the noise floor
 # classes of sounds.yaml that go on and are no voices
 BACKGROUND = ("water", "rain", "harbor", "machine", "cricket", "train", "car", "motorcycle", "vacuum", "shaker")
@@ -69,17 +66,6 @@ def plan(downloads: Path, folder: Path, options: dict[str, Any], seed: int, tabl
     return jobs
 
 
-def choose_voices(rng: np.random.Generator, voices: dict[str, str], number: int) -> list[str]:
-    """``number`` voices of ``voices`` {voice: group}, no two of one group, every voice equally likely to come first."""
-    chosen: list[str] = []
-    for voice in rng.permutation(sorted(voices)).tolist():
-        if len(chosen) < number and voices[voice] not in {voices[other] for other in chosen}:
-            chosen.append(voice)
-    if len(chosen) < number:
-        raise ValueError(f"{number} voices wanted, {len(chosen)} groups are there")
-    return chosen
-
-
 @lru_cache(maxsize=1024)
 def _speech(path: str) -> np.ndarray:
     return speech_only(read_16k(Path(path)))
@@ -110,15 +96,15 @@ def render(spec: Spec) -> np.ndarray:
     seed, key, number, split, voices, noises = spec
     rng = seeded(seed, f"{key} audio")
     samples = round(SECONDS * SAMPLE_RATE)
-    noise = coloured_noise(rng, samples, slope=rng.uniform(0.5, 1.5))
+    noise = background(rng, samples)
     if number == 0:
         if noises and rng.random() < 0.5:
             recording = change_speed(read_16k(Path(noises[rng.integers(len(noises))])), rng.uniform(*SPEEDS))
-            noise = set_level(np.resize(fade(recording, 0.05), samples), 0.0, peak=np.inf) + 0.1 * noise
-        return fade(set_level(noise, rng.uniform(*EMPTY_LEVEL)))
+            noise = over_noise(recording, noise)
+        return empty_clip(rng, noise)
     streams = []
     for paths, _ in voices:
         speed = rng.uniform(*SPEEDS) if split == "train" else 1.0
-        streams.append(set_level(talk(rng, paths, samples, speed), -23.0, peak=np.inf))
-    mix = set_level(np.sum(streams, axis=0), 0.0, peak=np.inf)
-    return set_level(mix + noise * 10 ** (-rng.uniform(*FLOOR_BELOW) / 20), rng.uniform(*MIX_LEVEL))
+        streams.append(talk(rng, paths, samples, speed))
+    mix = add_voices(streams)
+    return at_random_level(rng, mix + noise * 10 ** (-rng.uniform(*FLOOR_BELOW) / 20))

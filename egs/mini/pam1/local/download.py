@@ -12,25 +12,22 @@ import importlib.util
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
-import tarfile
 import time
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, cast
 
 LOCAL = Path(__file__).resolve().parent
 sys.path.insert(0, str(LOCAL.parents[3]))
 
 from pam_espnet.bin._cli import run_main  # noqa: E402
+from pam_espnet.data import archives  # noqa: E402
+from pam_espnet.data.download import check_file  # noqa: E402
 from pam_espnet.errors import ConfigError, DataError, PamError  # noqa: E402
-from pam_espnet.fileio import sha256_file, write_text  # noqa: E402
 
-MARKER = ".completed"
 MAX_UNPACKED_BYTES = 4 << 30  # an archive that claims more than this is not one of ours
 
 
@@ -73,7 +70,7 @@ def find_unpacked(downloads: Path, name: str) -> Path:
         DataError: it is not there, or not complete.
     """
     folder = downloads / "unpacked" / name
-    if not (folder / MARKER).is_file():
+    if not archives.is_complete(folder):
         raise DataError(folder, f"package {name} is not unpacked", hint=f"python local/download.py --only {name}")
     return folder
 
@@ -158,19 +155,15 @@ CLIENTS = {"debian": fetch_debian, "python": fetch_python}
 
 
 def check_archive(path: Path, package: Package) -> None:
-    """Compare size and SHA-256 with the pinned ones.
+    """Compare the SHA-256 with the pinned one.
 
     Raises:
         DataError: they differ.
     """
-    found = sha256_file(path)
-    if found == package.sha256:
-        return
-    raise DataError(
+    check_file(
         path,
-        f"is not the pinned archive of {package.name} {package.version}\n"
-        f"  expected SHA-256 {package.sha256} ({package.size} bytes, {package.file})\n"
-        f"  got      SHA-256 {found} ({path.stat().st_size} bytes)",
+        f"sha256:{package.sha256}",
+        what=f"the pinned archive of {package.name} {package.version} ({package.size} bytes, {package.file})",
         hint="damaged: delete the file and run this again. Another version: this corpus is defined by the pinned one; "
         "get it from Debian 12 (bookworm) or PyPI, or, to define another corpus, edit local/packages.yaml",
     )
@@ -199,7 +192,7 @@ def fetch(package: Package, downloads: Path) -> Path:
 
 
 def unpack_deb(archive: Path, folder: Path) -> None:
-    """Unpack a .deb's files; tarfile's "data" filter refuses whatever would land or point outside ``folder``.
+    """Unpack a .deb's files; whatever would land or point outside ``folder`` is refused.
 
     Raises:
         DataError: an unsafe or damaged archive.
@@ -208,59 +201,27 @@ def unpack_deb(archive: Path, folder: Path) -> None:
     if shutil.which("dpkg-deb") is None:
         raise PamError("dpkg-deb is needed to open .deb files; install the package 'dpkg' of your distribution")
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE) as process:
-        total = 0
-        try:
-            with tarfile.open(fileobj=cast(IO[bytes], process.stdout), mode="r|") as tar:
-                for member in tar:
-                    total += member.size
-                    if total > MAX_UNPACKED_BYTES:
-                        raise DataError(archive, f"unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB")
-                    tar.extract(member, folder, filter="data")
-        except tarfile.TarError as error:
-            raise DataError(archive, f"cannot be unpacked safely: {error}", hint="delete it, run this again") from error
+        archives.extract_tar(archive, folder, stream=cast(IO[bytes], process.stdout), limit=MAX_UNPACKED_BYTES)
     if process.returncode != 0:
         raise DataError(archive, "dpkg-deb could not read it", hint="delete the file and run this again")
 
 
 def unpack_wheel(archive: Path, folder: Path) -> None:
-    """Unpack a wheel's files after checking every name.
-
-    Raises:
-        DataError: a member that is a link or would land outside ``folder``; a damaged archive.
-    """
-    try:
-        with zipfile.ZipFile(archive) as wheel:
-            if sum(info.file_size for info in wheel.infolist()) > MAX_UNPACKED_BYTES:
-                raise DataError(archive, f"unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB")
-            for info in wheel.infolist():
-                name = PurePosixPath(info.filename)
-                unsafe = name.is_absolute() or ".." in name.parts or "\\" in info.filename
-                if unsafe or stat.S_ISLNK(info.external_attr >> 16):
-                    raise DataError(archive, f"unsafe member {info.filename!r}", hint="delete it, run this again")
-                wheel.extract(info, folder)
-    except zipfile.BadZipFile as error:
-        raise DataError(archive, f"cannot be unpacked: {error}", hint="delete it and run this again") from error
+    """Unpack a wheel's files; errors as of ``unpack_deb``."""
+    archives.extract_zip(archive, folder, limit=MAX_UNPACKED_BYTES)
 
 
 def unpack(package: Package, archive: Path, downloads: Path) -> Path:
     """Unpack into a temporary folder, mark it complete, then rename it to ``DOWNLOADS/unpacked/<name>``."""
     folder = downloads / "unpacked" / package.name
-    for stale in folder.parent.glob(f".{package.name}.tmp-*"):
-        shutil.rmtree(stale)
-    tmp = folder.with_name(f".{package.name}.tmp-{os.getpid()}")
-    tmp.mkdir(parents=True)
-    (unpack_deb if package.client == "debian" else unpack_wheel)(archive, tmp)
-    write_text(tmp / MARKER, package.sha256 + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(tmp, folder)
+    with archives.fresh_folder(folder, package.sha256) as tmp:
+        (unpack_deb if package.client == "debian" else unpack_wheel)(archive, tmp)
     return folder
 
 
 def is_complete(package: Package, downloads: Path) -> bool:
     """Whether the package lies unpacked with the pinned hash in its marker."""
-    marker = downloads / "unpacked" / package.name / MARKER
-    return marker.is_file() and marker.read_text(encoding="utf-8").strip() == package.sha256
+    return archives.is_complete(downloads / "unpacked" / package.name, package.sha256)
 
 
 def download_all(packages: list[Package], downloads: Path) -> None:

@@ -23,7 +23,7 @@ from pam_espnet.bin._cli import run_main  # noqa: E402
 from pam_espnet.errors import ConfigError  # noqa: E402
 
 if TYPE_CHECKING:
-    from common import Job, Utterance
+    from pam_espnet.data.rendering import Job, Utterance
 
 TASKS = ("asr", "count", "caption")
 SHARED_SETS = ("train", "dev")  # joint over the tasks; each task has its own test set
@@ -33,9 +33,10 @@ def make_task(task: str, args: argparse.Namespace, options: dict) -> list[Uttera
     """All utterances of one task, their audio made."""
     import asr
     import caption
-    import common
     import count
     import recordings
+
+    from pam_espnet.data import mixtures, rendering, signals
 
     folder = args.data_dir / "audio" / task
     plans: dict[str, Callable[[], list[Job]]] = {
@@ -47,9 +48,10 @@ def make_task(task: str, args: argparse.Namespace, options: dict) -> list[Uttera
     if task != "asr":
         recordings.extract_gcompris(args.downloads, caption.all_recordings(caption.read_sounds(LOCAL / "sounds.yaml")))
     own = {"asr": ["text.py"], "count": ["voices.yaml", "sounds.yaml"], "caption": ["sounds.yaml"]}[task]
-    files = [LOCAL / name for name in (f"{task}.py", "common.py", "recordings.py", "packages.yaml", *own)]
-    key = common.fingerprint((options, str(folder), str(args.downloads)), args.seed, files)
-    return common.build_task(task, folder, key, plans[task], module.render, args.jobs)
+    files = [LOCAL / name for name in (f"{task}.py", "recordings.py", "packages.yaml", *own)]
+    files += [Path(module.__file__) for module in (mixtures, rendering, signals) if module.__file__]
+    key = rendering.fingerprint((options, str(folder), str(args.downloads)), args.seed, files)
+    return rendering.build_task(task, folder, key, plans[task], module.render, args.jobs)
 
 
 def write_sets(made: dict[str, list[Utterance]], data: Path) -> None:

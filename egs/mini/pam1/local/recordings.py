@@ -16,10 +16,10 @@ from download import find_unpacked
 from rcc import read_rcc
 
 from pam_espnet.data.audio import read_audio, resample
+from pam_espnet.data.signals import SAMPLE_RATE
 from pam_espnet.errors import DataError
 from pam_espnet.fileio import atomic_path
 
-SAMPLE_RATE = 16000  # Hz
 AUDIO_SUFFIXES = (".wav", ".ogg", ".opus", ".mp3", ".gsm", ".g722")
 # prompts that are no speech: tones, silence, and monkeys
 NOT_SPEECH = re.compile(r"(^|/)silence/|(^|/)(beep|beeperr|(a|de)scending-2tone|tt-monkeys|confbridge-(join|leave))\.")

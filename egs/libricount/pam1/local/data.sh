@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Stage 1 of the LibriCount recipe: download what is missing, mix the training clips. Run it in the recipe's folder.
+set -euo pipefail
+
+PAM_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../../.." && pwd)"
+# shellcheck source=egs/libricount/pam1/local/options.sh
+. local/options.sh
+
+help_message="Usage: $0 [--size clean100] [--data_dir data/<size>] [--nj N] [options]
+  --size NAME           mini, clean100 or clean460, see local/sizes.yaml (clean100)
+  --data_dir DIR        folder for the data directories and the mixtures (data/<size>)
+  --nj N                processes (all cores)
+${DATA_HELP}
+Writes <data_dir>/{train,dev,test_count,test_verify,audio}. What is there already is kept."
+
+size=clean100
+data_dir=
+nj="$(nproc)"
+
+# shellcheck source=utils/parse_options.sh
+. "${PAM_ROOT}/utils/parse_options.sh"
+
+if [ $# -ne 0 ]; then
+    echo "$0: error: unexpected argument '$1'" >&2
+    exit 1
+fi
+
+# path.sh of the recipe template exports the interpreter; alone, this script takes the project's
+if [ -z "${python:-}" ]; then
+    python="${PAM_ROOT}/.venv/bin/python"
+    [ -x "${python}" ] || python=python3
+fi
+
+if [ -z "${libricount}" ]; then
+    "${python}" local/download.py --downloads "${downloads}" --remove_archive "${remove_archives}"
+    libricount=${downloads}/LibriCount10-0dB
+fi
+if [ -z "${librispeech}" ]; then
+    listed=$("${python}" local/prepare.py --size "${size}" --list_subsets true)
+    read -r -a subsets <<<"${listed}"
+    "${python}" ../../librispeech/pam1/local/download.py --downloads "${downloads}" --subsets "${subsets[@]}" \
+        --mirror "${mirror}" --remove_archives "${remove_archives}"
+    librispeech=${downloads}
+fi
+read -r -a tasks <<<"${framings}"
+"${python}" local/prepare.py --librispeech "${librispeech}" --libricount "${libricount}" --size "${size}" \
+    --data_dir "${data_dir:-data/${size}}" --noise "${noise}" --framings "${tasks[@]}" --folds "${folds}" \
+    --check_counts "${check_counts}" --seed "${seed}" --jobs "${nj}"

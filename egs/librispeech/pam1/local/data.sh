@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Stage 1 of the LibriSpeech recipe: download what is missing, write the data directories. Run it in the recipe's folder.
+set -euo pipefail
+
+PAM_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../../.." && pwd)"
+# shellcheck source=egs/librispeech/pam1/local/options.sh
+. local/options.sh
+
+help_message="Usage: $0 [--size clean100] [--data_dir data/<size>] [--nj N] [options]
+  --size NAME           mini, clean100, clean460 or full960, see local/sizes.yaml (clean100)
+  --data_dir DIR        folder for the data directories (data/<size>)
+  --nj N                threads that read file headers (all cores)
+${DATA_HELP}
+Writes <data_dir>/{train,dev,test_clean,test_other}. What is there already is kept."
+
+size=clean100
+data_dir=
+nj="$(nproc)"
+
+# shellcheck source=utils/parse_options.sh
+. "${PAM_ROOT}/utils/parse_options.sh"
+
+if [ $# -ne 0 ]; then
+    echo "$0: error: unexpected argument '$1'" >&2
+    exit 1
+fi
+
+# path.sh of the recipe template exports the interpreter; alone, this script takes the project's
+if [ -z "${python:-}" ]; then
+    python="${PAM_ROOT}/.venv/bin/python"
+    [ -x "${python}" ] || python=python3
+fi
+
+if [ -z "${librispeech}" ]; then
+    "${python}" local/download.py --downloads "${downloads}" --size "${size}" --mirror "${mirror}" \
+        --remove_archives "${remove_archives}"
+    librispeech=${downloads}
+fi
+"${python}" local/prepare.py --librispeech "${librispeech}" --size "${size}" --data_dir "${data_dir:-data/${size}}" \
+    --transcripts "${transcripts}" --dev_utterances "${dev_utterances}" --check_counts "${check_counts}" \
+    --seed "${seed}" --jobs "${nj}"

@@ -1,0 +1,108 @@
+"""What early exit is worth to a trained experiment: a report in tables, JSON and one picture.
+
+Runs the model's own best answers (or the references) through all blocks once, per test set: agreement of every block
+with the last one, the exit of an oracle, precision and coverage of gates. With --sweep it also decodes the sets at exit
+points (never, fixed:24, gate, gate:0.9, confidence:0.9, entropy:0.9, patience:2), in turns with full depth, and scores
+them. Both go on where a killed run stopped, and a later call adds points.
+
+Writes <exp>/exit_report/: EXIT.md, exit_report.json, exit.png, and a decode directory for each point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pam_espnet.bin._cli import run_main, run_record
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("exp", type=Path, help="experiment directory (config.yaml, model.safetensors)")
+    parser.add_argument("--data", required=True, nargs="+", help="formatted test sets, dump/raw/<set>")
+    parser.add_argument("--decode", type=Path, help="decoding that holds the answers (default: <exp>/decode_beam)")
+    parser.add_argument("--answers", choices=("own", "reference"), default="own", help="which answers (default: own)")
+    parser.add_argument("--calibration", type=Path, help="maps and gates: <exp>/exit.safetensors of pam_calibrate_exit")
+    parser.add_argument("--layers", type=int, nargs="+", help="candidate blocks, without a calibration")
+    parser.add_argument("--sweep", nargs="*", metavar="POINT", help="decode at these points; none: a choice of them")
+    parser.add_argument("--out", type=Path, help="directory of the report (default: <exp>/exit_report)")
+    parser.add_argument("--batch_size", type=int, default=8, help="utterances run together (default: 8)")
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0 = torch's choice)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    args = build_parser().parse_args(argv)
+    from functools import cache
+
+    import torch
+
+    from pam_espnet.answering import AnswerOptions
+    from pam_espnet.decoding import DecodeOptions, decoded_of
+    from pam_espnet.errors import ConfigError
+    from pam_espnet.exit_report import one_search, profile_sets, read_decoded, read_sweep
+    from pam_espnet.exit_sweep import default_points, parse_point, sweep
+    from pam_espnet.fileio import write_json, write_text
+    from pam_espnet.inference import SpeechLLM
+    from pam_espnet.metrics.exit_plot import plot_exits
+    from pam_espnet.metrics.exit_tables import markdown
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if len({Path(data).name for data in args.data}) < len(args.data):
+        raise ConfigError("--data: two test sets have the same name")
+    if args.calibration and args.layers:
+        raise ConfigError("--layers: a calibration has its own candidate blocks; leave one of the two out")
+    if args.calibration and not args.calibration.is_file():
+        hint = f"python -m pam_espnet.bin.pam_calibrate_exit --exp {args.exp} --data <formatted dev set>"
+        raise ConfigError(f"--calibration {args.calibration}: no such file\n  -> make it: {hint}")
+    out = args.out or args.exp / "exit_report"
+    decode = args.decode or args.exp / "decode_beam"
+    answers, search = None, {}
+    if args.answers == "own" or args.decode:
+        decoded = {Path(data).name: read_decoded(args.exp, data, decode) for data in args.data}
+        search = one_search(decoded)
+        if args.answers == "own":
+            answers = {name: one.tokens for name, one in decoded.items()}
+    dtype = search.get("dtype")
+    unread = ("dtype", "exit", "exit_calibration_sha256")
+    beam = {key: value for key, value in search.items() if key not in unread}
+    options = AnswerOptions.from_dict(beam, decode)
+
+    @cache
+    def load() -> SpeechLLM:
+        return SpeechLLM.load(args.exp, options, args.device, dtype)
+
+    found = profile_sets(
+        args.exp, load, args.data, answers, args.layers or (), args.calibration, search, out, args.batch_size
+    )
+    run = run_record("pam_exit_report.py")
+    if args.sweep is not None:
+        names = args.sweep or default_points(found["layers"], args.calibration is not None)
+        points = [parse_point(name, found["layers"], args.calibration) for name in names]
+        noted = {**beam, "dtype": dtype}
+        sweep(args.exp, load, args.data, points, out, noted, run, DecodeOptions(args.batch_size))
+    report = {
+        "experiment": args.exp.resolve().name,
+        **run,
+        "checkpoint_sha256": decoded_of(args.exp, args.data[0])["checkpoint_sha256"],
+        "answers": args.answers,
+        "search": search,
+        "dtype": dtype,
+        **found,
+        "sweep": read_sweep(args.exp, args.data, out),
+    }
+    write_json(out / "exit_report.json", report)
+    plot_exits(report, out / "exit.png", f"{report['experiment']}: early exit")
+    write_text(out / "EXIT.md", markdown(report, "exit.png"))
+    print(f"wrote {out}/EXIT.md, exit_report.json, exit.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,57 @@
+"""Who must not be heard in training: the readers of LibriSpeech's test sets, from which LibriCount is mixed.
+
+    mix_speakers   <utterance> <speaker> <speaker> ...     optional table of a data directory: the voices of a mixture
+    mix_sources    <utterance> <utterance of LibriSpeech> ...   optional: the recordings a mixture was made from
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pam_espnet.data.librispeech import TEST_SUBSETS, Speaker
+from pam_espnet.data.tables import read_table
+from pam_espnet.errors import DataError
+
+MIX_SPEAKERS = "mix_speakers"
+MIX_SOURCES = "mix_sources"
+_SHOWN = 5
+
+
+def readers_of_tests(speakers: Mapping[str, Speaker]) -> dict[str, str]:
+    """{speaker: test set} of the readers that SPEAKERS.TXT puts into a test set."""
+    return {speaker: line.subset for speaker, line in speakers.items() if line.subset in TEST_SUBSETS}
+
+
+def barred_voices(data_dir: str | Path, barred: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(utterance, speaker) for every barred speaker in a data directory, through any of its three tables.
+
+    Args:
+        data_dir: holds ``utt2spk``, and ``mix_speakers`` and ``mix_sources`` where it has mixtures. Speakers are
+            LibriSpeech's numbers; other names (of other corpora) are nobody's.
+        barred: {speaker: why}.
+    """
+    data_dir = Path(data_dir)
+    found: set[tuple[str, str]] = set()
+    for name in ("utt2spk", MIX_SPEAKERS, MIX_SOURCES):
+        if name != "utt2spk" and not (data_dir / name).exists():
+            continue
+        for utterance, value in read_table(data_dir / name, allow_empty=name != "utt2spk").items():
+            # an utterance of LibriSpeech begins with its speaker's number
+            found |= {(utterance, speaker) for word in value.split() if (speaker := word.split("-")[0]) in barred}
+    return sorted(found)
+
+
+def refuse_barred(data_dir: str | Path, barred: Mapping[str, str]) -> None:
+    """Check that no barred speaker is heard in a directory that is to be trained on.
+
+    Raises:
+        DataError: one is; names utterances, speakers and the test set.
+    """
+    found = barred_voices(data_dir, barred)
+    if not found:
+        return
+    listed = "".join(f"\n  {utterance}: speaker {name} of {barred[name]}" for utterance, name in found[:_SHOWN])
+    more = f"\n  ... and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    message = f"has voices of a test set, so a model trained on it cannot be scored there:{listed}{more}"
+    raise DataError(data_dir, message, hint="make the training set from train-clean and train-other speakers only")

@@ -1,0 +1,162 @@
+"""Linear layers as decoding multiplies them: the same weights many times with few rows, so they are packed once.
+
+The time of such a product is the time it takes to read the weights. Kernels, by precision of the weights:
+
+float32, bfloat16  on an x86 CPU oneDNN's, which want the weights in blocks of their own; elsewhere torch's own product.
+                   A row's result is the same, to the last bit, however many rows run with it (torch's own float32
+                   product on a CPU is not: it changes kernels with the number of rows).
+int8               symmetric, one scale per output channel, activations in float32: FBGEMM's product of two 8-bit
+                   matrices, to which every activation row is given as two: its values in 127ths of the row's largest,
+                   and what that leaves in steps 254 times finer. Integers are summed exactly, so a row's result is the
+                   same, to the last bit, whatever its neighbours are. (A difference in a row's last bits, such as
+                   attention has, may round the other way and come out as one of the finer steps.)
+
+R rows, I input and O output features.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pam_espnet.errors import ConfigError
+
+STEPS = 127  # of an 8-bit value on either side of zero
+OFFSET = 128  # of FBGEMM's unsigned activations
+
+
+class Linear(Protocol):
+    """A weight matrix with its bias."""
+
+    nbytes: int  # what the packed weights take
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rows (R,I) -> (R,O), in the dtype of the rows."""
+
+
+class _Opaque:
+    """A product with packed weights; for torch.compile it is an operator that is not looked into."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width  # O
+        self.key = torch.tensor(next(_numbers))  # a tensor, so that compiled code serves every layer of a shape
+        _layers[int(self.key)] = self
+
+    def product(self, x: Tensor) -> Tensor:
+        """Rows (R,I) -> (R,O)."""
+        raise NotImplementedError
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.pam_espnet.product(x, self.key, self.width)
+        return self.product(x)
+
+
+_numbers = itertools.count()
+_layers: WeakValueDictionary[int, _Opaque] = WeakValueDictionary()
+_library = torch.library.Library("pam_espnet", "DEF")
+_library.define("product(Tensor x, Tensor key, int width) -> Tensor")
+_library.impl("product", lambda x, key, width: _layers[int(key)].product(x), "CPU")
+torch.library.register_fake(
+    "pam_espnet::product", lambda x, key, width: x.new_empty(x.shape[0], width), lib=_library
+)
+
+
+class Plain:
+    """As torch stores and multiplies it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self.nbytes = weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See ``Linear``."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class Blocked(_Opaque):
+    """Floats in oneDNN's blocks; a copy of the weights."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(len(weight))
+        rows = 4  # a hint: the layout serves any number
+        self.weight: Any = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        self.bias = bias
+        self.nbytes = weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See ``Linear``."""
+        return self._multiply(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """See ``_Opaque``."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class Int8(_Opaque):
+    """Whole numbers from -127 to 127 and a scale per output channel."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(len(weight))
+        weight = weight.float()
+        scales = (weight.abs().amax(dim=1) / STEPS).clamp_min(torch.finfo(torch.float32).tiny)
+        whole = (weight / scales[:, None]).round().to(torch.int8)
+        zeros = torch.zeros(len(scales), dtype=torch.long)
+        engine, torch.backends.quantized.engine = torch.backends.quantized.engine, "fbgemm"
+        try:
+            with warnings.catch_warnings():  # quantised tensors are to go some day, but FBGEMM takes no other weights
+                warnings.filterwarnings("ignore", ".*deprecated", UserWarning)
+                channels = torch._make_per_channel_quantized_tensor(whole, scales.double(), zeros, 0)
+            self.packed: Any = torch.ops.quantized.linear_prepack(channels, None)
+        finally:
+            torch.backends.quantized.engine = engine
+        self.bias = None if bias is None else bias.float()
+        self.nbytes = whole.nbytes + scales.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See ``Linear``."""
+        step = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_min_(1e-30).mul_(1 / STEPS)  # (R,1)
+        steps = x / step
+        coarse = steps.round()
+        fine = steps.sub_(coarse).mul_(2 * STEPS)
+        both = self._multiply(torch.cat([coarse, fine]))
+        found = both[: len(x)].add_(both[len(x) :], alpha=1 / (2 * STEPS)).mul_(step)
+        return found if self.bias is None else found.add_(self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """See ``_Opaque``; ``x`` in steps, from -127 to 127."""
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, OFFSET, self.packed)
+
+
+def pack(weight: Tensor, bias: Tensor | None = None, int8: bool = False) -> Linear:
+    """A linear layer for decoding.
+
+    Args:
+        weight: (O,I) floats.
+        bias: (O,).
+        int8: round the weights.
+
+    Raises:
+        ConfigError: int8 where FBGEMM is not: on a GPU or on a CPU that is not x86.
+    """
+    if int8:
+        if weight.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
+            raise ConfigError("dtype int8: only on x86 CPUs; use float32, or bfloat16 on a GPU")
+        return Int8(weight, bias)
+    return Blocked(weight, bias) if _blocks_help(weight) else Plain(weight, bias)
+
+
+def _blocks_help(weight: Tensor) -> bool:
+    """Whether oneDNN has kernels of its own for these floats on this machine."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return False
+    native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and native)

@@ -1,0 +1,231 @@
+"""The early-exit report of an experiment: what its blocks say, what gates would do, what decoding at exit points did.
+
+    <decode>/<set>/{nbest.jsonl, key.json}        the model's own answers                              read
+    <out>/profile/<set>.json                      figures of a test set; not made twice                written
+    <out>/decode_<point>/<set>/                   decode directories of the sweep (``exit_sweep``)     read
+    <out>/{exit_report.json, EXIT.md, exit.png}   everything; tables; a picture                        written
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pam_espnet.answer_states import reference_answers
+from pam_espnet.data.datadir import DataDir
+from pam_espnet.data.tasks import task_spec
+from pam_espnet.decoder.calibration import Calibration
+from pam_espnet.decoder.exits import MODES
+from pam_espnet.decoding import decoded_of
+from pam_espnet.errors import ConfigError, DataError
+from pam_espnet.exit_calibration import cost_model
+from pam_espnet.exit_profile import profile
+from pam_espnet.exit_summary import summarise
+from pam_espnet.exit_sweep import NEVER, read_timing
+from pam_espnet.fileio import check_key, read_json, sha256_file, write_json
+from pam_espnet.inference import SpeechLLM
+from pam_espnet.metrics.compare import Column, Row, difference
+from pam_espnet.metrics.report import Decoding, find_decodings
+from pam_espnet.metrics.result import MAIN_METRICS
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A model's own answers to a test set, and the options they were decoded with."""
+
+    tokens: dict[str, list[int]]  # of the best answer, by utterance
+    search: dict[str, Any]  # as in the decoding's YAML, and the precision
+
+
+def read_decoded(exp: str | Path, data_dir: str | Path, decode: str | Path) -> Decoded:
+    """From ``<decode>/<set>``.
+
+    Raises:
+        DataError: nothing was decoded there, or with another checkpoint, from other data, in part, without the audio
+            or with early exit; says what to type.
+    """
+    directory, data = Path(decode) / Path(data_dir).name, DataDir.load(data_dir)
+    command = f"python -m pam_espnet.bin.pam_decode --exp {exp} --data {data_dir} --out {directory}"
+    if not (directory / "nbest.jsonl").is_file() or not (directory / "key.json").is_file():
+        hint = f"{command}\n     or name another directory (--decode), or take the references (--answers reference)"
+        raise DataError(directory, "no decoded answers to this test set", hint=hint)
+    key = read_json(directory / "key.json")
+    fits = {**key, **decoded_of(exp, data_dir), "audio": "on", "limit": 0}
+    check_key(directory / "key.json", fits, f"remove it (rm -r {directory}) and decode again:\n     {command}")
+    if (key["search"].get("exit") or {}).get("mode", "never") != "never":
+        hint = f"decode with exit: {{mode: never}} under another name, and give it as --decode:\n     {command}_never"
+        raise DataError(directory, "decoded with early exit: these are not the full model's answers", hint=hint)
+    lines = (directory / "nbest.jsonl").read_text(encoding="utf-8").splitlines()
+    tokens = {entry["utt"]: entry["hypotheses"][0]["tokens"] for entry in map(json.loads, lines)}
+    if tokens.keys() != set(data.utterances):
+        raise DataError(directory / "nbest.jsonl", f"not the utterances of {data_dir}", hint=command)
+    return Decoded(tokens, key["search"])
+
+
+def one_search(decoded: Mapping[str, Decoded]) -> dict[str, Any]:
+    """The options with which all test sets were decoded; ConfigError where they differ."""
+    searches = list(decoded.values())
+    if any(one.search != searches[0].search for one in searches):
+        names = ", ".join(decoded)
+        raise ConfigError(f"{names} were decoded with different options; report them apart (--data, --out)")
+    return searches[0].search
+
+
+def profile_sets(
+    exp: str | Path,
+    load: Callable[[], SpeechLLM],
+    data_dirs: Sequence[str | Path],
+    answers: Mapping[str, Mapping[str, Sequence[int]]] | None,
+    layers: Sequence[int],
+    calibration: str | Path | None,
+    search: Mapping[str, Any],
+    out: str | Path,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Figures of every test set (``exit_summary``), read from ``<out>/profile`` where they were made before.
+
+    Args:
+        exp: experiment directory.
+        load: gives its model; not called when nothing is to be run.
+        data_dirs: formatted data directories.
+        answers: set -> utterance -> tokens; None for the reference answers.
+        layers: candidate blocks; empty: those of the calibration, else every second one of the upper half.
+        calibration: file of ``bin/pam_calibrate_exit.py``; its maps and gates are used.
+        search: options of decoding; the beam's size is that of the sets that are compared.
+        out: of the report.
+        batch_size: utterances run together.
+
+    Returns:
+        ``{"blocks", "layers", "cost_model", "calibration", "sets": {set: {task: figures}}}``.
+    """
+    found: dict[str, Any] = {}
+    for data_dir in data_dirs:
+        name = Path(data_dir).name
+        given = None if answers is None else json.dumps(answers[name], sort_keys=True)
+        key = {
+            **decoded_of(exp, data_dir),
+            "answers": "reference" if given is None else hashlib.sha256(given.encode()).hexdigest(),
+            "calibration_sha256": None if calibration is None else sha256_file(calibration),
+            "layers": list(layers),
+            "search": dict(search),
+        }
+        path = Path(out) / "profile" / f"{name}.json"
+        record = read_json(path) if path.is_file() else {}
+        if record.get("key") != key:
+            record = {"key": key, **_profile(load(), data_dir, answers, layers, calibration, search, batch_size)}
+            write_json(path, record)
+        tasks = record.pop("tasks")
+        found = {**found, **record, "sets": {**found.get("sets", {}), name: tasks}}
+    found.pop("key")
+    return found
+
+
+def _profile(
+    speech: SpeechLLM,
+    data_dir: str | Path,
+    answers: Mapping[str, Mapping[str, Sequence[int]]] | None,
+    layers: Sequence[int],
+    calibration: str | Path | None,
+    search: Mapping[str, Any],
+    batch_size: int,
+) -> dict[str, Any]:
+    data, decoder = DataDir.load(data_dir), speech.model.decoder
+    fitted = None
+    if calibration is not None:
+        fitted = Calibration.load(calibration, decoder.width).to(decoder.device, decoder.dtype)
+    layers = candidates(layers, fitted, decoder.num_layers)
+    said = reference_answers(speech, data) if answers is None else answers[data.path.name]
+    logging.info(f"{data.path.name}: {sum(map(len, said.values()))} tokens through {decoder.num_layers} blocks")
+    beam_size = speech.options.beam.beam_size
+    found = profile(speech, data, said, layers, fitted, beam_size, batch_size)
+    cost = cost_model(decoder)
+    return {
+        "blocks": decoder.num_layers,
+        "layers": list(layers),
+        "beam_size": beam_size,
+        "cost_model": asdict(cost),
+        "calibration": None
+        if fitted is None
+        else {"maps": fitted.maps is not None, "threshold": fitted.threshold, "sha256": sha256_file(str(calibration))},
+        "tasks": summarise(found, cost, None if fitted is None else fitted.threshold),
+    }
+
+
+def candidates(layers: Sequence[int], calibration: Calibration | None, blocks: int) -> tuple[int, ...]:
+    """Candidate blocks: the calibration's, else ``layers``, else every second one of the upper half.
+
+    Raises:
+        ConfigError: both were given, or a block that the LLM does not have, or its last.
+    """
+    if calibration is not None:
+        if layers:
+            raise ConfigError("--layers: a calibration has its own candidate blocks; leave one of the two out")
+        return calibration.layers
+    chosen = tuple(sorted(set(layers))) or tuple(range(blocks // 2, blocks, 2))
+    if chosen[0] < 1 or chosen[-1] >= blocks:
+        raise ConfigError(f"--layers: {list(chosen)}; the blocks before the last are 1 to {blocks - 1}")
+    return chosen
+
+
+def read_sweep(exp: str | Path, data_dirs: Sequence[str | Path], out: str | Path) -> list[dict[str, Any]]:
+    """One entry per decoded point, test set and task: score, difference to ``never``, depth, seconds.
+
+    Raises:
+        DataError: a point was decoded with another checkpoint or from other data.
+    """
+    out, entries = Path(out), []
+    if not any(out.glob("decode_*/*/scores.json")):
+        return []
+    decodings = find_decodings(out)
+    for data_dir in data_dirs:
+        points = [one for one in decodings if one.set == Path(data_dir).name]
+        full = next((one for one in points if one.name == NEVER.name), None)
+        for decoding in sorted(points, key=_order):
+            key = decoding.path / "key.json"
+            check_key(key, {**read_json(key), **decoded_of(exp, data_dir)}, f"remove it: rm -r {decoding.path}")
+            for task in decoding.scores["tasks"]:
+                entries.append(_entry(decoding, full, task))
+    return entries
+
+
+def _order(decoding: Decoding) -> tuple[int, float]:
+    mode, _, value = decoding.name.partition("_")
+    return MODES.index(mode), float(value or 0)
+
+
+def _entry(decoding: Decoding, full: Decoding | None, task: str) -> dict[str, Any]:
+    own = _best(decoding.path, task)
+    steps = [depth for _, depths in own.values() for depth in depths[1:]]
+    entry: dict[str, Any] = {
+        "set": decoding.set,
+        "task": task,
+        "point": decoding.name.replace("_", ":", 1),
+        "scores": decoding.scores["tasks"][task],
+        "steps": len(steps),
+        "mean_depth": sum(steps) / len(steps) if steps else None,
+        "batch_size": decoding.stats["batch_size"],
+        "threads": decoding.stats["threads"],
+        "commit": decoding.stats["commit"],
+    }
+    if full is not None:
+        names = MAIN_METRICS[task_spec(task).metric]
+        rows = Row(NEVER.name, [full]), Row(entry["point"], [decoding])
+        pairs = {name: difference(*rows, Column(decoding.set, task, name)) for name in names}
+        entry["difference"] = {name: pair._asdict() for name, pair in pairs.items() if pair is not None}
+        texts = _best(full.path, task)
+        entry["same_answers"] = sum(own[utt][0] == texts[utt][0] for utt in own) / len(own)
+        timing = read_timing(decoding.path, full.path)
+        entry["timing"] = None if timing is None else asdict(timing)  # of the whole set, whatever its tasks
+    return entry
+
+
+def _best(directory: Path, task: str) -> dict[str, tuple[list[int], list[int]]]:
+    """Utterance -> tokens and depths of the best answer."""
+    lines = (directory / "nbest.jsonl").read_text(encoding="utf-8").splitlines()
+    best = {one["utt"]: one["hypotheses"][0] for one in map(json.loads, lines) if one["task"] == task}
+    return {utt: (one["tokens"], one["depths"]) for utt, one in best.items()}

@@ -1,0 +1,117 @@
+"""What joint optimisation for early exit costs per training step: ratios to plain steps in the same run.
+
+    plain     the answer's loss from the last block
+    joint     and from one drawn block, through the shared output layer (model_conf.exit_weight)
+    dropout   the same with blocks left out (model_conf.exit_layer_dropout)
+
+A step is the LLM's forward and backward pass with LoRA on all projections, on random audio embeddings and running text;
+encoders and adapters, which cost the same in all three, are not part of it. Rounds of the three alternate, so that a
+machine that slows down slows them all; medians are reported.
+
+    python tests/benchmarks/joint_step.py --llm egs/mini/pam1/downloads/models/smollm2-135m-instruct
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+ANSWER = "the old man told his son to wait by the river until the last boat had come home in the evening "
+PROMPT = "Transcribe the speech into text."
+
+
+def main() -> None:
+    """Print the ratios and, with --output, write them as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llm", required=True, help="folder of a causal LLM")
+    parser.add_argument("--batch", type=int, default=8, help="utterances (8)")
+    parser.add_argument("--audio", type=int, default=40, help="audio embeddings per utterance (40)")
+    parser.add_argument("--answer", type=int, default=20, help="tokens per answer (20)")
+    parser.add_argument("--layers", type=int, nargs="+", help="exit_layers (the upper half, every fourth block)")
+    parser.add_argument("--dropout", type=float, default=0.2, help="exit_layer_dropout (0.2)")
+    parser.add_argument("--rounds", type=int, default=8, help="timings of each (8)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
+    parser.add_argument("--dtype", default="float32", help="precision of the LLM (float32)")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    args = parser.parse_args()
+
+    import torch
+
+    from pam_espnet.decoder.layer_dropout import skip_probabilities
+    from pam_espnet.decoder.llm import LLMDecoder
+    from pam_espnet.decoder.prompt_layout import layout, place
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    lora = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
+    decoder = LLMDecoder.from_pretrained(
+        args.llm, lora=lora, dtype=args.dtype, gradient_checkpointing=args.checkpointing
+    ).train()
+    blocks = decoder.num_layers
+    layers = args.layers or list(range(blocks // 2, blocks, 4))
+    parts = layout(decoder.tokenizer, PROMPT, decoder.system)
+    ids = decoder.tokenizer(ANSWER * 5)["input_ids"]
+    audio = 0.1 * torch.randn(args.batch, args.audio, decoder.width)
+    placed = place(
+        [torch.tensor(parts.head_ids)] * args.batch,
+        audio,
+        torch.full((args.batch,), args.audio),
+        [torch.tensor(parts.tail_ids)] * args.batch,
+        [torch.tensor(ids[start : start + args.answer]) for start in range(args.batch)],
+        decoder.embed,
+    )
+    left_out: list[int] = []
+
+    def step(way: str, draw: int) -> None:
+        speaks = None if way == "plain" else layers[draw % len(layers)]
+        skipped: list[int] = []
+        if way == "dropout":
+            drawn = torch.rand(blocks) < skip_probabilities(blocks, args.dropout)
+            skipped = [block for block, out in enumerate(drawn.tolist(), start=1) if out and block != speaks]
+            left_out.append(len(skipped))
+        losses = decoder.token_losses(placed, speaks, skipped)
+        loss = losses.nll.mean()
+        if losses.exit_nll is not None:
+            loss = loss + 0.3 * losses.exit_nll.mean()
+        loss.backward()
+        decoder.zero_grad(set_to_none=True)
+
+    ways = ("plain", "joint", "dropout")
+    wall: dict[str, list[float]] = {way: [] for way in ways}
+    cpu: dict[str, list[float]] = {way: [] for way in ways}
+    for draw in range(-1, args.rounds):
+        for way in ways:
+            begun = time.perf_counter(), time.process_time()
+            step(way, draw)
+            if draw >= 0:  # the first round warms up
+                wall[way].append(time.perf_counter() - begun[0])
+                cpu[way].append(time.process_time() - begun[1])
+    rows = []
+    for way in ways:
+        row = {
+            "way": way,
+            "seconds": statistics.median(wall[way]),
+            "cpu_seconds": statistics.median(cpu[way]),
+            "cost": statistics.median(wall[way]) / statistics.median(wall["plain"]),
+            "cpu_cost": statistics.median(cpu[way]) / statistics.median(cpu["plain"]),
+        }
+        rows.append(row)
+        print(f"{way:8s} {row['seconds']:.2f} s per step, {row['cost']:.2f}x of plain (CPU {row['cpu_cost']:.2f}x)")
+    print(f"blocks left out per step with dropout: {statistics.mean(left_out):.1f} of {blocks}; exit layers {layers}")
+    if args.output:
+        record = {
+            "options": {key: str(value) for key, value in vars(args).items()},
+            "layers": layers,
+            "left_out": statistics.mean(left_out),
+            "torch": torch.__version__,
+            "rows": rows,
+        }
+        args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

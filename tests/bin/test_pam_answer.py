@@ -1,0 +1,122 @@
+"""One question about one recording, from the command line; the answer while it grows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from tiny_model import tiny_config
+
+from pam_espnet.answering import AnswerOptions
+from pam_espnet.bin.pam_answer import main
+from pam_espnet.build import build_model
+from pam_espnet.checkpoint import save_trained
+from pam_espnet.config import write_config
+from pam_espnet.errors import ConfigError, DataError
+from pam_espnet.inference import PartialAnswer, SpeechLLM
+from pam_espnet.search.options import BeamOptions
+
+PROMPT = "Describe the sounds."
+
+
+@pytest.fixture(scope="module")
+def exp(tiny_llm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exp")
+    config = tiny_config(tiny_llm_dir)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_trained(build_model(config).state_dict(), path / "model.safetensors")
+    write_config(config, path / "config.yaml")
+    write_config({"beam_size": 2, "max_new_tokens": 6, "answer_sets": {"count": ["0", "1"]}}, path / "decode.yaml")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wave(tone: Callable[..., np.ndarray]) -> np.ndarray:
+    return tone(0.8, 440)
+
+
+def ask(exp: Path, wav: Path, *more: str) -> int:
+    return main(["--exp", str(exp), "--wav", str(wav), "--config", str(exp / "decode.yaml"), *more])
+
+
+def test_answers(exp: Path, wave: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Standard output is the answer; another sample rate and a second channel change nothing but the resampling."""
+    model = SpeechLLM.load(exp, AnswerOptions(BeamOptions(beam_size=2, max_new_tokens=6)))
+    soundfile.write(tmp_path / "mono.wav", wave, 16000, subtype="PCM_16")
+    soundfile.write(tmp_path / "stereo.flac", np.stack([wave, wave], axis=1), 16000, subtype="PCM_16")
+    (expected,) = model.answer([np.round(wave * 32768).astype(np.float32) / 32768], [PROMPT])
+    for name in ("mono.wav", "stereo.flac"):
+        assert ask(exp, tmp_path / name, "--prompt", PROMPT) == 0
+        assert capsys.readouterr().out == expected.texts[0] + "\n"
+    soundfile.write(tmp_path / "slow.wav", wave[::2], 8000)
+    assert ask(exp, tmp_path / "slow.wav", "--task", "caption") == 0
+    assert capsys.readouterr().out.strip()
+    assert ask(exp, tmp_path / "mono.wav", "--task", "count") == 0
+    assert capsys.readouterr().out in ("0\n", "1\n")
+
+
+def test_the_answer_grows_on_a_terminal(
+    exp: Path, wave: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soundfile.write(tmp_path / "mono.wav", wave, 16000)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert ask(exp, tmp_path / "mono.wav", "--prompt", PROMPT) == 0
+    out, err = capsys.readouterr()
+    shown = [text for text in err.split("\r\033[K") if text]
+    assert len(set(shown)) > 1 and max(map(len, shown)) < 200
+    assert err.endswith("\r\033[K") and "\033" not in out
+
+
+def test_partial_answers(exp: Path, wave: np.ndarray) -> None:
+    model = SpeechLLM.load(exp, AnswerOptions(BeamOptions(beam_size=2, max_new_tokens=6)))
+    steps: list[list[PartialAnswer]] = []
+    waves, prompts = [wave, wave[:9000]], [PROMPT, "How many people are speaking?"]
+    answers = model.answer(waves, prompts, on_partial=steps.append)
+    assert [answer.texts for answer in answers] == [answer.texts for answer in model.answer(waves, prompts)]
+    for place, answer in enumerate(answers):
+        own = [one for partials in steps for one in partials if one.utterance == place]
+        assert [one.done for one in own] == [False] * (len(own) - 1) + [True]
+        assert own[-1].text == answer.texts[0] and own[-1].score == answer.scores[0]
+        assert [len(one.tokens) for one in own[:-1]] == list(range(1, len(own)))
+
+
+def test_half_a_letter_is_not_shown() -> None:
+    def decode(tokens: object) -> str:
+        return "caf\ufffd"
+
+    assert PartialAnswer(0, [1], -1.0, False, decode).text == "caf"
+    assert PartialAnswer(0, [1], -1.0, True, decode).text == "caf\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("samples", "more", "message"),
+    [
+        (None, ["--task", "asr"], "no file"),
+        (np.zeros(16000), ["--task", "asr"], "silence"),
+        (np.zeros(0), ["--task", "asr"], "empty"),
+        (np.full(16000 * 3, 0.1), ["--task", "asr", "--max_seconds", "2"], "too long"),
+        (np.full(900, 0.1), ["--task", "asr"], "too short"),
+        (np.full(16000, 0.1), [], "--prompt"),
+        (np.full(16000, 0.1), ["--prompt", " "], "--prompt is empty"),
+        (np.full(16000, 0.1), ["--task", "song"], "song"),
+        (np.full(16000, 0.1), ["--task", "asr", "--max_seconds", "0"], "--max_seconds"),
+    ],
+)
+def test_errors(exp: Path, tmp_path: Path, samples: np.ndarray | None, more: list[str], message: str) -> None:
+    wav = tmp_path / "a.wav"
+    if samples is not None:
+        soundfile.write(wav, samples, 16000)
+    with pytest.raises((ConfigError, DataError), match=message):
+        ask(exp, wav, *more)
+
+
+def test_what_is_no_audio_is_said(exp: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_text("not audio")
+    with pytest.raises(DataError, match="cannot be read"):
+        ask(exp, tmp_path / "a.wav", "--task", "asr")

@@ -1,0 +1,90 @@
+"""librispeech and libricount through all five stages: stand-in corpora, and the small real models of the mini recipe.
+
+What is trained in two steps is worth nothing; what is tested is that the stages fit these recipes' data and options
+(waveforms instead of cached states, two test sets, the task verify).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from libri_corpora import copy_recipe, make_libricount, make_librispeech, run
+
+from pam_espnet.data.tables import read_table
+
+MODELS = Path(__file__).resolve().parents[2] / "egs" / "mini" / "pam1" / "downloads" / "models"
+STEPS = "max_epoch=1 num_iters_per_epoch=2 num_workers=0"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not MODELS.is_dir(), reason="needs the models of egs/mini/pam1: run its stage 1"),
+]
+
+
+def small(recipe: Path) -> list[str]:
+    """Write what puts the mini recipe's models and two steps into ``recipe``; return the options that use it."""
+    conf = {
+        "llm": str(MODELS / "smollm2-135m-instruct"),
+        "llm_conf": {"gradient_checkpointing": False, "lora": {"r": 4}},
+        "frontend_conf": {
+            "encoders": {
+                "whisper": {"path": str(MODELS / "whisper-tiny.en"), "layers": [2, 4]},
+                "wavlm": {"type": "pyannote", "path": str(MODELS / "pyannote-segmentation"), "layers": [2, 4]},
+                "wav2vec2": {"type": "yamnet", "path": str(MODELS / "yamnet"), "layers": [11, 13]},
+            }
+        },
+        "warm_start_conf": {"steps": 4, "single_steps": 2, "max_utterances": 4},
+        "batching_conf": {"max_utterances": 4},
+    }
+    (recipe / "conf/small.yaml").write_text(yaml.safe_dump(conf))
+    decode = yaml.safe_load((recipe / "conf/decode.yaml").read_text()) | {"beam_size": 2, "max_new_tokens": 6}
+    (recipe / "conf/decode_small.yaml").write_text(yaml.safe_dump(decode))
+    options = ["--size", "mini", "--tag", "small", "--nj", "1", "--check_counts", "false", "--set", STEPS]
+    return [*options, "--train_config", "conf/train.yaml conf/small.yaml", "--decode_config", "conf/decode_small.yaml"]
+
+
+def scores(recipe: Path, name: str) -> dict:
+    return json.loads((recipe / "exp/small/decode_beam" / name / "scores.json").read_text())
+
+
+def test_librispeech(tmp_path: Path) -> None:
+    corpus = make_librispeech(
+        tmp_path, {"train-clean-5": 3, "dev-clean-2": 1, "test-clean": 1, "test-other": 1}, utterances=2
+    )
+    recipe = copy_recipe(tmp_path / "tree", "librispeech")
+    done = run(recipe, *small(recipe), "--librispeech", str(corpus))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for name in ("test_clean", "test_other"):
+        assert scores(recipe, name)["tasks"]["asr"]["wer"]["n"] == 2
+    assert "test_other" in (recipe / "exp/small/RESULTS.md").read_text()
+    assert not (recipe / "dump/mini/feats").exists()
+
+
+def test_libricount(tmp_path: Path) -> None:
+    make_librispeech(tmp_path, {"train-clean-5": 11, "dev-clean-2": 10}, utterances=2, named=("test-clean",))
+    make_libricount(tmp_path, each=1)
+    recipe = copy_recipe(tmp_path / "tree", "libricount")
+    sizes = yaml.safe_load((recipe / "local/sizes.yaml").read_text())
+    sizes["mini"]["clips"] = {"train": 1, "dev": 1}
+    (recipe / "local/sizes.yaml").write_text(yaml.safe_dump(sizes))
+    options = [*small(recipe), "--librispeech", str(tmp_path), "--libricount", str(tmp_path)]
+    done = run(recipe, *options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert set(scores(recipe, "test_count")["tasks"]) == {"count"}
+    verify = scores(recipe, "test_verify")
+    assert verify["tasks"]["verify"]["accuracy"]["n"] == 11 and "no_answer" in verify["details"]["verify"]
+
+    # the closed question: nothing but yes and no is answered
+    decode = yaml.safe_load((recipe / "conf/decode_small.yaml").read_text())
+    decode["answer_sets"] = {"count": [str(number) for number in range(11)], "verify": ["yes", "no"]}
+    (recipe / "conf/decode_small.yaml").write_text(yaml.safe_dump(decode))
+    shutil.rmtree(recipe / "exp/small/decode_beam")
+    closed = run(recipe, *options, "--stage", "4", "--test_sets", "test_verify")
+    assert closed.returncode == 0, closed.stdout[-3000:] + closed.stderr[-3000:]
+    said = read_table(recipe / "exp/small/decode_beam/test_verify/text")
+    assert set(said.values()) <= {"yes", "no"}
+    assert scores(recipe, "test_verify")["details"]["verify"]["no_answer"] == 0

@@ -1,0 +1,114 @@
+"""The n-best of hundreds of prefixes of unequal length, token for token that of transformers' ``generate``.
+
+Two searches that round differently may part where two candidates are all but tied. So each utterance's closest decision
+is measured, and those closer than ``MARGIN`` are set aside: they must be few, and all others must be equal.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from reference_search import generate_batch
+from torch import Tensor
+
+from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.search.beam import beam_search
+from pam_espnet.search.hypothesis import IMPOSSIBLE, Candidate, Hypothesis, UtteranceBeam
+from pam_espnet.search.options import BeamOptions
+
+MARGIN = 2e-5  # log-probability; float32 sums of a dozen tokens differ by less
+REAL = Path(__file__).parents[2] / "egs/mini/pam1/downloads/models/smollm2-135m-instruct"
+COUNT, WANTED = 212, 200  # prefixes, and how many must be decided by more than the margin
+
+
+def build(family: str, folder: Path) -> LLMDecoder:
+    """A random LLM whose next token depends on what came before."""
+    import transformers
+
+    torch.manual_seed(5)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    lm = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    return LLMDecoder(lm, transformers.AutoTokenizer.from_pretrained(folder)).eval()
+
+
+@pytest.fixture(scope="module", params=["Llama", "Qwen2"])
+def decoder(request: pytest.FixtureRequest, tiny_llm_dir: Path) -> LLMDecoder:
+    return build(request.param, tiny_llm_dir)
+
+
+@pytest.fixture
+def margins(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """Utterance -> how far the last candidate that was taken has been from the first that was not, at the closest."""
+    found: dict[int, float] = {}
+    advance = UtteranceBeam.advance
+
+    def watched(beam: UtteranceBeam, candidates: list[Candidate]) -> list[int]:
+        size = beam.options.beam_size
+        going = [one for one in candidates if one.token not in beam.eos_ids]
+        for ranked in (candidates, going):
+            if len(ranked) > size and ranked[size].total > IMPOSSIBLE:
+                gap = ranked[size - 1].total - ranked[size].total
+                found[beam.place] = min(gap, found.get(beam.place, math.inf))
+        return advance(beam, candidates)
+
+    monkeypatch.setattr(UtteranceBeam, "advance", watched)
+    return found
+
+
+def search(decoder: LLMDecoder, prefixes: list[Tensor], options: BeamOptions) -> list[list[Hypothesis]]:
+    lengths = torch.tensor([len(one) for one in prefixes])
+    padded = torch.nn.utils.rnn.pad_sequence(prefixes, batch_first=True, padding_value=1e4)
+    return beam_search(decoder, padded, lengths, options)
+
+
+def compare(
+    decoder: LLMDecoder, prefixes: list[Tensor], options: BeamOptions, margins: dict[int, float]
+) -> tuple[int, int]:
+    """How many utterances were decided clearly, all of them equal; and how many hypotheses ended by themselves."""
+    found = search(decoder, prefixes, options)
+    decided = ended = 0
+    for place, (nbest, expected) in enumerate(zip(found, generate_batch(decoder, prefixes, options), strict=True)):
+        scores = [one.score for one in nbest]
+        closest = min([margins[place], *(abs(a - b) for a, b in itertools.pairwise(scores))])
+        if closest < MARGIN:
+            continue
+        decided += 1
+        ended += sum(one.ended for one in nbest)
+        assert [one.tokens for one in nbest] == [tokens for tokens, _ in expected], (place, closest)
+        assert scores == pytest.approx([score for _, score in expected], abs=1e-4)
+    return decided, ended
+
+
+@pytest.mark.parametrize("beam_size", [1, 2, 4, 8])
+def test_two_hundred_prefixes(decoder: LLMDecoder, margins: dict[int, float], beam_size: int) -> None:
+    generator = torch.Generator().manual_seed(beam_size)
+    lengths = torch.randint(1, 30, (COUNT,), generator=generator).tolist()
+    prefixes = [torch.randn(length, decoder.width, generator=generator) for length in lengths]
+    endless = search(decoder, prefixes, BeamOptions(beam_size=beam_size, max_new_tokens=6, eos_ids=()))
+    named = torch.tensor([nbest[0].tokens[2:] for nbest in endless])
+    frequent = named.flatten().bincount().topk(3).indices.tolist()  # so that answers end early, late and never
+    margins.clear()
+    options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=12, eos_ids=tuple(frequent))
+    decided, ended = compare(decoder, prefixes, options, margins)
+    assert decided >= WANTED
+    assert 0 < ended < decided * beam_size
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason="the mini recipe's stage 1 has not been run")
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_a_real_llm(margins: dict[int, float], beam_size: int) -> None:
+    decoder = LLMDecoder.from_pretrained(str(REAL), dtype="float32").eval()
+    text = Path(__file__).read_text(encoding="utf-8") + (REAL / "LICENSE").read_text(encoding="utf-8")
+    ids = torch.tensor(decoder.tokenizer(text)["input_ids"])
+    prefixes = [decoder.embed(ids[start : start + 5 + 3 * k]) for k, start in enumerate(range(0, 640, 40))]
+    options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=10)
+    decided, _ = compare(decoder, prefixes, options, margins)
+    assert decided >= 12

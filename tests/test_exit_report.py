@@ -1,0 +1,334 @@
+"""The early-exit report: what blocks say, the oracle, gates, and the sweep from a command line to its files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import tiny_config, write_data
+
+from pam_espnet.answer_states import answer_states, reference_answers
+from pam_espnet.answering import AnswerOptions
+from pam_espnet.bin.pam_decode import main as decode
+from pam_espnet.bin.pam_exit_report import main as report
+from pam_espnet.build import build_model
+from pam_espnet.checkpoint import save_trained
+from pam_espnet.config import write_config
+from pam_espnet.data.datadir import DataDir
+from pam_espnet.decoder.calibration import Calibration, CostModel, Judgement, outcome
+from pam_espnet.errors import ConfigError, DataError
+from pam_espnet.exit_profile import Profile, Reading, places, profile
+from pam_espnet.exit_summary import mean_of_deepest, oracle, summarise
+from pam_espnet.exit_sweep import parse_point, read_timing
+from pam_espnet.fileio import read_json, write_json
+from pam_espnet.inference import SpeechLLM
+
+BLOCKS, SPEAKING = 4, 2  # blocks after the first two change nothing
+BEAM = 3
+
+
+@pytest.fixture(scope="module")
+def llm_dir(tiny_llm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny LLM with four blocks, the last two of them the identity."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(tiny_llm_dir)
+    config.num_hidden_layers = BLOCKS
+    config.initializer_range = 0.3
+    torch.manual_seed(4)
+    lm = AutoModelForCausalLM.from_config(config).float()
+    for layer in lm.model.layers[SPEAKING:]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    path = tmp_path_factory.mktemp("models") / "four"
+    lm.save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_llm_dir).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), "test", size=4)
+
+
+@pytest.fixture(scope="module")
+def exp(llm_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoded experiment with a calibration of blocks 1 and 2."""
+    path = tmp_path_factory.mktemp("run") / "exp"
+    torch.manual_seed(0)
+    config = tiny_config(llm_dir)
+    save_trained(build_model(config).state_dict(), path / "model.safetensors")
+    write_config(config, path / "config.yaml")
+    write_config({"beam_size": BEAM, "max_new_tokens": 8}, path / "decode.yaml")
+    calibration(path / "exit.safetensors")
+    args = ["--exp", str(path), "--data", str(data), "--out", str(path / "decode_beam" / "test")]
+    assert decode([*args, "--config", str(path / "decode.yaml"), "--dtype", "float32"]) == 0
+    return path
+
+
+def calibration(path: Path) -> Calibration:
+    """Maps that change nothing and gates that say 0.6 and 0.8 whatever they see."""
+    maps = torch.cat([torch.eye(32), torch.zeros(1, 32)]).expand(2, -1, -1).contiguous()
+    gates = torch.zeros(2, 33)
+    gates[:, -1] = torch.tensor([0.6, 0.8]).logit()
+    found = Calibration((1, 2), maps, gates, 0.7)
+    found.save(path, Judgement(0.7, 1.0, 1.0, 2.0, 1.5))
+    return found
+
+
+@pytest.fixture(scope="module")
+def speech(exp: Path) -> SpeechLLM:
+    return SpeechLLM.load(exp, AnswerOptions())
+
+
+def test_states_within_a_block_are_those_that_its_network_reads(speech: SpeechLLM, data: Path) -> None:
+    tables = DataDir.load(data)
+    answers = reference_answers(speech, tables)
+    count = 0
+    for states in answer_states(speech, tables, answers, batch_size=5):
+        for layer, inner, after in zip(
+            speech.model.decoder.transformer.layers, states.inner, states.blocks, strict=True
+        ):
+            with torch.no_grad():
+                network = layer.mlp(layer.post_attention_layernorm(inner))
+            assert torch.allclose(inner + network, after, atol=1e-4)
+        count += len(states.utterance)
+    assert count == sum(map(len, answers.values()))
+    assert not any(layer._forward_hooks for layer in speech.model.decoder.transformer.layers)
+
+
+def test_blocks_that_change_nothing_agree_with_the_last(speech: SpeechLLM, data: Path, tmp_path: Path) -> None:
+    tables = DataDir.load(data)
+    answers = reference_answers(speech, tables)
+    found = profile(speech, tables, answers, [1, 2], calibration(tmp_path / "c"), beam_size=BEAM, batch_size=5)
+    count = sum(map(len, answers.values()))
+    assert found.bare.same.shape == (BLOCKS, count) and len(found.task) == len(found.place) == count
+    assert int(found.step.sum()) == count - len(answers)
+    assert found.inner is not None and found.mapped is not None
+    assert found.bare.same[SPEAKING - 1 :].all() and (found.bare.overlap[SPEAKING - 1 :] == 1).all()
+    assert found.inner.same[SPEAKING:].all()
+    assert not found.bare.same[0].all() and found.bare.overlap[0].mean() < 1
+    assert torch.equal(found.mapped.same, found.bare.same[:2])  # this map is the identity
+    assert found.sureness["gate"].mean(dim=1).tolist() == pytest.approx([0.6, 0.8])
+    assert set(found.patience) == {2}
+    assert not found.patience[2][0].any()  # nothing has agreed with the first candidate yet
+    figures = summarise(found, CostModel(BLOCKS, 2.0, 0.1), 0.7)
+    for task in ("asr", "count", "caption"):
+        assert figures[task]["agreement"]["bare"]["all"][SPEAKING - 1 :] == [1.0, 1.0, 1.0]
+        assert figures[task]["oracle"]["all"]["every block, bare"]["saturated"]["mean_depth"] <= SPEAKING
+    assert figures["count"]["tokens"] == {"all": 8, "step": 4, "first": 4, "later": 0, "end": 4}
+    assert figures["count"]["agreement"]["bare"]["later"] is None
+    (gate,) = [one for one in figures["asr"]["gates"]["gate"] if one["threshold"] == 0.7]
+    assert gate["coverage"] == gate["precision"] == 1.0 and gate["mean_depth"] == 2.0
+
+
+def test_the_beams_choice_and_the_probe_do_not_depend_on_batches(speech: SpeechLLM, data: Path) -> None:
+    tables = DataDir.load(data)
+    answers = reference_answers(speech, tables)
+    one, many = (profile(speech, tables, answers, [1], None, BEAM, size) for size in (1, 12))
+    assert torch.equal(one.bare.same, many.bare.same) and torch.equal(one.bare.overlap, many.bare.overlap)
+    assert one.mapped is None and "gate" not in one.sureness
+    assert torch.allclose(one.sureness["entropy"], many.sureness["entropy"], atol=1e-5)
+
+
+def test_places_in_words(tiny_llm_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llm_dir)
+    tokens = [*tokenizer("a dog quacks", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    pieces = tokenizer.convert_ids_to_tokens(tokens)
+    expected = ["later"] * (len(pieces) - 1) + ["end"]
+    for at, piece in enumerate(pieces):
+        if at == 0 or (piece.startswith("Ġ") and piece != "Ġ") or pieces[at - 1] == "Ġ":
+            expected[at] = "first"  # after a space of its own the word begins with the next piece
+    found = places(tokenizer, tokens, {tokenizer.eos_token_id})
+    assert found == expected and found.count("first") == 3 and "later" in found
+    assert places(tokenizer, tokens[:2], {tokenizer.eos_token_id}) == expected[:2]  # an answer that was cut
+
+
+def test_places_in_words_of_another_kind_of_tokenizer() -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"[UNK]": 0, "[SEP]": 1, "bark": 2, "##ing": 3, "dog": 4}
+    pieces = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="[UNK]", sep_token="[SEP]")
+    tokens = tokenizer("barking dog", add_special_tokens=False)["input_ids"]
+    assert tokens == [2, 3, 4]
+    assert places(tokenizer, [*tokens, 1], {1}) == ["first", "later", "first", "end"]
+
+
+def test_the_oracle_on_a_table_made_by_hand() -> None:
+    cost = CostModel(blocks=3, head=1.0, memory=0.1)
+    #      always, only at last, first yes then no
+    same = torch.tensor([[1, 0, 1], [1, 0, 0], [1, 1, 1]], dtype=torch.bool)
+    found = oracle(same, range(1, 4), cost)
+    assert found is not None
+    assert found["first match"]["mean_depth"] == pytest.approx((1 + 3 + 1) / 3)
+    assert found["saturated"]["mean_depth"] == pytest.approx((1 + 3 + 3) / 3)
+    assert found["first match"]["speedup"] == pytest.approx(4 / ((2.2 + 4 + 2.2) / 3))
+    deepest = statistics.mean(max(drawn) for drawn in itertools.product((1, 3, 1), repeat=4))
+    assert found["first match"]["mean_depth_together"] == pytest.approx(deepest)
+    assert found["first match"]["speedup_together"] == pytest.approx(4 / (deepest + (3 - deepest) * 0.1 + 1))
+    partly = oracle(same[:1], [1], cost)  # the middle token leaves nowhere: block 3
+    assert partly is not None and partly["saturated"]["mean_depth"] == pytest.approx(5 / 3)
+    assert oracle(same[:, :0], range(1, 4), cost) is None
+    assert mean_of_deepest(torch.tensor([2, 5, 5, 7]), 1) == pytest.approx(4.75)
+
+
+def test_gates_on_a_table_made_by_hand() -> None:
+    cost = CostModel(blocks=4, head=2.0, memory=0.0)
+    opened = torch.tensor([[1, 0, 0], [1, 1, 0]], dtype=torch.bool)
+    right = torch.tensor([[0, 1, 1], [1, 1, 1]], dtype=torch.bool)
+    found = outcome(opened, right, (1, 2), cost, 0.5)
+    assert found == Judgement(0.5, pytest.approx(2 / 3), 0.5, pytest.approx(7 / 3), pytest.approx(6 / (13 / 3)))
+    checked = outcome(opened, right, (1, 2), cost, 0.5, checked=True)  # 1, 2 and 2 output layers more
+    assert checked.speedup == pytest.approx(6 / (13 / 3 + 2 * 5 / 3))
+    nobody = outcome(torch.zeros_like(opened), right, (1, 2), cost)
+    assert (nobody.coverage, nobody.precision, nobody.speedup) == (0.0, 1.0, 1.0)
+
+
+def test_groups_of_tokens_are_kept_apart() -> None:
+    same = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
+    found = Profile(
+        task=["asr", "asr", "asr", "count"], place=["first", "later", "end", "end"],
+        step=torch.tensor([False, True, True, False]), layers=(1,), bare=Reading(same, same.float()), inner=None,
+        mapped=None, sureness={"confidence": torch.tensor([[0.1, 0.2, 0.95, 0.9]])}, patience={},
+    )  # fmt: skip
+    figures = summarise(found, CostModel(2, 0.0, 0.0), None)
+    assert set(figures) == {"asr", "count"}
+    agreement = figures["asr"]["agreement"]["bare"]
+    assert agreement["all"] == pytest.approx([2 / 3, 1.0]) and agreement["step"] == [0.5, 1.0]
+    assert (agreement["first"], agreement["later"], agreement["end"]) == ([1, 1], [0, 1], [1, 1])
+    (strict,) = [one for one in figures["asr"]["gates"]["confidence"] if one["threshold"] == 0.9]
+    assert strict["coverage"] == 0.5 and strict["precision"] == 1.0  # the end token alone
+    assert figures["count"]["gates"] == {} and figures["count"]["oracle"]["step"]["candidate blocks"] is None
+
+
+def test_times_are_compared_within_a_run(tmp_path: Path) -> None:
+    clocks = {"search_wall": 1.0, "search_cpu": 1.0, "steps_cpu": 1.0, "encoders_wall": 1.0}
+
+    def write(name: str, run: str, lines: dict[int, float], rest: str = "") -> None:
+        path = tmp_path / name / "timing" / f"{run}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            "".join(json.dumps({"batch": at, "steps_wall": wall, **clocks}) + "\n" for at, wall in lines.items()) + rest
+        )
+
+    write("never", "a", {0: 4.0, 1: 6.0})
+    write("never", "b", {0: 100.0, 2: 8.0}, rest='{"batch": 3, "ste')
+    write("point", "a", {1: 3.0})
+    write("point", "b", {2: 2.0, 3: 1.0})
+    write("point", "c", {0: 0.1})
+    found = read_timing(tmp_path / "point", tmp_path / "never")
+    assert found is not None
+    assert (found.own["steps_wall"], found.never["steps_wall"], found.batches, found.runs) == (5.0, 14.0, 2, 2)
+    assert read_timing(tmp_path / "point", tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("name", ["fixed", "fixed:x", "gate:2", "oracle:1", "confidence", "patience:5", "never:1"])
+def test_points_that_cannot_be(name: str) -> None:
+    with pytest.raises(ConfigError, match="--sweep"):
+        parse_point(name, (1, 2), "c")
+
+
+def test_points() -> None:
+    assert parse_point("fixed:7", (1, 2), "c").exits.layers == (7,)
+    entropy = parse_point("entropy:0.7", (1, 2), None).exits
+    assert (entropy.mode, entropy.layers, entropy.threshold, entropy.calibration) == ("entropy", (1, 2), 0.7, None)
+    gate = parse_point("gate", (1, 2), "c").exits
+    assert gate.threshold is None and gate.calibration == "c"
+
+
+def test_the_command_line_from_end_to_end(exp: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "exit_report"
+    args = [str(exp), "--data", str(data), "--out", str(out), "--calibration", str(exp / "exit.safetensors")]
+    assert report(args) == 0  # without a sweep
+    text = (out / "EXIT.md").read_text()
+    assert "## Gates" in text and "## Decoding" not in text and (out / "exit.png").stat().st_size > 10000
+    first = (out / "profile" / "test.json").stat().st_mtime_ns
+
+    assert report([*args, "--batch_size", "5", "--sweep", "fixed:1", "fixed:2", "gate"]) == 0
+    assert (out / "profile" / "test.json").stat().st_mtime_ns == first  # not made twice
+    record = read_json(out / "exit_report.json")
+    assert record["answers"] == "own" and record["beam_size"] == BEAM and record["layers"] == [1, 2]
+    assert record["calibration"]["threshold"] == 0.7 and set(record["sets"]["test"]) == {"asr", "count", "caption"}
+    entries = {(one["task"], one["point"]): one for one in record["sweep"]}
+    assert len(entries) == 3 * 4
+    assert entries["asr", "never"]["mean_depth"] == BLOCKS and entries["asr", "fixed:1"]["mean_depth"] == 1
+    for point in ("fixed:2", "gate"):  # blocks 3 and 4 say what block 2 says; the gate opens there
+        assert entries["asr", point]["mean_depth"] == 2 and entries["asr", point]["same_answers"] == 1
+        assert entries["asr", point]["difference"]["wer"]["value"] == 0
+    assert any(entries[task, "fixed:1"]["same_answers"] < 1 for task in ("asr", "count", "caption"))
+    timing = entries["asr", "gate"]["timing"]
+    assert timing["runs"] == 1 and timing["batches"] == 3 and timing["own"]["steps_wall"] > 0
+    assert (out / "decode_never" / "test" / "text").read_text() == (exp / "decode_beam" / "test" / "text").read_text()
+    text = (out / "EXIT.md").read_text()
+    assert "## Decoding" in text and "| test | gate |" in text and "tests/benchmarks/decode.py" in text
+
+    # One more point: full depth takes its turns again, the other points do not.
+    assert report([*args, "--batch_size", "5", "--sweep", "fixed:2", "confidence:0.2"]) == 0
+    runs = {name: len(list((out / name / "test" / "timing").iterdir())) for name in ("decode_never", "decode_fixed_2")}
+    assert runs == {"decode_never": 2, "decode_fixed_2": 1}
+
+    # A killed run: the last batch of one point is missing, and nothing was joined.
+    place = out / "decode_gate" / "test"
+    kept = (place / "text").read_text()
+    journal = place / "split1" / "1" / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:-2]) + lines[-2][:30])
+    for name in ("stats.json", "scores.json", "text"):
+        (place / name).unlink()
+    assert report([*args, "--batch_size", "5", "--sweep", "gate"]) == 0
+    assert (place / "text").read_text() == kept
+    entries = {(one["task"], one["point"]): one for one in read_json(out / "exit_report.json")["sweep"]}
+    timing = entries["asr", "gate"]["timing"]
+    assert timing["runs"] == 2 and timing["batches"] == 3
+
+
+def test_reference_answers_and_layers_of_ones_own(exp: Path, data: Path, tmp_path: Path) -> None:
+    args = [str(exp), "--data", str(data), "--out", str(tmp_path), "--answers", "reference"]
+    assert report([*args, "--layers", "3"]) == 0
+    record = read_json(tmp_path / "exit_report.json")
+    assert record["answers"] == "reference" and record["layers"] == [3] and record["calibration"] is None
+    assert record["sets"]["test"]["count"]["tokens"]["all"] == 8  # "2" and the end token, four times
+    assert record["sets"]["test"]["asr"]["oracle"]["all"]["candidate blocks"]["saturated"]["mean_depth"] == 3
+
+
+def test_errors_say_what_to_type(exp: Path, data: Path, tmp_path: Path) -> None:
+    args = [str(exp), "--data", str(data), "--out", str(tmp_path)]
+    with pytest.raises(ConfigError, match=r"none\.safetensors.*\n.*pam_calibrate_exit"):
+        report([*args, "--calibration", str(tmp_path / "none.safetensors")])
+    with pytest.raises(DataError, match=r"no decoded answers(.|\n)*pam_decode --exp(.|\n)*--answers reference"):
+        report([*args, "--decode", str(tmp_path / "decode_other")])
+    with pytest.raises(ConfigError, match="--layers: \\[4\\]"):
+        report([*args, "--layers", str(BLOCKS)])
+    with pytest.raises(ConfigError, match="leave one"):
+        report([*args, "--layers", "1", "--calibration", str(exp / "exit.safetensors")])
+    other = write_data(tmp_path / "other", "test", size=2, seed=5)  # another set of the same name
+    with pytest.raises(DataError, match=r"audio_sha256(.|\n)*decode again"):
+        report([str(exp), "--data", str(other), "--out", str(tmp_path)])
+    early = tmp_path / "decode_early" / "test"
+    early.mkdir(parents=True)
+    key = read_json(exp / "decode_beam" / "test" / "key.json")
+    write_json(early / "key.json", {**key, "search": {"exit": {"mode": "fixed"}}})
+    (early / "nbest.jsonl").write_text("")
+    with pytest.raises(DataError, match="early exit"):
+        report([*args, "--decode", str(early.parent)])
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom pam_espnet.bin.pam_exit_report import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'numpy', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
