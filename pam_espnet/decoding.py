@@ -139,6 +139,8 @@ def journal_lines(
         }
         if answer.draft is not None:
             line["draft"] = asdict(answer.draft)
+        if answer.answer_log_probs is not None:
+            line["answer_log_probs"] = answer.answer_log_probs
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)
 

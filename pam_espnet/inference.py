@@ -27,6 +27,7 @@ from pam_espnet.decoder.view import DecoderView
 from pam_espnet.errors import ConfigError
 from pam_espnet.espnet_model import ESPnetPaMModel
 from pam_espnet.frontend.frontend import AudioEmbeddings
+from pam_espnet.search.answer_scores import answer_log_probs
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
 from pam_espnet.search.drafters import NgramLookup, NoDraft, WholeAnswer
@@ -46,6 +47,7 @@ class Answer:
     depths: list[list[int]]
     routing: dict[str, Any]
     constraints: dict[str, int]
+    answer_log_probs: dict[str, float] | None = None  # of every answer, where the task has a set of them
     draft: DraftCount | None = None
 
 
@@ -160,6 +162,7 @@ class SpeechLLM:
         tasks: Sequence[str] | None = None,
         audio: AudioEmbeddings | None = None,
         on_partial: Callable[[list[PartialAnswer]], None] | None = None,
+        score_answers: bool = True,
     ) -> list[Answer]:
         """Answer one prompt per waveform.
 
@@ -170,6 +173,7 @@ class SpeechLLM:
             audio: what ``listen`` made of them, where they are answered more than once.
             on_partial: called after every step of the search with the utterances that took it: for streaming and
                 progress bars.
+            score_answers: also say how likely each answer is, where a task has a set of them; costs a few steps.
         """
         audio = self.listen(waves, prompts) if audio is None else audio
         placed = self.model.place(prompts, audio, None)
@@ -191,6 +195,7 @@ class SpeechLLM:
         else:
             drafters, most = self.drafters(tasks, prompts, audio), self.options.draft.most
             nbest, drafts = draft_search(self.decoder, *prefix, drafters, most, caps, show, constraints)
+        log_probs = self._answer_log_probs(tasks, placed.embeds, placed.prefix_lengths) if score_answers else {}
         answers = []
         for b, hypotheses in enumerate(nbest):
             if not hypotheses:
@@ -207,6 +212,7 @@ class SpeechLLM:
                     depths=[one.depths for one in hypotheses],
                     routing=self._routing(audio.routing, b),
                     constraints={name: times for name, times in fired.items() if times},
+                    answer_log_probs=log_probs.get(b),
                     draft=drafts[b],
                 )
             )
@@ -248,6 +254,19 @@ class SpeechLLM:
                 for one in found
             ]
         )
+
+    def _answer_log_probs(self, tasks: Sequence[str], prefix: Tensor, lengths: Tensor) -> dict[int, dict[str, float]]:
+        """Place in the batch -> log-probability of each answer, where the task has a set of answers."""
+        found = {}
+        for task, answers in self._answer_sets.items():
+            if rows := [place for place, name in enumerate(tasks) if name == task]:
+                own = lengths[rows]
+                temperature = self.options.beam.temperature
+                scores = answer_log_probs(self.decoder, prefix[rows, : int(own.max())], own, answers, temperature)
+                names = self.options.answer_sets[task]
+                for row, values in zip(rows, scores.tolist(), strict=True):
+                    found[row] = {name: round(value, 6) for name, value in zip(names, values, strict=True)}
+        return found
 
     def _constraints(self, tasks: Sequence[str]) -> list[Constraint]:
         found: list[Constraint] = []

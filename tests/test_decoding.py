@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,10 @@ def test_answers_keep_to_their_constraints(data: Path, tiny_llm_dir: Path, tmp_p
         assert len(best["tokens"]) <= 8 + 2 * entry["seconds_audio"] + 1
         if entry["task"] == "count":
             assert [one["text"] in ("0", "1") for one in entry["hypotheses"]] == [True, True]
+            chances = entry["answer_log_probs"]
+            assert list(chances) == ["0", "1"] and sum(map(math.exp, chances.values())) <= 1.0
         else:
+            assert "answer_log_probs" not in entry
             assert all(3 <= token < 250 for token in best["tokens"][:-1])
     assert read_json(tmp_path / "out" / "stats.json")["constraints"] == fired
     assert {"answer_set", "length_cap"} <= set(fired)

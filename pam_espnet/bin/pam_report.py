@@ -1,8 +1,9 @@
 """Report an experiment, or put several side by side.
 
-With --exp: reads every decode_*/*/scores.json and the learning curve, writes RESULTS.md, results.json,
-learning_curve.png and routing.png into the experiment. With --compare: one table over experiments (or single decode
-directories), with paired differences to the first of them, written to --output and, as JSON, beside it.
+With --exp: reads every decode_*/*/scores.json and the learning curve, prints one table over all test sets and writes
+RESULTS.md, RESULTS.txt, results.json and pictures into the experiment. With --compare: one table over experiments (or
+single decode directories), with paired differences to the first of them and their significance, printed, and written
+to --output and, as JSON, beside it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         from pam_espnet.metrics.report import write_report
 
-        print(f"wrote {write_report(args.exp)}")
+        report = write_report(args.exp)
+        print(report.with_suffix(".txt").read_text(encoding="utf-8"))
+        print(f"wrote {report}")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Score a decoded test set: WER and CER, count accuracy and error, CIDEr-D and ROUGE-L, each with a 95 % interval.
+"""Score a decoded test set, every task by its own metrics, each with a 95 % interval: WER and CER; count accuracy and
+error; CIDEr-D, ROUGE-L, BLEU, and METEOR, SPICE, SPIDEr and FENSE where tools/installers/ has put what they need.
 
-Every task of the set is scored by its own metric. Writes scores.json and utt_scores.jsonl into the decode directory
-and prints the main figures.
+Writes scores.json and utt_scores.jsonl into the decode directory and prints the figures.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pam_espnet.bin._cli import run_main
 
@@ -22,6 +23,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--decode_dir", required=True, help="exp/<tag>/decode_<name>/<set>, as decoding wrote it")
     parser.add_argument("--data_dir", required=True, help="data directory with the references of the same set")
+    parser.add_argument(
+        "--ids",
+        help="file of utterance keys (first word of each line): score those of the set that it names alone, into "
+        "exp/<tag>/decode_<name>.<stem of FILE>/<set>",
+        metavar="FILE",
+    )
     parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples behind each interval")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     return parser
@@ -30,11 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Score one directory; returns the exit status."""
     args = build_parser().parse_args(argv)
-    from pam_espnet.metrics.scoring import format_scores, score_directory
+    from pam_espnet.metrics.scoring import format_scores, score_directory, subset_folder
 
-    scores = score_directory(args.decode_dir, args.data_dir, resamples=args.resamples, seed=args.seed)
+    scores = score_directory(args.decode_dir, args.data_dir, ids=args.ids, resamples=args.resamples, seed=args.seed)
     print(format_scores(scores))
-    print(f"wrote {args.decode_dir}/scores.json")
+    target = subset_folder(Path(args.decode_dir), Path(args.ids)) if args.ids else Path(args.decode_dir)
+    print(f"wrote {target}/scores.json")
     return 0
 
 

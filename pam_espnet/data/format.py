@@ -23,12 +23,13 @@ import pam_espnet
 from pam_espnet.data.audio import RESAMPLER, pcm16_sha256, read_audio, resample, to_pcm16
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import PASSPORT_NAME, Passport
-from pam_espnet.data.tables import write_table
+from pam_espnet.data.tables import read_table, write_table
 from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.fileio import atomic_path, write_text
 
 AUDIO_FORMATS = ("flac", "wav")
 JOURNAL_NAME = ".passport.jsonl"
+MISSING = "missing"  # optional table of a source: utterances that belong to the set and have no audio, with the reason
 SILENCE_PEAK = 1e-4  # -80 dB of full scale: three steps of a 16-bit file
 SHOWN_SKIPS = 20
 MAX_SKIPPED = 0.5  # more than this fraction means a wrong path or format, not a few bad files
@@ -83,7 +84,8 @@ def format_data_dir(
 
     ``target`` gets one audio file per utterance (``audio/<utt>.flac``; the paths in its ``wav.scp`` begin with
     ``target`` as it was given), the tables of ``source``, ``utt2num_samples`` and ``passport.json``. Utterances that
-    cannot be read, are empty, silent, not finite, too long or too short are left out and listed with the reason.
+    cannot be read, are empty, silent, not finite, too long or too short are left out and listed with the reason, as are
+    those that the source's own table ``missing`` names (see ``MISSING``).
 
     Args:
         sample_rate: Hz; other rates are resampled, and the passport notes the original one.
@@ -257,6 +259,7 @@ def _write_tables(data: DataDir, target: Path, settings: Settings, records: dict
     formatted = replace(data.subset(kept), wav=wav, segments=None)
     formatted.save(target)
     write_table(target / "utt2num_samples", {utt: str(entry["num_samples"]) for utt, entry in kept.items()})
+    skipped |= _missing(data)
     versions = (pam_espnet.__version__, soundfile.__version__, soundfile.__libsndfile_version__)
     created_by = "pam_espnet {}, soundfile {}, libsndfile {}".format(*versions)
     passport = Passport(
@@ -264,3 +267,19 @@ def _write_tables(data: DataDir, target: Path, settings: Settings, records: dict
     )
     passport.save(target)
     return passport
+
+
+def _missing(data: DataDir) -> dict[str, str]:
+    """Utterances without audio, from the source's table ``missing``: what is absent there stays in the books.
+
+    Raises:
+        DataError: one of them has audio after all.
+    """
+    path = data.path / MISSING
+    if not path.is_file():
+        return {}
+    table = read_table(path)
+    if there := sorted(table.keys() & data.text.keys()):
+        message = f"{there[0]!r} is missing here, and in text there"
+        raise DataError(path, message, hint="make the data directory again (stage 1)")
+    return table

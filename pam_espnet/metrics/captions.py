@@ -1,11 +1,12 @@
-"""Caption scores against several references: CIDEr-D and ROUGE-L, without Java.
+"""Caption scores against several references: CIDEr-D, ROUGE-L and BLEU here; METEOR, SPICE, SPIDEr and FENSE where the
+parts they need are installed (``metrics/parts.py``). What could not be computed is named with the reason.
 
 CIDEr-D is written from Vedantam, Zitnick and Parikh, "CIDEr: Consensus-based Image Description Evaluation" (CVPR
 2015), section 5. ROUGE-L follows the caption convention (the best precision and the best recall over the references,
 F with beta = 1.2); `rouge-score` from the registry differs in all three (best single F, beta 1, own tokens), and
 `pycocoevalcap` brings Java archives and a compiled COCO reader for fifteen lines of dynamic programming.
 
-On equal tokens both agree with pycocoevalcap 1.2 (tests/metrics hold figures measured with it). Tokens differ a
+On equal tokens they agree with pycocoevalcap 1.2 (tests/metrics hold figures measured with it). Tokens differ a
 little: published figures come from Stanford's PTBTokenizer (Java), here a regular expression lowers the case, drops
 punctuation and splits clitics ("dog 's", "does n't"). Known differences: signs such as & % # / and brackets are
 dropped here and kept there; "cannot" and "gonna" stay one word here.
@@ -18,10 +19,16 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from pam_espnet.metrics.intervals import mean_of
-from pam_espnet.metrics.result import TaskResult
+import numpy as np
 
-MAX_ORDER = 4
+from pam_espnet.metrics.bleu import MAX_ORDER, Bleu, count_matches
+from pam_espnet.metrics.fense import fense
+from pam_espnet.metrics.intervals import Statistics, mean_of
+from pam_espnet.metrics.meteor import meteor
+from pam_espnet.metrics.parts import UnavailableError
+from pam_espnet.metrics.result import TaskResult
+from pam_espnet.metrics.spice import spice
+
 SIGMA = 6.0  # words; width of CIDEr-D's length penalty
 BETA = 1.2  # weight of recall against precision in ROUGE-L
 
@@ -114,11 +121,14 @@ def rouge_l(hypothesis: Sequence[str], references: Sequence[Sequence[str]]) -> f
 
 
 def score_captions(references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str]) -> TaskResult:
-    """CIDEr-D and ROUGE-L, means over the utterances of ``references``.
+    """All caption scores that can be computed here, over the utterances of ``references``.
 
     Args:
         references: utterance -> its reference captions, at least one (five in the usual test sets).
         hypotheses: utterance -> decoded caption, for at least the same utterances.
+
+    Returns:
+        ``details["not_computed"]``: metric -> why; with what to type.
 
     Raises:
         ValueError: an utterance without a reference.
@@ -131,16 +141,37 @@ def score_captions(references: Mapping[str, Sequence[str]], hypotheses: Mapping[
     said = [tokenize(hypotheses[key]) for key in keys]
     cider = CiderD(meant)
     per_utterance = Counter(len(sentences) for sentences in meant)
+    cider_d = [cider.score(*pair) for pair in zip(said, meant, strict=True)]
+    counts = np.array([count_matches(*pair) for pair in zip(said, meant, strict=True)], dtype=np.float64)
+    metrics: dict[str, Statistics] = {
+        "cider_d": mean_of(cider_d),
+        "rouge_l": mean_of([rouge_l(*pair) for pair in zip(said, meant, strict=True)]),
+        **{f"bleu_{order}": Bleu.of(counts, order) for order in range(1, MAX_ORDER + 1)},
+    }
+    not_computed: dict[str, str] = {}
+    try:
+        metrics["meteor"] = meteor(said, meant)
+    except UnavailableError as error:
+        not_computed["meteor"] = str(error)
+    try:
+        scenes = spice(said, meant)
+        metrics["spice"] = mean_of(scenes)
+        metrics["spider"] = mean_of([(left + right) / 2 for left, right in zip(cider_d, scenes, strict=True)])
+    except UnavailableError as error:
+        not_computed["spice"] = str(error)
+        not_computed["spider"] = "it is the mean of CIDEr-D and SPICE"
+    try:
+        metrics["fense"] = mean_of(fense([hypotheses[key] for key in keys], [references[key] for key in keys]))
+    except UnavailableError as error:
+        not_computed["fense"] = str(error)
     return TaskResult(
         keys,
-        metrics={
-            "cider_d": mean_of([cider.score(*pair) for pair in zip(said, meant, strict=True)]),
-            "rouge_l": mean_of([rouge_l(*pair) for pair in zip(said, meant, strict=True)]),
-        },
+        metrics=metrics,
         details={
             "references_per_utterance": {str(count): utts for count, utts in sorted(per_utterance.items())},
             "empty_hypotheses": sum(not tokens for tokens in said),
             "distinct_hypotheses": len({tuple(tokens) for tokens in said}),
             "tokenizer": "lower-case words without punctuation, clitics split (metrics/captions.py)",
+            "not_computed": not_computed,
         },
     )

@@ -1,8 +1,8 @@
 """Experiments side by side: one table of main figures, paired differences to the first, and their routing.
 
 A row is one decoding (``decode_<name>``) of one experiment, so the audio-off control of a model is a row of its own.
-A column is a main figure of one task on one test set. Differences are paired over utterances
-(``metrics/intervals.py``) and bold where their interval leaves zero out.
+A column is a main figure of one task on one test set. Differences are paired over utterances, with the p-value of a
+paired test (``metrics/intervals.py``), and bold where their interval leaves zero out.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.errors import DataError
 from pam_espnet.fileio import write_json, write_text
-from pam_espnet.metrics.intervals import Interval, Ratio, bootstrap_difference
-from pam_espnet.metrics.report import Decoding, find_decodings, provenance, routing_of, table
-from pam_espnet.metrics.result import MAIN_METRICS, METRICS
+from pam_espnet.metrics.intervals import Interval, Statistics, bootstrap_difference, paired_p_value
+from pam_espnet.metrics.report import Decoding, find_decodings, provenance, routing_of, table, text_table
+from pam_espnet.metrics.result import MAIN_METRICS, METRICS, statistics_of
 from pam_espnet.metrics.scoring import UTT_SCORES
 
 
@@ -52,22 +52,30 @@ class Row:
                 return decoding.scores["tasks"].get(column.task, {}).get(column.metric)
         return None
 
-    def ratio(self, column: Column) -> tuple[list[str], Ratio] | None:
+    def statistics(self, column: Column) -> tuple[list[str], Statistics] | None:
         """Utterances (sorted) and their statistics; None as in ``entry``."""
         for decoding in self.decodings:
             if decoding.set == column.set and self.entry(column) is not None:
-                return _read_ratio(decoding.path / UTT_SCORES, column)
+                return _read_statistics(decoding.path / UTT_SCORES, column)
         return None
 
 
-def _read_ratio(path: Path, column: Column) -> tuple[list[str], Ratio]:
+def _read_statistics(path: Path, column: Column) -> tuple[list[str], Statistics]:
     try:
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        pairs = sorted((entry["utt"], *entry[column.metric]) for entry in entries if entry["task"] == column.task)
+        own = sorted((entry["utt"], entry[column.metric]) for entry in entries if entry["task"] == column.task)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(path, f"no statistics per utterance: {error!r}", hint="score again (stage 5)") from error
-    keys, numerators, denominators = ([pair[index] for pair in pairs] for index in range(3))
-    return keys, Ratio(np.array(numerators, float), np.array(denominators, float), METRICS[column.metric].scale)
+    return [key for key, _ in own], statistics_of(column.metric, np.array([numbers for _, numbers in own], float))
+
+
+class Difference(NamedTuple):
+    """A figure minus that of the first row, with its interval and the p-value of a paired test."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    p: float | None
 
 
 def find_rows(experiments: Sequence[str | Path]) -> list[Row]:
@@ -100,31 +108,34 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
             Column(decoding.set, task, metric)
             for row in rows
             for decoding in row.decodings
-            for task in decoding.scores["tasks"]
+            for task, figures in decoding.scores["tasks"].items()
             for metric in MAIN_METRICS[task_spec(task).metric]
+            if metric in figures
         )
     )
 
 
-def difference(first: Row, row: Row, column: Column) -> Interval | None:
+def difference(first: Row, row: Row, column: Column) -> Difference | None:
     """``row`` minus ``first``; None where either lacks the column or they hold different utterances."""
-    left, right = first.ratio(column), row.ratio(column)
+    left, right = first.statistics(column), row.statistics(column)
     if left is None or right is None or left[0] != right[0]:
         return None
-    return bootstrap_difference(left[1], right[1])
+    interval = bootstrap_difference(left[1], right[1])
+    return Difference(*interval, p=paired_p_value(left[1], right[1]))
 
 
-def show_difference(found: Interval | None, column: Column) -> str:
-    """With a sign; bold where the interval leaves zero out."""
+def show_difference(found: Difference | None, column: Column) -> str:
+    """A cell of a table: with a sign, bold where the interval leaves zero out; a dash where there is none."""
     if found is None:
         return "–"
-    shown = METRICS[column.metric].show(found, sign=True)
-    sure = found.low is not None and found.high is not None and found.low * found.high > 0
-    return f"**{shown}**" if sure else shown
+    shown = METRICS[column.metric].show(Interval(found.value, found.low, found.high), sign=True)
+    if found.low is not None and found.high is not None and found.low * found.high > 0:
+        shown = f"**{shown}**"
+    return shown if found.p is None else f"{shown}, p = {found.p:.3f}"
 
 
 def compare(experiments: Sequence[str | Path], output: str | Path, title: str = "Results") -> str:
-    """Write the comparison to ``output`` (Markdown) and beside it as JSON; return the Markdown.
+    """Write the comparison to ``output`` (Markdown) and beside it as JSON; return its tables as text for a terminal.
 
     Args:
         experiments: the first is what the others are compared with.
@@ -139,27 +150,26 @@ def compare(experiments: Sequence[str | Path], output: str | Path, title: str = 
     columns = _columns(rows)
     first = rows[0]
     bootstrap = first.decodings[0].scores["bootstrap"]
+    head = ("experiment", *(column.title for column in columns))
+    cells = [[row.label, *(METRICS[c.metric].show_entry(row.entry(c)) for c in columns)] for row in rows]
     parts = [
         f"# {title}\n",
         f"In brackets: {bootstrap['level']:.0%} interval, bootstrap over utterances.\n",
-        table(
-            ("experiment", *(column.title for column in columns)),
-            [[row.label, *(METRICS[c.metric].show_entry(row.entry(c)) for c in columns)] for row in rows],
-        ),
+        table(head, cells),
     ]
+    text = [title, text_table(head, cells)]
     differences = {row.label: [difference(first, row, column) for column in columns] for row in rows[1:]}
     if differences:
-        parts += [
-            f"## Difference to {first.label}\n",
-            "Paired over utterances; bold where the interval leaves zero out.\n",
-            table(
-                ("experiment", *(column.title for column in columns)),
-                [
-                    [label, *(show_difference(*pair) for pair in zip(values, columns, strict=True))]
-                    for label, values in differences.items()
-                ],
-            ),
+        cells = [
+            [label, *(show_difference(*pair) for pair in zip(values, columns, strict=True))]
+            for label, values in differences.items()
         ]
+        note = (
+            "Paired over utterances; bold where the interval leaves zero out; p: approximate randomisation, two-sided, "
+            "not corrected for the number of comparisons. A dash where the two were not scored on the same utterances."
+        )
+        parts += [f"## Difference to {first.label}\n", f"{note}\n", table(head, cells)]
+        text += [f"Difference to {first.label}", text_table(head, cells)]
     routings = {row.label: routing_of(row.decodings) for row in rows if not row.decodings[0].audio_off}
     tasks = sorted({task for routing in routings.values() for task in routing})
     if tasks:
@@ -190,7 +200,7 @@ def compare(experiments: Sequence[str | Path], output: str | Path, title: str = 
         },
     )
     write_text(output, markdown)
-    return markdown
+    return "\n".join(text)
 
 
 def _commands(rows: Sequence[Row]) -> str:

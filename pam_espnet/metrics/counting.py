@@ -38,6 +38,7 @@ def score_counts(references: Mapping[str, str], hypotheses: Mapping[str, str]) -
         hypotheses: utterance -> decoded answer, for at least the same utterances.
 
     Returns:
+        ``details["per_count"]``: accuracy (%), error and answers that are no number, for each true number.
         ``details["confusion"]``: ``matrix[i][j]`` is how often the true number ``rows[i]`` was answered with
         ``columns[j]``; the last column is "not a number".
 
@@ -64,6 +65,19 @@ def score_counts(references: Mapping[str, str], hypotheses: Mapping[str, str]) -
     for left, right in zip(true, said, strict=True):
         matrix[rows.index(left), columns.index(right)] += 1
 
+    per_count = []
+    for number in rows:
+        own = [index for index, value in enumerate(true) if value == number]
+        answered = sum(known[index] for index in own)
+        per_count.append(
+            {
+                "count": number,
+                "n": len(own),
+                "accuracy": 100.0 * sum(correct[index] for index in own) / len(own),
+                "mae": sum(distance[index] for index in own) / answered if answered else None,
+                "not_a_number": len(own) - int(answered),
+            }
+        )
     silent = known.count(0.0)
     return TaskResult(
         keys,
@@ -74,6 +88,7 @@ def score_counts(references: Mapping[str, str], hypotheses: Mapping[str, str]) -
         fields={"accuracy": {"correct": int(sum(correct))}, "mae": {"left_out": silent}},
         details={
             "not_a_number": silent,
+            "per_count": per_count,
             "confusion": {
                 "rows": [str(number) for number in rows],
                 "columns": [*(str(number) for number in numbers), NOT_A_NUMBER],

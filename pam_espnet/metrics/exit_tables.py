@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pam_espnet.data.tasks import task_spec
-from pam_espnet.metrics.compare import Column, show_difference
-from pam_espnet.metrics.intervals import Interval
+from pam_espnet.metrics.compare import Column, Difference, show_difference
 from pam_espnet.metrics.report import table
 from pam_espnet.metrics.result import MAIN_METRICS, METRICS
 
@@ -57,8 +56,9 @@ _GATES = (
 )
 _DECODING = (
     "Beam search as in the recipe, with and without exits. In brackets: 95 % interval, bootstrap over utterances; "
-    "differences to *never* are paired, bold where the interval leaves zero out. *Same*: utterances whose best answer "
-    "is that of *never*. Depth: blocks per step of the best answer, its first token apart.\n"
+    "differences to *never* are paired, bold where the interval leaves zero out, with the p-value of approximate "
+    "randomisation. *Same*: utterances whose best answer is that of *never*. Depth: blocks per step of the best "
+    "answer, its first token apart.\n"
 )
 _SPEED = (
     "Seconds of each point and of *never* on the same batches, which took turns in one process; ratios above 1 are "
@@ -153,13 +153,15 @@ def _quality(sweep: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for entry in sweep:
         for metric in MAIN_METRICS[task_spec(entry["task"]).metric]:
+            if metric not in entry["scores"]:
+                continue  # its parts are not on this machine
             pair = entry.get("difference", {}).get(metric)
             column = Column(entry["set"], entry["task"], metric)
             rows.append([
                 f"{entry['set']}: {entry['task']}", entry["point"],
                 "–" if entry["mean_depth"] is None else f"{entry['mean_depth']:.1f}",
                 METRICS[metric].title, METRICS[metric].show_entry(entry["scores"][metric]),
-                "–" if entry["point"] == "never" or pair is None else show_difference(Interval(**pair), column),
+                "–" if entry["point"] == "never" or pair is None else show_difference(Difference(**pair), column),
                 f"{_share(entry.get('same_answers'))}",
             ])  # fmt: skip
     return table(("set", "point", "depth", "metric", "value", "against never", "same %"), rows)

@@ -1,4 +1,4 @@
-"""Two pictures of an experiment: its learning curve and its routing. PNG files; no window is opened.
+"""Pictures of an experiment: its learning curve, its routing, the numbers it said. PNG files; no window is opened.
 
 matplotlib is imported where it is used: everything else of this package works without it.
 """
@@ -193,3 +193,31 @@ def _draw_heat(figure: Any, axes: Any, row: TaskRouting, encoders: list[str], de
     axes.set_xticks(range(0, depth, step))
     axes.set_yticks(range(len(encoders)), encoders)
     axes.set_xlabel("selected layer, counted from 0")
+
+
+def plot_confusions(confusions: Mapping[str, Mapping[str, Any]], path: str | Path, title: str = "") -> None:
+    """Draw confusion matrices side by side: true numbers down, said numbers across, shares of each row in colour.
+
+    Args:
+        confusions: name -> ``details["confusion"]`` of ``metrics.counting.score_counts``.
+        path: the PNG file to write.
+        title: stands above the panels.
+    """
+    sizes = [(len(one["columns"]), len(one["rows"])) for one in confusions.values()]
+    widths = [max(0.5 * columns, 2.0) + 1.6 for columns, _ in sizes]
+    height = max(0.5 * max(rows for _, rows in sizes), 2.0) + 1.6
+    figure, grid = new_figure(1, len(confusions), (sum(widths), height), gridspec_kw={"width_ratios": widths})
+    for axes, (name, one) in zip(grid[0], confusions.items(), strict=True):
+        counts = np.array(one["matrix"], dtype=np.float64)
+        shares = counts / counts.sum(1, keepdims=True).clip(min=1)
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                shade = "white" if shares[row, column] > 0.6 else "black"
+                axes.text(column, row, f"{count:.0f}", ha="center", va="center", fontsize=8, color=shade)
+        axes.set_xticks(range(len(one["columns"])), one["columns"], rotation=45)
+        axes.set_yticks(range(len(one["rows"])), one["rows"])
+        axes.set(xlabel="said", ylabel="true", title=name)
+        figure.colorbar(image, ax=axes, label="share of the row", pad=0.02)
+    figure.suptitle(title)
+    save_figure(figure, Path(path))

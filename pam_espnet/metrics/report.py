@@ -1,9 +1,9 @@
-"""Collect everything an experiment measured into ``RESULTS.md``, ``results.json`` and two pictures.
+"""Collect everything an experiment measured into ``RESULTS.md``, ``RESULTS.txt``, ``results.json`` and pictures.
 
     exp/<tag>/decode_<name>/<set>/{scores,stats,key}.json, nbest.jsonl      read
     exp/<tag>/curve.jsonl                                                    read, where training left one
     exp/<tag>/model.safetensors                                              hashed
-    exp/<tag>/{RESULTS.md, results.json, learning_curve.png, routing.png}    written
+    exp/<tag>/{RESULTS.md, RESULTS.txt, results.json, learning_curve.png, routing.png, confusion.png}    written
 
 Nothing is computed here that was not measured by scoring or decoding; what is missing is left out.
 """
@@ -95,6 +95,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same table for a terminal: columns in line, none of Markdown's marks."""
+    lines = [[cell.replace("<br>", " ").replace("**", "") for cell in line] for line in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in padded) + "\n"
+
+
 def provenance(decoding: Decoding) -> dict[str, Any]:
     """Command, commit and versions behind a decoding, and those behind its scores."""
     stats = decoding.stats
@@ -112,7 +121,7 @@ def write_report(exp: str | Path) -> Path:
     Raises:
         DataError: nothing has been scored, or a file that is read is wrong.
     """
-    from pam_espnet.metrics.plots import plot_curve, plot_routing, read_curve
+    from pam_espnet.metrics.plots import plot_confusions, plot_curve, plot_routing, read_curve
 
     exp = Path(exp)
     decodings = find_decodings(exp)
@@ -126,6 +135,16 @@ def write_report(exp: str | Path) -> Path:
         plot_routing(routing, exp / "routing.png", title=f"{exp.name}: weights of encoders and layers")
         pictures.append(("Routing", "routing.png"))
 
+    confusions = {
+        f"{decoding.name}, {decoding.set}": details["confusion"]
+        for decoding in decodings
+        for details in decoding.scores["details"].values()
+        if "confusion" in details
+    }
+    if confusions:
+        plot_confusions(confusions, exp / "confusion.png", title=f"{exp.name}: numbers said")
+        pictures.append(("Numbers said", "confusion.png"))
+
     checkpoint = exp / CHECKPOINT
     results = {
         "experiment": exp.name,
@@ -138,6 +157,8 @@ def write_report(exp: str | Path) -> Path:
                 "set": decoding.set,
                 "audio": decoding.stats.get("audio"),
                 **{key: decoding.scores[key] for key in ("tasks", "details", "speed", "bootstrap", "normaliser")},
+                "coverage": decoding.scores.get("coverage"),  # absent from older scores
+                "ids": decoding.scores.get("ids"),
                 **provenance(decoding),
             }
             for decoding in decodings
@@ -145,6 +166,7 @@ def write_report(exp: str | Path) -> Path:
         "routing": {task: row.record() for task, row in routing.items()},
     }
     write_json(exp / "results.json", results)
+    write_text(exp / "RESULTS.txt", f"{exp.name}\n\n{text_table(*_score_cells(decodings))}")
     write_text(exp / "RESULTS.md", _markdown(results, decodings, routing, pictures))
     return exp / "RESULTS.md"
 
@@ -164,8 +186,10 @@ def _markdown(
         f"Normalised: {first['normaliser']['name']} of {first['normaliser']['package']} "
         f"{first['normaliser']['version']}.\n",
         "## Scores\n",
-        _score_table(decodings),
+        table(*_score_cells(decodings)),
     ]
+    if partial := [line for decoding in decodings if (line := _covered(decoding))]:
+        parts += ["## Utterances left out\n", "\n".join(partial) + "\n"]
     if any(decoding.scores["speed"] for decoding in decodings):
         parts += ["## Speed\n", _speed_table(decodings)]
     if routing:
@@ -185,7 +209,18 @@ def _words(key: str) -> str:
     return key.replace("_", " ")
 
 
-def _score_table(decodings: list[Decoding]) -> str:
+def _covered(decoding: Decoding) -> str:
+    """A line of a list where not all of a set was scored, else nothing."""
+    coverage, ids = decoding.scores.get("coverage"), decoding.scores.get("ids")
+    if coverage is None or coverage["scored"] == coverage["of"]:
+        return ""
+    skipped = ", ".join(f"{count} {reason}" for reason, count in coverage["skipped"].items()) or "none skipped"
+    chosen = f"; only those in {ids['file']}" if ids else ""
+    return f"- {decoding.name}, {decoding.set}: {coverage['scored']} of {coverage['of']} scored ({skipped}{chosen})"
+
+
+def _score_cells(decodings: list[Decoding]) -> tuple[Sequence[str], list[list[str]]]:
+    """Head and rows of the one table over all test sets."""
     rows = []
     for decoding in decodings:
         name = decoding.name + (" (audio off)" if decoding.audio_off else "")
@@ -194,7 +229,7 @@ def _score_table(decodings: list[Decoding]) -> str:
                 shown = METRICS[metric].show_entry(entry)
                 rest = ", ".join(f"{_words(key)} {value}" for key, value in entry.items() if key not in _SHOWN)
                 rows.append([name, decoding.set, task, METRICS[metric].title, shown, str(entry["n"]), rest])
-    return table(("decoding", "set", "task", "metric", "value", "utterances", "counts"), rows)
+    return ("decoding", "set", "task", "metric", "value", "utterances", "counts"), rows
 
 
 _SHOWN = ("value", "low", "high", "n")
@@ -230,6 +265,21 @@ def _details(details: dict[str, Any]) -> str:
     """Plain counts on one line, then the confusion matrix and the worst utterances where there are any."""
     plain = [f"{_words(key)} {value}" for key, value in details.items() if isinstance(value, int | str)]
     parts = [", ".join(plain) + ".\n"] if plain else []
+    if absent := details.get("not_computed"):
+        lines = [f"- {METRICS[name].label}: {reason}" for name, reason in absent.items()]
+        parts.append("Not computed:\n\n" + "\n".join(lines) + "\n")
+    if per_count := details.get("per_count"):
+        rows = [
+            [
+                str(entry["count"]),
+                str(entry["n"]),
+                METRICS["accuracy"].number(entry["accuracy"]),
+                METRICS["mae"].number(entry["mae"]),
+                str(entry["not_a_number"]),
+            ]
+            for entry in per_count
+        ]
+        parts.append(table(("true", "utterances", "accuracy %", "MAE", "not a number"), rows))
     if confusion := details.get("confusion"):
         rows = [
             [f"**{name}**", *map(str, counts)]

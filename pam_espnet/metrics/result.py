@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pam_espnet.metrics.intervals import Interval, Ratio
+import numpy as np
+
+from pam_espnet.metrics.bleu import Bleu
+from pam_espnet.metrics.intervals import Interval, Ratio, Statistics
+from pam_espnet.metrics.meteor import Meteor
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,29 @@ METRICS: dict[str, Metric] = {
     "mae": Metric("MAE", "", True, 2),
     "cider_d": Metric("CIDEr-D", "", False, 3),
     "rouge_l": Metric("ROUGE-L", "", False, 3),
+    **{f"bleu_{order}": Metric(f"BLEU-{order}", "", False, 3) for order in range(1, 5)},
+    "meteor": Metric("METEOR", "", False, 3),
+    "spice": Metric("SPICE", "", False, 3),
+    "spider": Metric("SPIDEr", "", False, 3),
+    "fense": Metric("FENSE", "", False, 3),
 }
 
-# By the `metric` of a task (data/tasks.py): the figures that stand in overview tables.
+# By the `metric` of a task (data/tasks.py): the figures that stand in overview tables, those of them that there are.
 MAIN_METRICS: dict[str, tuple[str, ...]] = {
     "wer": ("wer", "wer_normalised"),
     "count": ("accuracy", "mae"),
-    "caption": ("cider_d", "rouge_l"),
+    "caption": ("cider_d", "rouge_l", "meteor", "spice", "spider", "fense"),
     "choice": ("accuracy",),
 }
+
+
+def statistics_of(metric: str, table: np.ndarray) -> Statistics:
+    """The statistics of a figure of ``METRICS`` from its numbers per utterance (N,C), as scoring wrote them."""
+    if metric == "meteor":
+        return Meteor(table)
+    if metric.startswith("bleu_"):
+        return Bleu(table)
+    return Ratio(table[:, 0], table[:, 1], METRICS[metric].scale)
 
 
 @dataclass
@@ -81,6 +99,6 @@ class TaskResult:
     """
 
     utterances: list[str]
-    metrics: dict[str, Ratio]
+    metrics: dict[str, Statistics]
     fields: dict[str, dict[str, Any]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)

@@ -4,7 +4,7 @@
     exp/<tag>/decode_<name>/<set>/stats.json  time, tokens, memory of the decoding          read
     dump/raw/<set>/                           text, utt2task, references, ...               read
     .../<set>/scores.json                     figures with intervals, counts, versions      written
-    .../<set>/utt_scores.jsonl                numerator and denominator per utterance       written
+    .../<set>/utt_scores.jsonl                what figures are made of, per utterance       written
 
 Nothing is dropped in silence: an utterance without a hypothesis, or a hypothesis for an unknown utterance, is an
 error. The second output file is what a paired comparison of two experiments needs (``metrics/compare.py``).
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 
 import pam_espnet
 from pam_espnet.data.datadir import DataDir
+from pam_espnet.data.passport import PASSPORT_NAME, Passport
 from pam_espnet.data.tables import read_table
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.errors import DataError
@@ -84,26 +87,43 @@ SCORERS: dict[str, Callable[[DataDir, list[str], dict[str, str]], TaskResult]] =
 
 
 def score_directory(
-    decode_dir: str | Path, data_dir: str | Path, *, resamples: int = RESAMPLES, seed: int = SEED
+    decode_dir: str | Path,
+    data_dir: str | Path,
+    *,
+    ids: str | Path | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
 ) -> dict[str, Any]:
     """Score the hypotheses of ``decode_dir`` against ``data_dir``; write and return the scores.
 
     Args:
         decode_dir: ``exp/<tag>/decode_<name>/<set>``.
         data_dir: the data directory that was decoded; one or several tasks.
+        ids: a file of utterance keys, the first word of each line; only those of the set that it names are scored, and
+            the scores go to a decoding of their own, ``exp/<tag>/decode_<name>.<stem of ids>/<set>``.
         resamples: bootstrap resamples behind each 95 % interval.
         seed: of the bootstrap.
 
     Returns:
-        ``{"tasks": {task: {metric: {value, low, high, n, ...}}}, "details": {task: ...}, "speed": ..., ...}``.
+        ``{"tasks": {task: {metric: {value, low, high, n, ...}}}, "details": {task: ...}, "coverage": ..., ...}``.
 
     Raises:
-        DataError: a table is wrong, the keys of the two directories differ, or a reference cannot be scored.
+        DataError: a table is wrong, the keys of the two directories differ, a reference cannot be scored, or ``ids``
+            names no utterance of the set.
     """
     decode_dir, data_dir = Path(decode_dir), Path(data_dir)
     data = DataDir.load(data_dir)
     hypotheses = read_table(decode_dir / "text", allow_empty=True)
     _check_keys(decode_dir / "text", data, hypotheses)
+    target, wanted = decode_dir, None
+    if ids is not None:
+        wanted = _read_ids(Path(ids))
+        common = wanted & data.text.keys()
+        if not common:
+            hint = f"one key on a line, as in the first column of {data_dir / 'text'}"
+            raise DataError(ids, f"names no utterance of {data_dir}", hint=hint)
+        target = subset_folder(decode_dir, Path(ids))
+        data = data.subset(common)
 
     by_task: dict[str, list[str]] = {}
     for key in data.utterances:
@@ -116,14 +136,16 @@ def score_directory(
         result = SCORERS[task_spec(task).metric](data, keys, hypotheses)
         tasks[task] = {}
         details[task] = result.details
-        for name, ratio in result.metrics.items():
-            interval = bootstrap(ratio, resamples=resamples, seed=seed)
+        for name, statistics in result.metrics.items():
+            interval = bootstrap(statistics, resamples=resamples, seed=seed)
             tasks[task][name] = {**interval._asdict(), "n": len(keys), **result.fields.get(name, {})}
         lines += _utterance_lines(task, result)
 
     scores = {
         "data_dir": str(data_dir),
         "utterances": len(data.utterances),
+        "coverage": _coverage(data_dir, len(data.utterances)),
+        "ids": None if ids is None or wanted is None else {"file": str(ids), "listed": len(wanted)},
         "tasks": tasks,
         "details": details,
         "speed": _speed(decode_dir / "stats.json"),
@@ -134,9 +156,36 @@ def score_directory(
             **{package: version(package) for package in ("jiwer", "whisper-normalizer", "numpy")},
         },
     }
-    write_text(decode_dir / UTT_SCORES, "".join(f"{line}\n" for line in lines))
-    write_json(decode_dir / SCORES, scores)  # last: whoever sees it finds the other file too
+    if target != decode_dir:
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("stats.json", "key.json"):  # how it was decoded
+            if (decode_dir / name).is_file():
+                shutil.copy2(decode_dir / name, target / name)
+    write_text(target / UTT_SCORES, "".join(f"{line}\n" for line in lines))
+    write_json(target / SCORES, scores)  # last: whoever sees it finds the other file too
     return scores
+
+
+def subset_folder(decode_dir: Path, ids: Path) -> Path:
+    """Where the scores of the utterances named by ``ids`` go."""
+    return decode_dir.parent.with_name(f"{decode_dir.parent.name}.{ids.stem}") / decode_dir.name
+
+
+def _read_ids(path: Path) -> set[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(path, f"cannot be read: {error}", hint="write utterance keys, one on a line") from error
+    return {line.split()[0] for line in lines if line.strip() and not line.startswith("#")}
+
+
+def _coverage(data_dir: Path, scored: int) -> dict[str, Any] | None:
+    """How much of the set was scored, by its passport: it also lists what was missing or could not be used."""
+    if not (data_dir / PASSPORT_NAME).is_file():
+        return None
+    passport = Passport.load(data_dir)
+    classes = Counter(reason.split(":")[0] for reason in passport.skipped.values())
+    return {"scored": scored, "of": len(passport.utterances) + len(passport.skipped), "skipped": dict(classes)}
 
 
 def _check_keys(path: Path, data: DataDir, hypotheses: dict[str, str]) -> None:
@@ -157,13 +206,10 @@ def _check_keys(path: Path, data: DataDir, hypotheses: dict[str, str]) -> None:
 
 
 def _utterance_lines(task: str, result: TaskResult) -> list[str]:
-    """One JSON object per utterance: ``{"utt", "task", <metric>: [numerator, denominator]}``."""
-    pairs = {
-        name: list(zip(ratio.numerator.tolist(), ratio.denominator.tolist(), strict=True))
-        for name, ratio in result.metrics.items()
-    }
+    """One JSON object per utterance: ``{"utt", "task", <metric>: [numerator, denominator]}`` (BLEU, METEOR: more)."""
+    tables = {name: statistics.table.tolist() for name, statistics in result.metrics.items()}
     return [
-        json.dumps({"utt": key, "task": task, **{name: pair[row] for name, pair in pairs.items()}})
+        json.dumps({"utt": key, "task": task, **{name: table[row] for name, table in tables.items()}})
         for row, key in enumerate(result.utterances)
     ]
 
@@ -189,12 +235,23 @@ def _speed(path: Path) -> dict[str, Any] | None:
 
 
 def format_scores(scores: dict[str, Any]) -> str:
-    """The main figures of ``score_directory`` as lines for a terminal."""
+    """What ``score_directory`` found, as lines for a terminal; metrics that could not be computed with the reason."""
     lines = []
+    if coverage := scores.get("coverage"):
+        skipped = ", ".join(f"{count} {reason}" for reason, count in coverage["skipped"].items())
+        lines.append(
+            f"scored {coverage['scored']} of the {coverage['of']} utterances of this set"
+            + (f" (skipped: {skipped})" if skipped else "")
+        )
+    if ids := scores.get("ids"):
+        lines.append(f"only those in {ids['file']}, which lists {ids['listed']}")
     for task, metrics in scores["tasks"].items():
-        for name in MAIN_METRICS[task_spec(task).metric]:
+        main = [name for name in MAIN_METRICS[task_spec(task).metric] if name in metrics]
+        for name in (*main, *(name for name in metrics if name not in main)):
             entry = metrics[name]
             lines.append(f"{task:10} {METRICS[name].title:18} {METRICS[name].show_entry(entry)}  (n = {entry['n']})")
+        for name, reason in scores["details"].get(task, {}).get("not_computed", {}).items():
+            lines.append(f"{task:10} {METRICS[name].label:18} not computed: {reason}")
     if scores["speed"] and scores["speed"]["rtf"] is not None:
         lines.append(f"real-time factor {scores['speed']['rtf']:.3g}")
     return "\n".join(lines)

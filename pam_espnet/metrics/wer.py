@@ -12,6 +12,7 @@ the space between two words as a character.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
@@ -24,6 +25,15 @@ from pam_espnet.metrics.result import TaskResult
 
 LOOP_TIMES = 4
 WORST = 10
+# How LLMs decline: the beginnings of answers that are about the request and not about the audio.
+_UNABLE = r"(can['’]?t|cannot|can not|am unable to|am not able to|don['’]?t have|do not have)"
+REFUSAL = re.compile(
+    rf"(i['’]?m (very |so )?sorry,? but |i am sorry,? but |sorry,? but |unfortunately,? )?i {_UNABLE} .{{0,60}}"
+    r"\b(audio|transcri\w*|hear|listen|access|help|assist|provide)\b"
+    r"|(i['’]?m (very |so )?sorry,? but |sorry,? but )?(as an ai\b|as a (large )?language model\b)"
+    r"|i['’]m (unable|not able) to |(please|could you( please)?) (provide|upload|share) ",
+    re.IGNORECASE,
+)
 
 _KINDS = {"substitute": 0, "delete": 1, "insert": 2}
 
@@ -75,6 +85,11 @@ def has_loop(text: str, times: int = LOOP_TIMES) -> bool:
     return False
 
 
+def is_refusal(text: str) -> bool:
+    """Whether ``text`` begins as an LLM's refusal does ("I'm sorry, but I can't listen to audio")."""
+    return REFUSAL.match(text.strip()) is not None
+
+
 def align(reference: str, hypothesis: str) -> str:
     """Reference, hypothesis and a line of S, D, I under one another, as text."""
     output = jiwer.process_words(" ".join(reference.split()), " ".join(hypothesis.split()))
@@ -85,14 +100,15 @@ def align(reference: str, hypothesis: str) -> str:
 def score_wer(references: Mapping[str, str], hypotheses: Mapping[str, str]) -> TaskResult:
     """WER and CER, raw and normalised, over the utterances of ``references``.
 
-    A loop that the speaker said (the reference has one too) is not counted as a loop of the decoder.
+    A loop or refusal that the speaker said (the reference has one too) is not counted as one of the decoder.
 
     Args:
         references: utterance -> transcript.
         hypotheses: utterance -> decoded text, for at least the same utterances; may be empty (all deletions).
 
     Returns:
-        Figures in percent with their counts; ``details`` holds loops, empty texts and the worst utterances aligned.
+        Figures in percent with their counts; ``details`` holds loops, refusals, empty texts and the worst utterances
+        aligned.
     """
     keys = list(references)
     raw = [references[key] for key in keys], [hypotheses[key] for key in keys]
@@ -115,9 +131,12 @@ def score_wer(references: Mapping[str, str], hypotheses: Mapping[str, str]) -> T
         }
     pairs = list(zip(keys, *raw, strict=True))
     loops = [key for key, reference, hypothesis in pairs if has_loop(hypothesis) and not has_loop(reference)]
+    refusals = [key for key, reference, hypothesis in pairs if is_refusal(hypothesis) and not is_refusal(reference)]
     result.details = {
         "loops": len(loops),
         "loop_utterances": loops,
+        "refusals": len(refusals),
+        "refusal_utterances": refusals,
         "empty_hypotheses": sum(not hypothesis.strip() for _, _, hypothesis in pairs),
         "empty_references": sum(not reference.strip() for _, reference, _ in pairs),
         "worst": _worst(pairs, tables["wer"]),

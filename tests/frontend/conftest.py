@@ -94,6 +94,25 @@ def tiny_whisper_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_ast_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """AST with 3 blocks of width 16 and windows of 64 spectrogram frames: 5 patches, half a second; with classifier."""
+    from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
+
+    config = ASTConfig(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_length=64,
+        num_mel_bins=40,
+        num_labels=7,
+    )
+    folder = _random_transformer(ASTForAudioClassification(config), tmp_path_factory.mktemp("models") / "ast")
+    ASTFeatureExtractor(num_mel_bins=40, max_length=64).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_wave_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``tiny_wave_dir(kind)``: a waveform model with 2 blocks of width 16; kind is ``<family>-<norm>``."""
     root, made = tmp_path_factory.mktemp("models"), {}

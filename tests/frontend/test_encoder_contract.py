@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "wavlm-layer": ("hf_wave", "tiny_wave_dir", "wavlm-layer", {}),
     "wavlm-group": ("hf_wave", "tiny_wave_dir", "wavlm-group", {}),
     "data2vec-audio-layer": ("hf_wave", "tiny_wave_dir", "data2vec-audio-layer", {}),
+    "ast": ("ast", "tiny_ast_dir", None, {}),
     "yamnet": ("yamnet", "tiny_yamnet_dir", None, {}),
     "pyannote": ("pyannote", "tiny_pyannote_dir", None, {}),
     "ge2e": ("ge2e", "tiny_ge2e_dir", None, {}),

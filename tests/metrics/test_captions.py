@@ -1,4 +1,4 @@
-"""CIDEr-D and ROUGE-L: by hand, and against figures measured with pycocoevalcap (see the JSON file beside)."""
+"""CIDEr-D, ROUGE-L and BLEU: by hand, and against figures measured with pycocoevalcap (see the JSON file beside)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pam_espnet.metrics.bleu import Bleu, count_matches
 from pam_espnet.metrics.captions import CiderD, rouge_l, score_captions, tokenize
+from pam_espnet.metrics.intervals import bootstrap, value_of
 
 FIXED = json.loads((Path(__file__).parent / "captions_reference.json").read_text(encoding="utf-8"))
 
@@ -25,6 +28,9 @@ def test_agreement_with_pycocoevalcap() -> None:
         measured = [entry[name] for entry in utterances.values()]
         assert result.metrics[name].numerator.tolist() == pytest.approx(measured, abs=1e-6)
         assert result.metrics[name].value == pytest.approx(FIXED["corpus"][name], abs=1e-6)
+    for order in range(1, 5):  # there, every count is 1e-15 or 1e-9 larger
+        name = f"bleu_{order}"
+        assert value_of(result.metrics[name]) == pytest.approx(FIXED["corpus"][name], abs=1e-8)
     assert result.details["references_per_utterance"] == {"5": 6}
     assert result.details["empty_hypotheses"] == 1
 
@@ -49,6 +55,28 @@ def test_rouge_by_hand() -> None:
     assert rouge_l(["a", "b", "c"], [["a", "c"], ["b", "x", "c", "y"]]) == pytest.approx(expected)
     assert rouge_l([], [["a"]]) == 0.0
     assert rouge_l(["a"], [["b"], []]) == 0.0
+
+
+def test_bleu_by_hand() -> None:
+    # "the" is said seven times and meant at most twice: 2 of 7 (Papineni et al., section 2.1)
+    said = ["the"] * 7
+    meant = [["the", "cat", "is", "on", "the", "mat"], ["there", "is", "a", "cat", "on", "the", "mat"]]
+    assert count_matches(said, meant) == [2, 0, 0, 0, 7, 6, 5, 4, 7, 7]
+    counts = np.array([count_matches(said, meant)], dtype=float)
+    assert value_of(Bleu.of(counts, 1)) == pytest.approx(2 / 7)
+    assert value_of(Bleu.of(counts, 2)) == 0.0  # an order without a match
+    # two of three words right, and one word too short for the closest reference: exp(1 - 4/3)
+    short = np.array([count_matches(["a", "b", "x"], [["a", "b", "c", "d"]])], dtype=float)
+    assert value_of(Bleu.of(short, 1)) == pytest.approx(2 / 3 * math.exp(1 - 4 / 3))
+    assert value_of(Bleu.of(short, 2)) == pytest.approx(math.sqrt(2 / 3 * 1 / 2) * math.exp(1 - 4 / 3))
+    nothing = np.array([count_matches([], [["a"]])], dtype=float)
+    assert value_of(Bleu.of(nothing, 1)) == 0.0
+
+
+def test_bleu_has_an_interval() -> None:
+    counts = np.array([count_matches(["a", "b"], [["a", "b"]]), count_matches(["x", "y"], [["a", "b"]])], dtype=float)
+    value, low, high = bootstrap(Bleu.of(counts, 2))
+    assert value == 0.5 and (low, high) == (0.0, 1.0)
 
 
 def test_all_references_count() -> None:

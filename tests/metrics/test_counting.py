@@ -23,6 +23,11 @@ def test_scores_by_hand() -> None:
     assert result.metrics["accuracy"].value == 50.0
     assert result.metrics["mae"].value == 1.0  # distances 0, 3, 0; "many" has none
     assert result.fields == {"accuracy": {"correct": 2}, "mae": {"left_out": 1}}
+    assert result.details["per_count"] == [
+        {"count": 0, "n": 1, "accuracy": 100.0, "mae": 0.0, "not_a_number": 0},
+        {"count": 1, "n": 1, "accuracy": 0.0, "mae": 3.0, "not_a_number": 0},
+        {"count": 2, "n": 2, "accuracy": 50.0, "mae": 0.0, "not_a_number": 1},
+    ]
     assert result.details["confusion"] == {
         "rows": ["0", "1", "2"],
         "columns": ["0", "1", "2", "4", NOT_A_NUMBER],
@@ -34,6 +39,7 @@ def test_no_number_at_all_leaves_the_error_undefined() -> None:
     result = score_counts({"a": "1"}, {"a": "?"})
     assert result.metrics["accuracy"].value == 0.0
     assert result.metrics["mae"].value is None
+    assert result.details["per_count"][0]["mae"] is None
 
 
 def test_a_reference_must_be_a_number() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pam_espnet.metrics import intervals
-from pam_espnet.metrics.intervals import Interval, Ratio, bootstrap, bootstrap_difference, mean_of
+from pam_espnet.metrics.intervals import Interval, Ratio, bootstrap, bootstrap_difference, mean_of, paired_p_value
 
 
 def test_the_value_is_the_ratio_of_the_sums_not_the_mean_of_the_ratios() -> None:
@@ -54,3 +54,26 @@ def test_a_paired_difference_cancels_what_both_find_hard() -> None:
     assert high - low > 1  # alone, each is far less certain
     with pytest.raises(ValueError, match="not a pair"):
         bootstrap_difference(first, mean_of([1.0]))
+
+
+def test_the_p_value_of_few_pairs_by_hand() -> None:
+    # Three pairs that all differ by 1: of the 8 ways to swap, 2 (none, all) give a difference as large.
+    first, second = mean_of([0.0, 0.0, 0.0]), mean_of([1.0, 1.0, 1.0])
+    assert paired_p_value(first, second, resamples=8000) == pytest.approx(2 / 8, abs=0.02)
+
+
+def test_the_p_value_tells_noise_from_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    words = rng.integers(5, 15, 200)
+    errors = rng.integers(0, 4, 200)
+    same, better = Ratio(rng.permutation(errors), words), Ratio(np.maximum(errors - 1, 0), words)
+    first = Ratio(errors, words)
+    assert paired_p_value(first, first) == 1.0
+    noise, real = paired_p_value(first, same), paired_p_value(first, better)
+    assert noise is not None and noise > 0.05
+    assert real == pytest.approx(1 / 1001)  # none of the trials
+    monkeypatch.setattr(intervals, "_BLOCK", 1000)  # five trials at a time
+    assert paired_p_value(first, better) == pytest.approx(1 / 1001)
+    assert paired_p_value(Ratio(np.array([1]), np.array([0])), mean_of([1.0])) is None
+    with pytest.raises(ValueError, match="not a pair"):
+        paired_p_value(first, mean_of([1.0]))

@@ -12,6 +12,7 @@ import pytest
 
 from pam_espnet.bin import pam_report, pam_score
 from pam_espnet.bin._cli import run_main
+from pam_espnet.data.passport import Passport
 from pam_espnet.data.tables import write_table
 from pam_espnet.errors import DataError
 from pam_espnet.fileio import read_json, sha256_file, write_json, write_text
@@ -124,7 +125,8 @@ def test_without_statistics_and_references(tmp_path: Path, caplog: pytest.LogCap
     assert scores["speed"] is None and "no speed is reported" in caplog.text
     assert "2 of 2 captions have one reference only" in caplog.text
     report = write_report(tmp_path / "x").read_text(encoding="utf-8")
-    assert "## Speed" not in report and "## Routing" not in report and "png" not in report
+    assert "## Speed" not in report and "## Routing" not in report
+    assert "learning_curve.png" not in report and "routing.png" not in report
 
 
 def test_report(experiments: Path) -> None:
@@ -147,10 +149,16 @@ def test_report(experiments: Path) -> None:
         "commit 0123abc",
         "**beam_off, test was decoded with another checkpoint**",
         "![Learning curve](learning_curve.png)",
+        "![Numbers said](confusion.png)",
+        "| true | utterances | accuracy % | MAE | not a number |",
+        "| 3 | 1 | 0.0 | – | 1 |",
+        "- METEOR: not installed",
     ):
         assert text in report
     assert "**beam, test was" not in report
-    for name in ("learning_curve.png", "routing.png"):
+    table = (exp / "RESULTS.txt").read_text(encoding="utf-8")
+    assert "beam_off (audio off)" in table and "BLEU-4 ↑" in table and "|" not in table
+    for name in ("learning_curve.png", "routing.png", "confusion.png"):
         assert (exp / name).read_bytes().startswith(b"\x89PNG")
     results = read_json(exp / "results.json")
     assert results["checkpoint"]["bytes"] == 7
@@ -162,16 +170,20 @@ def test_report(experiments: Path) -> None:
 
 
 def test_compare(experiments: Path) -> None:
-    text = compare([experiments / "pam", experiments / "average"], experiments / "RESULTS.md")
-    assert text == (experiments / "RESULTS.md").read_text(encoding="utf-8")
+    shown = compare([experiments / "pam", experiments / "average"], experiments / "RESULTS.md")
+    text = (experiments / "RESULTS.md").read_text(encoding="utf-8")
+    assert "<br>" not in shown and "**" not in shown and "Difference to pam" in shown  # the same, for a terminal
+    assert shown.count("\naverage ") == 2
     rows = read_json(experiments / "RESULTS.json")["rows"]
     assert [row["experiment"] for row in rows] == ["pam", "pam, audio off", "average"]
-    assert "| average | +0.0 [+0.0, +0.0] |" in text  # the same hypotheses: no difference, not bold
+    # the same hypotheses: no difference, not bold
+    assert "| average | +0.0 [+0.0, +0.0], p = 1.000 |" in text
     assert "| average | whisper 0.70, yamnet 0.30 |" in text  # one expert: none is named
     off = {(entry["task"], entry["metric"]): entry for entry in rows[1]["difference_to_first"]}
     # 12 errors (a1 empty: 3 deletions; a2: 3 substitutions and an insertion) against 1, over 6 words
     assert off["asr", "wer"]["value"] == pytest.approx(100 * (7 - 1) / 6)
     assert "| pam, audio off | **+100.0 [" in text
+    assert off["asr", "wer"]["p"] == pytest.approx(0.5, abs=0.05)  # two utterances: half of the ways to swap them
     assert rows[0]["difference_to_first"] == []
     # a single decoding can be named as well
     assert [row.label for row in find_rows([experiments / "pam" / "decode_beam"])] == ["pam"]
@@ -184,8 +196,62 @@ def test_compare_leaves_out_what_is_no_pair(experiments: Path, tmp_path: Path) -
         (data / name).write_text("".join(line for line in lines if not line.startswith("a1")))
     decoding = make_decoding(experiments / "short/decode_beam/test", {k: v for k, v in TEXT.items() if k != "a1"})
     score_directory(decoding, data, resamples=10)
-    text = compare([experiments / "average", experiments / "short"], experiments / "RESULTS.md")
-    assert "| short | – | – | " in text
+    compare([experiments / "average", experiments / "short"], experiments / "RESULTS.md")
+    assert "| short | – | – | " in (experiments / "RESULTS.md").read_text(encoding="utf-8")
+
+
+def test_a_list_of_ids_is_scored_beside_the_whole_set(experiments: Path, tmp_path: Path) -> None:
+    data = tmp_path / "dump" / "test"
+    ids = tmp_path / "common.txt"
+    ids.write_text("# both have these\na1 x\nb1\n\nc1\nelsewhere\n")
+    whole = (experiments / "pam/decode_beam/test/scores.json").read_text()
+    decoding = experiments / "pam/decode_beam/test"
+    scores = score_directory(decoding, data, ids=ids, resamples=10)
+    assert scores["utterances"] == 3 and scores["ids"] == {"file": str(ids), "listed": 4}
+    assert scores["tasks"]["asr"]["wer"]["value"] == 0.0  # a1 alone
+    assert (decoding / "scores.json").read_text() == whole
+    assert read_json(experiments / "pam/decode_beam.common/test/scores.json") == scores
+    assert f"only those in {ids}, which lists 4" in format_scores(scores)
+    score_directory(experiments / "average/decode_beam/test", data, ids=ids, resamples=10)
+    pair = [experiments / name / "decode_beam.common" for name in ("pam", "average")]
+    compare(pair, experiments / "RESULTS.md")
+    assert "p = 1.000" in (experiments / "RESULTS.md").read_text()
+    assert "| beam.common | test | asr |" in write_report(experiments / "pam").read_text(encoding="utf-8")
+    ids.write_text("nobody\n")
+    with pytest.raises(DataError, match="names no utterance"):
+        score_directory(decoding, data, ids=ids)
+    with pytest.raises(DataError, match="cannot be read"):
+        score_directory(decoding, data, ids=tmp_path / "absent")
+
+
+def test_how_much_of_the_set_was_scored(experiments: Path, tmp_path: Path) -> None:
+    data = tmp_path / "dump" / "test"
+    passport = Passport(16000, "", "", "flac", utterances={key: {} for key in TEXT})
+    passport.skipped = {"d1": "missing: Video unavailable", "d2": "missing: in no folder", "d3": "silent: peak 0"}
+    passport.save(data)
+    decoding = experiments / "pam/decode_beam/test"
+    scores = score_directory(decoding, data, resamples=10)
+    assert scores["coverage"] == {"scored": 6, "of": 9, "skipped": {"missing": 2, "silent": 1}}
+    assert "scored 6 of the 9 utterances of this set (skipped: 2 missing, 1 silent)" in format_scores(scores)
+    report = write_report(experiments / "pam").read_text(encoding="utf-8")
+    assert "- beam, test: 6 of 9 scored (2 missing, 1 silent)" in report
+
+
+def test_results_of_an_older_version_are_read(experiments: Path) -> None:
+    """Without the keys and figures that came later."""
+    for file in experiments.glob("*/decode_*/test/scores.json"):
+        scores = read_json(file)
+        del scores["coverage"], scores["ids"]
+        caption = scores["tasks"]["caption"]
+        scores["tasks"]["caption"] = {name: caption[name] for name in ("cider_d", "rouge_l")}
+        del scores["details"]["caption"]["not_computed"], scores["details"]["count"]["per_count"]
+        write_json(file, scores)
+        lines = [json.loads(line) for line in file.with_name("utt_scores.jsonl").read_text().splitlines()]
+        kept = [{k: v for k, v in line.items() if not k.startswith("bleu")} for line in lines]
+        write_text(file.with_name("utt_scores.jsonl"), "".join(json.dumps(line) + "\n" for line in kept))
+        assert "ROUGE-L" in format_scores(scores)
+    assert "CIDEr-D" in write_report(experiments / "pam").read_text(encoding="utf-8")
+    assert "CIDEr-D" in compare([experiments / "pam", experiments / "average"], experiments / "RESULTS.md")
 
 
 def test_missing_scores_say_what_to_run(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pam_espnet.metrics.wer import align, count_errors, has_loop, normaliser_record, score_wer
+from pam_espnet.metrics.wer import align, count_errors, has_loop, is_refusal, normaliser_record, score_wer
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,36 @@ def test_loops(text: str, loop: bool) -> None:
 def test_a_loop_that_was_said_is_not_counted() -> None:
     loop = "no no no no"
     assert score_wer({"a": loop, "b": "no"}, {"a": loop, "b": loop}).details["loop_utterances"] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry, but I can't listen to audio files.",
+        "Sorry, but as an AI, I have no ears.",
+        "Unfortunately, I am unable to transcribe this recording.",
+        "i cannot provide a transcription",
+        "As a language model I read text.",
+        "Please provide the audio.",
+        "I’m unable to hear it",
+    ],
+)
+def test_refusals(text: str) -> None:
+    assert is_refusal(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["i'm sorry that number is not in service", "i cannot come to the door", "please hold the line", "sorry i am", ""],
+)
+def test_what_people_say_is_no_refusal(text: str) -> None:
+    assert not is_refusal(text)
+
+
+def test_a_refusal_that_was_said_is_not_counted() -> None:
+    refusal = "i can't help you"
+    details = score_wer({"a": refusal, "b": "yes"}, {"a": refusal, "b": refusal}).details
+    assert (details["refusals"], details["refusal_utterances"]) == (1, ["b"])
 
 
 def test_the_worst_utterances_come_first_and_right_ones_never() -> None:

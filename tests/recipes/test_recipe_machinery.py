@@ -16,12 +16,12 @@ CONFIGS = [
     for fusion in sorted(recipe.glob("conf/fusion/*.yaml"))
     for size in sorted(recipe.glob("conf/size/*.yaml"))
 ]
-
-
-BASES = [
-    pytest.param(recipe, base.name, id=f"{recipe.parent.name}-{base.stem}")
+# What may be laid over conf/train.yaml besides: for another machine, for another LLM.
+OVERLAYS = [
+    pytest.param(path.parents[1], path.name, id=f"{path.parents[2].name}-{path.stem}")
     for recipe in RECIPES
-    for base in sorted(recipe.glob("conf/train*.yaml"))
+    for path in sorted(recipe.glob("conf/*.yaml"))
+    if path.name != "train.yaml" and not path.name.startswith("decode")
 ]
 
 
@@ -30,7 +30,8 @@ def call(recipe: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_there_is_something_to_test() -> None:
-    assert {recipe.parent.name for recipe in RECIPES} >= {"mini", "librispeech", "libricount"} and len(CONFIGS) >= 7
+    assert {recipe.parent.name for recipe in RECIPES} >= {"audiocaps", "libricount", "librispeech", "mini"}
+    assert len(CONFIGS) >= 80 and len(OVERLAYS) >= 3
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.parent.name)
@@ -81,19 +82,25 @@ def test_every_configuration_is_one_that_training_accepts(
     check_configuration(recipe, ["train.yaml", f"fusion/{fusion}.yaml", f"size/{size}.yaml"], tmp_path)
 
 
-@pytest.mark.parametrize(("recipe", "base"), BASES)
-def test_so_is_every_base_configuration(recipe: Path, base: str, tmp_path: Path) -> None:
-    """Those beside train.yaml are laid over it."""
+@pytest.mark.parametrize(("recipe", "overlay"), OVERLAYS)
+def test_every_overlay_is_one_that_training_accepts(recipe: Path, overlay: str, tmp_path: Path) -> None:
     size = sorted(recipe.glob("conf/size/*.yaml"))[0].name
-    check_configuration(recipe, ["train.yaml", base, "fusion/pam.yaml", f"size/{size}"], tmp_path)
+    check_configuration(recipe, ["train.yaml", overlay, "fusion/pam.yaml", f"size/{size}"], tmp_path)
+    configs = f"conf/train.yaml conf/{overlay}"
+    done = call(recipe, "--dry_run", "true", "--train_config", configs)
+    assert done.returncode == 0 and configs in done.stdout, done.stderr
 
 
 def check_configuration(recipe: Path, names: list[str], tmp_path: Path) -> None:
-    """ESPnet's parser knows every key, and every block of options fits its reader."""
+    """ESPnet's parser knows every key, every block of options fits its reader, and the encoders' rates go together."""
     from pam_espnet.answering import AnswerOptions
-    from pam_espnet.config import load_yaml, resolve, used_encoders, write_config
+    from pam_espnet.config import check_options, load_yaml, resolve, used_encoders, write_config
     from pam_espnet.data.batching import BatchingOptions
+    from pam_espnet.decoder.llm import LLMDecoder
+    from pam_espnet.espnet_model import ESPnetPaMModel
+    from pam_espnet.frontend.adapter import stacking
     from pam_espnet.frontend.encoders.registry import encoder_class
+    from pam_espnet.frontend.frontend import PaMFrontend
     from pam_espnet.frontend.fusion.registry import build_fusion
     from pam_espnet.frontend.masking import MaskOptions
     from pam_espnet.tasks.pam import PaMTask
@@ -107,21 +114,35 @@ def check_configuration(recipe: Path, names: list[str], tmp_path: Path) -> None:
     WarmStartOptions(**args.warm_start_conf)
     frontend = args.frontend_conf
     MaskOptions(**frontend.get("mask_conf", {}))
+    check_options(config["llm_conf"], "llm_conf", LLMDecoder.from_pretrained, LLMDecoder)
+    check_options(frontend, "frontend_conf", PaMFrontend)
+    model_conf = {k: v for k, v in config["model_conf"].items() if k != "extract_feats_in_collect_stats"}
+    check_options(model_conf, "model_conf", ESPnetPaMModel)
     encoders = used_encoders(config)
     counts = [len(frontend["encoders"][name]["layers"]) for name in encoders]
     options = frontend.get("fusion_conf", {})
     build_fusion(frontend["fusion"], num_layers=counts, width=8, prompt_width=8, names=encoders, **options)
     for name in encoders:
         own = dict(frontend["encoders"][name])
-        inspect.signature(encoder_class(own.pop("type"))).bind(**own)
+        kind = own.pop("type")
+        inspect.signature(encoder_class(kind)).bind(**own)
+        stacking(RATES[kind], frontend["frame_rate"], name)
     assert set(args.lr_scale_conf) <= {"decoder", "frontend.fusion.experts", "frontend.fusion.project"}
     for decode in conf.glob("decode*.yaml"):
         AnswerOptions.from_dict(load_yaml(decode), decode)
 
 
+# Frames per second that each type of encoder emits (as published models are configured), Hz.
+RATES = {"whisper": 50.0, "hf_wave": 50.0, "ast": 10.0, "yamnet": 6.25, "pyannote": 25.0, "ge2e": 25.0}
+
+
 @pytest.mark.parametrize(
     ("recipe", "fusion"),
-    [pytest.param(*entry.values[:2], id=entry.id.rsplit("-", 1)[0]) for entry in CONFIGS if entry.values[2] == "mini"],
+    [
+        pytest.param(recipe, path.stem, id=f"{recipe.parent.name}-{path.stem}")
+        for recipe in RECIPES
+        for path in sorted(recipe.glob("conf/fusion/*.yaml"))
+    ],
 )
 def test_a_model_is_built_of_every_fusion(recipe: Path, fusion: str, tiny_llm_dir: Path, tmp_path: Path) -> None:
     """With tiny parts instead of the ones that a configuration names."""
@@ -133,6 +154,7 @@ def test_a_model_is_built_of_every_fusion(recipe: Path, fusion: str, tiny_llm_di
     config["llm"] = str(tiny_llm_dir)
     encoders = config["frontend_conf"]["encoders"]
     config["frontend_conf"]["encoders"] = {name: {"type": "tiny_encoder:TinyEncoder"} for name in encoders}
+    config["frontend_conf"]["frame_rate"] = 12.5  # the tiny encoder has 25 Hz
     (tmp_path / "tokens.txt").write_text("5\n6\n")
     config["model_conf"]["ctc_tokens"] = str(tmp_path / "tokens.txt")
     names = set(build_model(config).trainable_parameters())

@@ -252,11 +252,11 @@ fi
 
 if wants 4; then
     begin 4 decode "${exp}/model.safetensors, ${dump}/raw/" "${exp}/decode_${decode_tag}*/"
-    audios=(on)
-    [ "${audio_off}" = false ] || audios+=(zero)
-    for audio in "${audios[@]}"; do
+    hearings=(on)
+    [ "${audio_off}" = false ] || hearings+=(zero)
+    for hearing in "${hearings[@]}"; do
         decode_dir=${exp}/decode_${decode_tag}
-        [ "${audio}" = on ] || decode_dir=${decode_dir}_audio_off
+        [ "${hearing}" = on ] || decode_dir=${decode_dir}_audio_off
         sources=() targets=() complete=true
         for set_name in "${tests[@]}"; do
             sources+=("${dump}/raw/${set_name}")
@@ -264,7 +264,7 @@ if wants 4; then
             [ -f "${decode_dir}/${set_name}/stats.json" ] || complete=false
         done
         args=(--exp "${exp}" --data "${sources[@]}" --out "${targets[@]}" --config "${decode_config}"
-            --batch_size "${batch_size}" --audio "${audio}" --dtype "${decode_dtype}" --device "${device}")
+            --batch_size "${batch_size}" --audio "${hearing}" --dtype "${decode_dtype}" --device "${device}")
         if [ "${dry_run}" = true ] || [ "${complete}" = false ]; then
             log=${decode_dir}/log/decode
             background "${log}.1.log" "${log}.*.log" \

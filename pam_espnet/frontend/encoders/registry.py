@@ -15,6 +15,7 @@ _HERE = "pam_espnet.frontend.encoders"
 ENCODERS: dict[str, str] = {
     "whisper": f"{_HERE}.whisper:WhisperEncoder",
     "hf_wave": f"{_HERE}.hf_wave:HFWaveEncoder",
+    "ast": f"{_HERE}.ast:ASTEncoder",
     "yamnet": f"{_HERE}.yamnet:YAMNetEncoder",
     "pyannote": f"{_HERE}.pyannote:PyannoteEncoder",
     "ge2e": f"{_HERE}.ge2e:GE2EEncoder",

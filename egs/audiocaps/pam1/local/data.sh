@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Stage 1 of the AudioCaps recipe: data directories from the official CSVs and the clips there are. Run it in the
+# recipe's folder.
+set -euo pipefail
+
+PAM_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../../.." && pwd)"
+
+# shellcheck source=egs/audiocaps/pam1/local/options.sh
+. local/options.sh
+
+help_message="Usage: $0 [--size v1] [--data_dir data/<size>] [options]
+  --size NAME           release of the captions: v1 (2019) or v2 (AudioCaps 2.0, 2025) (v1)
+  --data_dir DIR        folder for the data directories (data/<size>)
+  --nj N                given by pam.sh; not needed here
+${DATA_HELP}
+Writes <data_dir>/{train,dev,test}. Clips that are missing are listed with the reason in <data_dir>/<set>/missing."
+
+size=v1
+data_dir=
+# shellcheck disable=SC2034  # pam.sh gives it to every recipe; there is nothing to share out here
+nj=1
+
+# shellcheck source=utils/parse_options.sh
+. "${PAM_ROOT}/utils/parse_options.sh"
+
+if [ $# -ne 0 ]; then
+    echo "$0: error: unexpected argument '$1'" >&2
+    echo "${help_message}" >&2
+    exit 1
+fi
+if [[ ! ${size} =~ ^v[0-9]+$ ]]; then
+    echo "$0: error: --size ${size}: v1 or v2, the release of the captions" >&2
+    exit 1
+fi
+version=${size#v}
+csv=${csv:-${downloads}/audiocaps}
+data_dir=${data_dir:-data/${size}}
+
+# path.sh of the recipe template exports the interpreter; alone, this script takes the project's
+if [ -z "${python:-}" ]; then
+    python="${PAM_ROOT}/.venv/bin/python"
+    [ -x "${python}" ] || python=python3
+fi
+
+folders=()
+[ -z "${audio}" ] || folders+=("${audio}")
+if [ "${fetch}" = true ]; then
+    "${python}" local/fetch.py --version "${version}" --csv "${csv}" --audio "${folders[@]}" \
+        --out "${downloads}/audio" --jobs "${fetch_jobs}" --interval "${fetch_interval}"
+fi
+[ ! -d "${downloads}/audio" ] || folders+=("${downloads}/audio")
+"${python}" local/prepare.py --version "${version}" --csv "${csv}" --audio "${folders[@]}" \
+    --data_dir "${data_dir}" --prompts conf/prompts/caption.txt
