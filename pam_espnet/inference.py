@@ -101,6 +101,8 @@ class SpeechLLM:
         vocabulary = model.ctc.token_ids.tolist() if options.task_vocabulary and model.ctc is not None else None
         model.decoder.compile_decoding = options.compile
         self.decoder = DecoderView(model.decoder, vocabulary, options.exit)
+        # Answers of a set are compared at full depth, whatever the search does.
+        self._judge = self.decoder if options.exit.mode == "never" else DecoderView(model.decoder, vocabulary)
         if options.draft.kind != "none":
             self.decoder.verifier()
         if model.ctc is None or not self.ctc_tasks:
@@ -262,7 +264,7 @@ class SpeechLLM:
             if rows := [place for place, name in enumerate(tasks) if name == task]:
                 own = lengths[rows]
                 temperature = self.options.beam.temperature
-                scores = answer_log_probs(self.decoder, prefix[rows, : int(own.max())], own, answers, temperature)
+                scores = answer_log_probs(self._judge, prefix[rows, : int(own.max())], own, answers, temperature)
                 names = self.options.answer_sets[task]
                 for row, values in zip(rows, scores.tolist(), strict=True):
                     found[row] = {name: round(value, 6) for name, value in zip(names, values, strict=True)}

@@ -36,13 +36,16 @@ def plot_exits(report: Mapping[str, Any], path: str | Path, title: str = "") -> 
         _draw_agreement(axes[0], report, figures)
         axes[0].set_title(f"{name}: blocks that name the last block's token")
         if columns == 2:
-            _draw_quality(axes[1], [one for one in report["sweep"] if (one["set"], one["task"]) == (name, task)], task)
+            points = [one for one in report["sweep"] if (one["set"], one["task"]) == (name, task)]
+            axes[1].set_visible(bool(points))
+            if points:
+                _draw_quality(axes[1], points, task)
             axes[1].set_title(f"{name}: quality against depth")
     for column in range(columns):
         handles: dict[str, Any] = {}
         for axes in grid[:, column]:
             handles.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)})
-        depth = "mean blocks per step; bars: 95 % interval of the difference to full depth"
+        depth = "blocks per step; bars: 95 % of the difference to full depth"
         grid[-1, column].set_xlabel(("block", depth)[column])
         grid[0, column].legend(handles.values(), handles.keys(), frameon=False, fontsize=8)
     figure.suptitle(title)
