@@ -132,13 +132,16 @@ def main() -> None:
                     found = {key: one.tokens for key, (one,) in zip(batch["keys"], nbest, strict=True)}
                     if at == 0:
                         answers.update(found if name == "greedy" else {})
-                        same[name] += sum(answers[key] == tokens for key, tokens in found.items())
+                        end = 1 if name == "prefix" else None
+                        same[name] += sum(answers[key][:end] == tokens for key, tokens in found.items())
                         counts[name] += drafts
         tokens = sum(map(len, answers.values()))
         print(f"batch {size}: {len(keys)} utterances, {tokens} tokens; encoders and adapters {seconds_audio:.2f} s")
         for name in ways:
             row = {"way": name, "batch": size, "utterances": len(keys), "tokens": tokens, "same": same[name]}
             row.update({key: sum(vars(one)[key] for one in counts[name]) for key in ("proposed", "accepted", "passes")})
+            if not counts[name]:  # without drafts: a pass per token
+                row["passes"] = len(keys) if name == "prefix" else tokens
             row.update(ratios(times, name), seconds_audio=seconds_audio)
             if size == 1:
                 row["by_length"] = {
@@ -194,7 +197,7 @@ def describe(row: dict[str, Any]) -> str:
     )
     return (
         f"  {row['way']:10s} {row['seconds']:7.2f} s  faster {row['faster']:5.2f}x  steps {steps}"
-        f"  passes {row['passes'] or row['tokens']:4d}  {accepted}  same {row['same']}/{row['utterances']}{lengths}"
+        f"  passes {row['passes']:4d}  {accepted}  same {row['same']}/{row['utterances']}{lengths}"
     )
 
 
