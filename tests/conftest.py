@@ -6,6 +6,7 @@ Heavy imports stay inside the fixtures, so that collecting or running a shell te
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,18 @@ def _one_torch_thread() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def mini_models() -> Path:
+    """The mini recipe's converted models; its packages are fetched on first use, so only slow tests may ask."""
+    recipe = REPO_ROOT / "egs" / "mini" / "pam1"
+    for script in ("download.py", "models.py"):
+        command = [sys.executable, f"local/{script}", "--downloads", "downloads"]
+        environment = {**os.environ, "TQDM_MININTERVAL": "60"}
+        done = subprocess.run(command, cwd=recipe, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return recipe / "downloads" / "models"
 
 
 @pytest.fixture(scope="session")

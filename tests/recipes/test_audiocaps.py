@@ -523,24 +523,19 @@ def test_fetching_through_run_sh(recipe: Path, tmp_path: Path, ytdlp: Path) -> N
     shutil.rmtree(recipe / "downloads")
 
 
-MINI = ROOT / "egs" / "mini" / "pam1" / "downloads" / "models"
-
-
 @pytest.mark.slow
-def test_stages_3_to_5_with_small_real_models(recipe: Path, tmp_path: Path) -> None:
+def test_stages_3_to_5_with_small_real_models(recipe: Path, tmp_path: Path, mini_models: Path) -> None:
     """SmolLM2 and YAMNet of the mini recipe in the place of the recipe's models, in memory for two batches."""
-    if not (MINI / "yamnet").is_dir():
-        pytest.skip("the mini recipe's models are not here: egs/mini/pam1/run.sh --stop_stage 1")
     write_release(tmp_path / "csv")
     audio = write_audio(tmp_path / "audio")
     small = {
-        "llm": str(MINI / "smollm2-135m-instruct"),
+        "llm": str(mini_models / "smollm2-135m-instruct"),
         "llm_conf": {"dtype": "float32", "gradient_checkpointing": False},
         "frontend_conf": {
             "frame_rate": 6.25,
             "encoders": {
                 **dict.fromkeys(("whisper", "wavlm", "wav2vec2", "ast")),
-                "yamnet": {"type": "yamnet", "path": str(MINI / "yamnet"), "layers": [11, 13]},
+                "yamnet": {"type": "yamnet", "path": str(mini_models / "yamnet"), "layers": [11, 13]},
             },
         },
     }

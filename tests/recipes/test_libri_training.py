@@ -16,25 +16,21 @@ from libri_corpora import copy_recipe, make_libricount, make_librispeech, run
 
 from pam_espnet.data.tables import read_table
 
-MODELS = Path(__file__).resolve().parents[2] / "egs" / "mini" / "pam1" / "downloads" / "models"
 STEPS = "max_epoch=1 num_iters_per_epoch=2 num_workers=0"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not MODELS.is_dir(), reason="needs the models of egs/mini/pam1: run its stage 1"),
-]
+pytestmark = pytest.mark.slow
 
 
-def small(recipe: Path) -> list[str]:
+def small(recipe: Path, models: Path) -> list[str]:
     """Write what puts the mini recipe's models and two steps into ``recipe``; return the options that use it."""
     conf = {
-        "llm": str(MODELS / "smollm2-135m-instruct"),
+        "llm": str(models / "smollm2-135m-instruct"),
         "llm_conf": {"gradient_checkpointing": False, "lora": {"r": 4}},
         "frontend_conf": {
             "encoders": {
-                "whisper": {"path": str(MODELS / "whisper-tiny.en"), "layers": [2, 4]},
-                "wavlm": {"type": "pyannote", "path": str(MODELS / "pyannote-segmentation"), "layers": [2, 4]},
-                "wav2vec2": {"type": "yamnet", "path": str(MODELS / "yamnet"), "layers": [11, 13]},
+                "whisper": {"path": str(models / "whisper-tiny.en"), "layers": [2, 4]},
+                "wavlm": {"type": "pyannote", "path": str(models / "pyannote-segmentation"), "layers": [2, 4]},
+                "wav2vec2": {"type": "yamnet", "path": str(models / "yamnet"), "layers": [11, 13]},
             }
         },
         "warm_start_conf": {"steps": 4, "single_steps": 2, "max_utterances": 4},
@@ -51,12 +47,12 @@ def scores(recipe: Path, name: str) -> dict:
     return json.loads((recipe / "exp/small/decode_beam" / name / "scores.json").read_text())
 
 
-def test_librispeech(tmp_path: Path) -> None:
+def test_librispeech(tmp_path: Path, mini_models: Path) -> None:
     corpus = make_librispeech(
         tmp_path, {"train-clean-5": 3, "dev-clean-2": 1, "test-clean": 1, "test-other": 1}, utterances=2
     )
     recipe = copy_recipe(tmp_path / "tree", "librispeech")
-    done = run(recipe, *small(recipe), "--librispeech", str(corpus))
+    done = run(recipe, *small(recipe, mini_models), "--librispeech", str(corpus))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for name in ("test_clean", "test_other"):
         assert scores(recipe, name)["tasks"]["asr"]["wer"]["n"] == 2
@@ -64,14 +60,14 @@ def test_librispeech(tmp_path: Path) -> None:
     assert not (recipe / "dump/mini/feats").exists()
 
 
-def test_libricount(tmp_path: Path) -> None:
+def test_libricount(tmp_path: Path, mini_models: Path) -> None:
     make_librispeech(tmp_path, {"train-clean-5": 11, "dev-clean-2": 10}, utterances=2, named=("test-clean",))
     make_libricount(tmp_path, each=1)
     recipe = copy_recipe(tmp_path / "tree", "libricount")
     sizes = yaml.safe_load((recipe / "local/sizes.yaml").read_text())
     sizes["mini"]["clips"] = {"train": 1, "dev": 1}
     (recipe / "local/sizes.yaml").write_text(yaml.safe_dump(sizes))
-    options = [*small(recipe), "--librispeech", str(tmp_path), "--libricount", str(tmp_path)]
+    options = [*small(recipe, mini_models), "--librispeech", str(tmp_path), "--libricount", str(tmp_path)]
     done = run(recipe, *options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert set(scores(recipe, "test_count")["tasks"]) == {"count"}

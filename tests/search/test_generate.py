@@ -21,7 +21,6 @@ from pam_espnet.search.hypothesis import IMPOSSIBLE, Candidate, Hypothesis, Utte
 from pam_espnet.search.options import BeamOptions
 
 MARGIN = 2e-5  # log-probability; float32 sums of a dozen tokens differ by less
-REAL = Path(__file__).parents[2] / "egs/mini/pam1/downloads/models/smollm2-135m-instruct"
 COUNT, WANTED = 212, 200  # prefixes, and how many must be decided by more than the margin
 
 
@@ -102,11 +101,11 @@ def test_two_hundred_prefixes(decoder: LLMDecoder, margins: dict[int, float], be
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not REAL.is_dir(), reason="the mini recipe's stage 1 has not been run")
 @pytest.mark.parametrize("beam_size", [1, 4])
-def test_a_real_llm(margins: dict[int, float], beam_size: int) -> None:
-    decoder = LLMDecoder.from_pretrained(str(REAL), dtype="float32").eval()
-    text = Path(__file__).read_text(encoding="utf-8") + (REAL / "LICENSE").read_text(encoding="utf-8")
+def test_a_real_llm(margins: dict[int, float], beam_size: int, mini_models: Path) -> None:
+    folder = mini_models / "smollm2-135m-instruct"
+    decoder = LLMDecoder.from_pretrained(str(folder), dtype="float32").eval()
+    text = Path(__file__).read_text(encoding="utf-8") + (folder / "LICENSE").read_text(encoding="utf-8")
     ids = torch.tensor(decoder.tokenizer(text)["input_ids"])
     prefixes = [decoder.embed(ids[start : start + 5 + 3 * k]) for k, start in enumerate(range(0, 640, 40))]
     options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=10)
