@@ -50,8 +50,7 @@ class CTCScorer:
         known = {token: number for number, token in enumerate(ctc.token_ids.tolist(), start=1)}
         end = len(known) + 1
         known |= dict.fromkeys(view.decoder.eos_ids, end)
-        places = enumerate(range(view.decoder.vocab_size) if view.ids is None else view.ids.tolist())
-        self._class = {place: known[token] for place, token in places if token in known}
+        self._class = dict(zip(view.places(list(known), strict=False), known.values(), strict=True))
         log_probs = ctc.log_probs(frames).cpu().numpy()  # (B,U,C)
         self._prefix_scores = {}
         for place, rows, length in zip(utterances, log_probs, lengths.tolist(), strict=True):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import tiny_config
+from tiny_model import deeper_llm, tiny_config
 
 from pam_espnet.build import build_model
 from pam_espnet.checkpoint import load_strict, read_trained, save_trained
@@ -189,15 +189,7 @@ def test_joint_optimisation_reads_the_answer_from_an_intermediate_block(tiny_llm
 
 @pytest.fixture(scope="module")
 def deep_llm_dir(tiny_llm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny LLM with six blocks."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    path = tmp_path_factory.mktemp("models") / "deep-llm"
-    config = AutoConfig.from_pretrained(tiny_llm_dir)
-    config.num_hidden_layers = 6
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    AutoTokenizer.from_pretrained(tiny_llm_dir).save_pretrained(path)
-    return path
+    return deeper_llm(tiny_llm_dir, tmp_path_factory.mktemp("models") / "deep-llm", 6)
 
 
 def test_deeper_blocks_weigh_more_and_the_mean_is_the_option(deep_llm_dir: Path) -> None:

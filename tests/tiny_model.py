@@ -30,6 +30,17 @@ def tiny_config(llm: Path, fusion: str = "pam", **model_conf: Any) -> dict[str, 
     }
 
 
+def deeper_llm(llm: Path, path: Path, blocks: int) -> Path:
+    """The tiny LLM of folder ``llm`` with so many blocks and weights of its own, saved to ``path``."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(llm)
+    config.num_hidden_layers = blocks
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(llm).save_pretrained(path)
+    return path
+
+
 def write_data(root: Path, name: str, size: int = 6, seed: int = 0) -> Path:
     """``<root>/data/<name>`` with ``size`` noisy tones per task, formatted into ``<root>/dump/<name>``."""
     rng = np.random.default_rng(seed)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pam_espnet.search.constraints import Constraint
-from pam_espnet.search.hypothesis import Candidate, Hypothesis, Partial, UtteranceBeam
+from pam_espnet.search.hypothesis import Candidate, Hypothesis, Partial, UtteranceBeam, new_beams
 from pam_espnet.search.joint import JointScorer
 from pam_espnet.search.options import BeamOptions
 
@@ -88,12 +88,7 @@ def beam_search(
         for each utterance its n-best hypotheses, best first.
     """
     eos_ids = options.eos_ids if options.eos_ids is not None else decoder.eos_ids
-    count = len(prefix_lengths)
-    caps = [options.max_new_tokens] * count if max_new_tokens is None else [int(cap) for cap in max_new_tokens]
-    beams = [
-        UtteranceBeam(options, eos_ids, max(1, min(cap, options.max_new_tokens)), place)
-        for place, cap in enumerate(caps)
-    ]
+    beams = new_beams(options, eos_ids, len(prefix_lengths), max_new_tokens)
     active = list(beams)
     deferring = decoder if isinstance(decoder, DeferringDecoder) and decoder.deferred else None
     if active:
@@ -181,9 +176,7 @@ def _candidates(
         past = [hypothesis.tokens for beam in active for hypothesis in beam.running]
         for constraint in constraints:
             constraint.apply(log_probs, best, utterances, past)
-    reach = wanted
-    if joint is not None:
-        reach = max(wanted, joint.options.candidates)
+    reach = wanted if joint is None else max(wanted, joint.options.candidates)
     values, tokens = log_probs.topk(min(reach, log_probs.size(1)), dim=-1)  # (R,C)
     rows = list(zip(values.tolist(), tokens.tolist(), depths, strict=True))
     result = []

@@ -29,7 +29,7 @@ from torch import Tensor
 from pam_espnet.errors import ConfigError
 from pam_espnet.search.beam import State
 from pam_espnet.search.constraints import Constraint
-from pam_espnet.search.hypothesis import Candidate, Hypothesis, Partial, UtteranceBeam
+from pam_espnet.search.hypothesis import Candidate, Hypothesis, Partial, UtteranceBeam, new_beams
 from pam_espnet.search.options import BeamOptions
 
 
@@ -111,12 +111,7 @@ def draft_search(
     if options.beam_size != 1:
         raise ConfigError(f"draft: greedy search only; set beam_size to 1, not {options.beam_size}")
     eos_ids = options.eos_ids if options.eos_ids is not None else decoder.eos_ids
-    count = len(prefix_lengths)
-    caps = [options.max_new_tokens] * count if max_new_tokens is None else [int(cap) for cap in max_new_tokens]
-    beams = [
-        UtteranceBeam(options, eos_ids, max(1, min(cap, options.max_new_tokens)), place)
-        for place, cap in enumerate(caps)
-    ]
+    beams = new_beams(options, eos_ids, len(prefix_lengths), max_new_tokens)
     counts = [DraftCount(drafter.name) for drafter in drafters]
     active = list(beams)
 

@@ -6,7 +6,7 @@ nothing here can depend on its neighbours. Pure Python: no tensors, no LLM.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from pam_espnet.search.options import BeamOptions
@@ -48,6 +48,17 @@ class Partial:
     utterance: int  # place in its batch
     hypothesis: Hypothesis  # the best running one; once done, the answer (empty where the search found none)
     done: bool
+
+
+def new_beams(
+    options: BeamOptions, eos_ids: Collection[int], count: int, max_new_tokens: Iterable[int] | None
+) -> list[UtteranceBeam]:
+    """One for each of ``count`` utterances; ``max_new_tokens`` has their own length caps, below the options'."""
+    caps = [options.max_new_tokens] * count if max_new_tokens is None else [int(cap) for cap in max_new_tokens]
+    return [
+        UtteranceBeam(options, eos_ids, max(1, min(cap, options.max_new_tokens)), place)
+        for place, cap in enumerate(caps)
+    ]
 
 
 class UtteranceBeam:

@@ -24,7 +24,7 @@ from pam_espnet.checkpoint import load_strict, read_trained
 from pam_espnet.data.batching import BatchingOptions
 from pam_espnet.data.tables import read_table
 from pam_espnet.data.tasks import TASKS
-from pam_espnet.decoder.llm import load_tokenizer
+from pam_espnet.decoder.pretrained import load_tokenizer
 from pam_espnet.errors import ConfigError
 from pam_espnet.espnet_model import IGNORE, ESPnetPaMModel
 from pam_espnet.tasks.iterator import PaMIterFactory

@@ -6,7 +6,6 @@ Everything runs on a copy of the recipe, so that nobody's data is touched.
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from recipe_modules import local_modules
 
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import Passport
@@ -42,15 +42,8 @@ WORDS = ("a dog barks", "a dog is barking", "barking of a dog", "dogs, barking l
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[SimpleNamespace]:
-    """The recipe's modules; their plain names must not stay behind for other tests."""
-    path, before = list(sys.path), {name: sys.modules.pop(name, None) for name in MODULES}
-    sys.path.insert(0, str(LOCAL))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    sys.path[:] = path
-    for name, module in before.items():
-        del sys.modules[name]
-        if module is not None:
-            sys.modules[name] = module
+    with local_modules(LOCAL, MODULES) as modules:
+        yield modules
 
 
 def rows_of(split: str, first_id: int) -> list[tuple[str, str, str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import shutil
 import sys
@@ -18,6 +17,7 @@ import pytest
 import soundfile
 import yaml
 from libri_corpora import RATE, copy_recipe, make_libricount, make_librispeech, run
+from recipe_modules import in_this_process, local_modules
 
 from pam_espnet.data import leakage, rendering
 from pam_espnet.data.datadir import DataDir
@@ -32,15 +32,8 @@ READERS = {"train-clean-5": 11, "dev-clean-2": 10}
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[SimpleNamespace]:
-    """The recipe's programs; their plain names must not stay behind for other tests."""
-    path, before = list(sys.path), {name: sys.modules.pop(name, None) for name in MODULES}
-    sys.path.insert(0, str(RECIPE / "local"))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    sys.path[:] = path
-    for name, module in before.items():
-        del sys.modules[name]
-        if module is not None:
-            sys.modules[name] = module
+    with local_modules(RECIPE / "local", MODULES) as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +54,8 @@ def here(
         "size_of",
         lambda name: {"train": ["train-clean-5"], "dev": ["dev-clean-2"], "clips": {"train": 2, "dev": 1}},
     )
-    pool = SimpleNamespace(Pool=lambda jobs: _Serial())
-    monkeypatch.setattr(rendering, "multiprocessing", SimpleNamespace(get_context=lambda method: pool))
+    monkeypatch.setattr(rendering, "multiprocessing", in_this_process())
     return local, Path(shutil.copytree(corpora, tmp_path / "corpora"))
-
-
-class _Serial:
-    """A pool that works in this process."""
-
-    def __enter__(self) -> _Serial:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def imap(self, function, items, chunksize=1):  # type: ignore[no-untyped-def]
-        return map(function, items)
 
 
 def prepare(local: SimpleNamespace, root: Path, data: Path, *args: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import shutil
 import sys
@@ -19,6 +18,7 @@ import pytest
 import soundfile
 import yaml
 from libri_corpora import copy_recipe, make_librispeech, run
+from recipe_modules import local_modules
 
 from pam_espnet.data import librispeech
 from pam_espnet.data.datadir import DataDir
@@ -33,16 +33,8 @@ SETS = ("train", "dev", "test_clean", "test_other")
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[SimpleNamespace]:
-    """The recipe's programs; their plain names must not stay behind for other tests."""
-    names, path = ("download", "prepare"), list(sys.path)
-    before = {name: sys.modules.pop(name, None) for name in names}
-    sys.path.insert(0, str(RECIPE / "local"))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    sys.path[:] = path
-    for name, module in before.items():
-        del sys.modules[name]
-        if module is not None:
-            sys.modules[name] = module
+    with local_modules(RECIPE / "local", ("download", "prepare")) as modules:
+        yield modules
 
 
 @pytest.fixture

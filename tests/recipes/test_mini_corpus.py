@@ -8,9 +8,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import importlib
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from recipe_modules import in_this_process, local_modules
 
 from pam_espnet.data import rendering
 from pam_espnet.data.mixtures import EMPTY_LEVEL, MIX_LEVEL
@@ -35,15 +34,8 @@ SPLITS = ("train", "dev", "test")
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[SimpleNamespace]:
-    """The recipe's modules; their plain names must not stay behind for other tests."""
-    path, before = list(sys.path), {name: sys.modules.pop(name, None) for name in MODULES}
-    sys.path.insert(0, str(LOCAL))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    sys.path[:] = path
-    for name, module in before.items():
-        del sys.modules[name]
-        if module is not None:
-            sys.modules[name] = module
+    with local_modules(LOCAL, MODULES) as modules:
+        yield modules
 
 
 # ---- stand-ins ------------------------------------------------------------------------------------------------------
@@ -126,23 +118,8 @@ def small(tmp_path: Path, local: SimpleNamespace, monkeypatch: pytest.MonkeyPatc
     fake_packages(tmp_path / "downloads", voices, sounds)
     monkeypatch.setattr(local.prepare, "LOCAL", tables)
     monkeypatch.chdir(tmp_path)
-    # in this process: starting others would import everything again
-    fake = SimpleNamespace(Pool=lambda jobs: _Serial())
-    monkeypatch.setattr(rendering, "multiprocessing", SimpleNamespace(get_context=lambda method: fake))
+    monkeypatch.setattr(rendering, "multiprocessing", in_this_process())
     return SimpleNamespace(root=tmp_path, voices=voices, sounds=sounds, local=local)
-
-
-class _Serial:
-    """A pool that works in this process."""
-
-    def __enter__(self) -> _Serial:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def imap(self, function, items, chunksize=1):  # type: ignore[no-untyped-def]
-        return map(function, items)
 
 
 def prepare(local: SimpleNamespace, **changes: object) -> None:

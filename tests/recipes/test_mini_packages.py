@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import io
 import shutil
 import struct
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from recipe_modules import local_modules
 
 from pam_espnet.errors import ConfigError, DataError, PamError
 
@@ -26,15 +26,8 @@ MODULES = ("download", "models", "rcc")
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[SimpleNamespace]:
-    """The recipe's modules; their plain names must not stay behind for other tests."""
-    path, before = list(sys.path), {name: sys.modules.pop(name, None) for name in MODULES}
-    sys.path.insert(0, str(LOCAL))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    sys.path[:] = path
-    for name, module in before.items():
-        del sys.modules[name]
-        if module is not None:
-            sys.modules[name] = module
+    with local_modules(LOCAL, MODULES) as modules:
+        yield modules
 
 
 # ---- Qt resources ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from reference_search import EOS, LENGTHS, generate, make_prefix, search
 from torch import Tensor
 
-from pam_espnet.decoder.fused import FusedLlama
 from pam_espnet.decoder.llm import LLMDecoder
 from pam_espnet.errors import ConfigError
 from pam_espnet.search.beam import beam_search
@@ -83,21 +82,6 @@ def test_neighbours_do_not_matter(
     for row, nbest in zip(rows, search(decoder, prefix, rows, options), strict=True):
         assert [one.tokens for one in nbest] == [one.tokens for one in alone[row]]
         assert [one.score for one in nbest] == pytest.approx([one.score for one in alone[row]], abs=1e-5)
-
-
-@pytest.fixture
-def rows_run(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Of each block, from the first, how many positions every forward pass runs through it."""
-    counts: list[list[int]] = []
-    finish = FusedLlama.finish
-
-    def count(model: FusedLlama, index: int, x: Tensor, attended: Tensor) -> Tensor:
-        counts.extend([] for _ in range(index + 1 - len(counts)))
-        counts[index].append(len(x))
-        return finish(model, index, x, attended)
-
-    monkeypatch.setattr(FusedLlama, "finish", count)
-    return counts
 
 
 def test_the_prefix_is_run_once_and_finished_utterances_leave(

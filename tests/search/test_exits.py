@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from pam_espnet.decoder.calibration import Calibration, Judgement
 from pam_espnet.decoder.exits import ExitOptions, ExitPolicy
-from pam_espnet.decoder.fused import FusedLlama
 from pam_espnet.decoder.llm import LLMDecoder
 from pam_espnet.decoder.view import DecoderView
 from pam_espnet.errors import ConfigError
@@ -222,44 +221,29 @@ def test_deferred_scores_are_the_whole_llms(
 
 
 def test_deferred_runs_each_node_through_each_block_once(
-    decoder: LLMDecoder, prefix: Tensor, monkeypatch: pytest.MonkeyPatch
+    decoder: LLMDecoder, prefix: Tensor, rows_run: list[list[int]]
 ) -> None:
-    decoder.fused_blocks()
-    run: list[int] = [0] * BLOCKS
-    finish = FusedLlama.finish
-
-    def count(model: FusedLlama, index: int, x: Tensor, attended: Tensor) -> Tensor:
-        run[index] += len(x)
-        return finish(model, index, x, attended)
-
-    monkeypatch.setattr(FusedLlama, "finish", count)
+    decoder.fused_blocks()  # made, and checked, before anything is counted
     for exits in SOME:
-        run[:] = [0] * BLOCKS
+        rows_run.clear()
         view = DecoderView(decoder, exits=replace(exits, fill="deferred"))
         search(view, prefix, ROWS, BeamOptions(beam_size=1, max_new_tokens=9, eos_ids=()))
         nodes = len(ROWS) * 8
-        assert run == [sum(LENGTHS) + nodes] * (BLOCKS - 1) + [len(ROWS) + nodes]
+        assert list(map(sum, rows_run)) == [sum(LENGTHS) + nodes] * (BLOCKS - 1) + [len(ROWS) + nodes]
 
 
-def test_rows_that_left_cost_nothing_more(decoder: LLMDecoder, prefix: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_left_cost_nothing_more(decoder: LLMDecoder, prefix: Tensor, rows_run: list[list[int]]) -> None:
     """Rows run through each block are those that the depths tell of, whatever leaves where."""
-    decoder.fused_blocks()
-    run: list[int] = [0] * BLOCKS
-    finish = FusedLlama.finish
-
-    def count(model: FusedLlama, index: int, x: Tensor, attended: Tensor) -> Tensor:
-        run[index] += len(x)
-        return finish(model, index, x, attended)
-
-    monkeypatch.setattr(FusedLlama, "finish", count)
+    decoder.fused_blocks()  # made, and checked, before anything is counted
     for exits in SOME:
-        run[:] = [0] * BLOCKS
+        rows_run.clear()
         found = search(
             DecoderView(decoder, exits=exits), prefix, ROWS, BeamOptions(beam_size=3, max_new_tokens=9, eos_ids=())
         )
         depths = [depth for nbest in found for depth in nbest[0].depths[1:]]  # three hypotheses at each of them
         expected = [sum(LENGTHS) + 3 * sum(depth > block for depth in depths) for block in range(BLOCKS)]
         expected[-1] += len(ROWS) - sum(LENGTHS)  # of a prefix only its last position
+        run = list(map(sum, rows_run))
         assert run == expected and run[-1] < run[0]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import tiny_config, train_args, write_data
+from tiny_model import deeper_llm, tiny_config, train_args, write_data
 
 from pam_espnet.checkpoint import read_trained
 from pam_espnet.config import write_config
@@ -72,16 +72,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def deep_llm_dir(tiny_llm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny LLM with five blocks, some of which are left out of a step."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    path = tmp_path_factory.mktemp("models") / "deep-llm"
-    config = AutoConfig.from_pretrained(tiny_llm_dir)
-    config.num_hidden_layers = 5
+    """Five blocks, some of which are left out of a step."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    AutoTokenizer.from_pretrained(tiny_llm_dir).save_pretrained(path)
-    return path
+    return deeper_llm(tiny_llm_dir, tmp_path_factory.mktemp("models") / "deep-llm", 5)
 
 
 def test_blocks_left_out_on_both_ranks_do_not_hang(data: Path, deep_llm_dir: Path, tmp_path: Path) -> None:

@@ -20,14 +20,9 @@ data_dir=
 # shellcheck disable=SC2034  # pam.sh gives it to every recipe; there is nothing to share out here
 nj=1
 
-# shellcheck source=utils/parse_options.sh
-. "${PAM_ROOT}/utils/parse_options.sh"
+# shellcheck source=egs/TEMPLATE/pam1/data_options.sh
+. "${PAM_ROOT}/egs/TEMPLATE/pam1/data_options.sh"
 
-if [ $# -ne 0 ]; then
-    echo "$0: error: unexpected argument '$1'" >&2
-    echo "${help_message}" >&2
-    exit 1
-fi
 if [[ ! ${size} =~ ^v[0-9]+$ ]]; then
     echo "$0: error: --size ${size}: v1 or v2, the release of the captions" >&2
     exit 1
@@ -35,12 +30,6 @@ fi
 version=${size#v}
 csv=${csv:-${downloads}/audiocaps}
 data_dir=${data_dir:-data/${size}}
-
-# path.sh of the recipe template exports the interpreter; alone, this script takes the project's
-if [ -z "${python:-}" ]; then
-    python="${PAM_ROOT}/.venv/bin/python"
-    [ -x "${python}" ] || python=python3
-fi
 
 folders=()
 [ -z "${audio}" ] || folders+=("${audio}")

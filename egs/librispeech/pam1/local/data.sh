@@ -17,19 +17,8 @@ size=clean100
 data_dir=
 nj="$(nproc)"
 
-# shellcheck source=utils/parse_options.sh
-. "${PAM_ROOT}/utils/parse_options.sh"
-
-if [ $# -ne 0 ]; then
-    echo "$0: error: unexpected argument '$1'" >&2
-    exit 1
-fi
-
-# path.sh of the recipe template exports the interpreter; alone, this script takes the project's
-if [ -z "${python:-}" ]; then
-    python="${PAM_ROOT}/.venv/bin/python"
-    [ -x "${python}" ] || python=python3
-fi
+# shellcheck source=egs/TEMPLATE/pam1/data_options.sh
+. "${PAM_ROOT}/egs/TEMPLATE/pam1/data_options.sh"
 
 if [ -z "${librispeech}" ]; then
     "${python}" local/download.py --downloads "${downloads}" --size "${size}" --mirror "${mirror}" \

@@ -19,22 +19,10 @@ data_dir=
 nj="$(nproc)"
 seed=2026
 
-# shellcheck source=utils/parse_options.sh
-. "${PAM_ROOT}/utils/parse_options.sh"
-
-if [ $# -ne 0 ]; then
-    echo "$0: error: unexpected argument '$1'" >&2
-    echo "${help_message}" >&2
-    exit 1
-fi
+# shellcheck source=egs/TEMPLATE/pam1/data_options.sh
+. "${PAM_ROOT}/egs/TEMPLATE/pam1/data_options.sh"
 
 data_dir="${data_dir:-data/${size}}"
-
-# path.sh of the recipe template exports the interpreter; alone, this script takes the project's
-if [ -z "${python:-}" ]; then
-    python="${PAM_ROOT}/.venv/bin/python"
-    [ -x "${python}" ] || python=python3
-fi
 
 "${python}" local/download.py --downloads "${downloads}"
 "${python}" local/models.py --downloads "${downloads}"

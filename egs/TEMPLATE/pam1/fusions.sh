@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Trains, decodes and scores every fusion on the same data with the same seed, and puts them side by side. A recipe's
+# script calls it from the recipe's directory with its own --size, --fusions and --title. What is done is skipped, so an
+# interrupted comparison goes on where it stopped.
+set -euo pipefail
+
+help_message="Usage: ./run_fusions.sh or ./run_ablation.sh [--size NAME] [--fusions NAMES] [--options OPTIONS]
+
+  --size NAME      as for run.sh
+  --fusions NAMES  separated by blanks; the first is what the others are compared with, and is decoded
+                   without audio too
+  --options TEXT   further options of run.sh, separated by blanks; give folders with their whole path ()
+  --title TEXT     of the table; SIZE in it stands for the size, without the v of a version
+
+Writes RESULTS_<size>.md and .json."
+size=
+fusions=
+options=
+title=
+template=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=utils/parse_options.sh
+. "${template}/../../../utils/parse_options.sh"
+
+read -r -a names <<<"${fusions}"
+read -r -a more <<<"${options}"
+experiments=()
+control=true
+for fusion in "${names[@]}"; do
+    echo "=== ${fusion}"
+    ./run.sh --size "${size}" --fusion "${fusion}" --audio_off "${control}" "${more[@]}"
+    experiments+=("exp/${fusion}_${size}")
+    control=false # the first fusion's answers without audio are control enough
+done
+# shellcheck source=egs/TEMPLATE/pam1/path.sh
+. "${template}/path.sh"
+"${python}" -m pam_espnet.bin.pam_report --compare "${experiments[@]}" --output "RESULTS_${size}.md" \
+    --title "${title//SIZE/${size#v}}"
