@@ -49,11 +49,7 @@ def _score_wer(data: DataDir, keys: list[str], hypotheses: dict[str, str]) -> Ta
 
 
 def _score_counts(data: DataDir, keys: list[str], hypotheses: dict[str, str]) -> TaskResult:
-    for key in keys:
-        if parse_count(data.text[key]) is None:
-            line = data.utterances.index(key) + 1  # the table is sorted
-            message = f"the reference of {key!r} is not a number: {data.text[key]!r}"
-            raise DataError(data.path / "text", message, line=line, hint="write digits, or zero to ten in words")
+    _check_references(data, keys, parse_count, "is not a number", "write digits, or zero to ten in words")
     return score_counts({key: data.text[key] for key in keys}, hypotheses)
 
 
@@ -69,12 +65,17 @@ def _score_captions(data: DataDir, keys: list[str], hypotheses: dict[str, str]) 
 
 
 def _score_choices(data: DataDir, keys: list[str], hypotheses: dict[str, str]) -> TaskResult:
-    for key in keys:
-        if parse_choice(data.text[key]) is None:
-            line = data.utterances.index(key) + 1  # the table is sorted
-            message = f"the reference of {key!r} is neither yes nor no: {data.text[key]!r}"
-            raise DataError(data.path / "text", message, line=line, hint="write yes or no")
+    _check_references(data, keys, parse_choice, "is neither yes nor no", "write yes or no")
     return score_choices({key: data.text[key] for key in keys}, hypotheses)
+
+
+def _check_references(data: DataDir, keys: list[str], parse: Callable[[str], object], wrong: str, hint: str) -> None:
+    """DataError, with the line, at the first reference that ``parse`` makes nothing of."""
+    for key in keys:
+        if parse(data.text[key]) is None:
+            line = data.utterances.index(key) + 1  # the table is sorted
+            message = f"the reference of {key!r} {wrong}: {data.text[key]!r}"
+            raise DataError(data.path / "text", message, line=line, hint=hint)
 
 
 # By the `metric` of a task.
