@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from pam_espnet.answering import AnswerOptions
+    from pam_espnet.early_exit.fitting import calibrate, candidate_blocks, cost_model, fit_fills, observe
     from pam_espnet.errors import ConfigError
-    from pam_espnet.exit_calibration import calibrate, cost_model, fit_fills, observe
     from pam_espnet.fileio import write_json
     from pam_espnet.inference import SpeechLLM
 
@@ -52,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     speech = SpeechLLM.load(args.exp, AnswerOptions(), args.device, args.dtype)
     model = speech.model
     blocks = model.decoder.num_layers
-    layers = sorted(set(args.layers or range(blocks // 2, blocks, 2)))
-    if layers[0] < 1 or layers[-1] >= blocks:
-        raise ConfigError(f"--layers: {layers}; the blocks before the last are 1 to {blocks - 1}")
+    layers = list(candidate_blocks(args.layers or (), blocks))
     seen = list(range(layers[0], blocks)) if args.fill_maps else layers
     observed = observe(speech, args.data, seen, args.batch_size)
     candidates = replace(observed, hidden=[observed.hidden[seen.index(layer)] for layer in layers])

@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from pam_espnet.answering import AnswerOptions
     from pam_espnet.decoding import DecodeOptions, decoded_of
+    from pam_espnet.early_exit.report import one_search, profile_sets, read_decoded, read_sweep
+    from pam_espnet.early_exit.sweep import default_points, parse_point, sweep
     from pam_espnet.errors import ConfigError
-    from pam_espnet.exit_report import one_search, profile_sets, read_decoded, read_sweep
-    from pam_espnet.exit_sweep import default_points, parse_point, sweep
     from pam_espnet.fileio import write_json, write_text
     from pam_espnet.inference import SpeechLLM
     from pam_espnet.metrics.exit_plot import plot_exits

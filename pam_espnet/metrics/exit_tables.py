@@ -1,4 +1,4 @@
-"""``EXIT.md`` from the early-exit report's figures (``pam_espnet.exit_report``): tables and what they mean."""
+"""``EXIT.md`` from the early-exit report's figures (``pam_espnet.early_exit.report``): tables and what they mean."""
 
 from __future__ import annotations
 

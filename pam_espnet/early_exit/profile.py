@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pam_espnet.answer_states import answer_states
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.decoder.calibration import Calibration
 from pam_espnet.decoder.exits import ExitOptions, ExitPolicy
 from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.early_exit.answer_states import answer_states
 from pam_espnet.inference import SpeechLLM
 
 PLACES = ("first", "later", "end")  # of a token: it begins a word, goes on with one, ends the answer

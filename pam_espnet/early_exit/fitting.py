@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pam_espnet.answer_states import answer_states, reference_answers
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.decoder.calibration import Calibration, CostModel, Judgement, apply_map, fit_gate, fit_map, judge
 from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.early_exit.answer_states import answer_states, reference_answers
 from pam_espnet.errors import ConfigError
 from pam_espnet.inference import SpeechLLM
 
@@ -61,6 +61,18 @@ def observe(speech: SpeechLLM, data_dir: str | Path, layers: Sequence[int], batc
         last.append(states.blocks[-1].float().cpu())
         owners.append(states.utterance)
     return Observed([torch.cat(parts) for parts in hidden], torch.cat(last), torch.cat(owners))
+
+
+def candidate_blocks(layers: Sequence[int], blocks: int) -> tuple[int, ...]:
+    """``layers`` in order, or every second block of the upper half where there are none.
+
+    Raises:
+        ConfigError: a block that the LLM, of ``blocks``, does not have, or its last.
+    """
+    chosen = tuple(sorted(set(layers))) or tuple(range(blocks // 2, blocks, 2))
+    if chosen[0] < 1 or chosen[-1] >= blocks:
+        raise ConfigError(f"--layers: {list(chosen)}; the blocks before the last are 1 to {blocks - 1}")
+    return chosen
 
 
 def cost_model(decoder: LLMDecoder) -> CostModel:

@@ -17,8 +17,8 @@ from pam_espnet.checkpoint import save_trained
 from pam_espnet.config import write_config
 from pam_espnet.decoder.calibration import Calibration
 from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.early_exit.fitting import Observed, cost_model, fit_fills, observe
 from pam_espnet.errors import ConfigError
-from pam_espnet.exit_calibration import Observed, cost_model, fit_fills, observe
 from pam_espnet.fileio import read_json
 from pam_espnet.inference import SpeechLLM
 

@@ -2,7 +2,7 @@
 
     <decode>/<set>/{nbest.jsonl, key.json}        the model's own answers                              read
     <out>/profile/<set>.json                      figures of a test set; not made twice                written
-    <out>/decode_<point>/<set>/                   decode directories of the sweep (``exit_sweep``)     read
+    <out>/decode_<point>/<set>/                   decode directories of the sweep (``early_exit.sweep``)     read
     <out>/{exit_report.json, EXIT.md, exit.png}   everything; tables; a picture                        written
 """
 
@@ -16,17 +16,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pam_espnet.answer_states import reference_answers
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.decoder.calibration import Calibration
 from pam_espnet.decoder.exits import MODES
 from pam_espnet.decoding import decoded_of
+from pam_espnet.early_exit.answer_states import reference_answers
+from pam_espnet.early_exit.fitting import candidate_blocks, cost_model
+from pam_espnet.early_exit.profile import profile
+from pam_espnet.early_exit.summary import summarise
+from pam_espnet.early_exit.sweep import NEVER, read_timing
 from pam_espnet.errors import ConfigError, DataError
-from pam_espnet.exit_calibration import cost_model
-from pam_espnet.exit_profile import profile
-from pam_espnet.exit_summary import summarise
-from pam_espnet.exit_sweep import NEVER, read_timing
 from pam_espnet.fileio import check_key, read_json, sha256_file, write_json
 from pam_espnet.inference import SpeechLLM
 from pam_espnet.metrics.compare import Column, Row, difference
@@ -87,14 +87,14 @@ def profile_sets(
     out: str | Path,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """Figures of every test set (``exit_summary``), read from ``<out>/profile`` where they were made before.
+    """Figures of every test set (``summary``), read from ``<out>/profile`` where they were made before.
 
     Args:
         exp: experiment directory.
         load: gives its model; not called when nothing is to be run.
         data_dirs: formatted data directories.
         answers: set -> utterance -> tokens; None for the reference answers.
-        layers: candidate blocks; empty: those of the calibration, else every second one of the upper half.
+        layers: candidate blocks where there is no calibration, see ``fitting.candidate_blocks``.
         calibration: file of ``bin/pam_calibrate_exit.py``; its maps and gates are used.
         search: options of decoding; the beam's size is that of the sets that are compared.
         out: of the report.
@@ -135,10 +135,11 @@ def _profile(
     batch_size: int,
 ) -> dict[str, Any]:
     data, decoder = DataDir.load(data_dir), speech.model.decoder
-    fitted = None
-    if calibration is not None:
+    if calibration is None:
+        fitted, layers = None, candidate_blocks(layers, decoder.num_layers)
+    else:
         fitted = Calibration.load(calibration, decoder.width).to(decoder.device, decoder.dtype)
-    layers = candidates(layers, fitted, decoder.num_layers)
+        layers = fitted.layers
     said = reference_answers(speech, data) if answers is None else answers[data.path.name]
     logging.info(f"{data.path.name}: {sum(map(len, said.values()))} tokens through {decoder.num_layers} blocks")
     beam_size = speech.options.beam.beam_size
@@ -154,22 +155,6 @@ def _profile(
         else {"maps": fitted.maps is not None, "threshold": fitted.threshold, "sha256": sha256_file(str(calibration))},
         "tasks": summarise(found, cost, None if fitted is None else fitted.threshold),
     }
-
-
-def candidates(layers: Sequence[int], calibration: Calibration | None, blocks: int) -> tuple[int, ...]:
-    """Candidate blocks: the calibration's, else ``layers``, else every second one of the upper half.
-
-    Raises:
-        ConfigError: both were given, or a block that the LLM does not have, or its last.
-    """
-    if calibration is not None:
-        if layers:
-            raise ConfigError("--layers: a calibration has its own candidate blocks; leave one of the two out")
-        return calibration.layers
-    chosen = tuple(sorted(set(layers))) or tuple(range(blocks // 2, blocks, 2))
-    if chosen[0] < 1 or chosen[-1] >= blocks:
-        raise ConfigError(f"--layers: {list(chosen)}; the blocks before the last are 1 to {blocks - 1}")
-    return chosen
 
 
 def read_sweep(exp: str | Path, data_dirs: Sequence[str | Path], out: str | Path) -> list[dict[str, Any]]:
