@@ -6,7 +6,7 @@ Dimension letters: B utterances, N samples, U adapter frames, P prefix positions
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -146,6 +146,16 @@ class SpeechLLM:
         load_strict(model, read_trained(checkpoint), checkpoint)
         warm_start = config.get("warm_start_conf") or {}
         return cls(model, options, device, warm_start.get("losses"))
+
+    def release_memory(self, prompts: Collection[str]) -> None:
+        """Give back what decoding ``prompts`` does not need: the LLM's own blocks, beside the packed ones that answer.
+
+        Other prompts are still answered, but each new one has those blocks read again. With early exit they stay.
+        """
+        for prompt in sorted(set(prompts)):
+            self.model.decoder.prompt_vector(prompt)
+        if self.options.exit.mode == "never":
+            self.model.decoder.release_own_blocks()
 
     @torch.no_grad()
     def listen(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> AudioEmbeddings:

@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from pam_espnet.answering import AnswerOptions
+    from pam_espnet.data.datadir import DataDir
     from pam_espnet.decoding import DecodeOptions, decode_shard, is_complete, merge_shards
     from pam_espnet.fileio import sha256_file
     from pam_espnet.inference import SpeechLLM
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if todo and not args.merge:
         device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         model = SpeechLLM.load(args.exp, answers, device, args.dtype)
+        model.release_memory({prompt for data, _ in todo for prompt in DataDir.load(data).prompt.values()})
         for data, out in todo:
             decode_shard(model, data, out, options)
     if args.merge or shards == 1:

@@ -3,7 +3,8 @@
 Training goes through transformers' own modules. Decoding multiplies the same weights many times with few rows, where
 the overhead of small operations counts: three LoRA products and seven projections become four products per block,
 with weights packed for them (``decoder.packed``). This copy of the blocks and of the output layer comes on top of the
-LLM, whose own weights stay: prompts are read with them. In int8 it takes a quarter of their float32 memory.
+LLM, whose own blocks can give their memory back then (``decoder.own_weights``). In int8 it takes a quarter of their
+float32 memory.
 
 It knows weights and rows; it knows no cache, no beams, no text.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -63,10 +65,15 @@ class FusedLlama:
         self.final_norm: Tensor = transformer.norm.weight.detach()
         self.int8 = int8
         self.blocks = [_fuse(layer, int8) for layer in transformer.layers]
-        self.output = pack(*_stack(lm.get_output_embeddings()), int8)
+        self._output_layer = lm.get_output_embeddings()
         self._layers = transformer.layers
         self._run_project, self._run_finish = self._project, self._finish
         self._memories: dict[int, Linear] = {}  # of early exit: the keys' and values' part of qkv, packed when needed
+
+    @cached_property
+    def output(self) -> Linear:
+        """D -> V; a search with a vocabulary of its own (``decoder.view``) never asks for it."""
+        return pack(*_stack(self._output_layer), self.int8)
 
     def compile(self) -> None:
         """Compile what a block computes before and after attention, once for all blocks and any number of rows.

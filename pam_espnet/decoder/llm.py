@@ -9,6 +9,7 @@ B utterances, R rows (utterances or hypotheses), P positions, D width, V vocabul
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from pam_espnet.decoder.exits import ExitPolicy
 from pam_espnet.decoder.fused import FusedLlama
 from pam_espnet.decoder.layer_dropout import blocks_skipped
 from pam_espnet.decoder.lora import add_lora, lora_off, lora_precision, set_lora_training
+from pam_espnet.decoder.own_weights import OwnWeights
 from pam_espnet.decoder.pretrained import choose_dtype, hub_source, load_tokenizer
 from pam_espnet.decoder.prompt_layout import Placed, end_of_turn_id, layout
 from pam_espnet.decoder.stepping import DecoderState
@@ -103,6 +105,7 @@ class LLMDecoder(nn.Module):
         self.int8_decoding = int8_decoding
         self.compile_decoding = False  # torch.compile for the fused blocks
         self._fused: tuple[Any, FusedLlama | None] | None = None  # and what it was made from
+        self._own: OwnWeights | None = None  # where the LLM can be read again
         self._prompt_vectors: dict[str, Tensor] = {}
         self.register_load_state_dict_post_hook(_forget_prompt_vectors)
         self.train(self.training)
@@ -143,11 +146,18 @@ class LLMDecoder(nn.Module):
             attention = "eager" if chosen == torch.bfloat16 and not torch.cuda.is_available() else "sdpa"
         source = hub_source(path_or_id, revision, local_files_only)
         tokenizer = load_tokenizer(path_or_id, revision, local_files_only, chat_template)
-        try:
-            lm = AutoModelForCausalLM.from_pretrained(path_or_id, dtype=chosen, attn_implementation=attention, **source)
-        except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(f"cannot load the LLM {path_or_id!r}: {error}") from error
-        return cls(lm, tokenizer, lora=lora, **options)
+
+        def load() -> Any:
+            try:
+                return AutoModelForCausalLM.from_pretrained(
+                    path_or_id, dtype=chosen, attn_implementation=attention, **source
+                )
+            except (OSError, ValueError, ImportError) as error:
+                raise ConfigError(f"cannot load the LLM {path_or_id!r}: {error}") from error
+
+        decoder = cls(load(), tokenizer, lora=lora, **options)
+        decoder._own = OwnWeights(decoder.lm, load)
+        return decoder
 
     # ---- module behaviour -------------------------------------------------------------------------------------
 
@@ -165,6 +175,8 @@ class LLMDecoder(nn.Module):
         """Devices change, dtypes do not: a trainer's ``model.to(dtype)`` must not blow a bfloat16 LLM up."""
         self._prompt_vectors.clear()  # they live on the old device
         self._fused = None
+        if self._own is not None and self._own.released:
+            self._own.restore()
         return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
 
     @property
@@ -201,6 +213,8 @@ class LLMDecoder(nn.Module):
         return self._outputs(embeds, mask, positions).last_hidden_state
 
     def _outputs(self, embeds: Tensor, mask: Tensor, positions: Tensor | None = None, **options: Any) -> Any:
+        if self._own is not None and self._own.released:
+            raise RuntimeError("the LLM's own blocks were released for decoding; load it again for anything else")
         if positions is None:
             positions = torch.arange(embeds.size(1), device=embeds.device).expand(embeds.shape[:2])
         with lora_precision(self.lm):
@@ -260,7 +274,7 @@ class LLMDecoder(nn.Module):
         if prompt not in self._prompt_vectors:
             parts = layout(self.tokenizer, prompt, self.system)
             ids = parts.head_ids + (parts.prompt_ids if self.prompt_position == "prompt" else parts.tail_ids)
-            with lora_off(self.lm):
+            with self._own.lent() if self._own is not None else nullcontext(), lora_off(self.lm):
                 embeds = self.embed(torch.tensor([ids], device=self.device))
                 hidden = self(embeds, torch.ones_like(embeds[..., 0], dtype=torch.bool))
             self._prompt_vectors[prompt] = hidden[0, -1].float()
@@ -324,15 +338,38 @@ class LLMDecoder(nn.Module):
         """
         if not self.fused_decoding:
             return None
-        # Optimizers and load_state_dict raise a tensor's version; a write to ``.data`` does not, but moves the storage.
-        weights = [(weight.data_ptr(), weight._version) for weight in self.lm.parameters()]
-        made_from = (weights, self.int8_decoding, self.compile_decoding)
-        if self._fused is None or self._fused[0] != made_from:
+        if self._fused is None or self._fused[0] != self._made_from():
             self._fused = None  # frees the old copy before the new one is made
-            self._fused = (made_from, stepping.fuse(self.lm, self.int8_decoding, self.compile_decoding))
+            if self._own is not None and self._own.released:
+                self._own.restore()
+            fused = stepping.fuse(self.lm, self.int8_decoding, self.compile_decoding)
+            self._fused = (self._made_from(), fused)
         if self.int8_decoding and self._fused[1] is None:
             raise ConfigError(f"dtype int8: {type(self.lm).__name__} has blocks that cannot be fused; use float32")
         return self._fused[1]
+
+    def _made_from(self) -> Any:
+        """What fused blocks depend on. Optimizers and load_state_dict raise a tensor's version; a write to ``.data``
+        does not, but moves the storage."""
+        weights = [(weight.data_ptr(), weight._version) for weight in self.lm.parameters()]
+        return weights, self.int8_decoding, self.compile_decoding
+
+    def release_own_blocks(self) -> bool:
+        """Give back the memory of the LLM's own blocks: from now on it decodes at full depth and knows its prompts.
+
+        A new prompt has them read again for the moment (``decoder.own_weights``), as have other weights, another
+        precision or another device for good. Early exit with fills needs them, and so does training.
+
+        Returns:
+            whether it was done: there is nothing to give back where transformers runs the blocks, or where the LLM was
+            not loaded by ``from_pretrained``.
+        """
+        fused = self.fused_blocks()
+        if self._own is None or fused is None:
+            return False
+        self._own.release()
+        self._fused = (self._made_from(), fused)
+        return True
 
 
 def _forget_prompt_vectors(decoder: LLMDecoder, _: Any) -> None:
