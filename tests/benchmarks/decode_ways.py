@@ -145,13 +145,16 @@ def load(args: argparse.Namespace) -> LLMDecoder:
         return LLMDecoder.from_pretrained(
             args.llm, dtype=args.dtype, attention="sdpa", fused_decoding=fused, local_files_only=True
         ).eval()
-    from pam_espnet.answering import AnswerOptions
-    from pam_espnet.inference import SpeechLLM
+    from pam_espnet.build import build_model
+    from pam_espnet.checkpoint import MODEL_FILE, load_strict, read_trained
+    from pam_espnet.config import load_yaml
 
-    decoder = SpeechLLM.load(args.exp, AnswerOptions(), dtype=args.dtype).model.decoder
-    decoder.fused_decoding = fused
+    config = load_yaml(Path(args.exp) / "config.yaml")
+    config["llm_conf"] = {**(config.get("llm_conf") or {}), "dtype": args.dtype, "fused_decoding": fused}
+    model = build_model(config)
+    load_strict(model, read_trained(Path(args.exp) / MODEL_FILE), args.exp)
+    decoder = model.decoder
     if not fused:
-        decoder._fused = None
         for module in decoder.lm.modules():
             if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
                 module.merge()
