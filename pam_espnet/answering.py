@@ -101,6 +101,8 @@ class AnswerOptions:
                 raise ConfigError("eos_ids: the LLM's own end tokens are used")
             for key, group in (("exit", ExitOptions), ("draft", DraftOptions), ("ctc", JointOptions)):
                 if key in own:
+                    if not isinstance(own[key], Mapping):
+                        raise ConfigError(f"{key}: {own[key]!r}; must be a mapping of its options")
                     own[key] = group(**{name: value for name, value in own[key].items() if value is not None})
             return cls(beam=BeamOptions(**beam), **own)
         except (TypeError, AttributeError, ConfigError) as error:

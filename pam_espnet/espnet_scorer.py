@@ -71,6 +71,8 @@ class LLMScorer(BatchScorerInterface):
     """
 
     def __init__(self, view: DecoderView, prompt: str) -> None:
+        if view.deferred:
+            raise ConfigError("exit.fill: deferred corrects scores afterwards, ESPnet's search cannot; choose another")
         self.view = view
         ends = set(view.eos_ids)
         count = view.decoder.vocab_size if view.ids is None else len(view.ids)

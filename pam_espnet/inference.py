@@ -91,7 +91,8 @@ class SpeechLLM:
         device: str = "cpu",
         warm_losses: Mapping[str, str] | None = None,
     ) -> None:
-        self.model = model.to(device).eval()
+        moves = model.decoder.device != torch.device(device)  # ``to`` would have blocks that were released read again
+        self.model = (model.to(device) if moves else model).eval()
         self.options = options
         self.device = device
         self.vocabulary_tasks = warm_losses
@@ -111,6 +112,8 @@ class SpeechLLM:
             if options.ctc.weight > 0:
                 raise ConfigError("ctc.weight: needs a model whose warm start fitted a task with CTC; set it to 0")
         fused = model.decoder.fused_blocks()  # now, or the first batch would be charged for it
+        if fused is not None and vocabulary is None:
+            fused.pack_output()
         if options.compile and fused is None:
             raise ConfigError("compile: only Llama-type LLMs with fused_decoding can be compiled; set compile: false")
         self._answer_sets = {
@@ -186,7 +189,19 @@ class SpeechLLM:
             on_partial: called after every step of the search with the utterances that took it: for streaming and
                 progress bars.
             score_answers: also say how likely each answer is, where a task has a set of them; costs a few steps.
+
+        Raises:
+            ConfigError: not as many of each, a waveform without samples, a task whose answers the vocabulary lacks, or
+                options that leave no answer.
         """
+        if len(waves) != len(prompts) or (tasks is not None and len(tasks) != len(waves)):
+            asked = "" if tasks is None else f", {len(tasks)} tasks"
+            given = f"{len(waves)} waveforms, {len(prompts)} prompts{asked}"
+            raise ConfigError(f"answer: as many prompts and tasks as waveforms, not {given}")
+        if empty := [place for place, wave in enumerate(waves) if len(wave) == 0]:
+            raise ConfigError(f"answer: waveform {empty[0]} has no samples")
+        if not waves:
+            return []
         audio = self.listen(waves, prompts) if audio is None else audio
         placed = self.model.place(prompts, audio, None)
         tasks = tasks or [""] * len(waves)

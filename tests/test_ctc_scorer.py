@@ -139,6 +139,21 @@ def test_neighbours_do_not_matter(decoder: LLMDecoder, ctc: EmbeddingCTC, frames
         assert [one.score for one in alone] == pytest.approx([one.score for one in together[row]], abs=1e-5)
 
 
+def test_an_answer_may_end_where_the_llm_would_not(decoder: LLMDecoder, ctc: EmbeddingCTC, frames: Tensor) -> None:
+    """One frame holds one token: then CTC leaves nothing but the end, which may be none of the LLM's best tokens."""
+    view = DecoderView(decoder)
+    with torch.no_grad():
+        few = replace(OPTIONS, candidates=2, unknown=-100.0)
+        short = CTCScorer(ctc, view, frames[:, :1], torch.tensor([1, 1, 1]), [0, 1, 2], few)
+    prefix = torch.randn(3, 6, 32, generator=torch.Generator().manual_seed(9))
+    logits, _ = decoder.prefill(prefix, torch.tensor([6, 4, 5]))
+    ranks = (logits[:, list(decoder.eos_ids)].amax(1, keepdim=True) < logits).sum(1)
+    assert (ranks > 6).any()  # an end token that neither beam nor candidates reach
+    for beam_size in (1, 2):
+        for found in search(view, short, [0, 1, 2], beam_size):
+            assert found and found[0].ended and found[0].score > -torch.inf
+
+
 def test_what_does_not_go_together_is_refused(tiny_llm_dir: Path) -> None:
     for options, said in (
         ({"ctc": {"weight": 1.0}}, "below 1"),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_model import tiny_config, write_data
@@ -82,6 +83,28 @@ def test_compile_needs_fused_blocks(tiny_llm_dir: Path) -> None:
     config["llm_conf"]["fused_decoding"] = False
     with pytest.raises(ConfigError, match="compile: only Llama-type"):
         SpeechLLM(build_model(config), AnswerOptions(compile=True))
+
+
+def test_what_is_asked_of_it_must_fit_together(tiny_llm_dir: Path) -> None:
+    speech, wave = SpeechLLM(build_model(tiny_config(tiny_llm_dir)), AnswerOptions()), np.ones(8000, np.float32)
+    assert speech.answer([], []) == []
+    with pytest.raises(ConfigError, match="1 waveforms, 2 prompts"):
+        speech.answer([wave], ["Hi", "Who speaks?"])
+    with pytest.raises(ConfigError, match="2 tasks"):
+        speech.answer([wave], ["Hi"], ["asr", "count"])
+    with pytest.raises(ConfigError, match="waveform 1 has no samples"):
+        speech.answer([wave, wave[:0]], ["Hi", "Hi"])
+
+
+def test_a_calibration_must_be_there_when_it_is_used(exp: Path, data: Path, tmp_path: Path) -> None:
+    for mode, layers in (("gate", "[]"), ("never", "[]")):
+        config = tmp_path / f"{mode}.yaml"
+        config.write_text(f"exit: {{mode: {mode}, layers: {layers}, calibration: nowhere.safetensors}}\n")
+        if mode == "gate":
+            with pytest.raises(ConfigError, match=r"no file nowhere\.safetensors"):
+                decode(exp, data, tmp_path / mode, "--config", str(config))
+        else:
+            assert decode(exp, data, tmp_path / mode, "--config", str(config), "--limit", "2") == 0
 
 
 def test_the_bar_shows_the_step_of_a_long_batch(

@@ -20,6 +20,7 @@ from pam_espnet.build import build_model
 from pam_espnet.checkpoint import save_trained
 from pam_espnet.config import write_config
 from pam_espnet.data.datadir import DataDir
+from pam_espnet.decoder.exits import ExitOptions
 from pam_espnet.decoder.fused import FusedLlama
 from pam_espnet.decoder.llm import LLMDecoder
 from pam_espnet.decoder.prompt_layout import layout, place
@@ -236,6 +237,9 @@ def test_what_it_cannot_do_is_said(decoder: LLMDecoder, audio: list[Tensor]) -> 
     scorer.batch_init_state(audio[1])
     with pytest.raises(ConfigError, match="one breadth-first search"):
         scorer.batch_score(ys, [node + 1], x)
+    if decoder.fused_decoding:
+        with pytest.raises(ConfigError, match="deferred"):
+            LLMScorer(DecoderView(decoder, exits=ExitOptions("fixed", (1,), fill="deferred")), PROMPT)
 
 
 def test_the_example_of_the_module_runs(

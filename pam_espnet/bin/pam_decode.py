@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pam_espnet.bin._cli import run_main, run_record
 
@@ -59,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = DecodeOptions(args.batch_size, args.audio, shard, shards, args.limit)
     search = load_yaml(args.config) if args.config else {}
     answers = AnswerOptions.from_dict(search, args.config)
-    if answers.exit.calibration:  # another calibration under the same name is another run
+    if answers.exit.mode != "never" and answers.exit.calibration:  # under one name there may be others
+        if not Path(answers.exit.calibration).is_file():
+            raise ConfigError(f"exit.calibration: no file {answers.exit.calibration}; pam_calibrate_exit makes it")
         search = {**search, "exit_calibration_sha256": sha256_file(answers.exit.calibration)}
     if len(args.data) != len(args.out):
         raise ConfigError(f"--data names {len(args.data)} directories and --out {len(args.out)}")

@@ -79,9 +79,12 @@ class ExitOptions:
             raise ConfigError(f"exit.layers: {self.mode} needs candidate blocks")
         if self.layers and self.layers[0] < 1:
             raise ConfigError(f"exit.layers: {list(self.layers)}; blocks count from 1")
+        if self.threshold is not None and self.mode in ("fixed", "patience"):
+            raise ConfigError(f"exit.threshold: {self.mode} has none; set it to null")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ConfigError(f"exit.threshold: {self.threshold}; must be 0 to 1")
-        if self.patience < 2 or (self.mode == "patience" and self.patience > len(self.layers)):
+        most = len(self.layers) if self.mode == "patience" else math.inf
+        if not isinstance(self.patience, int) or not 2 <= self.patience <= most:
             raise ConfigError(f"exit.patience: {self.patience}; must be 2 to the number of candidate blocks")
 
 

@@ -75,6 +75,10 @@ class FusedLlama:
         """D -> V; a search with a vocabulary of its own (``decoder.view``) never asks for it."""
         return pack(*_stack(self._output_layer), self.int8)
 
+    def pack_output(self) -> None:
+        """Pack the output layer now; otherwise the first that asks for logits waits for it."""
+        self.output  # noqa: B018
+
     def compile(self) -> None:
         """Compile what a block computes before and after attention, once for all blocks and any number of rows.
 

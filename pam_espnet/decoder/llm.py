@@ -175,8 +175,7 @@ class LLMDecoder(nn.Module):
         """Devices change, dtypes do not: a trainer's ``model.to(dtype)`` must not blow a bfloat16 LLM up."""
         self._prompt_vectors.clear()  # they live on the old device
         self._fused = None
-        if self._own is not None and self._own.released:
-            self._own.restore()
+        self._restore_own_blocks()
         return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
 
     @property
@@ -304,7 +303,10 @@ class LLMDecoder(nn.Module):
 
         With a ``policy`` the state's steps may leave before the last block; fused blocks only.
         """
-        return stepping.prefill(self.lm, self.fused_blocks(), prefix.to(self.dtype), lengths, policy)
+        fused = self.fused_blocks()
+        if policy is not None:  # fills are made from the LLM's own projections
+            self._restore_own_blocks()
+        return stepping.prefill(self.lm, fused, prefix.to(self.dtype), lengths, policy)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
@@ -337,11 +339,11 @@ class LLMDecoder(nn.Module):
             ConfigError: ``int8_decoding`` of an LLM that transformers must run.
         """
         if not self.fused_decoding:
+            self._restore_own_blocks()
             return None
         if self._fused is None or self._fused[0] != self._made_from():
             self._fused = None  # frees the old copy before the new one is made
-            if self._own is not None and self._own.released:
-                self._own.restore()
+            self._restore_own_blocks()
             fused = stepping.fuse(self.lm, self.int8_decoding, self.compile_decoding)
             self._fused = (self._made_from(), fused)
         if self.int8_decoding and self._fused[1] is None:
@@ -357,8 +359,8 @@ class LLMDecoder(nn.Module):
     def release_own_blocks(self) -> bool:
         """Give back the memory of the LLM's own blocks: from now on it decodes at full depth and knows its prompts.
 
-        A new prompt has them read again for the moment (``decoder.own_weights``), as have other weights, another
-        precision or another device for good. Early exit with fills needs them, and so does training.
+        A new prompt has them read again for the moment (``decoder.own_weights``); other weights, another precision, a
+        move to a device and early exit have them read again for good. Training needs a decoder that kept them.
 
         Returns:
             whether it was done: there is nothing to give back where transformers runs the blocks, or where the LLM was
@@ -370,6 +372,12 @@ class LLMDecoder(nn.Module):
         self._own.release()
         self._fused = (self._made_from(), fused)
         return True
+
+    def _restore_own_blocks(self) -> None:
+        if self._own is not None and self._own.released:
+            self._own.restore()
+            if self._fused is not None:
+                self._fused = (self._made_from(), self._fused[1])
 
 
 def _forget_prompt_vectors(decoder: LLMDecoder, _: Any) -> None:

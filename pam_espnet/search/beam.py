@@ -178,6 +178,11 @@ def _candidates(
             constraint.apply(log_probs, best, utterances, past)
     reach = wanted if joint is None else max(wanted, joint.options.candidates)
     values, tokens = log_probs.topk(min(reach, log_probs.size(1)), dim=-1)  # (R,C)
+    if joint is not None:  # it may leave nothing but an end: what the LLM likes less must be there, too
+        ends = torch.tensor(list(eos_ids), device=tokens.device)
+        there = (tokens[:, :, None] == ends).any(dim=1)  # (R, number of end tokens)
+        values = torch.cat([values, log_probs[:, ends].masked_fill(there, -torch.inf)], dim=1)
+        tokens = torch.cat([tokens, ends.expand(len(tokens), -1)], dim=1)
     rows = list(zip(values.tolist(), tokens.tolist(), depths, strict=True))
     result = []
     for beam in active:
@@ -205,6 +210,6 @@ def _joined(
     possible = [token for token, value in zip(tokens, values, strict=True) if value > -torch.inf]
     second = dict(zip(possible, joint.score(utterance, past, possible), strict=True))
     return [
-        (1 - weight) * value + weight * second[token] if token in second else value
+        (1 - weight) * value + weight * second[token] if value > -torch.inf else value
         for token, value in zip(tokens, values, strict=True)
     ]

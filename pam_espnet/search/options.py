@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pam_espnet.errors import ConfigError
@@ -26,7 +27,7 @@ class BeamOptions:
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
         for name in ("beam_size", "max_new_tokens", "nbest", "min_new_tokens"):
-            if not isinstance(getattr(self, name), int):
+            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be a whole number, not {getattr(self, name)!r}")
         for name in ("beam_size", "max_new_tokens", "nbest"):
             if getattr(self, name) < 1:
@@ -35,7 +36,11 @@ class BeamOptions:
             raise ConfigError(f"nbest ({self.nbest}) must not be larger than beam_size ({self.beam_size})")
         if self.min_new_tokens < 0 or self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(f"min_new_tokens must be 0 to max_new_tokens, not {self.min_new_tokens}")
-        if self.early_stopping not in (True, False, "never"):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ConfigError(f"early_stopping must be true, false or 'never', not {self.early_stopping!r}")
+        for name in ("length_penalty", "temperature"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise ConfigError(f"{name} must be a number, not {value!r}")
         if not self.temperature > 0:
             raise ConfigError(f"temperature must be above 0, not {self.temperature}")

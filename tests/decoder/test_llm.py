@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from pam_espnet.decoder.exits import ExitOptions
 from pam_espnet.decoder.llm import LLMDecoder
 from pam_espnet.decoder.prompt_layout import Placed, answer_ids, layout, place
+from pam_espnet.decoder.view import DecoderView
 from pam_espnet.errors import ConfigError
+from pam_espnet.search.beam import beam_search
+from pam_espnet.search.options import BeamOptions
 
 LORA = {"r": 2, "alpha": 4, "dropout": 0.5}
 
@@ -291,6 +295,22 @@ def test_released_blocks_come_back_when_a_weight_changes(tiny_llm_dir: Path) -> 
     decoder.release_own_blocks()
     decoder.to("cpu")
     assert torch.equal(decoder.prefill(prefix, lengths)[0], other.prefill(prefix, lengths)[0])
+
+
+def test_early_exit_has_released_blocks_read_again(tiny_llm_dir: Path) -> None:
+    decoder = load(tiny_llm_dir).eval()
+    prefix, lengths = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(5)), torch.tensor([5])
+    answers = []
+    for release in (False, True):
+        if release:
+            assert decoder.release_own_blocks()
+        view = DecoderView(decoder, exits=ExitOptions("fixed", (1,)))
+        answers.append(beam_search(view, prefix, lengths, BeamOptions(max_new_tokens=5)))
+    assert answers[0] == answers[1]
+    decoder.release_own_blocks()
+    decoder.fused_decoding = False
+    expected, _ = load(tiny_llm_dir).prefill(prefix, lengths)
+    assert torch.allclose(decoder.prefill(prefix, lengths)[0], expected, atol=1e-4)
 
 
 def test_nothing_is_released_where_transformers_runs_the_blocks(tiny_llm_dir: Path) -> None:

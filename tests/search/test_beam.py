@@ -214,7 +214,12 @@ def test_empty_batch(decoder: LLMDecoder) -> None:
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"min_new_tokens": 200}, "min_new_tokens"),
         ({"early_stopping": "maybe"}, "early_stopping"),
+        ({"early_stopping": 1}, "early_stopping"),
+        ({"beam_size": True}, "beam_size"),
         ({"temperature": 0.0}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"length_penalty": None}, "length_penalty"),
+        ({"length_penalty": float("nan")}, "length_penalty"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

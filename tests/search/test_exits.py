@@ -289,6 +289,8 @@ def test_measures() -> None:
         ({"mode": "fixed", "layers": (BLOCKS,)}, "last block"),
         ({"mode": "fixed", "layers": 3}, "list of blocks"),
         ({"mode": "gate"}, "needs calibration"),
+        ({"mode": "fixed", "layers": (1,), "threshold": 0.5}, "fixed has none"),
+        ({"mode": "patience", "layers": (1, 2), "patience": 2.0}, "patience"),
         ({"mode": "fixed", "layers": (1,), "fill": "guess"}, "fill"),
         ({"mode": "fixed", "layers": (1,), "fill": "map"}, "map needs calibration"),
     ],
