@@ -191,7 +191,7 @@ def write_problem(error: BaseException, path: Path) -> str | None:
     free = shutil.disk_usage(folder).free / 1e6
     return (
         f"{path}: cannot be written ({error}); {free:.0f} MB are free there\n"
-        "  -> free disk space, then run the same command again: it goes on from the checkpoint before this one"
+        "  -> free disk space, then run the same command again: it goes on from the last whole checkpoint"
     )
 
 

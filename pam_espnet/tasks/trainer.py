@@ -71,7 +71,7 @@ class PaMTrainer(Trainer):
             super().run(trainer_options=trainer_options, **others)
         except (OSError, RuntimeError) as error:
             # ESPnet's own files of an epoch, which it writes in place: the copy of the epoch before is whole.
-            problem = write_problem(error, output_dir / CHECKPOINT)
+            problem = write_problem(error, output_dir)
             if problem is None or (isinstance(error, OSError) and error.errno not in _NO_ROOM):
                 raise
             raise CheckpointError(problem) from error
