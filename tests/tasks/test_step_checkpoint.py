@@ -141,7 +141,8 @@ def killable(steps: Any, log: Path, arguments: tuple[Any, ...], changes: dict[st
 def warm() -> Any:
     """Starts processes from one that has imported ESPnet, which takes seconds, and has trained nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["espnet2.tasks.abs_task", "peft", "pam_espnet.tasks.pam", "pam_espnet.build"])
+    converted = "peft.utils.transformers_weight_conversion"
+    context.set_forkserver_preload(["pam_espnet.tasks.pam", "pam_espnet.bin.pam_train", "peft", converted, __name__])
     return context
 
 
@@ -171,6 +172,7 @@ def finish(process: Any, connection: Any, log: Path) -> None:
     assert process.exitcode == 0, log.read_text()[-3000:]
 
 
+@pytest.mark.slow  # another process imports ESPnet
 def test_killed_at_twenty_random_moments(data: Path, tiny_llm_dir: Path, tmp_path: Path, warm: Any) -> None:
     """A moment: some steps after the process began to train, and some time more; in a step, in a checkpoint, in
     validation or between epochs."""
@@ -205,6 +207,7 @@ def ranks(warm: Any, log: Path, output: Path, *arguments: Any, **changes: Any) -
     return [start(warm, log, *arguments, output, *shared, str(rank), **changes) for rank in range(2)]
 
 
+@pytest.mark.slow  # another process imports ESPnet
 def test_two_processes_go_on_in_the_middle_of_an_epoch(
     data: Path, tiny_llm_dir: Path, tmp_path: Path, warm: Any
 ) -> None:
@@ -399,6 +402,7 @@ def limited(said: Any, kilobytes: int, arguments: tuple[Any, ...], changes: dict
         said.send(str(error))
 
 
+@pytest.mark.slow  # another process imports ESPnet
 @pytest.mark.parametrize("interval", [2, 0])  # a step checkpoint fails first, or ESPnet's file of the epoch
 def test_files_that_may_not_grow(
     unbroken: Path, data: Path, tiny_llm_dir: Path, tmp_path: Path, warm: Any, interval: int
