@@ -37,7 +37,9 @@ class Training:
     @property
     def bare_model(self) -> nn.Module:
         """The model without the wrapper that shares it over processes."""
-        return getattr(self.model, "module", self.model)
+        if isinstance(self.model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            return self.model.module
+        return self.model
 
     def trained(self) -> dict[str, Tensor]:
         """The trained tensors by name."""
@@ -47,8 +49,8 @@ class Training:
         """The state of everything but the model."""
         return {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "schedulers": [scheduler and scheduler.state_dict() for scheduler in self.schedulers],
-            "scaler": self.scaler and self.scaler.state_dict(),
+            "schedulers": [None if s is None else s.state_dict() for s in self.schedulers],
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "statistics": {key: [_pair(value) for value in values] for key, values in self.reporter.stats.items()},
         }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import deeper_llm, tiny_config, train_args, write_data
+from tiny_model import deeper_llm, tiny_config, train_args
 
 from pam_espnet.checkpoint import read_trained
 from pam_espnet.config import write_config
@@ -60,14 +60,6 @@ def train(root: Path, llm: Path, output: Path, ranks: int, **changes: Any) -> tu
             process.kill()
     curve = [json.loads(line) for line in (output / "curve.jsonl").read_text().splitlines()]
     return read_trained(output / "model.safetensors"), curve
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    write_data(root, "train", size=4, seed=0)
-    write_data(root, "dev", size=2, seed=1)
-    return root
 
 
 @pytest.fixture(scope="module")
