@@ -2,8 +2,9 @@
 
 Takes all options of ESPnet's training commands (--config, --output_dir, --train_data_path_and_name_and_type,
 --ngpu, --max_epoch, ...) and those of this project: --llm, --llm_conf, --frontend_conf, --model_conf,
---batching_conf, --lr_scale_conf, --init_trained. --help_all lists every one of them (slow: it loads ESPnet).
-A killed run resumes (--resume true). At the end the averaged model is exported as model.safetensors.
+--batching_conf, --lr_scale_conf, --init_trained, --checkpoint_steps. --help_all lists every one of them (slow: it
+loads ESPnet). A killed run resumes (--resume true), at the last of its checkpoints, which --checkpoint_steps makes
+every so many batches. At the end the averaged model is exported as model.safetensors.
 """
 
 from __future__ import annotations

@@ -64,6 +64,12 @@ class PaMTask(AbsTask):
             default=None,
             help="safetensors file to start from: every tensor in it must fit (the warm start writes one)",
         )
+        group.add_argument(
+            "--checkpoint_steps",
+            type=int,
+            default=0,
+            help="batches between two checkpoints within an epoch, rounded up to a multiple of accum_grad; 0: none",
+        )
         parser.set_defaults(
             iterator_type="task",
             # Batches are planned from utt2num_samples, whose streams are named by the encoders in use.

@@ -1,12 +1,16 @@
-"""ESPnet's trainer, with what a killed run needs: a checkpoint that survives the kill, a curve, a progress bar.
+"""ESPnet's trainer, with what a killed run needs: checkpoints that survive the kill, a curve, a progress bar.
 
 ESPnet writes ``checkpoint.pth`` in place once per epoch; a kill in the middle leaves half a file. A copy of the last
 whole one is kept beside it, and resuming falls back to the copy. Random numbers are seeded per epoch by ESPnet and
-batches are a function of the epoch, so a resumed run repeats the unbroken one.
+batches are a function of the epoch, so a resumed run repeats the unbroken one. Within the epoch it goes on from the
+last step checkpoint (``step_checkpoint``).
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import errno
 import json
 import logging
 import math
@@ -18,20 +22,61 @@ from typing import Any
 
 import torch
 from espnet2.train.reporter import aggregate
-from espnet2.train.trainer import Trainer
+from espnet2.train.trainer import Trainer, TrainerOptions
+from espnet2.utils.build_dataclass import build_dataclass
 
-from pam_espnet.errors import CheckpointError
+from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import atomic_path, write_text
+from pam_espnet.tasks.step_checkpoint import DIRECTORY, ResumableEpoch, first_process, write_problem
+from pam_espnet.tasks.training_state import Training
 
 CHECKPOINT = "checkpoint.pth"
 PREVIOUS = "checkpoint.previous.pth"
 CURVE = "curve.jsonl"
 PROGRESS = "progress.txt"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DAMAGED = (RuntimeError, EOFError, pickle.UnpicklingError, OSError)
+
+
+@dataclasses.dataclass
+class PaMTrainerOptions(TrainerOptions):
+    """ESPnet's options and ``checkpoint_steps``: batches between two step checkpoints, 0 for none."""
+
+    checkpoint_steps: int
 
 
 class PaMTrainer(Trainer):
     """ESPnet's ``Trainer`` with safe resuming, ``curve.jsonl`` and ``progress.txt`` in the output directory."""
+
+    @classmethod
+    def build_options(cls, args: argparse.Namespace) -> PaMTrainerOptions:
+        """The trainer's share of the command line.
+
+        Raises:
+            ConfigError: a negative ``checkpoint_steps``.
+        """
+        if args.checkpoint_steps < 0:
+            raise ConfigError(f"checkpoint_steps: {args.checkpoint_steps}; must be 0 (none) or more")
+        return build_dataclass(PaMTrainerOptions, args)
+
+    @classmethod
+    def run(cls, *, trainer_options: PaMTrainerOptions, **others: Any) -> None:
+        """ESPnet's whole training; step checkpoints are gone when it ends.
+
+        Raises:
+            CheckpointError: a file could not be written, say on a full disk; names it and what to do.
+        """
+        output_dir = Path(trainer_options.output_dir)
+        try:
+            super().run(trainer_options=trainer_options, **others)
+        except (OSError, RuntimeError) as error:
+            # ESPnet's own files of an epoch, which it writes in place: the copy of the epoch before is whole.
+            problem = write_problem(error, output_dir)
+            if problem is None or (isinstance(error, OSError) and error.errno not in _NO_ROOM):
+                raise
+            raise CheckpointError(problem) from error
+        if first_process():
+            shutil.rmtree(output_dir / DIRECTORY, ignore_errors=True)
 
     @staticmethod
     def resume(checkpoint: str | Path, **options: Any) -> None:
@@ -68,17 +113,37 @@ class PaMTrainer(Trainer):
                 torch.save(states["model"], tmp)
 
     @classmethod
-    def train_one_epoch(cls, model: Any, iterator: Iterable[Any], reporter: Any, options: Any, **others: Any) -> bool:
-        """One epoch of ESPnet's loop, with the checkpoint before it kept and its curve written after it."""
+    def train_one_epoch(cls, model: Any, iterator: Any, reporter: Any, options: Any, **others: Any) -> bool:
+        """One epoch of ESPnet's loop, from its last step checkpoint, with the checkpoint before it kept and its curve
+        written after it."""
         output_dir = Path(options.output_dir)
-        first_rank = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        if first_rank and (output_dir / CHECKPOINT).exists():
+        if first_process() and (output_dir / CHECKPOINT).exists():
             _copy(output_dir / CHECKPOINT, output_dir / PREVIOUS)
-        steps: Iterable[Any] = _Progress(iterator, reporter, options) if first_rank else iterator
-        invalid = super().train_one_epoch(model=model, iterator=steps, reporter=reporter, options=options, **others)
-        if first_rank:
+        optimizers = others["optimizers"]
+        for optimizer in optimizers:
+            # What an incomplete group of accum_grad batches left: no checkpoint holds gradients, so that a run which
+            # was killed here would go on without them.
+            optimizer.zero_grad()
+
+        def write_curve() -> None:
             _write_curve(output_dir / CURVE, reporter, "train", options.log_interval or 10)
-        return invalid
+
+        epoch = ResumableEpoch(
+            iterator,
+            output_dir / DIRECTORY,
+            Training(model, optimizers, others["schedulers"], others["scaler"], reporter),
+            interval=-(-options.checkpoint_steps // options.accum_grad) * options.accum_grad,
+            resume=options.resume,
+            before_save=write_curve,
+        )
+        steps: Iterable[Any] = _Progress(epoch, reporter, options) if first_process() else epoch
+        super().train_one_epoch(model=model, iterator=steps, reporter=reporter, options=options, **others)
+        if first_process():
+            write_curve()
+        # ESPnet's answer knows the steps of this process only.
+        return not options.no_forward_run and not any(
+            math.isfinite(norm.value) for norm in reporter.stats.get("grad_norm", [])
+        )
 
     @classmethod
     def validate_one_epoch(
@@ -86,20 +151,20 @@ class PaMTrainer(Trainer):
     ) -> None:
         """ESPnet's validation; its mean goes to the curve as one line."""
         super().validate_one_epoch(model=model, iterator=iterator, reporter=reporter, options=options, **others)
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        if first_process():
             _write_curve(Path(options.output_dir) / CURVE, reporter, "valid", None)
 
 
 class _Progress:
     """An iterable over batches with a tqdm bar over all epochs, written to a file that a shell can follow."""
 
-    def __init__(self, iterator: Iterable[Any], reporter: Any, options: Any) -> None:
+    def __init__(self, iterator: ResumableEpoch, reporter: Any, options: Any) -> None:
         self.iterator = iterator
         self.reporter = reporter
         self.options = options
 
     def __len__(self) -> int:
-        return len(self.iterator)  # type: ignore[arg-type]
+        return len(self.iterator)
 
     def __iter__(self) -> Iterator[Any]:
         from tqdm import tqdm
@@ -108,7 +173,7 @@ class _Progress:
         with open(Path(self.options.output_dir) / PROGRESS, "a", encoding="utf-8") as file:
             bar = tqdm(
                 total=size * self.options.max_epoch,
-                initial=size * (epoch - 1),
+                initial=size * (epoch - 1) + self.iterator.done,
                 desc=f"train, epoch {epoch}/{self.options.max_epoch}",
                 unit="step",
                 file=file,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import deeper_llm, tiny_config, train_args, write_data
+from tiny_model import deeper_llm, tiny_config, train_args
 
 from pam_espnet.checkpoint import read_trained
 from pam_espnet.config import write_config
@@ -63,14 +63,6 @@ def train(root: Path, llm: Path, output: Path, ranks: int, **changes: Any) -> tu
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    write_data(root, "train", size=4, seed=0)
-    write_data(root, "dev", size=2, seed=1)
-    return root
-
-
-@pytest.fixture(scope="module")
 def deep_llm_dir(tiny_llm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five blocks, some of which are left out of a step."""
     torch.manual_seed(0)
@@ -103,9 +95,7 @@ def test_two_processes_train_what_one_does(data: Path, tiny_llm_dir: Path, tmp_p
     assert valid[0][1] < valid[0][0]
 
 
-def test_a_rank_without_an_utterance_of_some_task_does_not_hang(
-    data: Path, tiny_llm_dir: Path, tmp_path: Path
-) -> None:
+def test_a_rank_without_an_utterance_of_some_task_does_not_hang(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
     """Batches of two: each rank has one utterance, so one task at most, and most experts get no gradient."""
     options = {
         "batching_conf": {"max_utterances": 2, "pool": 2},

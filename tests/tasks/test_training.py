@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import tiny_config, train_args, write_data
+from tiny_model import tiny_config, train_args
 
 from pam_espnet.checkpoint import read_trained
 from pam_espnet.config import write_config
@@ -27,14 +27,6 @@ TRAINING = {
     "log_interval": 2,
     "seed": 5,
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    write_data(root, "train", size=4, seed=0)
-    write_data(root, "dev", size=2, seed=1)
-    return root
 
 
 def run(root: Path, llm: Path, output: Path, features: dict[str, Path] | None = None, **changes: Any) -> Path:
