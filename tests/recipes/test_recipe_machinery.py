@@ -163,6 +163,28 @@ def test_a_model_is_built_of_every_fusion(recipe: Path, fusion: str, tiny_llm_di
         assert any(name.startswith(prefix) for name in names), f"{prefix} matches nothing"
 
 
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(script, id=recipe.parent.name)
+        for recipe in RECIPES
+        for script in [*recipe.glob("run_ablation.sh"), *recipe.glob("run_fusions.sh")]
+    ],
+)
+def test_a_comparison_runs_every_fusion_once_and_puts_them_side_by_side(script: Path) -> None:
+    recipe = script.parent
+    before = sorted(recipe.iterdir())
+    done = subprocess.run([str(script), "--dry_run", "true"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    fusions = sorted(path.stem for path in recipe.glob("conf/fusion/*.yaml"))
+    assert sorted(line[4:] for line in done.stdout.splitlines() if line.startswith("=== ")) == fusions
+    assert done.stdout.count("stage 5 (score)") == len(fusions)
+    assert done.stdout.count("--audio zero") == 2  # decoding and joining, of the first fusion alone
+    report = done.stdout.splitlines()[-1]
+    assert "pam_report --compare exp/pam_" in report and all(f"exp/{fusion}_" in report for fusion in fusions)
+    assert sorted(recipe.iterdir()) == before
+
+
 def test_a_new_recipe_is_made_and_refuses_to_overwrite(tmp_path: Path) -> None:
     """setup.sh needs the tree around it, so it runs on a copy of egs/ and utils/."""
     import shutil
