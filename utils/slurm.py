@@ -108,6 +108,19 @@ def read_flags(path: Path) -> Flags:
     return flags
 
 
+def named_config(words: list[str]) -> Path:
+    """The value of --config, looked for before the parser can be made, which the configuration adds options to."""
+    path, place = "conf/slurm.conf", 0
+    while place < len(words) and words[place].startswith("--"):  # the command after them may have a --config too
+        name, equals, value = words[place].partition("=")
+        if not equals:
+            value = words[place + 1] if place + 1 < len(words) else ""
+        if name == "--config":
+            path = value
+        place += 1 if equals else 2  # every option takes a value
+    return Path(path)
+
+
 def build_parser(options: list[str]) -> argparse.ArgumentParser:
     """The command line; ``options`` of the configuration join those of the contract."""
     parser = argparse.ArgumentParser(
@@ -282,9 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] in (["-h"], ["--help"]):
         build_parser([]).parse_args(words)
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", type=Path, default=Path("conf/slurm.conf"))
-    flags = read_flags(early.parse_known_args(words)[0].config)
+    flags = read_flags(named_config(words))
     parser = build_parser(sorted(flags.options))
     args = parser.parse_args(words)
     work = parse_work(parser, args.rest)

@@ -50,6 +50,7 @@ def test_dry_run_prints_all_stages_and_writes_nothing(recipe: Path, fusion: str,
     for stage in range(1, 6):
         assert f"stage {stage} " in done.stdout
     assert f"exp/{fusion}_{size}" in done.stdout
+    assert "pam_espnet.bin.pam_estimate --config" in done.stdout
     assert sorted(recipe.iterdir()) == before
 
 

@@ -110,9 +110,10 @@ def test_array_of_jobs(tmp_path: Path, fake: dict[str, str]) -> None:
 
 
 def test_options_become_flags_of_sbatch(tmp_path: Path, fake: dict[str, str]) -> None:
-    options = ["--gpu", "2", "--mem", "1.5G", "--num_threads", "3", "--time", "1:00:00", "--partition", "long"]
+    options = ["--gpu", "2", "--mem", "1.5G", "--num_threads", "3", "--time", "1:00:00", "--partition=long"]
     env = {**fake, "CUDA_VISIBLE_DEVICES": "4,6"}
-    done = slurm(tmp_path / "work", env, *options, "x.log", "sh", "-c", "echo $OMP_NUM_THREADS $CUDA_VISIBLE_DEVICES")
+    echo = ["sh", "-c", "echo $OMP_NUM_THREADS $CUDA_VISIBLE_DEVICES", "--config", "its own"]
+    done = slurm(tmp_path / "work", env, *options, "x.log", *echo)
     assert done.returncode == 0, done.stderr
     flags = "--gres=gpu:2 --mem=1536M --cpus-per-task=3 --partition=long --time=1:00:00"
     assert flags in calls(fake)[0] and "--array" not in calls(fake)[0]
