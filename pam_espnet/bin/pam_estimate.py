@@ -1,13 +1,14 @@
 """Estimate memory, disk and time of a training from its configuration alone; no weights of transformers are loaded.
 
 Prints the parameters of each part (frozen and trained, exact), the memory of a step, the size of the feature cache and
-a time at an assumed speed. How each is reckoned stands in pam_espnet/estimate/formulas.py. An id whose config.json was
-never fetched is asked for at the Hugging Face hub; where that fails, its part is "unknown".
+a time at an assumed speed. How each is reckoned stands in pam_espnet/estimate/formulas.py. A part whose config.json
+is on this machine neither in a folder nor in Hugging Face's cache is "unknown", unless --fetch true may get the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", nargs="*", default=[], help="formatted data: what is trained on, then what is cached")
     parser.add_argument("--ngpu", type=int, default=0, help="GPUs that share a batch (default: 0 = CPU)")
     parser.add_argument("--use_cache", choices=("true", "false"), default="true", help="train on cached hidden states")
+    parser.add_argument("--fetch", choices=("true", "false"), default="false", help="get a missing config.json")
     parser.add_argument(
         "--tflops", type=float, help="assumed sustained speed of a device, 10^12 FLOP/s (GPU: 100, CPU: 0.05)"
     )
@@ -34,6 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     args = build_parser().parse_args(argv)
+    if args.fetch == "false":
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no waiting for a hub out of reach
     from pam_espnet.config import resolve
     from pam_espnet.estimate.report import Assumptions, estimate
 

@@ -7,6 +7,7 @@ of keys (and values), A heads, V vocabulary, H layers and W width of an encoder,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -68,7 +69,7 @@ def encoder_pass_bytes(encoder: AbsEncoder, batch: Batch) -> float:
     first convolution's output, the longest sequence they have."""
     frames = batch.seconds * encoder.frame_rate
     numbers = frames * encoder.width * (max(encoder.layers) + 1 + 4)
-    own = getattr(getattr(encoder, "model", None), "config", None)
+    own: Any = getattr(getattr(encoder, "model", None), "config", None)
     if getattr(own, "conv_stride", None):
         numbers += 3 * own.conv_dim[0] * batch.seconds * encoder.sample_rate / own.conv_stride[0]
     return 4 * numbers

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,8 +79,8 @@ def model_parts(config: Mapping[str, Any], cuda: bool) -> ModelParts:
         ConfigError: no encoders, or keys that are no mappings.
     """
     found = ModelParts()
-    lm = _try(found, f"llm: {config.get('llm')}", lambda: _llm(config, cuda))
-    width = None
+    lm = _try(found, f"llm: {config.get('llm')}", partial(_llm, config, cuda))
+    width: int | None = None
     if lm is not None:
         width = lm.get_input_embeddings().weight.shape[1]
         found.llm = _shape(lm, config, cuda)
@@ -89,20 +90,20 @@ def model_parts(config: Mapping[str, Any], cuda: bool) -> ModelParts:
     for name in names:
         options = frontend_conf["encoders"][name]
         label = f"encoder {name}: {options.get('path', options.get('type'))}"
-        encoder = _try(found, label, lambda options=options: _encoder(options))
+        encoder = _try(found, label, partial(_encoder, options))
         if encoder is not None:
             found.encoders[name] = encoder
             found.parts.append(_part(f"encoder {name}", encoder))
     missing = [*([] if width else ["the LLM"]), *(name for name in names if name not in found.encoders)]
-    if missing:
+    if missing or width is None:
         found.unknown.append(f"adapters and fusion (their widths depend on {', '.join(missing)})")
         return found
     specs = {name: EncoderSpec.of(name, encoder) for name, encoder in found.encoders.items()}
-    frontend = _try(found, "adapters and fusion", lambda: _frontend(frontend_conf, specs, width))
+    frontend = _try(found, "adapters and fusion", partial(_frontend, frontend_conf, specs, width))
     if frontend is not None:
         adapters, fusion = _part("adapters", frontend.adapters), _part("fusion", frontend.fusion)
         found.parts += [adapters, Part("fusion and gain", fusion.frozen, fusion.trained + 1, fusion.bytes + 4)]
-    if width and (config.get("model_conf") or {}).get("ctc_tokens"):
+    if (config.get("model_conf") or {}).get("ctc_tokens"):
         found.parts.append(Part("CTC head", 0, width + 1, 4 * (width + 1)))  # blank and temperature
     return found
 
@@ -111,7 +112,7 @@ def _try(found: ModelParts, label: str, build: Callable[[], Any]) -> Any:
     try:
         return build()
     except (PamError, OSError, ValueError, ImportError) as error:
-        found.unknown.append(f"{label} ({' '.join(str(error).split())[:200]})")
+        found.unknown.append(f"{label} ({' '.join(str(error).split())[:120]})")
         return None
 
 

@@ -81,7 +81,7 @@ def _memory(config: Mapping[str, Any], found: ModelParts, batches: Batches, assu
     loaded = [part for part in found.parts if not (assumed.use_cache and part.name.startswith("encoder "))]
     checkpointing = bool((config.get("llm_conf") or {}).get("gradient_checkpointing", False))
     optim = str(config.get("optim", "adadelta"))
-    rows = [
+    rows: list[tuple[str, float]] = [
         ("weights" + (" (encoders are not loaded: cached)" if assumed.use_cache else ""), sum(p.bytes for p in loaded))
     ]
     rows.append((f"gradients and states of {optim}", formulas.optimiser_bytes(trained, optim)))

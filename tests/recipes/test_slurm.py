@@ -6,7 +6,6 @@ tests are skipped, and say so.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -246,10 +245,10 @@ def test_stages_3_and_4_as_real_jobs(tmp_path: Path, cluster: dict[str, str], mi
     corpus = make_librispeech(tmp_path, subsets, utterances=2)
     recipe = copy_recipe(tmp_path / "tree", "librispeech")
     options = [*small(recipe, mini_models), "--librispeech", str(corpus), "--use_cache", "true", "--cmd", "slurm"]
-    options += ["--test_sets", "test_clean"]
+    options += ["--test_sets", "test_clean", "--stop_stage", "4"]
     done = run(recipe, *options, "--decode_nj", "2", **cluster)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for log, jobs in (("log/cache", 3), ("log/warm_start", 1), ("log/train", 1), ("decode_beam/log/decode", 2)):
         assert f"({jobs} runs): exp/small/{log}" in done.stderr
-    scores = json.loads((recipe / "exp/small/decode_beam/test_clean/scores.json").read_text())
-    assert scores["tasks"]["asr"]["wer"]["n"] == 4
+    assert len((recipe / "exp/small/decode_beam/test_clean/text").read_text().splitlines()) == 4
+    assert "Estimate, reckoned from the configuration" in done.stdout and "whisper" in done.stdout

@@ -203,7 +203,7 @@ if wants 3; then
     module pam_config --config "${configs[@]}" --set "${changes[@]}" --experiment "${exp}" \
         --data "${dump}/raw/${train_set}" "${dump}/raw/${valid_set}" --out "${exp}/model.yaml"
     [ -f "${exp}/model.safetensors" ] || module pam_estimate --config "${exp}/model.yaml" --ngpu "${ngpu}" \
-        --use_cache "${use_cache}" --data "${dump}/raw/${train_set}" "${dump}/raw/${valid_set}" ||
+        --fetch true --use_cache "${use_cache}" --data "${dump}/raw/${train_set}" "${dump}/raw/${valid_set}" ||
         echo "warning: there is no estimate of memory and time; training goes on" >&2
     encoders=(ENCODER)
     if [ "${dry_run}" = false ]; then
