@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+STEPS = "max_epoch=1 num_iters_per_epoch=2 num_workers=0"
 RATE = 16000
 WORDS = ("THE", "OLD", "MAN'S", "HOUSE", "STOOD", "BY", "A", "GREEN", "RIVER", "AND", "NOBODY", "KNEW", "IT")
 HEAD = """; Some pipe(|) separated metadata about all LibriVox readers, whose work was used
@@ -96,9 +98,30 @@ def copy_recipe(root: Path, name: str, *others: str) -> Path:
     return root / "egs" / name / "pam1"
 
 
-def run(recipe: Path, *args: str, program: str = "./run.sh") -> subprocess.CompletedProcess[str]:
+def small(recipe: Path, models: Path) -> list[str]:
+    """Write what puts the mini recipe's models and two steps into ``recipe``; return the options that use it."""
+    conf = {
+        "llm": str(models / "smollm2-135m-instruct"),
+        "llm_conf": {"gradient_checkpointing": False, "lora": {"r": 4}},
+        "frontend_conf": {
+            "encoders": {
+                "whisper": {"path": str(models / "whisper-tiny.en"), "layers": [2, 4]},
+                "wavlm": {"type": "pyannote", "path": str(models / "pyannote-segmentation"), "layers": [2, 4]},
+                "wav2vec2": {"type": "yamnet", "path": str(models / "yamnet"), "layers": [11, 13]},
+            }
+        },
+        "warm_start_conf": {"steps": 4, "single_steps": 2, "max_utterances": 4},
+        "batching_conf": {"max_utterances": 4},
+    }
+    (recipe / "conf/small.yaml").write_text(yaml.safe_dump(conf))
+    decode = yaml.safe_load((recipe / "conf/decode.yaml").read_text()) | {"beam_size": 2, "max_new_tokens": 6}
+    (recipe / "conf/decode_small.yaml").write_text(yaml.safe_dump(decode))
+    options = ["--size", "mini", "--tag", "small", "--nj", "1", "--check_counts", "false", "--set", STEPS]
+    return [*options, "--train_config", "conf/train.yaml conf/small.yaml", "--decode_config", "conf/decode_small.yaml"]
+
+
+def run(recipe: Path, *args: str, program: str = "./run.sh", **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a recipe with the environment that runs the tests."""
     own = {"PAM_NO_SETUP": "1", "PAM_PYTHON": sys.executable, "python": sys.executable, "TQDM_MININTERVAL": "60"}
-    return subprocess.run(
-        [program, *args], cwd=recipe, env={**os.environ, **own}, capture_output=True, text=True, check=False
-    )
+    env = {**os.environ, **own, **environment}
+    return subprocess.run([program, *args], cwd=recipe, env=env, capture_output=True, text=True, check=False)

@@ -28,10 +28,10 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO
 
-TAIL_LINES = 20
-SHOWN_LOGS = 5
+from job_contract import count, exit_on_signals, ignore_signals, parse_gib, parse_work, positive, show_failures
+
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 POLL_SECONDS = 0.05
 TIME_FORMAT = "%a %b %d %H:%M:%S %Z %Y"
@@ -46,26 +46,6 @@ class Running:
     file: IO[bytes]
     slot: int
     started: float
-
-
-def parse_gib(text: str) -> float:
-    """Kaldi's memory sizes: ``4G``, ``500M``, ``1.5T``, or a plain number of GiB -> GiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([MGT]?)", text.upper())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a size like 4G or 500M")
-    return float(match[1]) * {"M": 1 / 1024, "": 1.0, "G": 1.0, "T": 1024.0}[match[2]]
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
-    return int(text)
-
-
-def count(text: str) -> int:
-    """An integer of at least 0."""
-    return 0 if text == "0" else positive(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -161,8 +141,7 @@ def finish(run: Running, killed: bool = False) -> int:
 
 def kill(runs: list[Running]) -> None:
     """End process groups: SIGTERM, a few seconds of grace, SIGKILL; then close the logs."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # it is ending already
+    ignore_signals()  # it is ending already
     for wanted in (signal.SIGTERM, signal.SIGKILL):
         for run in runs:
             try:
@@ -176,50 +155,20 @@ def kill(runs: list[Running]) -> None:
         finish(run, killed=True)
 
 
-def show_failures(failed: list[tuple[Path, int]], total: int) -> None:
-    """Print the last lines of failed logs to stderr."""
-    for log, status in failed[:SHOWN_LOGS]:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        print(f"----- last lines of {log} (status {status})", file=sys.stderr)
-        print("\n".join(lines[-TAIL_LINES:]), file=sys.stderr)
-    if len(failed) > SHOWN_LOGS:
-        print("also failed: " + " ".join(str(log) for log, _ in failed[SHOWN_LOGS:]), file=sys.stderr)
-    print(f"run.py: {len(failed)} of {total} runs failed; log: {failed[0][0]}", file=sys.stderr)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run all jobs; return 0 if every one succeeded, else 1 (128 + signal when ended by a signal)."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    rest: list[str] = args.rest
-    name, numbers = "", ["1"]
-    job = re.fullmatch(r"([A-Za-z_]\w*)=(\d+)(?::(\d+))?", rest[0]) if rest else None
-    if job is not None:
-        rest = rest[1:]
-        name, first, last = job[1], int(job[2]), int(job[3] or job[2])
-        if first > last:
-            parser.error(f"{job[0]}: the range is empty")
-        numbers = [str(number) for number in range(first, last + 1)]
-    if len(rest) < 2:
-        parser.error("give a log file and a command")
-    if rest[0].startswith("-"):
-        parser.error(f"unknown option {rest[0]}")
-    if len(numbers) > 1 and name not in rest[0]:
-        parser.error(f"the log's name must contain {name}, or {len(numbers)} runs would write to {rest[0]}")
+    work = parse_work(parser, args.rest)
     gpus = visible_gpus() if args.gpu else []
     if args.gpu and len(gpus) < args.gpu:
         parser.error(f"--gpu {args.gpu}: {len(gpus)} GPUs are visible; use --gpu 0, or look at CUDA_VISIBLE_DEVICES")
 
-    def on_signal(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    for wanted in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(wanted, on_signal)
-
-    waiting = deque([part.replace(name, number) if name else part for part in rest] for number in numbers)
-    free = list(range(min(at_once(args, gpus), len(numbers))))
+    exit_on_signals()
+    waiting = deque(work.filled(number) for number in work.numbers)
+    free = list(range(min(at_once(args, gpus), len(work.numbers))))
     running: list[Running] = []
-    failed: list[tuple[Path, int]] = []
+    failed: list[tuple[Path, str]] = []
     try:
         while waiting or running:
             while waiting and free:
@@ -230,12 +179,12 @@ def main(argv: list[str] | None = None) -> int:
                 running.remove(run)
                 free.append(run.slot)
                 if status := finish(run):
-                    failed.append((run.log, status))
+                    failed.append((run.log, str(status)))
     finally:
         if running:  # a signal or a bug: leave nothing behind
             kill(running)
     if failed:
-        show_failures(failed, len(numbers))
+        show_failures("run.py", failed, len(work.numbers))
     return 1 if failed else 0
 
 

@@ -12,35 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from libri_corpora import copy_recipe, make_libricount, make_librispeech, run
+from libri_corpora import copy_recipe, make_libricount, make_librispeech, run, small
 
 from pam_espnet.data.tables import read_table
 
-STEPS = "max_epoch=1 num_iters_per_epoch=2 num_workers=0"
-
 pytestmark = pytest.mark.slow
-
-
-def small(recipe: Path, models: Path) -> list[str]:
-    """Write what puts the mini recipe's models and two steps into ``recipe``; return the options that use it."""
-    conf = {
-        "llm": str(models / "smollm2-135m-instruct"),
-        "llm_conf": {"gradient_checkpointing": False, "lora": {"r": 4}},
-        "frontend_conf": {
-            "encoders": {
-                "whisper": {"path": str(models / "whisper-tiny.en"), "layers": [2, 4]},
-                "wavlm": {"type": "pyannote", "path": str(models / "pyannote-segmentation"), "layers": [2, 4]},
-                "wav2vec2": {"type": "yamnet", "path": str(models / "yamnet"), "layers": [11, 13]},
-            }
-        },
-        "warm_start_conf": {"steps": 4, "single_steps": 2, "max_utterances": 4},
-        "batching_conf": {"max_utterances": 4},
-    }
-    (recipe / "conf/small.yaml").write_text(yaml.safe_dump(conf))
-    decode = yaml.safe_load((recipe / "conf/decode.yaml").read_text()) | {"beam_size": 2, "max_new_tokens": 6}
-    (recipe / "conf/decode_small.yaml").write_text(yaml.safe_dump(decode))
-    options = ["--size", "mini", "--tag", "small", "--nj", "1", "--check_counts", "false", "--set", STEPS]
-    return [*options, "--train_config", "conf/train.yaml conf/small.yaml", "--decode_config", "conf/decode_small.yaml"]
 
 
 def scores(recipe: Path, name: str) -> dict:

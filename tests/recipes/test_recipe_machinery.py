@@ -50,6 +50,7 @@ def test_dry_run_prints_all_stages_and_writes_nothing(recipe: Path, fusion: str,
     for stage in range(1, 6):
         assert f"stage {stage} " in done.stdout
     assert f"exp/{fusion}_{size}" in done.stdout
+    assert "pam_espnet.bin.pam_estimate --config" in done.stdout
     assert sorted(recipe.iterdir()) == before
 
 
@@ -161,6 +162,28 @@ def test_a_model_is_built_of_every_fusion(recipe: Path, fusion: str, tiny_llm_di
     assert any("lora" in name for name in names)
     for prefix in (*config.get("lr_scale_conf", {}), *config["warm_start_conf"].get("lr_scales", {})):
         assert any(name.startswith(prefix) for name in names), f"{prefix} matches nothing"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(script, id=recipe.parent.name)
+        for recipe in RECIPES
+        for script in [*recipe.glob("run_ablation.sh"), *recipe.glob("run_fusions.sh")]
+    ],
+)
+def test_a_comparison_runs_every_fusion_once_and_puts_them_side_by_side(script: Path) -> None:
+    recipe = script.parent
+    before = sorted(recipe.iterdir())
+    done = subprocess.run([str(script), "--dry_run", "true"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    fusions = sorted(path.stem for path in recipe.glob("conf/fusion/*.yaml"))
+    assert sorted(line[4:] for line in done.stdout.splitlines() if line.startswith("=== ")) == fusions
+    assert done.stdout.count("stage 5 (score)") == len(fusions)
+    assert done.stdout.count("--audio zero") == 2  # decoding and joining, of the first fusion alone
+    report = done.stdout.splitlines()[-1]
+    assert "pam_report --compare exp/pam_" in report and all(f"exp/{fusion}_" in report for fusion in fusions)
+    assert sorted(recipe.iterdir()) == before
 
 
 def test_a_new_recipe_is_made_and_refuses_to_overwrite(tmp_path: Path) -> None:

@@ -1,6 +1,26 @@
 # shellcheck shell=bash
 # Sourced by recipes: how jobs are started. Each command follows Kaldi's contract: CMD [--gpu n] [JOB=1:n] LOG program...
+# --cmd (or $PAM_CMD) names where they run:
 #   local   this machine, through utils/run.py
-# To use another one (a queue with the same contract), set train_cmd and decode_cmd before calling run.sh.
-train_cmd=${train_cmd:-"${PAM_ROOT}/utils/run.py"}
-decode_cmd=${decode_cmd:-"${PAM_ROOT}/utils/run.py"}
+#   slurm   a cluster, through utils/slurm.py; conf/slurm.conf of the recipe, else slurm.conf beside this file, has the
+#           sbatch flags. The recipe's folder must be on a file system that the nodes share.
+# To use another queue with the same contract, set train_cmd and decode_cmd before calling run.sh.
+case "${cmd:-local}" in
+    local) runner="${PAM_ROOT}/utils/run.py" ;;
+    slurm)
+        if [ "${dry_run:-false}" = false ] && ! command -v sbatch >/dev/null; then
+            echo "error: --cmd slurm: sbatch not found on PATH" >&2
+            echo "  -> log in to a node of the cluster; or run on this machine: --cmd local" >&2
+            exit 1
+        fi
+        runner="${PAM_ROOT}/egs/TEMPLATE/pam1/slurm.conf"
+        [ ! -f conf/slurm.conf ] || runner=conf/slurm.conf
+        runner="${PAM_ROOT}/utils/slurm.py --config ${runner}"
+        ;;
+    *)
+        echo "error: --cmd must be local or slurm, not '${cmd}'" >&2
+        exit 1
+        ;;
+esac
+train_cmd=${train_cmd:-${runner}}
+decode_cmd=${decode_cmd:-${runner}}

@@ -11,12 +11,14 @@ help_message="Usage: ./run_fusions.sh or ./run_ablation.sh [--size NAME] [--fusi
                    without audio too
   --options TEXT   further options of run.sh, separated by blanks; give folders with their whole path ()
   --title TEXT     of the table; SIZE in it stands for the size, without the v of a version
+  --dry_run BOOL   print what would be run, and stop (false)
 
 Writes RESULTS_<size>.md and .json."
 size=
 fusions=
 options=
 title=
+dry_run=false
 template=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=utils/parse_options.sh
 . "${template}/../../../utils/parse_options.sh"
@@ -27,11 +29,18 @@ experiments=()
 control=true
 for fusion in "${names[@]}"; do
     echo "=== ${fusion}"
-    ./run.sh --size "${size}" --fusion "${fusion}" --audio_off "${control}" "${more[@]}"
+    ./run.sh --size "${size}" --fusion "${fusion}" --audio_off "${control}" --dry_run "${dry_run}" "${more[@]}"
     experiments+=("exp/${fusion}_${size}")
     control=false # the first fusion's answers without audio are control enough
 done
+report=(-m pam_espnet.bin.pam_report --compare "${experiments[@]}" --output "RESULTS_${size}.md"
+    --title "${title//SIZE/${size#v}}")
+if [ "${dry_run}" = true ]; then
+    printf '    python'
+    printf ' %q' "${report[@]}"
+    echo
+    exit 0
+fi
 # shellcheck source=egs/TEMPLATE/pam1/path.sh
 . "${template}/path.sh"
-"${python}" -m pam_espnet.bin.pam_report --compare "${experiments[@]}" --output "RESULTS_${size}.md" \
-    --title "${title//SIZE/${size#v}}"
+"${python}" "${report[@]}"

@@ -39,6 +39,7 @@ Options (default)
   --max_seconds N       longer utterances are skipped, and listed (30)
   --nj N                parallel processes where work is split (number of cores, at most 8)
   --ngpu N              GPUs for training; 0 = CPU (0)
+  --cmd NAME            where the jobs of stages 3 and 4 run: local (this machine) or slurm (see cmd.sh; \$PAM_CMD or local)
   --decode_nj N         processes that decode, each with the whole model (--nj; 1 on a GPU)
   --batch_size N        utterances decoded together (8)
   --decode_dtype NAME   precision of the LLM in decoding: float32, bfloat16, or int8 (the search's weights alone, on
@@ -70,6 +71,7 @@ max_seconds=30
 nj=$(nproc 2>/dev/null || echo 1)
 ((nj <= 8)) || nj=8
 ngpu=0
+cmd=${PAM_CMD:-local}
 decode_nj=
 batch_size=8
 decode_dtype=float32
@@ -116,6 +118,7 @@ fi
 . "${template}/cmd.sh"
 read -r -a train_run <<<"${train_cmd}"
 read -r -a decode_run <<<"${decode_cmd}"
+((ngpu == 0)) || decode_run+=(--gpu 1)
 
 run() {
     # Run a command, or print it in a dry run.
@@ -199,6 +202,9 @@ if wants 3; then
     fi
     module pam_config --config "${configs[@]}" --set "${changes[@]}" --experiment "${exp}" \
         --data "${dump}/raw/${train_set}" "${dump}/raw/${valid_set}" --out "${exp}/model.yaml"
+    [ -f "${exp}/model.safetensors" ] || module pam_estimate --config "${exp}/model.yaml" --ngpu "${ngpu}" \
+        --fetch true --use_cache "${use_cache}" --data "${dump}/raw/${train_set}" "${dump}/raw/${valid_set}" ||
+        echo "warning: there is no estimate of memory and time; training goes on" >&2
     encoders=(ENCODER)
     if [ "${dry_run}" = false ]; then
         listed=$("${python}" -m pam_espnet.bin.pam_config --config "${exp}/model.yaml" --list_encoders)

@@ -1,0 +1,1 @@
+"""What a training will cost, reckoned from its configuration before it starts; nothing here is measured."""

@@ -1,0 +1,115 @@
+"""A real slurmctld and slurmd on loopback, for tests: Debian's slurm-wlm, installed or unpacked into a folder.
+
+Programs are looked for on PATH, and in the folder $PAM_SLURM_ROOT, into which slurmctld, slurmd, slurm-client,
+slurm-wlm-basic-plugins and what they need were unpacked (`apt-get download`, `dpkg -x`). Nothing is fetched,
+and nothing outside of the given folder is written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+CONFIGURATION = """ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+SlurmctldPort={port}
+SlurmdPort={node_port}
+AuthType=auth/none
+CredType=cred/none
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+MpiDefault=none
+ReturnToService=2
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000 Gres=gpu:2 State=UNKNOWN
+PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+WAIT_SECONDS = 30.0
+
+
+class NoSlurm(Exception):
+    """Why there is no Slurm on this machine."""
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _environment(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """What programs of Slurm need to be found and to find their parts; further lines of the configuration."""
+    environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin"}
+    lines = []
+    root = os.environ.get("PAM_SLURM_ROOT")
+    if root:
+        usr = Path(root).resolve() / "usr"
+        environment["PATH"] = f"{usr}/bin:{usr}/sbin:{environment['PATH']}"
+        plugins = next(iter(sorted(usr.glob("lib/*/slurm-wlm"))), None)
+        if plugins is None:
+            raise NoSlurm(f"$PAM_SLURM_ROOT ({root}) holds no usr/lib/*/slurm-wlm")
+        environment["LD_LIBRARY_PATH"] = f"{plugins.parent}:{plugins}"
+        lines.append(f"PluginDir={plugins}")
+    return environment, lines
+
+
+def _program(name: str, environment: dict[str, str]) -> str:
+    # Debian's own names; packages that were only unpacked lack the alternatives without -wlm.
+    for wanted in (name, f"{name}-wlm"):
+        if found := shutil.which(wanted, path=environment["PATH"]):
+            return found
+    raise NoSlurm(f"{name} is neither on PATH nor in $PAM_SLURM_ROOT (Debian: slurm-wlm)")
+
+
+@contextmanager
+def real_slurm(folder: Path) -> Iterator[dict[str, str]]:
+    """Start a cluster of one node, configured in ``folder``; yields the environment of its commands.
+
+    Raises NoSlurm with the reason where that is not possible here. Both daemons are ended with the context.
+    """
+    environment, lines = _environment(folder)
+    programs = {name: _program(name, environment) for name in ("slurmctld", "slurmd", "slurmstepd")}
+    for name in ("sbatch", "squeue", "scancel", "sinfo"):
+        _program(name, environment)
+    if os.getuid() != 0:
+        raise NoSlurm("slurmd must be started by root")
+    for name in ("state", "spool"):
+        (folder / name).mkdir(parents=True)
+    host = socket.gethostname().partition(".")[0]
+    text = CONFIGURATION.format(host=host, user="root", port=_free_port(), node_port=_free_port(), folder=folder)
+    (folder / "slurm.conf").write_text(text + "".join(f"{line}\n" for line in lines))
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")  # devices that are there
+    env = {**os.environ, **environment}
+    logs = [folder / "slurmctld.log", folder / "slurmd.log"]
+    with ExitStack() as stack:
+        commands = [[programs["slurmctld"], "-D"], [programs["slurmd"], "-D", "-d", programs["slurmstepd"]]]
+        for command, log in zip(commands, logs, strict=True):
+            file = stack.enter_context(log.open("wb"))
+            daemon = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+            stack.callback(daemon.wait)
+            stack.callback(daemon.terminate)
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            seen = subprocess.run(["sinfo", "-h", "-o", "%t"], env=env, capture_output=True, text=True, check=False)
+            if seen.stdout.strip() == "idle":
+                break
+            if time.monotonic() > deadline:
+                last = "; ".join(" ".join(log.read_text(errors="replace").splitlines()[-2:]) for log in logs)
+                raise NoSlurm(f"slurmctld and slurmd did not come up in {WAIT_SECONDS:.0f} s: {last}")
+            time.sleep(0.2)
+        yield environment
