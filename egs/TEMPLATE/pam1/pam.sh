@@ -17,6 +17,7 @@ Stages
   3 train       feature cache, CTC warm start, training                       -> exp/<tag>
   4 decode      beam search on the test sets, with and without audio          -> exp/<tag>/decode_*
   5 score       scores with intervals, RESULTS.md, results.json, pictures     -> exp/<tag>
+  6 pack        one file for another machine; only when asked for             -> exp/<tag>/<tag>.zip
 
 Options (default)
   --stage N             first stage (1)
@@ -286,5 +287,12 @@ if wants 5; then
         done
     done
     module pam_report --exp "${exp}"
-    end "see ${exp}/RESULTS.md"
+    end "see ${exp}/RESULTS.md; one file of it: ./run.sh --stage 6 --stop_stage 6"
+fi
+
+if wants 6; then
+    archive=${exp}/${tag}.zip
+    begin 6 pack "${exp}/, its models" "${archive}"
+    module pam_pack --exp "${exp}" --decode_name "${decode_tag}" --out "${archive}"
+    end "python -m pam_espnet.bin.pam_inference --model ${archive} clip.wav --prompt \"...\""
 fi

@@ -13,7 +13,7 @@ import torch
 from tiny_model import tiny_config
 
 from pam_espnet.answering import AnswerOptions
-from pam_espnet.bin.pam_answer import main
+from pam_espnet.bin.pam_inference import main
 from pam_espnet.build import build_model
 from pam_espnet.checkpoint import save_trained
 from pam_espnet.config import write_config
@@ -42,7 +42,7 @@ def wave(tone: Callable[..., np.ndarray]) -> np.ndarray:
 
 
 def ask(exp: Path, wav: Path, *more: str) -> int:
-    return main(["--exp", str(exp), "--wav", str(wav), "--config", str(exp / "decode.yaml"), *more])
+    return main([str(wav), "--model", str(exp), "--config", str(exp / "decode.yaml"), *more])
 
 
 def test_answers(exp: Path, wave: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
