@@ -131,9 +131,7 @@ def _portable(config: Mapping[str, Any], recipe: Path | None) -> tuple[dict[str,
     return kept, members
 
 
-def _calibrated(
-    exp: Path, used: UsedOptions, recipe: Path | None
-) -> tuple[dict[str, Any], dict[str, Path | bytes]]:
+def _calibrated(exp: Path, used: UsedOptions, recipe: Path | None) -> tuple[dict[str, Any], dict[str, Path | bytes]]:
     """The options of decoding with early exit's file by its name in the archive, and that file as a member.
 
     A calibration that decoding did not use goes along all the same, for whoever wants to.
