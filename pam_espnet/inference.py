@@ -126,7 +126,12 @@ class SpeechLLM:
 
     @classmethod
     def load(
-        cls, exp_dir: str | Path, options: AnswerOptions, device: str = "cpu", dtype: str | None = None
+        cls,
+        exp_dir: str | Path,
+        options: AnswerOptions,
+        device: str = "cpu",
+        dtype: str | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> SpeechLLM:
         """Build from ``config.yaml`` and load ``model.safetensors`` strictly.
 
@@ -136,11 +141,12 @@ class SpeechLLM:
             device: "cpu", "cuda", ...
             dtype: precision of the LLM in place of the configured one: "float32", "bfloat16", or "int8" (weights of
                 its products in the search, all else in float32).
+            config: in place of ``config.yaml``, whose paths start at the recipe's folder.
 
         Raises:
             ConfigError, CheckpointError: what is missing or does not fit, and which stage makes it.
         """
-        config = load_yaml(Path(exp_dir) / "config.yaml")
+        config = dict(load_yaml(Path(exp_dir) / "config.yaml") if config is None else config)
         if dtype is not None:
             int8 = {"dtype": "float32", "int8_decoding": True}
             config["llm_conf"] = {**(config.get("llm_conf") or {}), **(int8 if dtype == "int8" else {"dtype": dtype})}

@@ -25,7 +25,7 @@ from pam_espnet.fileio import write_text
 MARKER = ".completed"
 ANEW = "delete the file and run this again"
 # How the standard library says that an archive ends too early or is damaged.
-_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error)
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError)
 
 
 def is_complete(folder: str | Path, key: str | None = None) -> bool:
@@ -112,13 +112,15 @@ def extract_zip(archive: str | Path, folder: str | Path, *, limit: int = 0) -> N
             outside = name.is_absolute() or ".." in name.parts or "\\" in member.filename
             if outside or stat.S_ISLNK(member.external_attr >> 16):
                 raise DataError(archive, f"unsafe member {member.filename!r}", hint=ANEW)
+            if member.flag_bits & 1:
+                raise DataError(archive, f"member {member.filename!r} is encrypted", hint=ANEW)
         for member in members:
             file.extract(member, folder)
 
 
 def _check_limit(archive: str | Path, total: int, limit: int) -> None:
     if limit and total > limit:
-        raise DataError(archive, f"unpacks to more than {limit >> 30} GiB", hint="this is another archive; delete it")
+        raise DataError(archive, f"unpacks to more than {limit:,} bytes", hint="this is another archive; delete it")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from packed_answers import check_archive
 from recipe_modules import local_modules
 
 from pam_espnet.data.datadir import DataDir
@@ -517,7 +518,9 @@ def test_fetching_through_run_sh(recipe: Path, tmp_path: Path, ytdlp: Path) -> N
 
 
 @pytest.mark.slow
-def test_stages_3_to_5_with_small_real_models(recipe: Path, tmp_path: Path, mini_models: Path) -> None:
+def test_stages_3_to_6_with_small_real_models(
+    recipe: Path, tmp_path: Path, mini_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SmolLM2 and YAMNet of the mini recipe in the place of the recipe's models, in memory for two batches."""
     write_release(tmp_path / "csv")
     audio = write_audio(tmp_path / "audio")
@@ -537,7 +540,7 @@ def test_stages_3_to_5_with_small_real_models(recipe: Path, tmp_path: Path, mini
     done = run(
         recipe, "--csv", str(tmp_path / "csv"), "--audio", str(audio), "--tag", "small",
         "--train_config", f"conf/train.yaml {tmp_path / 'small.yaml'}",
-        "--decode_config", str(tmp_path / "decode.yaml"),
+        "--decode_config", str(tmp_path / "decode.yaml"), "--stop_stage", "6",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     exp = recipe / "exp/small"
@@ -549,3 +552,6 @@ def test_stages_3_to_5_with_small_real_models(recipe: Path, tmp_path: Path, mini
     assert scores["details"]["caption"]["references_per_utterance"] == {"5": 3}
     report = (exp / "RESULTS.md").read_text(encoding="utf-8")
     assert "- beam, test: 3 of 4 scored (1 missing)" in report and "audio off" in report
+    monkeypatch.chdir(recipe)
+    placed = {"llm": mini_models / "smollm2-135m-instruct", "yamnet": mini_models / "yamnet"}
+    check_archive(exp / "small.zip", exp / "decode_beam/test", recipe / "dump/v1/raw/test", placed, tmp_path, limit=1)

@@ -1,4 +1,4 @@
-"""The mini recipe at its smallest size, through all five stages, with the real models and real recordings.
+"""The mini recipe at its smallest size, through all stages, with the real models and real recordings.
 
 Downloads the packages into the recipe's folder on first use. The trained model is worth nothing at this size: what is
 tested is that the stages fit together, that a second run does nothing, and that a killed run ends in the same files.
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packed_answers import check_archive
 
 RECIPE = Path(__file__).resolve().parents[2] / "egs" / "mini" / "pam1"
 SETS = ("test_asr", "test_count", "test_caption")
@@ -89,6 +90,18 @@ def test_a_second_run_does_nothing_again(unbroken: str) -> None:
     output = run("--tag", unbroken)
     assert "already trained" in output and output.count("already decoded") == 6
     assert results(unbroken) == before and model.stat().st_mtime_ns == time_before
+
+
+def test_packed_it_answers_alike(unbroken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("--tag", unbroken, "--stage", "6", "--stop_stage", "6")
+    exp = RECIPE / "exp" / unbroken
+    archive = exp / f"{unbroken}.zip"
+    before = archive.read_bytes()
+    run("--tag", unbroken, "--stage", "6", "--stop_stage", "6")
+    assert archive.read_bytes() == before
+    monkeypatch.chdir(RECIPE)  # models are found where the recipe has them
+    data = RECIPE / "dump" / "tiny" / "raw" / "test_asr"
+    check_archive(archive, exp / "decode_beam" / "test_asr", data, {}, tmp_path)
 
 
 def test_killed_in_every_stage_it_ends_in_the_same_files(unbroken: str) -> None:

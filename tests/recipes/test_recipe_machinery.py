@@ -54,6 +54,14 @@ def test_dry_run_prints_all_stages_and_writes_nothing(recipe: Path, fusion: str,
     assert sorted(recipe.iterdir()) == before
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.parent.name)
+def test_packing_and_the_demo_come_when_asked_for(recipe: Path) -> None:
+    done = call(recipe, "--dry_run", "true", "--stage", "5", "--stop_stage", "7", "--tag", "mine")
+    assert done.returncode == 0 and "pam_pack --exp exp/mine --decode_name beam --out exp/mine/mine.zip" in done.stdout
+    assert "pam_demo --model exp/mine/mine.zip" in done.stdout
+    assert "stage 6 " not in call(recipe, "--dry_run", "true").stdout
+
+
 def test_a_range_of_stages_prints_only_those() -> None:
     done = call(RECIPES[0], "--dry_run", "true", "--stage", "4", "--stop_stage", "4")
     assert "stage 4 " in done.stdout and "stage 3 " not in done.stdout and "stage 5 " not in done.stdout

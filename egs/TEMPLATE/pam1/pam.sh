@@ -17,6 +17,8 @@ Stages
   3 train       feature cache, CTC warm start, training                       -> exp/<tag>
   4 decode      beam search on the test sets, with and without audio          -> exp/<tag>/decode_*
   5 score       scores with intervals, RESULTS.md, results.json, pictures     -> exp/<tag>
+  6 pack        one file for another machine; only when asked for             -> exp/<tag>/<tag>.zip
+  7 demo        a page in the browser that answers with it, until Ctrl-C; needs tools/setup.sh --extras demo
 
 Options (default)
   --stage N             first stage (1)
@@ -292,5 +294,18 @@ if wants 5; then
         done
     done
     module pam_report --exp "${exp}"
-    end "see ${exp}/RESULTS.md"
+    end "see ${exp}/RESULTS.md; one file of it: ./run.sh --stage 6 --stop_stage 6"
+fi
+
+if wants 6; then
+    archive=${exp}/${tag}.zip
+    begin 6 pack "${exp}/, its models" "${archive}"
+    module pam_pack --exp "${exp}" --decode_name "${decode_tag}" --out "${archive}"
+    answer="python -m pam_espnet.bin.pam_inference --model ${archive} clip.wav --prompt \"...\""
+    end "${answer}, or ./run.sh --stage 7 --stop_stage 7"
+fi
+
+if wants 7; then
+    begin 7 demo "${exp}/${tag}.zip" "nothing"
+    module pam_demo --model "${exp}/${tag}.zip" --device "${device}"
 fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
-from tiny_model import tiny_config
 
 from pam_espnet.answering import AnswerOptions
-from pam_espnet.bin.pam_answer import main
-from pam_espnet.build import build_model
-from pam_espnet.checkpoint import save_trained
-from pam_espnet.config import write_config
+from pam_espnet.bin.pam_inference import main
+from pam_espnet.data.tasks import TASKS
 from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.inference import PartialAnswer, SpeechLLM
 from pam_espnet.search.options import BeamOptions
@@ -24,25 +21,8 @@ from pam_espnet.search.options import BeamOptions
 PROMPT = "Describe the sounds."
 
 
-@pytest.fixture(scope="module")
-def exp(tiny_llm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("exp")
-    config = tiny_config(tiny_llm_dir)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_trained(build_model(config).state_dict(), path / "model.safetensors")
-    write_config(config, path / "config.yaml")
-    write_config({"beam_size": 2, "max_new_tokens": 6, "answer_sets": {"count": ["0", "1"]}}, path / "decode.yaml")
-    return path
-
-
-@pytest.fixture(scope="module")
-def wave(tone: Callable[..., np.ndarray]) -> np.ndarray:
-    return tone(0.8, 440)
-
-
 def ask(exp: Path, wav: Path, *more: str) -> int:
-    return main(["--exp", str(exp), "--wav", str(wav), "--config", str(exp / "decode.yaml"), *more])
+    return main([str(wav), "--model", str(exp), "--config", str(exp / "decode.yaml"), *more])
 
 
 def test_answers(exp: Path, wave: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,6 +38,40 @@ def test_answers(exp: Path, wave: np.ndarray, tmp_path: Path, capsys: pytest.Cap
     assert ask(exp, tmp_path / "slow.wav", "--task", "caption") == 0
     assert capsys.readouterr().out.strip()
     assert ask(exp, tmp_path / "mono.wav", "--task", "count") == 0
+    assert capsys.readouterr().out in ("0\n", "1\n")
+
+
+def test_several_recordings(
+    exp: Path, tone: Callable[..., np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wavs = [str(tmp_path / f"{hz}.wav") for hz in (300, 900)]
+    for wav, hz in zip(wavs, (300, 900), strict=True):
+        soundfile.write(wav, tone(0.8, hz), 16000)
+    alone = []
+    for wav in wavs:
+        assert ask(exp, Path(wav), "--task", "count") == 0
+        alone.append(capsys.readouterr().out.strip())
+    options = ["--model", str(exp), "--config", str(exp / "decode.yaml"), "--task", "count"]
+    assert main([*wavs, *options]) == 0
+    assert capsys.readouterr().out == "".join(f"{wav}\t{text}\n" for wav, text in zip(wavs, alone, strict=True))
+    assert main([*options, *wavs, "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["wav"] for one in found] == wavs and [one["answer"] for one in found] == alone
+    for one in found:
+        assert one["seconds_audio"] == 0.8 and one["prompt"] == TASKS["count"].default_prompt
+        assert one["hypotheses"][0]["text"] == one["answer"]
+        assert set(one["answer_log_probs"]) == {"0", "1"} and set(one["routing"]["encoders"]) == {"one", "two"}
+
+
+def test_models_are_named_one_by_one(
+    exp: Path, wave: np.ndarray, tiny_llm_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soundfile.write(tmp_path / "a.wav", wave, 16000)
+    with pytest.raises(ConfigError, match="must look like llm=DIR, got 'llm'"):
+        ask(exp, tmp_path / "a.wav", "--task", "count", "--models", "llm")
+    with pytest.raises(ConfigError, match=r"nowhere"):
+        ask(exp, tmp_path / "a.wav", "--task", "count", "--models", f"llm={tmp_path}/nowhere")
+    assert ask(exp, tmp_path / "a.wav", "--task", "count", "--models", f"llm={tiny_llm_dir}") == 0
     assert capsys.readouterr().out in ("0\n", "1\n")
 
 

@@ -1,0 +1,1 @@
+"""Experiments as single files: packing them, and loading them on another machine."""
