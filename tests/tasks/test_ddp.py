@@ -95,7 +95,9 @@ def test_two_processes_train_what_one_does(data: Path, tiny_llm_dir: Path, tmp_p
     assert valid[0][1] < valid[0][0]
 
 
-def test_a_rank_without_an_utterance_of_some_task_does_not_hang(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+def test_a_rank_without_an_utterance_of_some_task_does_not_hang(
+    data: Path, tiny_llm_dir: Path, tmp_path: Path
+) -> None:
     """Batches of two: each rank has one utterance, so one task at most, and most experts get no gradient."""
     options = {
         "batching_conf": {"max_utterances": 2, "pool": 2},

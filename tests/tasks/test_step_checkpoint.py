@@ -222,8 +222,11 @@ def test_two_processes_go_on_in_the_middle_of_an_epoch(
 # -- resumed ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [(), ("--num_workers", "1")])
-@pytest.mark.parametrize("stop_after", [5, 9, 9 + 2 + 7])  # within an epoch, at its end, after a validation
+@pytest.mark.parametrize(
+    ("stop_after", "options"),
+    # Within an epoch, at its end, after a validation; with a process that loads ahead.
+    [(5, ()), (9, ()), (9 + 2 + 7, ()), (5, ("--num_workers", "1"))],
+)
 def test_stopped_runs_end_alike(
     unbroken: Path, data: Path, tiny_llm_dir: Path, tmp_path: Path, options: tuple[str, ...], stop_after: int
 ) -> None:
