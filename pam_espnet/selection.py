@@ -185,5 +185,6 @@ def _markdown(name: str, record: Mapping[str, Any]) -> str:
     return (
         f"# {name}: validation scores of the epochs kept\n\n"
         f"On {record['data_dir']}; in brackets normalised: 1 - min(WER, 1), accuracy, CIDEr-D / "
-        f"{record['caption_reference']:g}. The epoch with the highest mean is the experiment's model.\n\n{table(head, rows)}"
+        f"{record['caption_reference']:g}. The epoch with the highest mean is the experiment's model.\n\n"
+        + table(head, rows)
     )

@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, nargs="+", type=Path, help="formatted test sets, dump/raw/<set>")
-    parser.add_argument("--prompts", type=Path, default=Path("conf/prompts"), help="folder of <task>.txt (conf/prompts)")
+    parser.add_argument("--prompts", type=Path, default=Path("conf/prompts"), help="has <task>.txt (conf/prompts)")
     parser.add_argument("--out", required=True, type=Path, help="folder for <set>/<number>")
     return parser
 

@@ -43,7 +43,7 @@ def barred_voices(data_dir: str | Path, barred: Mapping[str, str]) -> list[tuple
 
 
 def voices_of(data_dir: str | Path) -> dict[str, set[str]]:
-    """{utterance: who is heard in it}: the speaker of ``utt2spk``, and those of ``mix_speakers`` and ``mix_sources``."""
+    """{utterance: who is heard in it}, by ``utt2spk``, ``mix_speakers`` and ``mix_sources``."""
     data_dir = Path(data_dir)
     voices = {utterance: {speaker} for utterance, speaker in read_table(data_dir / "utt2spk").items()}
     for name in (MIX_SPEAKERS, MIX_SOURCES):

@@ -32,7 +32,7 @@ def reword(data_dir: str | Path, wordings: Mapping[str, Wordings], target: str |
         known = wordings[data.utt2task[utterance]]
         if known.recognise(data.prompt[utterance])[0] != 0:
             message = f"{utterance} is not asked in the first wording of {known.path}: {data.prompt[utterance]!r}"
-            raise DataError(Path(data_dir) / "prompt", message, hint="name a test set; training sets draw their prompts")
+            raise DataError(Path(data_dir) / "prompt", message, hint="name a test set; training draws its prompts")
     written = []
     for number in range(1, max(len(wordings[task]) for task in data.per_task())):
         chosen = data.subset(utt for utt in data.utterances if number < len(wordings[data.utt2task[utt]]))

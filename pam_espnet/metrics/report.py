@@ -323,7 +323,7 @@ def _made(results: dict[str, Any]) -> str:
     if checkpoint := results["checkpoint"]:
         lines.append(f"- checkpoint: `{checkpoint['file']}`, SHA-256 `{checkpoint['sha256']}`")
     if selection := results.get("selection"):
-        lines.append(f"- the model is that of epoch {selection['selected']}, chosen by validation scores (SELECTION.md)")
+        lines.append(f"- the model is that of epoch {selection['selected']}, chosen by scores (SELECTION.md)")
     for entry in results["decodings"]:
         versions = ", ".join(f"{name} {number}" for name, number in sorted(entry["versions"].items()))
         used = entry["checkpoint_sha256"]

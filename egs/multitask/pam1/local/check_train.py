@@ -1,7 +1,7 @@
 """Refuse to train or validate on an utterance or a speaker of a set that the model is scored on.
 
 LibriCount is mixed from LibriSpeech's test-clean: what may be trained on depends on all test sets together. Reads
-``utt2spk``, ``mix_speakers`` and ``mix_sources`` of the directories that stage 1 wrote; pam.sh calls it before training.
+``utt2spk``, ``mix_speakers`` and ``mix_sources`` of the directories that stage 1 wrote; pam.sh calls it in stage 3.
 """
 
 from __future__ import annotations
