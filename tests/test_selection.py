@@ -85,8 +85,15 @@ def test_the_best_epoch_becomes_the_model(
     )
     assert (exp / "select/10epoch/dev/scores.json").is_file()
 
-    # again: nothing is decoded; scores that say otherwise change the model
-    monkeypatch.setattr(SpeechLLM, "load", None)
+    # again: nothing is decoded, and what was decoded with the model still belongs to it
+    before = (exp / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(SpeechLLM, "load", None)
+        means = iter([worth[2], worth[10]])
+        assert main(command) == 0
+    assert (exp / "model.safetensors").read_bytes() == before
+
+    # scores that say otherwise change the model
     means = iter([0.1, 0.2])
     assert main(command) == 0
     assert same(exp / "model.safetensors", exp / "10epoch.pth") and read_json(exp / "selection.json")["selected"] == 10

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pam_espnet.checkpoint import MODEL_FILE, save_trained
+from pam_espnet.checkpoint import MODEL_FILE, read_trained, save_trained
 from pam_espnet.errors import CheckpointError
 
 
@@ -31,8 +31,19 @@ def export_trained(exp_dir: Path, criteria: Sequence[Sequence[str]]) -> Path:
 
 
 def export_state(source: Path, target: Path, metadata: Mapping[str, str] | None = None) -> Path:
-    """Write one of ESPnet's checkpoints, ``source``, as the safetensors file ``target``; returns ``target``."""
+    """Write one of ESPnet's checkpoints, ``source``, as the safetensors file ``target``; returns ``target``.
+
+    A file that holds these tensors already is left alone: decodings know their model by the hash of its bytes, and
+    safetensors does not write its header in the same order every time.
+    """
     state = torch.load(source, map_location="cpu", weights_only=True)
+    if target.exists() and _equal(read_trained(target), state):
+        logging.info(f"{target}: holds {source.resolve().name} already")
+        return target
     save_trained(state, target, {"source": source.resolve().name, **(metadata or {})})
     logging.info(f"wrote {target} ({len(state)} tensors) from {source.resolve().name}")
     return target
+
+
+def _equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
