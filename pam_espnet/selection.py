@@ -12,6 +12,7 @@ of a count. Scores of all tasks count the same here.
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
@@ -136,6 +137,7 @@ def select_by_scores(
         if not is_complete(folder, data_dir, out, options, {**search, "dtype": dtype}):
             decode_shard(SpeechLLM.load(folder, answers, device, dtype), data_dir, out, options)
             merge_shards(data_dir, out, options, run)
+            gc.collect()  # modules refer to themselves; two models may not fit on a GPU
         scores = score_directory(out, data_dir)
         entries.append({"epoch": epoch, "loss_answer": losses.get(epoch), **summarise(scores, caption_reference)})
     chosen = best(entries)

@@ -66,6 +66,7 @@ def test_a_range_of_stages_prints_only_those() -> None:
         (["--stage", "two"], "--stage"),
         (["--fusoin", "pam"], "--fusion"),
         (["--dry_run", "maybe"], "true or false"),
+        (["--select", "luck"], "loss or scores"),
         (["extra"], "extra"),
     ],
 )
