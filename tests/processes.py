@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from tiny_model import tiny_config, train_args
 
 from pam_espnet.checkpoint import read_trained
 from pam_espnet.config import write_config
+
+Training = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]  # what was trained, and the curve
 
 TRAINING: dict[str, Any] = {
     "optim": "sgd",  # Adam divides by the gradient's size: rounding of tiny gradients would become full steps
@@ -26,7 +30,7 @@ TRAINING: dict[str, Any] = {
 }
 
 
-def train(root: Path, llm: Path, output: Path, ranks: int, **changes: Any) -> tuple[dict[str, Any], list[dict]]:
+def train(root: Path, llm: Path, output: Path, ranks: int, **changes: Any) -> Training:
     """Train with ``ranks`` processes; the trained tensors and the curve."""
     output.mkdir()
     write_config({**tiny_config(llm), **TRAINING, **changes}, output / "train.yaml")
@@ -57,3 +61,15 @@ def train(root: Path, llm: Path, output: Path, ranks: int, **changes: Any) -> tu
             process.kill()
     curve = [json.loads(line) for line in (output / "curve.jsonl").read_text().splitlines()]
     return read_trained(output / "model.safetensors"), curve
+
+
+def check_same(one: Training, other: Training, epochs: int = 2) -> None:
+    """Both trained the same: tensors to 1e-4, losses on the validation set to 1e-4 of their value.
+
+    Not to the last digit: over two ranks, sums are taken in another order.
+    """
+    assert set(one[0]) == set(other[0])
+    for name in one[0]:
+        assert torch.allclose(one[0][name], other[0][name], atol=1e-4), name
+    losses = [[e["loss_answer"] for e in curve if e["split"] == "valid"] for _, curve in (one, other)]
+    assert len(losses[0]) == epochs and losses[0] == pytest.approx(losses[1], rel=1e-4)
