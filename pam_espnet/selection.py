@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -89,8 +90,13 @@ def summarise(scores: Mapping[str, Any], caption_reference: float) -> dict[str, 
 
 
 def best(epochs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The entry with the highest mean; the earliest of several."""
-    return min(epochs, key=lambda entry: (-entry["mean"], entry["epoch"]))
+    """The entry with the highest mean; of several, that with the lowest loss, then the earliest."""
+
+    def rank(entry: dict[str, Any]) -> tuple[float, float, int]:
+        loss = entry["loss_answer"]
+        return -entry["mean"], math.inf if loss is None else loss, entry["epoch"]
+
+    return min(epochs, key=rank)
 
 
 def select_by_scores(

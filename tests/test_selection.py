@@ -53,14 +53,17 @@ def test_normalised_scores() -> None:
     assert normalise("caption", 1.3) == 1.3  # better than the reference still counts
 
 
-def test_every_task_counts_the_same_and_the_earliest_of_equals_is_best() -> None:
+def test_every_task_counts_the_same_and_the_loss_decides_between_equals() -> None:
     def scores(wer: float | None, accuracy: float) -> dict[str, Any]:
         tasks = {"asr": {"wer": {"value": wer, "n": 900}}, "count": {"accuracy": {"value": accuracy, "n": 2}}}
         return {"data_dir": "dev", "tasks": tasks}
 
-    epochs = [{"epoch": n, **summarise(scores(*pair), 1.0)} for n, pair in enumerate(((50, 60), (40, 70), (30, 60)), 1)]
+    given = enumerate(((50, 60), (40, 70), (30, 60)), 1)
+    epochs = [{"epoch": n, "loss_answer": None, **summarise(scores(*pair), 1.0)} for n, pair in given]
     assert [round(entry["mean"], 6) for entry in epochs] == [0.55, 0.65, 0.65]
     assert best(epochs)["epoch"] == 2
+    epochs[2]["loss_answer"] = 0.5
+    assert best(epochs)["epoch"] == 3
     with pytest.raises(DataError, match="WER of task asr is undefined"):
         summarise(scores(None, 60), 1.0)
 
