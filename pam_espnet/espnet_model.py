@@ -156,7 +156,7 @@ class ESPnetPaMModel(AbsESPnetModel):
             loss = loss + self.exit_weight * exit_layer / mean_layer * exit_nll.mean()
             stats["loss_exit"] = exit_nll.detach().mean()
         if self.router_loss_weight > 0 and audio.routing.expert_logits is not None:
-            value = router_loss(audio.routing, task)
+            value = router_loss(audio.routing, task) * rank_share(len(task), weight)
             loss = loss + self.router_loss_weight * value
             stats["loss_router"] = value.detach()
         if self.ctc_weight > 0 and self.ctc is not None and "asr" in self.tasks:
@@ -164,7 +164,7 @@ class ESPnetPaMModel(AbsESPnetModel):
             total, count, _ = self.ctc.loss(
                 audio.embeddings[rows], audio.lengths[rows], [answers[r][:-1].tolist() for r in rows]
             )
-            value = total / max(count, 1)
+            value = total / max(count, 1) * rank_share(count, weight)
             loss = loss + self.ctc_weight * value
             stats["loss_ctc"] = value.detach()
         stats["loss"] = loss.detach()
@@ -216,6 +216,20 @@ class ESPnetPaMModel(AbsESPnetModel):
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Everything that training changes, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def rank_share(count: int, weight: Tensor) -> Tensor | float:
+    """What a mean over ``count`` things of this rank is multiplied by, to become its part of the mean over all ranks.
+
+    ESPnet's trainer weighs each rank's loss with ``weight``, its target tokens. A mean over anything else (utterances,
+    words to align) would count too much on a rank that has few of them: with tasks of very different answers, two
+    processes would train something else than one. Alone, 1.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1.0
+    sums = torch.stack([weight, weight.new_tensor(float(count))])
+    torch.distributed.all_reduce(sums)
+    return sums[0] / weight * count / sums[1].clamp_min(1.0)
 
 
 def decode_prompts(padded: Tensor) -> list[str]:

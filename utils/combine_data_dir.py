@@ -15,6 +15,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", help="directory to write")
     parser.add_argument("source", nargs="+", help="directories to combine")
+    parser.add_argument("--distinct_speakers", action="store_true", help="a speaker in two of them is an error, too")
     return parser
 
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pam_espnet.data.datadir import DataDir
     from pam_espnet.data.edit import combine
 
-    union = combine([DataDir.load(path) for path in args.source], args.target)
+    union = combine([DataDir.load(path) for path in args.source], args.target, distinct_speakers=args.distinct_speakers)
     print(f"{args.target}: {len(union)} utterances from {len(args.source)} directories")
     return 0
 

@@ -21,6 +21,8 @@ from pam_espnet.data.datadir import (
     parse_segment,
     scan_tables,
 )
+from pam_espnet.data.format import MISSING
+from pam_espnet.data.leakage import MIX_SOURCES, MIX_SPEAKERS
 from pam_espnet.data.passport import PASSPORT_NAME, Passport
 from pam_espnet.data.tables import Problem, raise_problems, read_table, write_table
 from pam_espnet.data.tasks import TASKS, task_spec
@@ -194,12 +196,17 @@ def split(data: DataDir, parts: int, *, per_speaker: bool = False) -> list[DataD
     return [data.subset(share) for share in shares]
 
 
-def combine(sources: list[DataDir], target: str | Path) -> DataDir:
+def combine(sources: list[DataDir], target: str | Path, *, distinct_speakers: bool = False) -> DataDir:
     """Write the union of several directories to ``target``.
 
+    Args:
+        sources: directories.
+        target: directory to write.
+        distinct_speakers: the directories are of different corpora, so nobody may be a speaker in two of them.
+
     Raises:
-        DataError: an utterance in two of them, a recording with two different files, segments in some only, or a
-            target that is one of the sources.
+        DataError: an utterance in two of them, a recording with two different files, segments in some only, a
+            target that is one of the sources, or a speaker in two of them.
     """
     target = Path(target)
     owner: dict[str, Path] = {}
@@ -209,7 +216,13 @@ def combine(sources: list[DataDir], target: str | Path) -> DataDir:
         other = next(data for data in sources if data.segments is None)
         message = f"has segments, and {other.path} has none"
         raise DataError(with_segments[0].path, message, hint="format both first (that cuts the segments), then combine")
+    speakers: dict[str, Path] = {}
     for data in sources:
+        for speaker in sorted(set(data.utt2spk.values())) if distinct_speakers else ():
+            if speaker in speakers:
+                message = f"speaker {speaker!r} is in {speakers[speaker]} and in {data.path}"
+                raise DataError(target, message, hint="give the speakers of one of them other names in utt2spk")
+            speakers[speaker] = data.path
         if data.path.resolve() == target.resolve():
             raise DataError(target, "is both a source and the target", hint="write to another directory")
         for utt in data.utterances:
@@ -230,6 +243,12 @@ def combine(sources: list[DataDir], target: str | Path) -> DataDir:
     )
     union.save(target)
     _combine_formatted(sources, union)
+    # without the first two nobody could tell whose voices are trained on; the third is what scoring did not see
+    for name in (MIX_SPEAKERS, MIX_SOURCES, MISSING):
+        (target / name).unlink(missing_ok=True)
+        tables = [read_table(data.path / name, allow_empty=True) for data in sources if (data.path / name).is_file()]
+        if tables:
+            write_table(target / name, _union(tables))
     return union
 
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pam_espnet.data.librispeech import TEST_SUBSETS, Speaker
@@ -40,6 +40,32 @@ def barred_voices(data_dir: str | Path, barred: Mapping[str, str]) -> list[tuple
             # an utterance of LibriSpeech begins with its speaker's number
             found |= {(utterance, speaker) for word in value.split() if (speaker := word.split("-")[0]) in barred}
     return sorted(found)
+
+
+def voices_of(data_dir: str | Path) -> dict[str, set[str]]:
+    """{utterance: who is heard in it}, by ``utt2spk``, ``mix_speakers`` and ``mix_sources``."""
+    data_dir = Path(data_dir)
+    voices = {utterance: {speaker} for utterance, speaker in read_table(data_dir / "utt2spk").items()}
+    for name in (MIX_SPEAKERS, MIX_SOURCES):
+        if (data_dir / name).exists():
+            for utterance, value in read_table(data_dir / name, allow_empty=True).items():
+                voices.setdefault(utterance, set()).update(word.split("-")[0] for word in value.split())
+    return voices
+
+
+def refuse_shared(train_dir: str | Path, test_dirs: Sequence[str | Path]) -> None:
+    """Check that no utterance and no speaker of the test sets is in a directory that is to be trained on.
+
+    Raises:
+        DataError: one is; names utterances, speakers and the test set.
+    """
+    heard = voices_of(train_dir)
+    for test_dir in test_dirs:
+        tested = voices_of(test_dir)
+        if common := sorted(heard.keys() & tested.keys()):
+            message = f"{len(common)} of its utterances are in {test_dir}: {', '.join(common[:_SHOWN])}"
+            raise DataError(train_dir, message, hint="train on none of them, or do not score on that set")
+        refuse_barred(train_dir, {speaker: Path(test_dir).name for speaker in set().union(*tested.values())})
 
 
 def refuse_barred(data_dir: str | Path, barred: Mapping[str, str]) -> None:

@@ -5,11 +5,13 @@ Empty lines and lines that begin with ``#`` are skipped. A wording may have fiel
 
 from __future__ import annotations
 
+import re
 import string
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pam_espnet.data.rendering import seeded
+from pam_espnet.data.tasks import task_spec
 from pam_espnet.errors import DataError
 
 
@@ -44,6 +46,80 @@ def read_prompts(path: str | Path, fields: Collection[str] = ()) -> list[str]:
     if not prompts:
         raise DataError(path, "has no wording", hint="write one per line, the one for scoring first")
     return prompts
+
+
+def file_fields(path: str | Path) -> list[str]:
+    """The fields of the first wording in ``path``, which its others must share; [] where there is none to read."""
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    first = next((line for line in lines if line.strip() and not line.startswith("#")), "")
+    return sorted({name for _, name, _, _ in string.Formatter().parse(first) if name})
+
+
+class Wordings:
+    """All wordings of one question, to ask another one of them than a data directory has.
+
+    A prompt is recognised by the wording it was made from; what stood in its fields is carried over.
+
+    Args:
+        path: a prompt file.
+
+    Raises:
+        DataError: as ``read_prompts``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.prompts = read_prompts(path, file_fields(path))
+        self._patterns = [_pattern(prompt) for prompt in self.prompts]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def recognise(self, prompt: str) -> tuple[int, dict[str, str]]:
+        """(number of the wording, from 0; its fields) of a prompt.
+
+        Raises:
+            DataError: the prompt was made from none of the wordings.
+        """
+        for number, pattern in enumerate(self._patterns):
+            if found := pattern.fullmatch(prompt):
+                return number, found.groupdict()
+        hint = "put the wording into the file, or prepare the data again with this file (stage 1)"
+        raise DataError(self.path, f"has no wording for the prompt {prompt!r}", hint=hint)
+
+    def ask(self, prompt: str, number: int) -> str:
+        """The wording ``number`` (from 0) of what ``prompt`` asks."""
+        return self.prompts[number].format(**self.recognise(prompt)[1])
+
+    def draw(self, prompt: str, key: str, seed: int, epoch: int) -> str:
+        """Any wording of what ``prompt`` asks: one for each utterance ``key``, epoch and seed."""
+        number = int(seeded(seed, f"prompt {epoch} {key}").integers(len(self.prompts)))
+        return self.ask(prompt, number)
+
+
+def read_wordings(files: Mapping[str, str | Path]) -> dict[str, Wordings]:
+    """{task: its wordings}.
+
+    Args:
+        files: task -> prompt file.
+
+    Raises:
+        ConfigError: an unknown task.
+        DataError: as ``read_prompts``.
+    """
+    return {task_spec(task).name: Wordings(path) for task, path in files.items()}
+
+
+def _pattern(prompt: str) -> re.Pattern[str]:
+    """What ``prompt`` may look like once its fields are filled in; a field that is there twice holds the same twice."""
+    parts, seen = [], set()
+    for literal, name, _, _ in string.Formatter().parse(prompt):
+        parts.append(re.escape(literal))
+        if name is not None:
+            parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>.+?)")
+            seen.add(name)
+    return re.compile("".join(parts))
 
 
 def draw_prompt(prompts: list[str], key: str, seed: int) -> str:

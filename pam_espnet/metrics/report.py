@@ -21,9 +21,11 @@ from pam_espnet.fileio import read_json, sha256_file, write_json, write_text
 from pam_espnet.metrics.result import METRICS
 from pam_espnet.metrics.routing import TaskRouting, read_routing
 from pam_espnet.metrics.scoring import SCORES, SPEED_CONDITIONS
+from pam_espnet.metrics.wordings import read_spread
 
 DECODE_PREFIX = "decode_"
 CHECKPOINT = "model.safetensors"
+SELECTION = "selection.json"  # where the epoch was chosen by validation scores
 
 
 @dataclass
@@ -146,11 +148,17 @@ def write_report(exp: str | Path) -> Path:
         pictures.append(("Numbers said", "confusion.png"))
 
     checkpoint = exp / CHECKPOINT
+    spreads = [
+        {"decode": decoding.name, "set": decoding.set, **spread}
+        for decoding in decodings
+        for spread in read_spread(decoding.path)
+    ]
     results = {
         "experiment": exp.name,
         "checkpoint": {"file": CHECKPOINT, "sha256": sha256_file(checkpoint), "bytes": checkpoint.stat().st_size}
         if checkpoint.is_file()
         else None,
+        **({"selection": read_json(exp / SELECTION)} if (exp / SELECTION).is_file() else {}),
         "decodings": [
             {
                 "decode": decoding.name,
@@ -163,6 +171,7 @@ def write_report(exp: str | Path) -> Path:
             }
             for decoding in decodings
         ],
+        **({"wordings": spreads} if spreads else {}),
         "routing": {task: row.record() for task, row in routing.items()},
     }
     write_json(exp / "results.json", results)
@@ -190,6 +199,8 @@ def _markdown(
     ]
     if partial := [line for decoding in decodings if (line := _covered(decoding))]:
         parts += ["## Utterances left out\n", "\n".join(partial) + "\n"]
+    if spreads := results.get("wordings"):
+        parts += ["## Wordings of the question\n", _spread_table(spreads)]
     if any(decoding.scores["speed"] for decoding in decodings):
         parts += ["## Speed\n", _speed_table(decodings)]
     if routing:
@@ -230,6 +241,17 @@ def _score_cells(decodings: list[Decoding]) -> tuple[Sequence[str], list[list[st
                 rest = ", ".join(f"{_words(key)} {value}" for key, value in entry.items() if key not in _SHOWN)
                 rows.append([name, decoding.set, task, METRICS[metric].title, shown, str(entry["n"]), rest])
     return ("decoding", "set", "task", "metric", "value", "utterances", "counts"), rows
+
+
+def _spread_table(spreads: Sequence[dict[str, Any]]) -> str:
+    """One row for each set and task: what it scores over all wordings it was asked in."""
+    rows = []
+    for spread in spreads:
+        metric = METRICS[spread["metric"]]
+        figures = [metric.number(spread[key]) for key in ("mean", "min", "max")]
+        count = str(len(spread["wordings"]))
+        rows.append([spread["decode"], spread["set"], spread["task"], metric.title, count, *figures])
+    return table(("decoding", "set", "task", "metric", "wordings", "mean", "min", "max"), rows)
 
 
 _SHOWN = ("value", "low", "high", "n")
@@ -300,6 +322,8 @@ def _made(results: dict[str, Any]) -> str:
     lines = []
     if checkpoint := results["checkpoint"]:
         lines.append(f"- checkpoint: `{checkpoint['file']}`, SHA-256 `{checkpoint['sha256']}`")
+    if selection := results.get("selection"):
+        lines.append(f"- the model is that of epoch {selection['selected']}, chosen by scores (SELECTION.md)")
     for entry in results["decodings"]:
         versions = ", ".join(f"{name} {number}" for name, number in sorted(entry["versions"].items()))
         used = entry["checkpoint_sha256"]

@@ -3,14 +3,54 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.iterators.sequence_iter_factory import worker_init_fn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from pam_espnet.data.batching import BatchingOptions, at_least, cut, epoch_batches
+from pam_espnet.data.batching import BatchingOptions, at_least, cut, describe_seen, epoch_batches
+from pam_espnet.data.prompts import Wordings
+from pam_espnet.tasks.preprocessor import prompt_bytes
+
+
+@dataclass(frozen=True)
+class FreshPrompts:
+    """Wordings to draw from, ``wordings``: {task: ...}; ``prompts``: {utterance: prompt of the data directory}."""
+
+    wordings: Mapping[str, Wordings]
+    prompts: Mapping[str, str]
+    tasks: Mapping[str, str]
+    seed: int
+
+    def check(self) -> None:
+        """Find a prompt that no wording fits now, not hours later (DataError)."""
+        for prompt, task in sorted({(prompt, self.tasks[utterance]) for utterance, prompt in self.prompts.items()}):
+            if task in self.wordings:
+                self.wordings[task].recognise(prompt)
+
+    def draw(self, utterance: str, epoch: int) -> str:
+        """The prompt of ``utterance`` in ``epoch``; that of the data directory where its task has no wordings."""
+        prompt, wordings = self.prompts[utterance], self.wordings.get(self.tasks[utterance])
+        return prompt if wordings is None else wordings.draw(prompt, utterance, self.seed, epoch)
+
+
+class Reworded(Dataset):
+    """``dataset`` with the prompts of one epoch. They depend on nothing but utterance, seed and epoch: not on how many
+    processes load data, nor on where a resumed run goes on."""
+
+    def __init__(self, dataset: Any, prompts: FreshPrompts, epoch: int) -> None:
+        self.dataset = dataset
+        self.prompts = prompts
+        self.epoch = epoch
+
+    def __getitem__(self, utterance: str) -> tuple[str, dict[str, np.ndarray]]:
+        key, data = self.dataset[utterance]
+        return key, {**data, "prompt": prompt_bytes(self.prompts.draw(key, self.epoch))}
 
 
 class PaMIterFactory(AbsIterFactory):
@@ -23,6 +63,7 @@ class PaMIterFactory(AbsIterFactory):
         train: shuffle anew in every pass, or take every utterance once, shortest first.
         batches_per_epoch: length of a training epoch; None = one pass.
         rank, world_size: each batch is dealt out over the ranks, utterance by utterance.
+        fresh_prompts: where given, training asks each epoch in wordings drawn anew.
     """
 
     def __init__(
@@ -40,6 +81,7 @@ class PaMIterFactory(AbsIterFactory):
         pin_memory: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        fresh_prompts: FreshPrompts | None = None,
     ) -> None:
         self.dataset = dataset
         self.seconds = seconds
@@ -50,6 +92,7 @@ class PaMIterFactory(AbsIterFactory):
         self.batches_per_epoch = batches_per_epoch
         self.rank = rank
         self.world_size = world_size
+        self.fresh_prompts = fresh_prompts if train else None
         self.loader_options: dict[str, Any] = {
             "collate_fn": collate_fn,
             "num_workers": num_workers,
@@ -62,6 +105,8 @@ class PaMIterFactory(AbsIterFactory):
             plan = epoch_batches(
                 self.seconds, self.tasks, self.options, self.seed, epoch, self.batches_per_epoch, self.world_size
             )
+            if self.rank == 0:
+                logging.info(f"epoch {epoch}, utterances per task: {describe_seen(plan, self.seconds, self.tasks)}")
         else:
             ordered = sorted(self.seconds, key=lambda k: (self.seconds[k], k))
             plan = at_least(cut(ordered, self.seconds, self.options), self.world_size)
@@ -69,8 +114,9 @@ class PaMIterFactory(AbsIterFactory):
 
     def build_iter(self, epoch: int, shuffle: bool | None = None) -> DataLoader:
         """The batches of ``epoch`` (from 1); ``shuffle`` is fixed by ``train`` and kept for ESPnet's contract."""
+        dataset = self.dataset if self.fresh_prompts is None else Reworded(self.dataset, self.fresh_prompts, epoch)
         return DataLoader(
-            dataset=self.dataset,
+            dataset=dataset,
             batch_sampler=self.batches(epoch),
             worker_init_fn=functools.partial(worker_init_fn, base_seed=epoch + self.seed),
             **self.loader_options,

@@ -21,13 +21,14 @@ from espnet2.utils.types import str_or_none
 
 from pam_espnet.build import build_model
 from pam_espnet.checkpoint import load_strict, read_trained
-from pam_espnet.data.batching import BatchingOptions
+from pam_espnet.data.batching import BatchingOptions, times_seen
+from pam_espnet.data.prompts import read_wordings
 from pam_espnet.data.tables import read_table
 from pam_espnet.data.tasks import TASKS
 from pam_espnet.decoder.pretrained import load_tokenizer
 from pam_espnet.errors import ConfigError
 from pam_espnet.espnet_model import IGNORE, ESPnetPaMModel
-from pam_espnet.tasks.iterator import PaMIterFactory
+from pam_espnet.tasks.iterator import FreshPrompts, PaMIterFactory
 from pam_espnet.tasks.preprocessor import PaMPreprocessor
 from pam_espnet.tasks.trainer import PaMTrainer
 
@@ -53,6 +54,7 @@ class PaMTask(AbsTask):
             ("frontend_conf", "options of PaMFrontend (encoders, fusion, ...)"),
             ("model_conf", "options of ESPnetPaMModel"),
             ("batching_conf", "options of BatchingOptions"),
+            ("prompt_files", "task -> prompt file; training asks in wordings drawn from it anew in every epoch"),
             ("lr_scale_conf", "parameter-name prefix -> factor on the learning rate (default 1)"),
             ("warm_start_conf", "options of the CTC warm start, a step of its own before training"),
             ("resources", "what the doctor checks before a run: disk_gb, memory_gb"),
@@ -141,6 +143,13 @@ class PaMTask(AbsTask):
         counts = {task: sum(t == task for t in tasks.values()) for task in sorted(set(tasks.values()))}
         hours = sum(seconds.values()) / 3600
         logging.info(f"[{mode}] {len(seconds)} utterances, {hours:.2f} h, per task: {counts}, {options}")
+        fresh = None
+        if iter_options.train:
+            times = {task: f"{number:.3g}" for task, number in times_seen(tasks, options).items()}
+            logging.info(f"[{mode}] how often a pass shows an utterance of each task: {times}")
+            if args.prompt_files:
+                fresh = FreshPrompts(read_wordings(args.prompt_files), read_table(paths["prompt"]), tasks, args.seed)
+                fresh.check()
         return PaMIterFactory(
             dataset=cls.build_dataset(args, iter_options),
             seconds=seconds,
@@ -154,6 +163,7 @@ class PaMTask(AbsTask):
             pin_memory=args.ngpu > 0,
             rank=rank,
             world_size=world_size,
+            fresh_prompts=fresh,
         )
 
 

@@ -12,6 +12,11 @@ from pam_espnet.decoder.prompt_layout import answer_ids, end_of_turn_id
 from pam_espnet.errors import DataError
 
 
+def prompt_bytes(prompt: str) -> np.ndarray:
+    """A prompt as a batch holds it: its UTF-8 bytes, int64."""
+    return np.frombuffer(prompt.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+
+
 class PaMPreprocessor(AbsPreprocessor):
     """Tokenise the answer, encode the prompt as UTF-8 bytes (lossless, whatever its length), index the task.
 
@@ -45,6 +50,6 @@ class PaMPreprocessor(AbsPreprocessor):
             if not str(data[name]).strip():
                 raise DataError(name, f"utterance {uid!r} has an empty {name}")
         data["task"] = np.array([self.tasks.index(task)], dtype=np.int64)
-        data["prompt"] = np.frombuffer(str(data["prompt"]).encode("utf-8"), dtype=np.uint8).astype(np.int64)
+        data["prompt"] = prompt_bytes(str(data["prompt"]))
         data["text"] = np.array(answer_ids(self.tokenizer, str(data["text"]), self.end_id), dtype=np.int64)
         return data

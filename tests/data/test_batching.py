@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pam_espnet.data.batching import BatchingOptions, cut, epoch_batches, plan_pass
+from pam_espnet.data.batching import BatchingOptions, cut, describe_seen, epoch_batches, plan_pass, times_seen
 from pam_espnet.errors import ConfigError
 
 SECONDS = {f"utt{i:03d}": 0.5 + (i * 37 % 50) / 10 for i in range(100)}
@@ -51,6 +53,57 @@ def test_task_shares() -> None:
     assert 0.4 < seen["asr"] / seen["count"] < 0.6
 
 
+BIG = {utt: "asr" if i < 80 else ("count", "verify")[i % 2] for i, utt in enumerate(SECONDS)}  # 80, 10, 10
+
+
+@pytest.mark.parametrize(
+    ("options", "shares"),
+    [
+        ({"task_exponent": 1.0}, {"asr": 0.8, "count": 0.1, "verify": 0.1}),
+        ({"task_exponent": 0.0}, {"asr": 1 / 3, "count": 1 / 3, "verify": 1 / 3}),
+        ({"task_exponent": 0.5}, {"asr": 2 ** 1.5 / (2 ** 1.5 + 2), "count": 1 / (2 ** 1.5 + 2)}),
+        ({"task_exponent": 1.0, "task_weights": {"asr": 0.5, "count": 2, "verify": 0}}, {"asr": 2 / 3, "verify": 0}),
+        ({"task_exponent": 1.0, "task_counts": {"asr": 10.0}}, {"asr": 1 / 3, "count": 1 / 3}),
+    ],
+)  # fmt: skip
+def test_weights_and_an_exponent_set_the_shares_of_the_tasks(options: dict, shares: dict[str, float]) -> None:
+    """share = weight * count ** exponent, over their sum; by the plans, not by the formula alone."""
+    chosen = BatchingOptions(**options)
+    plans = [plan_pass(SECONDS, BIG, chosen, 0, number) for number in range(40)]
+    seen = Counter(BIG[utt] for plan in plans for batch in plan for utt in batch)
+    assert sum(seen.values()) == pytest.approx(40 * 100, rel=0.03)
+    for task, share in shares.items():
+        assert times_seen(BIG, chosen)[task] * Counter(BIG.values())[task] / 100 == pytest.approx(share, abs=1e-6)
+        assert seen[task] / sum(seen.values()) == pytest.approx(share, abs=0.02)
+
+
+def test_weights_do_not_change_who_gets_which_plan() -> None:
+    """The data as they are, said in two ways; the same seed, the same plan; another pass, another one."""
+    as_they_are = BatchingOptions(task_exponent=1.0)
+    assert plan_pass(SECONDS, BIG, as_they_are, 4, 2) == plan_pass(SECONDS, BIG, BatchingOptions(), 4, 2)
+    half = BatchingOptions(task_exponent=0.5, task_weights={"count": 3.0})
+    assert plan_pass(SECONDS, BIG, half, 4, 2) == plan_pass(dict(reversed(SECONDS.items())), BIG, half, 4, 2)
+    assert plan_pass(SECONDS, BIG, half, 4, 2) != plan_pass(SECONDS, BIG, half, 4, 3)
+    passes = [batch for number in range(3) for batch in plan_pass(SECONDS, BIG, half, 4, number)]
+    assert epoch_batches(SECONDS, BIG, half, 4, 2, 7) == passes[7:14]
+
+
+def test_plans_of_the_mini_recipe_stay_what_they_are() -> None:
+    """Its published figures were made with these plans."""
+    tasks = {utt: ("asr", "count", "caption")[i % 3] for i, utt in enumerate(SECONDS)}
+    options = BatchingOptions(max_utterances=12, max_seconds=90, pool=8, task_share={"count": 0.5})
+    plans = json.dumps([epoch_batches(SECONDS, tasks, options, 1, epoch, 5) for epoch in range(1, 9)])
+    assert (
+        hashlib.sha256(plans.encode()).hexdigest() == "da8a9a8b14657e658549d3d4559959081911800c61de329ee6c734e2b6b92b2e"
+    )
+
+
+def test_what_was_seen_is_said() -> None:
+    plan = [["utt000", "utt001"], ["utt002", "utt000"]]
+    seconds = {"utt000": 1800.0, "utt001": 360.0, "utt002": 0.0}
+    assert describe_seen(plan, seconds, TASKS) == "asr 3 (75.0%, 1.00 h), count 1 (25.0%, 0.10 h)"
+
+
 def test_an_overlong_utterance_stands_alone() -> None:
     seconds = {"a": 1.0, "b": 100.0, "c": 1.0}
     assert cut(["a", "b", "c"], seconds, BatchingOptions(max_seconds=10)) == [["a"], ["b"], ["c"]]
@@ -65,5 +118,17 @@ def test_options_out_of_range_are_refused() -> None:
     for wrong in ({"max_utterances": 0}, {"max_seconds": -1.0}, {"pool": 0}, {"task_share": {"asr": -1.0}}):
         with pytest.raises(ConfigError, match="batching_conf"):
             BatchingOptions(**wrong)
+    for wrong, said in (
+        ({"task_weights": {"asr": 1.0}}, "need a task_exponent"),
+        ({"task_exponent": 1.0, "task_share": {"asr": 1.0}}, "give one"),
+        ({"task_exponent": 1.0, "task_weights": {"asr": -1.0}}, "must not be negative"),
+        ({"task_exponent": 1.0, "task_counts": {"asr": 0.0}}, "must be positive"),
+        ({"task_exponent": 1.0, "task_weights": {"cuont": 1.0}}, "unknown task 'cuont'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            BatchingOptions(**wrong)
+    nothing = BatchingOptions(task_exponent=1.0, task_weights={"asr": 0.0, "count": 0.0})
+    with pytest.raises(ConfigError, match="no batch"):
+        epoch_batches(SECONDS, TASKS, nothing, 0, 1, 5)
     with pytest.raises(ConfigError, match="no batch"):
         epoch_batches(SECONDS, TASKS, BatchingOptions(task_share={"asr": 0, "count": 0}), 0, 1, 5)

@@ -13,6 +13,7 @@ from pam_espnet.bin._cli import run_main
 from pam_espnet.data.datadir import DataDir, validate
 from pam_espnet.data.edit import choose, combine, fix, save_dir, split
 from pam_espnet.data.format import format_data_dir
+from pam_espnet.data.leakage import voices_of
 from pam_espnet.data.passport import Passport
 from pam_espnet.data.tables import read_table
 from pam_espnet.errors import DataError
@@ -169,6 +170,27 @@ def test_combine_refuses(tmp_path: Path, repo_root: Path, capsys: pytest.Capture
     with pytest.raises(DataError, match="recording 'rec-b1' is"):
         combine([DataDir.load(other), DataDir.load(third)], tmp_path / "union")
     assert not (tmp_path / "union").exists()
+
+
+def test_combine_corpora(tmp_path: Path, repo_root: Path, capsys: pytest.CaptureFixture) -> None:
+    """Voices of mixtures and missing clips stay known; on request nobody may be a speaker in two directories."""
+    one, two = make_data(tmp_path / "one", prefix="a"), make_data(tmp_path / "two", prefix="b")
+    (one / "mix_speakers").write_text("a1 61 62\na2\n")
+    (two / "mix_sources").write_text("b1 63-1-0001\n")
+    (two / "missing").write_text("b9 missing: gone\n")
+    assert tool(repo_root, "combine_data_dir", tmp_path / "union", one, two) == 0
+    assert voices_of(tmp_path / "union")["a1"] == {"speaker0", "61", "62"}
+    assert voices_of(tmp_path / "union")["b1"] == {"speaker0", "63"}
+    assert read_table(tmp_path / "union/missing") == {"b9": "missing: gone"}
+    capsys.readouterr()
+    assert tool(repo_root, "combine_data_dir", "--distinct_speakers", tmp_path / "strict", one, two) == 1
+    said = capsys.readouterr().err
+    assert f"speaker 'speaker0' is in {one} and in {two}" in said and "other names in utt2spk" in said
+    assert not (tmp_path / "strict").exists()
+
+    third = make_data(tmp_path / "third", prefix="c")  # has none of these tables: the target's old ones go
+    combine([DataDir.load(third)], tmp_path / "union")
+    assert not any((tmp_path / "union" / name).exists() for name in ("mix_speakers", "mix_sources", "missing"))
 
 
 def test_choose(tmp_path: Path) -> None:

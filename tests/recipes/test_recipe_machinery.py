@@ -30,7 +30,7 @@ def call(recipe: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_there_is_something_to_test() -> None:
-    assert {recipe.parent.name for recipe in RECIPES} >= {"audiocaps", "libricount", "librispeech", "mini"}
+    assert {recipe.parent.name for recipe in RECIPES} >= {"audiocaps", "libricount", "librispeech", "mini", "multitask"}
     assert len(CONFIGS) >= 80 and len(OVERLAYS) >= 3
 
 
@@ -75,6 +75,7 @@ def test_a_range_of_stages_prints_only_those() -> None:
         (["--stage", "two"], "--stage"),
         (["--fusoin", "pam"], "--fusion"),
         (["--dry_run", "maybe"], "true or false"),
+        (["--select", "luck"], "loss or scores"),
         (["extra"], "extra"),
     ],
 )
@@ -105,6 +106,7 @@ def check_configuration(recipe: Path, names: list[str], tmp_path: Path) -> None:
     from pam_espnet.answering import AnswerOptions
     from pam_espnet.config import check_options, load_yaml, resolve, used_encoders, write_config
     from pam_espnet.data.batching import BatchingOptions
+    from pam_espnet.data.prompts import read_wordings
     from pam_espnet.decoder.llm import LLMDecoder
     from pam_espnet.espnet_model import ESPnetPaMModel
     from pam_espnet.frontend.adapter import stacking
@@ -121,6 +123,7 @@ def check_configuration(recipe: Path, names: list[str], tmp_path: Path) -> None:
     args = PaMTask.get_parser().parse_args(["--config", str(tmp_path / "train.yaml"), "--output_dir", str(tmp_path)])
     BatchingOptions(**args.batching_conf)
     WarmStartOptions(**args.warm_start_conf)
+    read_wordings({task: recipe / path for task, path in args.prompt_files.items()})
     frontend = args.frontend_conf
     MaskOptions(**frontend.get("mask_conf", {}))
     check_options(config["llm_conf"], "llm_conf", LLMDecoder.from_pretrained, LLMDecoder)

@@ -32,9 +32,12 @@ Options (default)
   --decode_config FILE  options of the beam search (conf/decode.yaml)
   --decode_tag NAME     decode directory exp/<tag>/decode_<name> (beam)
   --audio_off BOOL      also decode with the waveform set to zero, as control (true)
+  --all_prompts BOOL    also decode with every other wording of conf/prompts/<task>.txt, and report the spread (false)
   --use_cache BOOL      train on cached hidden states; false runs the encoders in every step (true)
   --rebuild_cache BOOL  compute cached hidden states again (false)
   --warm_start BOOL     CTC warm start of the adapters before training (true)
+  --select NAME         the model that is kept: loss, ESPnet's average of its best epochs; or scores, the epoch of those
+                        kept whose answers to the validation set score best, all tasks counting the same (loss)
   --train_set NAME      (train)
   --valid_set NAME      (dev)
   --test_sets NAMES     separated by blanks (test_asr test_count test_caption)
@@ -63,9 +66,11 @@ set=
 decode_config=conf/decode.yaml
 decode_tag=beam
 audio_off=true
+all_prompts=false
 use_cache=true
 rebuild_cache=false
 warm_start=true
+select=loss
 train_set=train
 valid_set=dev
 test_sets="test_asr test_count test_caption"
@@ -93,6 +98,7 @@ for number in stage stop_stage nj ngpu decode_nj batch_size; do
     [[ ${!number} =~ ^[0-9]+$ ]] || fail "--${number} must be a whole number, not '${!number}'"
 done
 ((nj > 0 && decode_nj > 0 && batch_size > 0)) || fail "--nj, --decode_nj and --batch_size must be at least 1"
+[[ ${select} =~ ^(loss|scores)$ ]] || fail "--select takes loss or scores, not '${select}'"
 [ -d conf ] || fail "no conf/ here: call pam.sh through the run.sh of a recipe"
 
 tag=${tag:-${fusion}_${size}}
@@ -192,6 +198,10 @@ fi
 
 if wants 3; then
     begin 3 train "${dump}/raw/, ${configs[*]}" "${dump}/feats/, ${exp}/"
+    if [ -f local/check_train.py ]; then  # a recipe's own reasons to refuse a training set
+        run "${python}" local/check_train.py --train "${data}/${train_set}" "${data}/${valid_set}" \
+            --tests "${tests[@]/#/${data}/}"
+    fi
     mkdir_exp=(mkdir -p "${exp}/log")
     run "${mkdir_exp[@]}"
     if [ "${warm_start}" = true ]; then
@@ -255,6 +265,12 @@ if wants 3; then
             "${python}" -m pam_espnet.bin.pam_train "${train_args[@]}" --resume true)
         background "${exp}/progress.txt" "${exp}/log/train.log" "${launch[@]}"
     fi
+    if [ "${select}" = scores ] || [ -f "${exp}/selection.json" ]; then
+        background "${exp}/log/select.log" "${exp}/log/select.log" \
+            "${decode_run[@]}" --gpu "$((ngpu > 0))" "${exp}/log/select.log" \
+            "${python}" -m pam_espnet.bin.pam_select --exp "${exp}" --by "${select}" --data "${dump}/raw/${valid_set}" \
+            --config "${decode_config}" --batch_size "${batch_size}" --dtype "${decode_dtype}" --device "${device}"
+    fi
     end "./run.sh --stage 4"
 fi
 
@@ -269,7 +285,20 @@ if wants 4; then
         for set_name in "${tests[@]}"; do
             sources+=("${dump}/raw/${set_name}")
             targets+=("${decode_dir}/${set_name}")
-            [ -f "${decode_dir}/${set_name}/stats.json" ] || complete=false
+        done
+        if [ "${all_prompts}" = true ] && [ "${hearing}" = on ]; then
+            reworded=(SET/NUMBER)
+            if [ "${dry_run}" = false ]; then
+                listed=$("${python}" -m pam_espnet.bin.pam_reword --data "${sources[@]}" --out "${dump}/prompts")
+                mapfile -t reworded <<<"${listed}"
+            fi
+            for name in "${reworded[@]}"; do
+                sources+=("${dump}/prompts/${name}")
+                targets+=("${decode_dir}/${name%/*}/prompts/${name##*/}")
+            done
+        fi
+        for target in "${targets[@]}"; do
+            [ -f "${target}/stats.json" ] || complete=false
         done
         args=(--exp "${exp}" --data "${sources[@]}" --out "${targets[@]}" --config "${decode_config}"
             --batch_size "${batch_size}" --audio "${hearing}" --dtype "${decode_dtype}" --device "${device}")
@@ -291,6 +320,11 @@ if wants 5; then
     for decode_dir in "${decode_dirs[@]}"; do
         for set_name in "${tests[@]}"; do
             module pam_score --decode_dir "${decode_dir}/${set_name}" --data_dir "${dump}/raw/${set_name}"
+            for asked in "${decode_dir}/${set_name}"/prompts/*/stats.json; do
+                [ -f "${asked}" ] || continue  # only the first wording was asked
+                asked=${asked%/*}
+                module pam_score --decode_dir "${asked}" --data_dir "${dump}/prompts/${set_name}/${asked##*/}"
+            done
         done
     done
     module pam_report --exp "${exp}"

@@ -1,0 +1,41 @@
+"""Write formatted test sets once more for every other wording of their questions, so that they can be decoded too.
+
+Prints one line for each directory written, <set>/<number of the wording>, below --out. Wording 1 is what scoring asks
+anyway. The audio is not copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pam_espnet.bin._cli import run_main
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, nargs="+", type=Path, help="formatted test sets, dump/raw/<set>")
+    parser.add_argument("--prompts", type=Path, default=Path("conf/prompts"), help="has <task>.txt (conf/prompts)")
+    parser.add_argument("--out", required=True, type=Path, help="folder for <set>/<number>")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    args = build_parser().parse_args(argv)
+    from pam_espnet.data.datadir import DataDir
+    from pam_espnet.data.prompts import read_wordings
+    from pam_espnet.data.reword import reword
+
+    for data in args.data:
+        files = {task: args.prompts / f"{task}.txt" for task in DataDir.load(data).per_task()}
+        for written in reword(data, read_wordings(files), args.out / data.name):
+            print(written.relative_to(args.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,42 @@
+"""A formatted test set once more for every other wording of its questions: how much does the wording matter?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from pam_espnet.data.datadir import DataDir
+from pam_espnet.data.edit import save_dir
+from pam_espnet.data.prompts import Wordings
+from pam_espnet.errors import DataError
+
+
+def reword(data_dir: str | Path, wordings: Mapping[str, Wordings], target: str | Path) -> list[Path]:
+    """Write ``<target>/2``, ``<target>/3``, ...: what scoring asks in the first wording, in the second, third, ...
+
+    Args:
+        data_dir: a formatted data directory, every prompt in the first wording of its task.
+        wordings: task -> wordings, for every task of the directory.
+        target: folder for the directories. A directory has the utterances whose task has so many wordings; their audio
+            stays where it is.
+
+    Returns:
+        the directories written.
+
+    Raises:
+        DataError: a prompt that is not the first wording of its task.
+    """
+    data = DataDir.load(data_dir)
+    for utterance in data.utterances:
+        known = wordings[data.utt2task[utterance]]
+        if known.recognise(data.prompt[utterance])[0] != 0:
+            message = f"{utterance} is not asked in the first wording of {known.path}: {data.prompt[utterance]!r}"
+            raise DataError(Path(data_dir) / "prompt", message, hint="name a test set; training draws its prompts")
+    written = []
+    for number in range(1, max(len(wordings[task]) for task in data.per_task())):
+        chosen = data.subset(utt for utt in data.utterances if number < len(wordings[data.utt2task[utt]]))
+        prompts = {utt: wordings[task].ask(chosen.prompt[utt], number) for utt, task in chosen.utt2task.items()}
+        written.append(Path(target) / str(number + 1))
+        save_dir(replace(chosen, prompt=prompts), written[-1])
+    return written
