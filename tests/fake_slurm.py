@@ -3,7 +3,7 @@
 
 Jobs are processes of this machine. $FAKE_SLURM is a folder with the state: ``<job>_<task>`` holds a task's state while
 it is in the queue, ``calls`` the command lines of sbatch, ``<job>.sh`` its script; a file ``squeue_fails`` with a
-number makes squeue fail so many times.
+number makes squeue fail so many times, a file ``slow`` makes sbatch take a second.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def sbatch() -> int:
     if option("partition") == "none":
         print("sbatch: error: invalid partition specified: none", file=sys.stderr)
         return 1
+    if (STATE / "slow").exists():
+        time.sleep(1)
     job = str(100 + len(list(STATE.glob("*.sh"))))
     (STATE / f"{job}.sh").write_text(sys.stdin.read())
     array = re.fullmatch(r"(\d+)-(\d+)(?:%(\d+))?", option("array"))

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 TAIL_LINES = 20
 SHOWN_LOGS = 5
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def parse_gib(text: str) -> float:
@@ -77,13 +78,21 @@ def exit_on_signals() -> None:
     def on_signal(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
 
-    for wanted in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for wanted in SIGNALS:
         signal.signal(wanted, on_signal)
+
+
+def hold_signals() -> list[int]:
+    """Until the next of these functions is called, such signals only join the list that is returned."""
+    held: list[int] = []
+    for wanted in SIGNALS:
+        signal.signal(wanted, lambda number, frame: held.append(number))
+    return held
 
 
 def ignore_signals() -> None:
     """From now on nothing interrupts the cleaning up."""
-    for wanted in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for wanted in SIGNALS:
         signal.signal(wanted, signal.SIG_IGN)
 
 

@@ -41,6 +41,7 @@ from job_contract import (
     Work,
     count,
     exit_on_signals,
+    hold_signals,
     ignore_signals,
     parse_gib,
     parse_work,
@@ -192,7 +193,8 @@ class Job:
             throttle = f"%{args.max_jobs_run}" if args.max_jobs_run else ""
             words.append(f"--array={work.numbers[0]}-{work.numbers[-1]}{throttle}")
         script = batch_script(work, args)
-        done = subprocess.run(words, input=script, capture_output=True, text=True, check=False)
+        # In a session of its own: a Ctrl-C while it runs must not leave a job whose number nobody knows.
+        done = subprocess.run(words, input=script, capture_output=True, text=True, check=False, start_new_session=True)
         numbers = re.findall(r"^(\d+)(?:;.*)?$", done.stdout, flags=re.MULTILINE)
         if done.returncode or not numbers:
             print((done.stderr or done.stdout).strip(), file=sys.stderr)
@@ -303,13 +305,16 @@ def main(argv: list[str] | None = None) -> int:
     for program in (flags.command[0], "squeue", "scancel"):
         if shutil.which(program) is None:
             fail(f"{program}: not found on PATH", "log in to a node of the cluster; or run here: ./run.sh --cmd local")
-    exit_on_signals()
+    held = hold_signals()
     job = None
     try:
         job = Job(work, args, command)
+        exit_on_signals()
+        if held:
+            raise SystemExit(128 + held[0])
         print(f"slurm.py: submitted job {job.id} ({len(job.logs)} runs): {work.words[0]}", file=sys.stderr)
         statuses = wait_for(job, args.lag)
-    except SystemExit:
+    except BaseException:  # a signal or a bug: leave nothing behind
         ignore_signals()
         if job is not None:
             job.cancel()

@@ -69,6 +69,10 @@ def estimate(config: Mapping[str, Any], data_dirs: Sequence[str | Path], assumed
     return "\n".join(lines) + "\n"
 
 
+def _checkpointing(config: Mapping[str, Any]) -> bool:
+    return bool((config.get("llm_conf") or {}).get("gradient_checkpointing", False))
+
+
 def _parameters(found: ModelParts) -> list[str]:
     lines = [f"{'parameters':24}{'frozen':>16}{'trained':>16}{'weights':>12}"]
     for part in found.parts:
@@ -79,7 +83,7 @@ def _parameters(found: ModelParts) -> list[str]:
 def _memory(config: Mapping[str, Any], found: ModelParts, batches: Batches, assumed: Assumptions) -> list[str]:
     trained = sum(part.trained for part in found.parts)
     loaded = [part for part in found.parts if not (assumed.use_cache and part.name.startswith("encoder "))]
-    checkpointing = bool((config.get("llm_conf") or {}).get("gradient_checkpointing", False))
+    checkpointing = _checkpointing(config)
     optim = str(config.get("optim", "adadelta"))
     rows: list[tuple[str, float]] = [
         ("weights" + (" (encoders are not loaded: cached)" if assumed.use_cache else ""), sum(p.bytes for p in loaded))
@@ -134,7 +138,7 @@ def _time(
 ) -> list[str]:
     if found.llm is None:
         return ["time: unknown, as the LLM is"]
-    checkpointing = bool((config.get("llm_conf") or {}).get("gradient_checkpointing", False))
+    checkpointing = _checkpointing(config)
     fusion = sum(part.trained for part in found.parts if part.name in ("adapters", "fusion and gain"))
     step = formulas.llm_flop(found.llm, batches.mean, checkpointing) + formulas.frontend_flop(fusion, batches.mean)
     seconds = step / (assumed.tflops * 1e12)

@@ -195,6 +195,19 @@ def test_a_signal_cancels_the_jobs(tmp_path: Path, fake: dict[str, str]) -> None
     check_cancel(tmp_path / "work", fake)
 
 
+def test_a_signal_while_sbatch_is_asked_leaves_no_job(tmp_path: Path, fake: dict[str, str]) -> None:
+    (tmp_path / "state/slow").touch()
+    environment = {**os.environ, **fake}
+    with subprocess.Popen(command("x.log", "sleep", "100"), cwd=tmp_path / "work", env=environment) as runner:
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "state/calls").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        runner.send_signal(signal.SIGTERM)
+        assert runner.wait(timeout=30) == 128 + signal.SIGTERM
+    assert (tmp_path / "state/100.cancel").exists() and not (tmp_path / "state/100_NA").exists()
+
+
 def test_help_needs_no_configuration(tmp_path: Path) -> None:
     words = [sys.executable, str(ROOT / "utils/slurm.py"), "--help"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)

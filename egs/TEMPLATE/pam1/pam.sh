@@ -45,7 +45,8 @@ Options (default)
   --nj N                parallel processes where work is split (number of cores, at most 8)
   --ngpu N              GPUs for training; 0 = CPU (0)
   --cmd NAME            where the jobs of stages 3 and 4 run: local (this machine) or slurm (see cmd.sh; \$PAM_CMD or local)
-  --decode_nj N         processes that decode, each with the whole model (--nj; 1 on a GPU)
+  --decode_nj N         processes that decode, each with the whole model (--nj; with --ngpu one,
+                        and each has a GPU of its own)
   --batch_size N        utterances decoded together (8)
   --decode_dtype NAME   precision of the LLM in decoding: float32, bfloat16, or int8 (the search's weights alone, on
                         x86 CPUs); see conf/decode.yaml (float32)
