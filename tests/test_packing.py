@@ -293,7 +293,7 @@ def test_changed_and_missing_members(archive: Path, name: str) -> None:
 
 def test_a_flipped_bit(archive: Path) -> None:
     content = bytearray(archive.read_bytes())
-    content[content.index(b"exp/mine") if b"exp/mine" in content else len(content) // 2] ^= 1
+    content[len(content) // 2] ^= 1  # among the weights, by far the largest member
     Path("a.zip").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.zip"):
         pam_espnet.load("a.zip")
