@@ -15,7 +15,7 @@ from pam_espnet.data.passport import Passport
 from pam_espnet.fileio import check_key
 
 # What may change without changing the model.
-_FREE = ("resources", "num_workers", "log_interval")
+_FREE = ("resources", "num_workers", "log_interval", "checkpoint_steps")
 
 
 def begin_experiment(exp_dir: str | Path, config: Mapping[str, Any], data_dirs: Sequence[str | Path]) -> None:
