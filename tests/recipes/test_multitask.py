@@ -12,9 +12,10 @@ import pytest
 import yaml
 from audiocaps_corpus import write_audio, write_release
 from libri_corpora import copy_recipe, make_libricount, make_librispeech, run
-from processes import check_same, train
+from processes import TRAINING, check_same, train
 
 from pam_espnet.checkpoint import read_trained
+from pam_espnet.data.batching import BatchingOptions, plan_pass
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.leakage import MIX_SOURCES, MIX_SPEAKERS
 from pam_espnet.data.passport import Passport
@@ -188,15 +189,22 @@ def test_stages_3_to_5(made: SimpleNamespace, tiny_llm_dir: Path, monkeypatch: p
 def test_two_processes_train_what_one_does(
     made: SimpleNamespace, tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the recipe's sampling and prompts, in batches of three: a rank always lacks some of the four tasks."""
+    """With the recipe's sampling and prompts, in batches of four: a rank always lacks two of the four tasks."""
     monkeypatch.chdir(made.recipe)  # paths of prompts and audio start there
     (tmp_path / "dump").symlink_to(made.recipe / "dump/mini/raw")
     conf = yaml.safe_load(Path("conf/train.yaml").read_text())
     options = {
-        "batching_conf": {**conf["batching_conf"], "max_utterances": 3},
+        "batching_conf": {**conf["batching_conf"], "max_utterances": 4},
         "prompt_files": conf["prompt_files"],
         "model_conf": {"extract_feats_in_collect_stats": False, "router_loss_weight": 0.1},
     }
+    tables = [read_table(tmp_path / "dump/train" / name) for name in ("utt2num_samples", "utt2task")]
+    seconds = {utt: int(samples) / 16000 for utt, samples in tables[0].items()}
+    plans = [
+        plan_pass(seconds, tables[1], BatchingOptions(**options["batching_conf"]), TRAINING["seed"], 0, ranks)
+        for ranks in (1, 2)
+    ]
+    assert plans[0] == plans[1]  # no batch of one utterance, which two ranks could not share
     two = train(tmp_path, tiny_llm_dir, tmp_path / "two", 2, **options)
     check_same(train(tmp_path, tiny_llm_dir, tmp_path / "one", 1, **options), two)
     tasks = {f"loss_{task}" for task in ("asr", "count", "caption", "verify")}
