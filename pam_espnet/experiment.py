@@ -12,7 +12,8 @@ from typing import Any
 
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import Passport
-from pam_espnet.fileio import check_key
+from pam_espnet.data.prompts import read_wordings
+from pam_espnet.fileio import check_key, sha256_file
 
 # What may change without changing the model.
 _FREE = ("resources", "num_workers", "log_interval", "checkpoint_steps")
@@ -23,11 +24,12 @@ def begin_experiment(exp_dir: str | Path, config: Mapping[str, Any], data_dirs: 
 
     Args:
         exp_dir: experiment directory.
-        config: its merged configuration.
+        config: its merged configuration; the files of ``prompt_files`` count by what is in them.
         data_dirs: formatted data directories it trains on; their audio, texts, prompts and tasks count.
 
     Raises:
-        DataError: the directory was begun with another configuration or other data; names what differs.
+        DataError: the directory was begun with another configuration or other data; names what differs. Also a prompt
+            file that cannot be used.
     """
     data = {}
     for path in data_dirs:
@@ -37,5 +39,8 @@ def begin_experiment(exp_dir: str | Path, config: Mapping[str, Any], data_dirs: 
             "tables_sha256": tables.digest(),
         }
     key = {"config": {name: value for name, value in config.items() if name not in _FREE}, "data": data}
+    if files := config.get("prompt_files"):
+        read_wordings(files)  # says what is wrong with them, before anything is made
+        key["prompt_files_sha256"] = {task: sha256_file(path) for task, path in files.items()}
     hint = f"give another --tag, or remove {exp_dir} to train it anew"
     check_key(Path(exp_dir) / "key.json", key, hint)
