@@ -64,7 +64,12 @@ class PaMIterFactory(AbsIterFactory):
         batches_per_epoch: length of a training epoch; None = one pass.
         rank, world_size: each batch is dealt out over the ranks, utterance by utterance.
         fresh_prompts: where given, training asks each epoch in wordings drawn anew.
+
+    Attributes:
+        announce: whether the log says how much of each task an epoch shows.
     """
+
+    announce = True
 
     def __init__(
         self,
@@ -105,7 +110,7 @@ class PaMIterFactory(AbsIterFactory):
             plan = epoch_batches(
                 self.seconds, self.tasks, self.options, self.seed, epoch, self.batches_per_epoch, self.world_size
             )
-            if self.rank == 0:
+            if self.announce and self.rank == 0:
                 logging.info(f"epoch {epoch}, utterances per task: {describe_seen(plan, self.seconds, self.tasks)}")
         else:
             ordered = sorted(self.seconds, key=lambda k: (self.seconds[k], k))

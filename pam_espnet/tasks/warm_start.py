@@ -316,6 +316,7 @@ def run(args: argparse.Namespace) -> Path:
             )
         factory.seconds = {utt: s for utt, s in factory.seconds.items() if utt in chosen}
         factory.tasks = chosen
+        factory.announce = False  # its passes are counted, and fall in the middle of the bar
         factory.options = BatchingOptions(max_utterances=options.max_utterances, max_seconds=options.max_seconds)
         # What a killed run resumes from is written between epochs, so these are as short as save_every says.
         factory.batches_per_epoch = options.save_every if mode == "train" else None
