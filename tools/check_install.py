@@ -190,11 +190,12 @@ def check_room(folder: Path, need_disk_gb: float | None, need_memory_gb: float |
     """Compare free disk space at ``folder`` and memory, in GiB, with what is needed (None: only tell)."""
     while not folder.exists():
         folder = folder.parent
+    ask = "; what is asked for is `resources` in the size's configuration"
     free = shutil.disk_usage(folder).free / GIB
-    rooms = [("disk", free, need_disk_gb, f"free at {folder.resolve()}", "--dir with more space, or free some")]
+    rooms = [("disk", free, need_disk_gb, f"free at {folder.resolve()}", f"--dir with more space, or free some{ask}")]
     memory = memory_gb()
     if memory is not None:
-        hint = "a smaller batch_size or model in the config, or a larger machine"
+        hint = f"a smaller batch_size or model in the config, or a larger machine{ask}"
         rooms.append(("memory", memory, need_memory_gb, "in all", hint))
     elif need_memory_gb is not None:
         return [Finding("memory", "warning", f"unknown here; {need_memory_gb:g} GiB are needed")]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -21,6 +22,7 @@ _QUALITY = "HQ"
 RESAMPLER = f"soxr {soxr.__version__} {_QUALITY}"
 # PyAV is asked for these only: ffmpeg would decode a damaged FLAC or WAV up to the damage without an error.
 PYAV_SUFFIXES = frozenset((".g722", ".m4a", ".mp3", ".mp4", ".aac", ".webm", ".mka", ".mkv", ".wma", ".amr", ".opus"))
+STREAMED = 0x7FFFFF00  # bytes; a program that writes into a pipe promises so many, or more, and knows no better
 REPAIR_HINT = "copy, download or convert it again (FLAC and WAV always work), or remove the utterance"
 MAX_OVERSHOOT = 0.5  # seconds a segment may end after its recording; rounded time stamps often do
 
@@ -72,6 +74,11 @@ def _read_soundfile(
     with soundfile.SoundFile(source) as file:
         if file.format in ("MP3", "MPEG"):
             return None
+        # libsndfile mends the length in a WAV header and says so only there.
+        mended = re.search(r"^\s*data\s*:\s*(\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+        if mended and int(mended[2]) < int(mended[1]) < STREAMED:
+            message = f"is cut short: it has {mended[2]} of the {mended[1]} bytes that its header promises"
+            raise DataError(name, message, hint=REPAIR_HINT)
         first, last = _bounds(name, file.frames, file.samplerate, start, end)
         if first:
             file.seek(first)

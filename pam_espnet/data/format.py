@@ -248,7 +248,8 @@ def _write_tables(data: DataDir, target: Path, settings: Settings, records: dict
     if len(skipped) > MAX_SKIPPED * len(data):
         some = "".join(f"\n  {utt}: {reason}" for utt, reason in list(skipped.items())[:5])
         message = f"{len(skipped)} of {len(data)} utterances cannot be used, for example:{some}"
-        raise DataError(data.path, message, hint="check the paths in wav.scp, --max-seconds and --min-seconds")
+        hint = "mend or fetch these recordings again; or check wav.scp, --max-seconds (run.sh: --max_seconds)"
+        raise DataError(data.path, message, hint=hint)
     for utt in skipped:  # files of an earlier run, when the utterance was still good
         (target / "audio" / f"{utt}.{settings.audio_format}").unlink(missing_ok=True)
     for utt, reason in list(skipped.items())[:SHOWN_SKIPS]:

@@ -145,3 +145,15 @@ def test_clipping_is_counted() -> None:
     samples, clipped = to_pcm16(np.array([0.0, 1.0, -1.0, 1.5, -2.0, 0.5], dtype=np.float32))
     assert samples.tolist() == [0, 32767, -32768, 32767, -32768, 16384]
     assert clipped == 3  # +1.0 has no int16 value, -1.0 has
+
+
+def test_a_wav_that_was_cut_is_not_taken_for_a_shorter_one(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.wav"
+    soundfile.write(whole, np.random.default_rng(0).normal(0, 0.1, 8000), 16000)
+    data = whole.read_bytes()
+    (tmp_path / "cut.wav").write_bytes(data[:9000])
+    with pytest.raises(DataError, match="cut short: it has 8956 of the 16000 bytes"):
+        read_audio(tmp_path / "cut.wav")
+    at = data.index(b"data") + 4  # a program that writes into a pipe cannot know the length
+    (tmp_path / "streamed.wav").write_bytes(data[:4] + b"\xff" * 4 + data[8:at] + b"\xff" * 4 + data[at + 4 :])
+    assert len(read_audio(tmp_path / "streamed.wav")[0]) == 8000

@@ -92,6 +92,31 @@ def test_what_is_in_the_data_directories(local: SimpleNamespace, corpus: Path, t
     assert DataDir.load(tmp_path / "seed/train").prompt != train.prompt
 
 
+def test_a_kill_between_two_settings_leaves_nothing_that_looks_finished(
+    local: SimpleNamespace, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(local, corpus, tmp_path / "data")
+    expected = {name: (tmp_path / "data" / name / "text").read_text() for name in SETS}
+    write_set, written = local.prepare.write_set, []
+
+    def killed(target: Path, *args: object) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(target)
+        write_set(target, *args)
+
+    monkeypatch.setattr(local.prepare, "write_set", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(local, corpus, tmp_path / "data", "--transcripts", "upper")
+    monkeypatch.undo()
+    assert (tmp_path / "data/train/text").read_text() != expected["train"]
+    prepare(local, corpus, tmp_path / "data")
+    assert {name: (tmp_path / "data" / name / "text").read_text() for name in SETS} == expected
+    (tmp_path / "data/test_clean/text").unlink()
+    prepare(local, corpus, tmp_path / "data")
+    assert (tmp_path / "data/test_clean/text").read_text() == expected["test_clean"]
+
+
 # ---- what can be wrong with a corpus --------------------------------------------------------------------------------
 
 

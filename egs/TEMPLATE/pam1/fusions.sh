@@ -4,18 +4,22 @@
 # interrupted comparison goes on where it stopped.
 set -euo pipefail
 
-help_message="Usage: ./run_fusions.sh or ./run_ablation.sh [--size NAME] [--fusions NAMES] [--options OPTIONS]
+help_message="Usage: ./run_fusions.sh or ./run_ablation.sh [--size NAME] [--fusions NAMES] [--train_config FILES] [--options OPTIONS]
 
   --size NAME      as for run.sh
   --fusions NAMES  separated by blanks; the first is what the others are compared with, and is decoded
                    without audio too
+  --train_config FILES  base configurations, separated by blanks, as for run.sh (conf/train.yaml)
+  --tag_suffix TEXT  of the experiments, exp/<fusion>_<size><suffix>, and of the results ()
   --options TEXT   further options of run.sh, separated by blanks; give folders with their whole path ()
   --title TEXT     of the table; SIZE in it stands for the size, without the v of a version
   --dry_run BOOL   print what would be run, and stop (false)
 
-Writes RESULTS_<size>.md and .json."
+Writes RESULTS_<size><suffix>.md and .json."
 size=
 fusions=
+train_config=conf/train.yaml
+tag_suffix=
 options=
 title=
 dry_run=false
@@ -29,11 +33,12 @@ experiments=()
 control=true
 for fusion in "${names[@]}"; do
     echo "=== ${fusion}"
-    ./run.sh --size "${size}" --fusion "${fusion}" --audio_off "${control}" --dry_run "${dry_run}" "${more[@]}"
-    experiments+=("exp/${fusion}_${size}")
+    ./run.sh --size "${size}" --fusion "${fusion}" --tag "${fusion}_${size}${tag_suffix}" \
+        --train_config "${train_config}" --audio_off "${control}" --dry_run "${dry_run}" "${more[@]}"
+    experiments+=("exp/${fusion}_${size}${tag_suffix}")
     control=false # the first fusion's answers without audio are control enough
 done
-report=(-m pam_espnet.bin.pam_report --compare "${experiments[@]}" --output "RESULTS_${size}.md"
+report=(-m pam_espnet.bin.pam_report --compare "${experiments[@]}" --output "RESULTS_${size}${tag_suffix}.md"
     --title "${title//SIZE/${size#v}}")
 if [ "${dry_run}" = true ]; then
     printf '    python'

@@ -55,6 +55,14 @@ Options of the data of this recipe; relative paths start at its folder
 ${DATA_HELP}
 }
 A second run skips what is done; a killed one goes on where it stopped."
+preset=
+for word in "$@"; do
+    case "${word}" in -h | --help) break ;; esac
+    preset+=" $(printf '%q' "${word}")"
+done
+[ -z "${preset}" ] || help_message+="
+Given already, by this recipe's run.sh or by you, in place of the defaults above:
+ ${preset}"
 
 stage=1
 stop_stage=5
@@ -90,7 +98,8 @@ export PAM_COMMAND="./run.sh $*"  # kept beside the results
 . "${template}/../../../utils/parse_options.sh"
 
 fail() {
-    printf 'error: %s\n' "$@" >&2
+    printf 'error: %s\n' "$1" >&2
+    [ $# -lt 2 ] || printf '%s\n' "${@:2}" >&2
     exit 1
 }
 [ $# -eq 0 ] || fail "unexpected word '$1'" "  -> options look like --stage 1; --help lists them"
@@ -150,6 +159,10 @@ begin() {
 end() {
     [ "${dry_run}" = true ] || echo "== ${stage_name}: done in $((SECONDS - stage_start)) s; next: $1"
 }
+needs() {
+    # needs PATH STAGES: PATH is made by an earlier stage
+    [ "${dry_run}" = true ] || [ -e "$1" ] || fail "${stage_name}: there is no $1" "  -> first the same command with $2"
+}
 wants() { ((stage <= $1 && $1 <= stop_stage)); }
 
 background() {
@@ -185,7 +198,7 @@ if wants 1; then
         data_command+=("--${option}" "${!option}")
     done
     run "${data_command[@]}"
-    end "./run.sh --stage 2"
+    end "the same command with --stage 2"
 fi
 
 if wants 2; then
@@ -194,11 +207,12 @@ if wants 2; then
         run "${python}" "${PAM_ROOT}/utils/validate_data_dir.py" "${data}/${set_name}"
         module pam_format "${data}/${set_name}" "${dump}/raw/${set_name}" --jobs "${nj}" --max-seconds "${max_seconds}"
     done
-    end "./run.sh --stage 3"
+    end "the same command with --stage 3"
 fi
 
 if wants 3; then
     begin 3 train "${dump}/raw/, ${configs[*]}" "${dump}/feats/, ${exp}/"
+    needs "${dump}/raw/${train_set}" "--stage 1 --stop_stage 2"
     if [ -f local/check_train.py ]; then  # a recipe's own reasons to refuse a training set
         run "${python}" local/check_train.py --train "${data}/${train_set}" "${data}/${valid_set}" \
             --tests "${tests[@]/#/${data}/}"
@@ -209,9 +223,6 @@ if wants 3; then
         changes+=("model_conf.ctc_tokens=${exp}/ctc_tokens.txt")
     else
         changes+=("model_conf.ctc_weight=0")  # there is no head to train on
-    fi
-    if [ "${dry_run}" = false ] && [ ! -d "${dump}/raw/${train_set}" ]; then
-        fail "${dump}/raw/${train_set}: missing" "  -> ./run.sh --stage 1 --stop_stage 2"
     fi
     module pam_config --config "${configs[@]}" --set "${changes[@]}" --experiment "${exp}" \
         --data "${dump}/raw/${train_set}" "${dump}/raw/${valid_set}" --out "${exp}/model.yaml"
@@ -272,11 +283,12 @@ if wants 3; then
             "${python}" -m pam_espnet.bin.pam_select --exp "${exp}" --by "${select}" --data "${dump}/raw/${valid_set}" \
             --config "${decode_config}" --batch_size "${batch_size}" --dtype "${decode_dtype}" --device "${device}"
     fi
-    end "./run.sh --stage 4"
+    end "the same command with --stage 4"
 fi
 
 if wants 4; then
     begin 4 decode "${exp}/model.safetensors, ${dump}/raw/" "${exp}/decode_${decode_tag}*/"
+    needs "${exp}/model.safetensors" "--stage 3 --stop_stage 3"
     hearings=(on)
     [ "${audio_off}" = false ] || hearings+=(zero)
     for hearing in "${hearings[@]}"; do
@@ -311,11 +323,12 @@ if wants 4; then
         fi
         module pam_decode "${args[@]}" --shard "1/${decode_nj}" --merge
     done
-    end "./run.sh --stage 5"
+    end "the same command with --stage 5"
 fi
 
 if wants 5; then
     begin 5 score "${exp}/decode_*/, ${dump}/raw/" "${exp}/RESULTS.md, ${exp}/results.json, pictures"
+    needs "${exp}/decode_${decode_tag}" "--stage 4 --stop_stage 4"
     decode_dirs=("${exp}/decode_${decode_tag}")
     [ "${audio_off}" = false ] || decode_dirs+=("${exp}/decode_${decode_tag}_audio_off")
     for decode_dir in "${decode_dirs[@]}"; do
@@ -335,6 +348,7 @@ fi
 if wants 6; then
     archive=${exp}/${tag}.zip
     begin 6 pack "${exp}/, its models" "${archive}"
+    needs "${exp}/results.json" "--stage 3 --stop_stage 5"
     module pam_pack --exp "${exp}" --decode_name "${decode_tag}" --out "${archive}"
     answer="python -m pam_espnet.bin.pam_inference --model ${archive} clip.wav --prompt \"...\""
     end "${answer}, or ./run.sh --stage 7 --stop_stage 7"

@@ -76,7 +76,8 @@ def release(version: int) -> Release:
         ConfigError: there is no such release.
     """
     if version not in RELEASES:
-        raise ConfigError(f"release {version}: AudioCaps has releases 1 and 2 (--size v1, v2)")
+        option = "--size v1 or v2; of the multitask recipe --captions"
+        raise ConfigError(f"release {version}: AudioCaps has releases 1 and 2 ({option})")
     return RELEASES[version]
 
 
@@ -206,5 +207,6 @@ def _check_counts(place: Path, rows: dict[str, list[_Row]], version: int) -> Non
         for other, known in RELEASES.items():
             if other != version and found == known.rows[name]:
                 message = f"has {found} captions: those of release {other}, not {version}"
-                raise DataError(place / file, message, hint=f"--size v{other}, or the files of release {version}")
+                hint = f"--size v{other} (multitask: --captions v{other}), or the files of release {version}"
+                raise DataError(place / file, message, hint=hint)
         print(f"{place / file}: {found} captions, and release {version} has {expected}: not the whole official file")

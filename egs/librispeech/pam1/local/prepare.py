@@ -80,9 +80,11 @@ def prepare(args: argparse.Namespace) -> None:
         **{name: getattr(args, name) for name in ("size", "transcripts", "dev_utterances", "check_counts", "seed")},
     }
     done = args.data_dir / DONE
-    if done.exists() and read_json(done) == key:
+    names = ["train", "dev", *(subset.replace("-", "_") for subset in TEST_SETS)]
+    if done.exists() and read_json(done) == key and all((args.data_dir / name / "text").exists() for name in names):
         print(f"prepare: {args.data_dir} is there already")
         return
+    done.unlink(missing_ok=True)  # or a kill would leave sets of two settings that look finished
     print(f"prepare: size {args.size}, {root} -> {args.data_dir}", flush=True)
     speakers = read_speakers(root)
     read: dict[str, list[Spoken]] = {}

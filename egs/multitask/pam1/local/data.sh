@@ -43,9 +43,9 @@ prepare() {
     echo "=== $1, size $2"
     (cd "../../$1/pam1" && local/data.sh --size "$2" --data_dir "${data_dir}/$1" --nj "${nj}" "${options[@]}")
 }
+prepare audiocaps "${captions}"  # first: its captions and clips are the only ones that the user has to bring
 prepare librispeech "${size}"
 prepare libricount "${mixtures}"
-prepare audiocaps "${captions}"
 
 combine() {
     # combine SET DIRECTORIES: no utterance and no speaker may be in two of them
