@@ -12,6 +12,7 @@ import pytest
 import yaml
 from audiocaps_corpus import write_audio, write_release
 from libri_corpora import copy_recipe, make_libricount, make_librispeech, run
+from packed_answers import check_archive
 from processes import TRAINING, check_same, train
 
 from pam_espnet.checkpoint import read_trained
@@ -109,7 +110,7 @@ def test_an_utterance_or_a_speaker_of_a_test_set_stops_the_training(made: Simple
     assert refused.returncode == 1 and "count-mix-train-000005: speaker 82 of test_clean" in refused.stderr
     # where nothing of LibriSpeech's is scored, the same set may be trained on: stage 3 goes on to the next complaint
     allowed = run(made.recipe, *made.options, *stage, "test_caption")
-    assert "speaker 82" not in allowed.stderr and "dump/mini/raw/spoiled: missing" in allowed.stderr
+    assert "speaker 82" not in allowed.stderr and "there is no dump/mini/raw/spoiled" in allowed.stderr
 
     test = DataDir.load(data / "test_other")
     utterance = test.utterances[0]
@@ -125,7 +126,7 @@ def test_an_utterance_or_a_speaker_of_a_test_set_stops_the_training(made: Simple
 
 
 @pytest.mark.slow
-def test_stages_3_to_5(made: SimpleNamespace, tiny_llm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_3_to_6(made: SimpleNamespace, tiny_llm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs of two steps: all that is tested is that every part finds what it needs and says what it did."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")  # tiny_encoder
     recipe, tests = made.recipe, {"test_clean", "test_verify", "test_caption"}
@@ -152,7 +153,8 @@ def test_stages_3_to_5(made: SimpleNamespace, tiny_llm_dir: Path, monkeypatch: p
     decode = yaml.safe_load((recipe / "conf/decode.yaml").read_text()) | {"beam_size": 2, "max_new_tokens": 6}
     (recipe / "conf/decode_small.yaml").write_text(yaml.safe_dump(decode))
     done = run(
-        recipe, *made.options, "--stage", "3", "--tag", "small", "--audio_off", "false", "--all_prompts", "true",
+        recipe, *made.options, "--stage", "3", "--stop_stage", "6", "--tag", "small",
+        "--audio_off", "false", "--all_prompts", "true",
         "--train_config", "conf/train.yaml conf/small.yaml", "--decode_config", "conf/decode_small.yaml",
         "--set", "num_workers=0 max_epoch=2 num_iters_per_epoch=2", "--test_sets", " ".join(sorted(tests)),
     )  # fmt: skip
@@ -183,6 +185,10 @@ def test_stages_3_to_5(made: SimpleNamespace, tiny_llm_dir: Path, monkeypatch: p
     report = (exp / "RESULTS.md").read_text()
     assert "## Wordings of the question" in report and f"that of epoch {selection['selected']}" in report
     assert "- beam, test_caption: 3 of 4 scored (1 missing)" in report
+
+    monkeypatch.chdir(recipe)
+    decoded, data = exp / "decode_beam/test_verify", recipe / "dump/mini/raw/test_verify"
+    check_archive(exp / "small.zip", decoded, data, {"llm": tiny_llm_dir}, recipe / "cache")
 
 
 @pytest.mark.slow

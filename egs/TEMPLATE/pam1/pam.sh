@@ -212,11 +212,12 @@ fi
 
 if wants 3; then
     begin 3 train "${dump}/raw/, ${configs[*]}" "${dump}/feats/, ${exp}/"
-    needs "${dump}/raw/${train_set}" "--stage 1 --stop_stage 2"
     if [ -f local/check_train.py ]; then  # a recipe's own reasons to refuse a training set
+        needs "${data}/${train_set}" "--stage 1 --stop_stage 2"
         run "${python}" local/check_train.py --train "${data}/${train_set}" "${data}/${valid_set}" \
             --tests "${tests[@]/#/${data}/}"
     fi
+    needs "${dump}/raw/${train_set}" "--stage 1 --stop_stage 2"
     mkdir_exp=(mkdir -p "${exp}/log")
     run "${mkdir_exp[@]}"
     if [ "${warm_start}" = true ]; then
