@@ -183,7 +183,7 @@ class ESPnetPaMModel(AbsESPnetModel):
         if self.exit_layer_dropout > 0:
             probabilities = skip_probabilities(self.decoder.num_layers, self.exit_layer_dropout)
             drawn = torch.cat([drawn, (torch.rand(len(probabilities)) < probabilities).long()])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _several_ranks():
             drawn = drawn.to(self.decoder.device)
             torch.distributed.broadcast(drawn, 0)
         speaks = self.exit_layers[int(drawn[0])]
@@ -200,7 +200,7 @@ class ESPnetPaMModel(AbsESPnetModel):
         table[0].index_add_(0, task, nll.float())
         table[1].index_add_(0, task, correct.float())
         table[2].index_add_(0, task, torch.ones_like(nll, dtype=torch.float32))
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _several_ranks():
             torch.distributed.all_reduce(table)
         stats: dict[str, Tensor | None] = {}
         for i, name in enumerate(self.tasks):
@@ -225,7 +225,7 @@ def rank_share(count: int, weight: Tensor) -> Tensor | float:
     words to align) would count too much on a rank that has few of them: with tasks of very different answers, two
     processes would train something else than one. Alone, 1.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _several_ranks():
         return 1.0
     sums = torch.stack([weight, weight.new_tensor(float(count))])
     torch.distributed.all_reduce(sums)
@@ -261,3 +261,8 @@ def _drop_frozen(model: torch.nn.Module, state: dict[str, Any], prefix: str, met
 def _forgive_frozen(model: torch.nn.Module, incompatible: Any) -> None:
     frozen = _frozen_names(model)
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in frozen]
+
+
+def _several_ranks() -> bool:
+    """Whether this process shares its training with others."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -51,3 +51,12 @@ def code_commit() -> str | None:
         check=False,
     )
     return found.stdout.strip() or None
+
+
+def chosen_device(name: str) -> str:
+    """``--device``: a torch device by name; auto is a GPU where there is one."""
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pam_espnet.bin._cli import run_main
+from pam_espnet.bin._cli import chosen_device, run_main
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     config = load_yaml(args.config)
     frontend_conf = config.get("frontend_conf") or {}
-    device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(args.device)
     names = used_encoders(config)
     for name in args.encoder or names:
         if name not in names and name.isdigit() and 1 <= int(name) <= len(names):

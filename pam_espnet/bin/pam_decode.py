@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pam_espnet.bin._cli import run_main, run_record
+from pam_espnet.bin._cli import chosen_device, run_main, run_record
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             todo.append((data, out))
     if todo and not args.merge:
-        device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        device = chosen_device(args.device)
         model = SpeechLLM.load(args.exp, answers, device, args.dtype)
         model.release_memory({prompt for data, _ in todo for prompt in DataDir.load(data).prompt.values()})
         for data, out in todo:

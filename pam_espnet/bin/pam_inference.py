@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pam_espnet.bin._cli import run_main
+from pam_espnet.bin._cli import chosen_device, run_main
 
 if TYPE_CHECKING:
     from pam_espnet.inference import PartialAnswer, SpeechLLM
@@ -129,7 +129,7 @@ def load_model(args: argparse.Namespace) -> SpeechLLM:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(args.device)
     return load(args.model, models, args.config, device, args.dtype, args.cache)
 
 
