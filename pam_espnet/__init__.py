@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pam_espnet.inference import SpeechLLM
+    from pam_espnet.decode.speech_llm import SpeechLLM
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(path: str | Path, **options: Any) -> SpeechLLM:

@@ -7,10 +7,10 @@ start leaves (``task_vocabulary`` gives the LLM the tokens that the head knows, 
     from espnet2.legacy.nets.batch_beam_search import BatchBeamSearch
     from espnet2.legacy.nets.scorers.ctc import CTCPrefixScorer
 
-    from pam_espnet.answering import AnswerOptions
+    from pam_espnet.decode.options import AnswerOptions
     from pam_espnet.data.audio import read_audio
     from pam_espnet.espnet_scorer import LLMScorer, SharedCTC
-    from pam_espnet.inference import SpeechLLM
+    from pam_espnet.decode.speech_llm import SpeechLLM
 
     model = SpeechLLM.load("exp/mine", AnswerOptions.from_dict({"task_vocabulary": True}))
     prompt = "Transcribe the speech."
@@ -45,10 +45,10 @@ import torch
 from espnet2.legacy.nets.scorer_interface import BatchScorerInterface
 from torch import Tensor
 
-from pam_espnet.decoder.prompt_layout import layout, place
-from pam_espnet.decoder.view import DecoderView
+from pam_espnet.engine.view import DecoderView
 from pam_espnet.errors import ConfigError
 from pam_espnet.frontend.ctc_head import EmbeddingCTC
+from pam_espnet.llm.prompt_layout import layout, place
 
 BLANK = 0
 LOG_ZERO = -1e10  # what ESPnet's scorers give to the impossible

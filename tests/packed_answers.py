@@ -10,7 +10,7 @@ import pytest
 
 import pam_espnet
 from pam_espnet.data.datadir import DataDir
-from pam_espnet.decoding import read_wave
+from pam_espnet.decode.shards import read_wave
 
 
 def check_archive(

@@ -13,8 +13,8 @@ import pytest
 import torch
 from tiny_model import tiny_config, train_args
 
-from pam_espnet.checkpoint import read_trained
 from pam_espnet.config import write_config
+from pam_espnet.fileio import read_trained
 
 Training = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]  # what was trained, and the curve
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.llm.llm import LLMDecoder
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.options import BeamOptions
 

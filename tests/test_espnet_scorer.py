@@ -16,18 +16,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pam_espnet import espnet_scorer
-from pam_espnet.build import build_model
-from pam_espnet.checkpoint import save_trained
 from pam_espnet.config import write_config
 from pam_espnet.data.datadir import DataDir
-from pam_espnet.decoder.exits import ExitOptions
-from pam_espnet.decoder.fused import FusedLlama
-from pam_espnet.decoder.llm import LLMDecoder
-from pam_espnet.decoder.prompt_layout import layout, place
-from pam_espnet.decoder.view import DecoderView
+from pam_espnet.engine.blocks import FusedLlama
+from pam_espnet.engine.exits import ExitOptions
+from pam_espnet.engine.view import DecoderView
 from pam_espnet.errors import ConfigError
 from pam_espnet.espnet_scorer import LOG_ZERO, LLMScorer, SharedCTC
+from pam_espnet.fileio import save_trained
 from pam_espnet.frontend.ctc_head import EmbeddingCTC
+from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.llm.prompt_layout import layout, place
+from pam_espnet.model import build_model
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.options import BeamOptions
 

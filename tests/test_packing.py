@@ -19,14 +19,13 @@ from tiny_model import deeper_llm, tiny_config, write_data
 
 import pam_espnet
 from pam_espnet.bin import pam_decode, pam_pack
-from pam_espnet.build import build_model
-from pam_espnet.checkpoint import read_trained, save_trained
 from pam_espnet.config import load_yaml, write_config
 from pam_espnet.data.archives import MARKER
 from pam_espnet.data.datadir import DataDir
-from pam_espnet.decoding import read_wave
+from pam_espnet.decode.shards import read_wave
 from pam_espnet.errors import CheckpointError, ConfigError, DataError, PamError
-from pam_espnet.fileio import read_json, sha256_file, write_json
+from pam_espnet.fileio import read_json, read_trained, save_trained, sha256_file, write_json
+from pam_espnet.model import build_model
 from pam_espnet.packing import models as pretrained
 from pam_espnet.packing.archive import MANIFEST, read_manifest, unpacked, write_archive
 from pam_espnet.packing.licences import mentions
@@ -210,7 +209,7 @@ def test_the_same_experiment_gives_the_same_bytes(recipe: Path, archive: Path, e
 
 def test_absolute_paths_and_the_calibration_are_made_relocatable(recipe: Path, exp: Path, data: Path) -> None:
     """With early exit: an LLM deep enough to leave, its calibration, an absolute path."""
-    from pam_espnet.decoder.calibration import Calibration, Judgement
+    from pam_espnet.engine.calibration import Calibration, Judgement
 
     folder = deeper_llm(recipe / "downloads/tiny-llm", Path("deep").resolve(), 4)
     config = load_yaml(exp / "config.yaml") | {"llm": str(folder)}

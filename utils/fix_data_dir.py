@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pam_espnet.bin._cli import run_main
+from pam_espnet.cli import run_main
 
 SHOWN = 30
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pam_espnet.bin._cli import run_main
+from pam_espnet.cli import run_main
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pam_espnet.bin._cli import chosen_device, run_main
+from pam_espnet.cli import chosen_device, run_main
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pam_espnet.bin._cli import run_main
+from pam_espnet.cli import run_main
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,11 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from pam_espnet.answering import AnswerOptions
+    from pam_espnet.decode.options import AnswerOptions
+    from pam_espnet.decode.speech_llm import SpeechLLM
     from pam_espnet.early_exit.fitting import calibrate, candidate_blocks, cost_model, fit_fills, observe
     from pam_espnet.errors import ConfigError
     from pam_espnet.fileio import write_json
-    from pam_espnet.inference import SpeechLLM
 
     if not 0 < args.precision <= 1:
         raise ConfigError(f"--precision {args.precision}: must be above 0 and at most 1")

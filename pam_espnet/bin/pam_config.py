@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pam_espnet.bin._cli import run_main
+from pam_espnet.cli import run_main
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list_encoders:
         print("\n".join(used_encoders(config)))
     if args.experiment:
-        from pam_espnet.experiment import begin_experiment
+        from pam_espnet.train.experiment import begin_experiment
 
         begin_experiment(args.experiment, config, args.data)
     if args.out:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pam_espnet.bin._cli import run_main
+from pam_espnet.cli import run_main
 
 # name -> module with convert(source: Path, out: Path, licence: str); imported when it is used
 FORMATS = {

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pam_espnet.bin._cli import chosen_device, run_main, run_record
+from pam_espnet.cli import chosen_device, run_main, run_record
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--exp", required=True, help="experiment directory (config.yaml, model.safetensors)")
     parser.add_argument("--data", required=True, nargs="+", help="formatted data directories, dump/raw/<set>")
     parser.add_argument("--out", required=True, nargs="+", help="for each of them, exp/<tag>/decode_<name>/<set>")
-    parser.add_argument("--config", help="YAML with options of decoding (conf/decode.yaml; pam_espnet/answering.py)")
+    parser.add_argument("--config", help="YAML of decoding options; see pam_espnet/decode/options.py")
     parser.add_argument("--batch_size", type=int, default=8, help="utterances decoded together (default: 8)")
     parser.add_argument("--audio", choices=("on", "zero"), default="on", help="zero: the audio-off control")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="decode the I-th of N parts (default: 1/1)")
@@ -49,11 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from pam_espnet.answering import AnswerOptions
     from pam_espnet.data.datadir import DataDir
-    from pam_espnet.decoding import DecodeOptions, decode_shard, is_complete, merge_shards
+    from pam_espnet.decode.options import AnswerOptions
+    from pam_espnet.decode.shards import DecodeOptions, decode_shard, is_complete, merge_shards
+    from pam_espnet.decode.speech_llm import SpeechLLM
     from pam_espnet.fileio import sha256_file
-    from pam_espnet.inference import SpeechLLM
 
     if args.threads:
         torch.set_num_threads(args.threads)

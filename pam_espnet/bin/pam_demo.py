@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pam_espnet.bin._cli import run_main
 from pam_espnet.bin.pam_inference import MIN_SECONDS, add_model_options, load_model
+from pam_espnet.cli import run_main
 
 if TYPE_CHECKING:
-    from pam_espnet.inference import SpeechLLM
+    from pam_espnet.decode.speech_llm import SpeechLLM
 
 
 def build_parser() -> argparse.ArgumentParser:

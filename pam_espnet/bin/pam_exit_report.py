@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pam_espnet.bin._cli import run_main, run_record
+from pam_espnet.cli import run_main, run_record
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,15 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from pam_espnet.answering import AnswerOptions
-    from pam_espnet.decoding import DecodeOptions, decoded_of
+    from pam_espnet.decode.options import AnswerOptions
+    from pam_espnet.decode.shards import DecodeOptions, decoded_of
+    from pam_espnet.decode.speech_llm import SpeechLLM
+    from pam_espnet.early_exit.plot import plot_exits
     from pam_espnet.early_exit.report import one_search, profile_sets, read_decoded, read_sweep
     from pam_espnet.early_exit.sweep import default_points, parse_point, sweep
+    from pam_espnet.early_exit.tables import markdown
     from pam_espnet.errors import ConfigError
     from pam_espnet.fileio import write_json, write_text
-    from pam_espnet.inference import SpeechLLM
-    from pam_espnet.metrics.exit_plot import plot_exits
-    from pam_espnet.metrics.exit_tables import markdown
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pam_espnet.bin._cli import chosen_device, run_main
+from pam_espnet.cli import chosen_device, run_main
 
 if TYPE_CHECKING:
-    from pam_espnet.inference import PartialAnswer, SpeechLLM
+    from pam_espnet.decode.speech_llm import PartialAnswer, SpeechLLM
 
 MIN_SECONDS = 0.1  # of a recording, as in stage 2
 

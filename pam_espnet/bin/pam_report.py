@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pam_espnet.bin._cli import run_main
+from pam_espnet.cli import run_main
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,12 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.exp and args.output:
         parser.error("--output belongs to --compare; --exp writes into the experiment")
     if args.compare:
-        from pam_espnet.metrics.compare import compare
+        from pam_espnet.score.compare import compare
 
         print(compare(args.compare, args.output, title=args.title))
         print(f"wrote {args.output}")
     else:
-        from pam_espnet.metrics.report import write_report
+        from pam_espnet.score.report import write_report
 
         report = write_report(args.exp)
         print(report.with_suffix(".txt").read_text(encoding="utf-8"))

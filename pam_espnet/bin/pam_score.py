@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pam_espnet.bin._cli import run_main
+from pam_espnet.cli import run_main
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Score one directory; returns the exit status."""
     args = build_parser().parse_args(argv)
-    from pam_espnet.metrics.scoring import format_scores, score_directory, subset_folder
+    from pam_espnet.score.scoring import format_scores, score_directory, subset_folder
 
     scores = score_directory(args.decode_dir, args.data_dir, ids=args.ids, resamples=args.resamples, seed=args.seed)
     print(format_scores(scores))

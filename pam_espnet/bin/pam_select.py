@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pam_espnet.bin._cli import run_main, run_record
+from pam_espnet.cli import run_main, run_record
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pathlib import Path
 
     from pam_espnet.config import load_yaml
-    from pam_espnet.decoding import DecodeOptions
-    from pam_espnet.selection import TABLE, select_by_loss, select_by_scores
+    from pam_espnet.decode.shards import DecodeOptions
+    from pam_espnet.train.selection import TABLE, select_by_loss, select_by_scores
 
     if args.by == "loss":
         print(f"wrote {select_by_loss(args.exp)}")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from pam_espnet.bin._cli import run_main
+from pam_espnet.cli import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     from pam_espnet.fileio import exclusive
-    from pam_espnet.tasks.export import export_trained
-    from pam_espnet.tasks.pam import PaMTask
+    from pam_espnet.train.export import export_trained
+    from pam_espnet.train.task import PaMTask
 
     if "--help_all" in argv:
         PaMTask.get_parser().print_help()

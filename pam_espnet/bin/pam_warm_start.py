@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pam_espnet.bin._cli import run_main
+from pam_espnet.cli import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     from pam_espnet.fileio import exclusive
-    from pam_espnet.tasks.pam import PaMTask
-    from pam_espnet.tasks.warm_start import run
+    from pam_espnet.train.task import PaMTask
+    from pam_espnet.train.warm_start import run
 
     args = PaMTask.get_parser().parse_args(argv)
     logging.getLogger().setLevel(args.log_level)

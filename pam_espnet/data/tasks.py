@@ -9,7 +9,7 @@ from pam_espnet.errors import ConfigError
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task by name, the metric that scores it (see ``pam_espnet.metrics``), and its default prompt."""
+    """A task by name, the metric that scores it (see ``pam_espnet.score``), and its default prompt."""
 
     name: str
     metric: str

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from pam_espnet.data.datadir import DataDir
-from pam_espnet.decoder.llm import LLMDecoder
-from pam_espnet.decoder.prompt_layout import answer_ids
-from pam_espnet.decoder.stepping import FAMILIES
-from pam_espnet.decoding import read_wave
-from pam_espnet.inference import SpeechLLM
+from pam_espnet.decode.shards import read_wave
+from pam_espnet.decode.speech_llm import SpeechLLM
+from pam_espnet.engine.stepping import FAMILIES
+from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.llm.prompt_layout import answer_ids
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from pam_espnet.data.datadir import DataDir
-from pam_espnet.decoder.calibration import Calibration, CostModel, Judgement, apply_map, fit_gate, fit_map, judge
-from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.early_exit.answer_states import answer_states, reference_answers
+from pam_espnet.engine.calibration import Calibration, CostModel, Judgement, apply_map, fit_gate, fit_map, judge
 from pam_espnet.errors import ConfigError
-from pam_espnet.inference import SpeechLLM
+from pam_espnet.llm.llm import LLMDecoder
 
 RIDGES = (0.01, 0.1, 1.0)
 FILL_RIDGES = (1e-3, 1e-2, 1e-1)

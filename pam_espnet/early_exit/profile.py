@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from pam_espnet.data.datadir import DataDir
-from pam_espnet.decoder.calibration import Calibration
-from pam_espnet.decoder.exits import ExitOptions, ExitPolicy
-from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.early_exit.answer_states import answer_states
-from pam_espnet.inference import SpeechLLM
+from pam_espnet.engine.calibration import Calibration
+from pam_espnet.engine.exits import ExitOptions, ExitPolicy
+from pam_espnet.llm.llm import LLMDecoder
 
 PLACES = ("first", "later", "end")  # of a token: it begins a word, goes on with one, ends the answer
 PATIENCES = (2, 3)

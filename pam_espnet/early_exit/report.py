@@ -18,20 +18,20 @@ from typing import Any
 
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.tasks import task_spec
-from pam_espnet.decoder.calibration import Calibration
-from pam_espnet.decoder.exits import MODES
-from pam_espnet.decoding import decoded_of
+from pam_espnet.decode.shards import decoded_of
+from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.early_exit.answer_states import reference_answers
 from pam_espnet.early_exit.fitting import candidate_blocks, cost_model
 from pam_espnet.early_exit.profile import profile
 from pam_espnet.early_exit.summary import summarise
 from pam_espnet.early_exit.sweep import NEVER, read_timing
+from pam_espnet.engine.calibration import Calibration
+from pam_espnet.engine.exits import MODES
 from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.fileio import check_key, read_json, sha256_file, write_json
-from pam_espnet.inference import SpeechLLM
-from pam_espnet.metrics.compare import Column, Row, difference
-from pam_espnet.metrics.report import Decoding, find_decodings
-from pam_espnet.metrics.result import MAIN_METRICS
+from pam_espnet.score.compare import Column, Row, difference
+from pam_espnet.score.report import Decoding, find_decodings
+from pam_espnet.score.result import MAIN_METRICS
 
 
 @dataclass(frozen=True)

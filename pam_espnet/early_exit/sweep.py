@@ -24,10 +24,7 @@ from torch import Tensor
 
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import Passport
-from pam_espnet.decoder.exits import ExitOptions
-from pam_espnet.decoder.stepping import DecoderState
-from pam_espnet.decoder.view import DecoderView
-from pam_espnet.decoding import (
+from pam_espnet.decode.shards import (
     JOURNAL,
     DecodeOptions,
     is_complete,
@@ -38,11 +35,14 @@ from pam_espnet.decoding import (
     read_wave,
     shard_keys,
 )
+from pam_espnet.decode.speech_llm import Answer, SpeechLLM
+from pam_espnet.engine.exits import ExitOptions
+from pam_espnet.engine.stepping import DecoderState
+from pam_espnet.engine.view import DecoderView
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import exclusive, sha256_file
 from pam_espnet.frontend.frontend import AudioEmbeddings
-from pam_espnet.inference import Answer, SpeechLLM
-from pam_espnet.metrics.scoring import SCORES, score_directory
+from pam_espnet.score.scoring import SCORES, score_directory
 
 CLOCKS = ("search_wall", "search_cpu", "steps_wall", "steps_cpu")  # search: prefix, steps and bookkeeping
 

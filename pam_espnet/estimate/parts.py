@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from pam_espnet.config import used_encoders
-from pam_espnet.decoder.lora import add_lora
-from pam_espnet.decoder.pretrained import choose_dtype, hub_source
 from pam_espnet.errors import PamError
 from pam_espnet.frontend.encoder_spec import EncoderSpec
 from pam_espnet.frontend.encoders.base import AbsEncoder, without_weights
 from pam_espnet.frontend.encoders.registry import build_encoder
 from pam_espnet.frontend.frontend import PaMFrontend
+from pam_espnet.llm.lora import add_lora
+from pam_espnet.llm.pretrained import choose_dtype, hub_source
 
 
 @dataclass(frozen=True)

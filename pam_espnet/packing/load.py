@@ -8,10 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pam_espnet.answering import AnswerOptions
 from pam_espnet.config import load_yaml, merge
+from pam_espnet.decode.options import AnswerOptions
+from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.errors import ConfigError, DataError
-from pam_espnet.inference import SpeechLLM
 from pam_espnet.packing import models as pretrained
 from pam_espnet.packing.archive import MANIFEST, read_manifest, unpacked
 from pam_espnet.packing.decoding_options import DEFAULT_DECODING, UsedOptions, read_used_options

@@ -21,11 +21,10 @@ from typing import Any
 import yaml
 
 import pam_espnet
-from pam_espnet.answering import AnswerOptions
-from pam_espnet.checkpoint import MODEL_FILE, read_trained
 from pam_espnet.config import load_yaml, merge
+from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.errors import CheckpointError, DataError
-from pam_espnet.fileio import read_json, sha256_file
+from pam_espnet.fileio import MODEL_FILE, read_json, read_trained, sha256_file
 from pam_espnet.packing import models as pretrained
 from pam_espnet.packing.archive import write_archive
 from pam_espnet.packing.decoding_options import DEFAULT_DECODING, UsedOptions, read_used_options

@@ -37,7 +37,7 @@ from pam_espnet.errors import DataError
 from pam_espnet.fileio import write_json
 from pam_espnet.frontend.encoders.base import AbsEncoder
 from pam_espnet.frontend.encoders.registry import build_encoder
-from pam_espnet.metrics.intervals import bootstrap, bootstrap_difference, mean_of
+from pam_espnet.score.intervals import bootstrap, bootstrap_difference, mean_of
 
 PENALTIES = [1e-4, 1e-3, 1e-2, 1e-1]  # scikit-learn's C: small is strong
 FOLDS = 3

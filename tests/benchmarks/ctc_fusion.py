@@ -41,7 +41,7 @@ def main() -> None:
 
     import torch
 
-    from pam_espnet.metrics.intervals import bootstrap, bootstrap_difference
+    from pam_espnet.score.intervals import bootstrap, bootstrap_difference
 
     torch.set_num_threads(args.threads)
     bench = Bench(args)
@@ -90,8 +90,8 @@ class Bench:
     """The model, and the texts that were decoded so far."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from pam_espnet.answering import AnswerOptions
-        from pam_espnet.inference import SpeechLLM
+        from pam_espnet.decode.options import AnswerOptions
+        from pam_espnet.decode.speech_llm import SpeechLLM
 
         self.args = args
         options = {"beam_size": args.beam, "max_new_tokens": 64}
@@ -110,10 +110,10 @@ class Bench:
         self.args.output.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
 
     def score(self, data_dir: str, name: str, weight: float | None = None) -> Any:
-        """Word errors of one way (``pam_espnet.metrics.intervals.Ratio``); a search yields both scales' texts."""
+        """Word errors of one way (``pam_espnet.score.intervals.Ratio``); a search yields both scales' texts."""
         from tqdm import tqdm
 
-        from pam_espnet.metrics.wer import score_wer
+        from pam_espnet.score.wer import score_wer
 
         names = [name] if weight is None else [f"{named(weight)} {scale}" for scale in SCALES]
         texts = [self.record["texts"].setdefault(f"{data_dir} {one}", {}) for one in names]
@@ -147,7 +147,7 @@ class Bench:
         """(utterance, audio embeddings (U,D), prompt) of each; encoded once."""
         import torch
 
-        from pam_espnet.decoding import read_wave
+        from pam_espnet.decode.shards import read_wave
 
         file = self.args.output.with_suffix(f".{Path(data_dir).name}.pt")
         if data_dir not in self._audio and file.exists():

@@ -146,10 +146,10 @@ def audio_prefixes(args: argparse.Namespace) -> list[Any]:
     """The prefixes (P,D) of all utterances of --data: prompt head, audio, prompt tail."""
     import torch
 
-    from pam_espnet.answering import AnswerOptions
     from pam_espnet.data.datadir import DataDir
-    from pam_espnet.decoding import read_wave
-    from pam_espnet.inference import SpeechLLM
+    from pam_espnet.decode.options import AnswerOptions
+    from pam_espnet.decode.shards import read_wave
+    from pam_espnet.decode.speech_llm import SpeechLLM
 
     model, data, found = SpeechLLM.load(args.exp, AnswerOptions()).model, DataDir.load(args.data), []
     for key in data.utterances:
@@ -243,7 +243,7 @@ def open_record(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         SystemExit: it is of other options, code or versions.
     """
-    from pam_espnet.bin._cli import code_commit
+    from pam_espnet.cli import code_commit
 
     names = ("llm", "exp", "data", "beam", "tokens", "threads", "dtype", "device")
     head = {

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pam_espnet.decoder.llm import LLMDecoder
-from pam_espnet.decoding import peak_memory, reset_peak_memory
+from pam_espnet.decode.shards import peak_memory, reset_peak_memory
+from pam_espnet.llm.llm import LLMDecoder
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.options import BeamOptions
 
@@ -145,9 +145,9 @@ def load(args: argparse.Namespace) -> LLMDecoder:
         return LLMDecoder.from_pretrained(
             args.llm, dtype=args.dtype, attention="sdpa", fused_decoding=fused, local_files_only=True
         ).eval()
-    from pam_espnet.build import build_model
-    from pam_espnet.checkpoint import MODEL_FILE, load_strict, read_trained
     from pam_espnet.config import load_yaml
+    from pam_espnet.fileio import MODEL_FILE, load_strict, read_trained
+    from pam_espnet.model import build_model
 
     config = load_yaml(Path(args.exp) / "config.yaml")
     config["llm_conf"] = {**(config.get("llm_conf") or {}), "dtype": args.dtype, "fused_decoding": fused}

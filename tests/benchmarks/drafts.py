@@ -51,10 +51,10 @@ def main() -> None:
 
     import torch
 
-    from pam_espnet.answering import AnswerOptions
     from pam_espnet.data.datadir import DataDir
-    from pam_espnet.decoding import read_wave
-    from pam_espnet.inference import SpeechLLM
+    from pam_espnet.decode.options import AnswerOptions
+    from pam_espnet.decode.shards import read_wave
+    from pam_espnet.decode.speech_llm import SpeechLLM
     from pam_espnet.search.beam import beam_search
     from pam_espnet.search.drafters import DraftOptions, WholeAnswer
     from pam_espnet.search.drafting import draft_search

@@ -41,9 +41,9 @@ def main() -> None:
 
     import torch
 
-    from pam_espnet.decoder.layer_dropout import skip_probabilities
-    from pam_espnet.decoder.llm import LLMDecoder
-    from pam_espnet.decoder.prompt_layout import layout, place
+    from pam_espnet.llm.layer_dropout import skip_probabilities
+    from pam_espnet.llm.llm import LLMDecoder
+    from pam_espnet.llm.prompt_layout import layout, place
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pam_espnet.decoder.packed import STEPS, Blocked, Int8
+from pam_espnet.engine.packed import STEPS, Blocked, Int8
 
 Product = Callable[[Tensor], Tensor]
 SHAPES = {"qkv": (960, 576), "out": (576, 576), "gate_up": (3072, 576), "down": (576, 1536), "output": (49152, 576)}

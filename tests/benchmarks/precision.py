@@ -96,8 +96,8 @@ def show(name: str, value: Any, base: Any) -> str:
 
 def load(way: str, llm: str | None, exp: str | None) -> Any:
     """A decoder, or the whole model of an experiment, with its packed weights made."""
-    from pam_espnet.decoder import packed
-    from pam_espnet.decoder.llm import LLMDecoder
+    from pam_espnet.engine import packed
+    from pam_espnet.llm.llm import LLMDecoder
 
     helps = packed._blocks_help
     if way == "plain":
@@ -111,8 +111,8 @@ def load(way: str, llm: str | None, exp: str | None) -> Any:
             decoder.compile_decoding = bool(compiled)
             decoder.fused_blocks()
             return decoder
-        from pam_espnet.answering import AnswerOptions
-        from pam_espnet.inference import SpeechLLM
+        from pam_espnet.decode.options import AnswerOptions
+        from pam_espnet.decode.speech_llm import SpeechLLM
 
         options = AnswerOptions(compile=bool(compiled))
         return SpeechLLM.load(str(exp), options, dtype="int8" if int8 else dtype).model
@@ -162,8 +162,8 @@ def answer_prefixes(model: Any, data_dir: str, limit: int) -> list[tuple[str, An
     import torch
 
     from pam_espnet.data.datadir import DataDir
-    from pam_espnet.decoder.prompt_layout import answer_ids
-    from pam_espnet.decoding import read_wave
+    from pam_espnet.decode.shards import read_wave
+    from pam_espnet.llm.prompt_layout import answer_ids
 
     data = DataDir.load(data_dir)
     found = []

@@ -14,10 +14,10 @@ from benchmarks import ctc_fusion, decode, decode_ways
 from tiny_model import tiny_config, write_data
 from torch.nn import functional as F
 
-from pam_espnet.build import build_model
-from pam_espnet.checkpoint import save_trained
 from pam_espnet.config import write_config
-from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.fileio import save_trained
+from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.model import build_model
 
 
 def way(name: str, llm: Path) -> decode_ways.Way:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_model import tiny_config
 
-from pam_espnet.build import build_model
-from pam_espnet.checkpoint import save_trained
 from pam_espnet.config import write_config
+from pam_espnet.fileio import save_trained
+from pam_espnet.model import build_model
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pam_espnet.bin._cli import run_main
 from pam_espnet.bin.pam_convert import FORMATS, build_parser, main
+from pam_espnet.cli import run_main
 
 
 @pytest.mark.parametrize("name", FORMATS)

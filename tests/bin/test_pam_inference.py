@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from pam_espnet.answering import AnswerOptions
 from pam_espnet.bin.pam_inference import main
 from pam_espnet.data.tasks import TASKS
+from pam_espnet.decode.options import AnswerOptions
+from pam_espnet.decode.speech_llm import PartialAnswer, SpeechLLM
 from pam_espnet.errors import ConfigError, DataError
-from pam_espnet.inference import PartialAnswer, SpeechLLM
 from pam_espnet.search.options import BeamOptions
 
 PROMPT = "Describe the sounds."

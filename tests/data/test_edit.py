@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pam_espnet.bin._cli import run_main
+from pam_espnet.cli import run_main
 from pam_espnet.data.datadir import DataDir, validate
 from pam_espnet.data.edit import choose, combine, fix, save_dir, split
 from pam_espnet.data.format import format_data_dir

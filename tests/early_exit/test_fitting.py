@@ -9,18 +9,17 @@ import torch
 from tiny_model import tiny_config, write_data
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pam_espnet.answering import AnswerOptions
 from pam_espnet.bin.pam_calibrate_exit import main as calibrate
 from pam_espnet.bin.pam_decode import main as decode
-from pam_espnet.build import build_model
-from pam_espnet.checkpoint import save_trained
 from pam_espnet.config import write_config
-from pam_espnet.decoder.calibration import Calibration
-from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.decode.options import AnswerOptions
+from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.early_exit.fitting import Observed, cost_model, fit_fills, observe
+from pam_espnet.engine.calibration import Calibration
 from pam_espnet.errors import ConfigError
-from pam_espnet.fileio import read_json
-from pam_espnet.inference import SpeechLLM
+from pam_espnet.fileio import read_json, save_trained
+from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.model import build_model
 
 
 @pytest.fixture(scope="module")

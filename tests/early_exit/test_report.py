@@ -13,21 +13,20 @@ import pytest
 import torch
 from tiny_model import tiny_config, write_data
 
-from pam_espnet.answering import AnswerOptions
 from pam_espnet.bin.pam_decode import main as decode
 from pam_espnet.bin.pam_exit_report import main as report
-from pam_espnet.build import build_model
-from pam_espnet.checkpoint import save_trained
 from pam_espnet.config import write_config
 from pam_espnet.data.datadir import DataDir
-from pam_espnet.decoder.calibration import Calibration, CostModel, Judgement, outcome
+from pam_espnet.decode.options import AnswerOptions
+from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.early_exit.answer_states import answer_states, reference_answers
 from pam_espnet.early_exit.profile import Profile, Reading, places, profile
 from pam_espnet.early_exit.summary import mean_of_deepest, oracle, summarise
 from pam_espnet.early_exit.sweep import parse_point, read_timing
+from pam_espnet.engine.calibration import Calibration, CostModel, Judgement, outcome
 from pam_espnet.errors import ConfigError, DataError
-from pam_espnet.fileio import read_json, write_json
-from pam_espnet.inference import SpeechLLM
+from pam_espnet.fileio import read_json, save_trained, write_json
+from pam_espnet.model import build_model
 
 BLOCKS, SPEAKING = 4, 2  # blocks after the first two change nothing
 BEAM = 3

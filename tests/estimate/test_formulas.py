@@ -24,7 +24,7 @@ def by_name(parts: list[Part]) -> dict[str, Part]:
 def test_parameters_are_those_of_the_model_that_training_builds(
     tiny_llm_dir: Path, tmp_path: Path, fusion: str
 ) -> None:
-    from pam_espnet.build import build_model
+    from pam_espnet.model import build_model
 
     (tmp_path / "tokens.txt").write_text("5\n6\n")
     config = tiny_config(tiny_llm_dir, fusion, ctc_tokens=str(tmp_path / "tokens.txt"))
@@ -120,7 +120,7 @@ def test_activations_are_within_a_factor_of_two_of_what_autograd_keeps(attention
     """Of a Llama-type LLM with LoRA on everything: tensors saved for the backward pass, weights aside."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from pam_espnet.decoder.lora import add_lora
+    from pam_espnet.llm.lora import add_lora
 
     own = LlamaConfig(
         vocab_size=200, hidden_size=64, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4,

@@ -15,12 +15,12 @@ from libri_corpora import copy_recipe, make_libricount, make_librispeech, run
 from packed_answers import check_archive
 from processes import TRAINING, check_same, train
 
-from pam_espnet.checkpoint import read_trained
 from pam_espnet.data.batching import BatchingOptions, plan_pass
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.leakage import MIX_SOURCES, MIX_SPEAKERS
 from pam_espnet.data.passport import Passport
 from pam_espnet.data.tables import read_table, write_table
+from pam_espnet.fileio import read_trained
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "egs" / "multitask" / "pam1"

@@ -103,19 +103,19 @@ def test_every_overlay_is_one_that_training_accepts(recipe: Path, overlay: str, 
 
 def check_configuration(recipe: Path, names: list[str], tmp_path: Path) -> None:
     """ESPnet's parser knows every key, every block of options fits its reader, and the encoders' rates go together."""
-    from pam_espnet.answering import AnswerOptions
     from pam_espnet.config import check_options, load_yaml, resolve, used_encoders, write_config
     from pam_espnet.data.batching import BatchingOptions
     from pam_espnet.data.prompts import read_wordings
-    from pam_espnet.decoder.llm import LLMDecoder
-    from pam_espnet.espnet_model import ESPnetPaMModel
+    from pam_espnet.decode.options import AnswerOptions
     from pam_espnet.frontend.adapter import stacking
     from pam_espnet.frontend.encoders.registry import encoder_class
     from pam_espnet.frontend.frontend import PaMFrontend
     from pam_espnet.frontend.fusion.registry import build_fusion
     from pam_espnet.frontend.masking import MaskOptions
-    from pam_espnet.tasks.pam import PaMTask
-    from pam_espnet.tasks.warm_start import WarmStartOptions
+    from pam_espnet.llm.llm import LLMDecoder
+    from pam_espnet.model import ESPnetPaMModel
+    from pam_espnet.train.task import PaMTask
+    from pam_espnet.train.warm_start import WarmStartOptions
 
     conf = recipe / "conf"
     config = resolve([conf / name for name in names])
@@ -158,8 +158,8 @@ RATES = {"whisper": 50.0, "hf_wave": 50.0, "ast": 10.0, "yamnet": 6.25, "pyannot
 )
 def test_a_model_is_built_of_every_fusion(recipe: Path, fusion: str, tiny_llm_dir: Path, tmp_path: Path) -> None:
     """With tiny parts instead of the ones that a configuration names."""
-    from pam_espnet.build import build_model
     from pam_espnet.config import resolve
+    from pam_espnet.model import build_model
 
     conf = recipe / "conf"
     config = resolve([conf / "train.yaml", conf / "fusion" / f"{fusion}.yaml"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from pam_espnet.decoder.fused import FusedLlama
+from pam_espnet.engine.blocks import FusedLlama
 
 
 @pytest.fixture

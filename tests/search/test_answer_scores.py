@@ -9,7 +9,7 @@ import torch
 from reference_search import LENGTHS, make_prefix, search
 from torch import Tensor
 
-from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.llm.llm import LLMDecoder
 from pam_espnet.search.answer_scores import answer_log_probs
 from pam_espnet.search.constraints import AnswerSet
 from pam_espnet.search.options import BeamOptions

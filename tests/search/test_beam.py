@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from reference_search import EOS, LENGTHS, generate, make_prefix, search
 from torch import Tensor
 
-from pam_espnet.decoder.llm import LLMDecoder
 from pam_espnet.errors import ConfigError
+from pam_espnet.llm.llm import LLMDecoder
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.hypothesis import Hypothesis, Partial
 from pam_espnet.search.options import BeamOptions

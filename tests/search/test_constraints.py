@@ -9,9 +9,9 @@ import torch
 from reference_search import EOS, LENGTHS, generate, make_prefix, search
 from torch import Tensor
 
-from pam_espnet.decoder.llm import LLMDecoder
-from pam_espnet.decoder.view import DecoderView
+from pam_espnet.engine.view import DecoderView
 from pam_espnet.errors import ConfigError
+from pam_espnet.llm.llm import LLMDecoder
 from pam_espnet.search.constraints import AnswerSet, NoRepeatNgram
 from pam_espnet.search.options import BeamOptions
 

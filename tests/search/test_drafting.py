@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from reference_search import LENGTHS, make_prefix, search
 from torch import Tensor
 
-from pam_espnet.decoder.fused import FusedLlama
-from pam_espnet.decoder.llm import LLMDecoder
-from pam_espnet.decoder.view import DecoderView
+from pam_espnet.engine.blocks import FusedLlama
+from pam_espnet.engine.view import DecoderView
 from pam_espnet.errors import ConfigError
+from pam_espnet.llm.llm import LLMDecoder
 from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
 from pam_espnet.search.drafters import DraftOptions, NgramLookup, NoDraft, WholeAnswer
 from pam_espnet.search.drafting import DraftCount, Drafter, draft_search

@@ -15,11 +15,11 @@ from reference_search import EOS, LENGTHS, make_prefix, search
 from torch import Tensor
 from torch.nn import functional as F
 
-from pam_espnet.decoder.calibration import Calibration, Judgement
-from pam_espnet.decoder.exits import ExitOptions, ExitPolicy
-from pam_espnet.decoder.llm import LLMDecoder
-from pam_espnet.decoder.view import DecoderView
+from pam_espnet.engine.calibration import Calibration, Judgement
+from pam_espnet.engine.exits import ExitOptions, ExitPolicy
+from pam_espnet.engine.view import DecoderView
 from pam_espnet.errors import ConfigError
+from pam_espnet.llm.llm import LLMDecoder
 from pam_espnet.search.options import BeamOptions
 
 ROWS = list(range(len(LENGTHS)))

@@ -15,7 +15,7 @@ import torch
 from reference_search import generate_batch
 from torch import Tensor
 
-from pam_espnet.decoder.llm import LLMDecoder
+from pam_espnet.llm.llm import LLMDecoder
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.hypothesis import IMPOSSIBLE, Candidate, Hypothesis, UtteranceBeam
 from pam_espnet.search.options import BeamOptions

@@ -45,7 +45,7 @@ def fail(message: str, hint: str) -> SystemExit:
 
 
 def parts_folder() -> Path:
-    """As in pam_espnet.metrics.parts, which this script must not need."""
+    """As in pam_espnet.score.parts, which this script must not need."""
     return Path(os.environ.get("PAM_PARTS") or ROOT / "tools" / "parts")
 
 

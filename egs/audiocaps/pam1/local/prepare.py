@@ -17,7 +17,7 @@ from pathlib import Path
 LOCAL = Path(__file__).resolve().parent
 sys.path[:0] = [str(LOCAL), str(LOCAL.parents[3])]
 
-from pam_espnet.bin._cli import run_main  # noqa: E402
+from pam_espnet.cli import run_main  # noqa: E402
 from pam_espnet.errors import DataError  # noqa: E402
 
 TASK = "caption"

@@ -14,7 +14,7 @@ from pathlib import Path
 LOCAL = Path(__file__).resolve().parent
 sys.path.insert(0, str(LOCAL.parents[3]))
 
-from pam_espnet.bin._cli import run_main  # noqa: E402
+from pam_espnet.cli import run_main  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 LOCAL = Path(__file__).resolve().parent
 sys.path[:0] = [str(LOCAL), str(LOCAL.parents[3])]
 
-from pam_espnet.bin._cli import run_main  # noqa: E402
+from pam_espnet.cli import run_main  # noqa: E402
 from pam_espnet.errors import ConfigError, DataError  # noqa: E402
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 LOCAL = Path(__file__).resolve().parent
 sys.path.insert(0, str(LOCAL.parents[3]))
 
-from pam_espnet.bin._cli import run_main  # noqa: E402
+from pam_espnet.cli import run_main  # noqa: E402
 from pam_espnet.errors import ConfigError, DataError  # noqa: E402
 
 TEST_SETS = ("test-clean", "test-other")

@@ -20,7 +20,7 @@ sys.path[:0] = [str(LOCAL), str(LOCAL.parents[3])]
 
 from download import TEST_SETS, read_sizes, subsets_of  # noqa: E402
 
-from pam_espnet.bin._cli import run_main  # noqa: E402
+from pam_espnet.cli import run_main  # noqa: E402
 from pam_espnet.errors import ConfigError  # noqa: E402
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from typing import IO, cast
 LOCAL = Path(__file__).resolve().parent
 sys.path.insert(0, str(LOCAL.parents[3]))
 
-from pam_espnet.bin._cli import run_main  # noqa: E402
+from pam_espnet.cli import run_main  # noqa: E402
 from pam_espnet.data import archives  # noqa: E402
 from pam_espnet.data.download import check_file  # noqa: E402
 from pam_espnet.errors import ConfigError, DataError, PamError  # noqa: E402

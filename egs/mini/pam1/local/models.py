@@ -19,7 +19,7 @@ sys.path[:0] = [str(LOCAL), str(LOCAL.parents[3])]
 
 from download import find_unpacked  # noqa: E402
 
-from pam_espnet.bin._cli import run_main  # noqa: E402
+from pam_espnet.cli import run_main  # noqa: E402
 from pam_espnet.errors import ConfigError, DataError  # noqa: E402
 from pam_espnet.fileio import read_json, sha256_file  # noqa: E402
 

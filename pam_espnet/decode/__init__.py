@@ -1,0 +1,1 @@
+"""Decoding of recordings and of data directories."""

@@ -1,0 +1,119 @@
+"""How answers are decoded: the beam search's options, and what a task's answers may be. One YAML holds them all.
+
+    beam_size: 4              any option of ``search.options.BeamOptions``
+    no_repeat_ngram: 0        no n-gram twice in an answer; 0 allows all
+    tokens_per_second: 0      length cap from the audio's duration (plus eight tokens); 0 leaves max_new_tokens alone
+    answer_sets:              task -> the only answers there are
+      count: ["0", "1", "2", "3", "4"]
+    task_vocabulary: false    only token types of the training answers (those of the warm start's head)
+    compile: false            torch.compile for the LLM's blocks: a minute of warm-up for a few per cent of each step
+    exit:                     early exit, see decoder.exits.ExitOptions
+      mode: never
+    draft:                    tokens that the LLM verifies instead of finding them one by one, see search.drafting
+      kind: none
+    ctc:                      the warm start's CTC head beside the LLM, see search.joint
+      weight: 0
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pam_espnet.data.tasks import task_spec
+from pam_espnet.engine.exits import ExitOptions
+from pam_espnet.errors import ConfigError
+from pam_espnet.search.drafters import DraftOptions
+from pam_espnet.search.joint import JointOptions
+from pam_espnet.search.options import BeamOptions
+
+SPARE_TOKENS = 8  # for short clips, in which a word or two and the end token must fit
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """Options of decoding; see the module's example.
+
+    Attributes:
+        beam: of the search.
+        no_repeat_ngram: n, or 0.
+        tokens_per_second: tokens allowed per second of audio, or 0.
+        answer_sets: task -> its answers.
+        task_vocabulary: whether the output layer is cut to the token types of the training answers.
+        compile: whether the LLM's blocks are compiled before the first answer.
+        exit: when a token may be taken from a block before the last.
+        draft: who guesses tokens ahead; the answers do not change.
+        ctc: the warm start's CTC head beside the LLM, in the tasks that it was fitted to.
+    """
+
+    beam: BeamOptions = field(default_factory=BeamOptions)
+    no_repeat_ngram: int = 0
+    tokens_per_second: float = 0.0
+    answer_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    task_vocabulary: bool = False
+    compile: bool = False
+    exit: ExitOptions = field(default_factory=ExitOptions)
+    draft: DraftOptions = field(default_factory=DraftOptions)
+    ctc: JointOptions = field(default_factory=JointOptions)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError, naming the option."""
+        if not isinstance(self.no_repeat_ngram, int) or self.no_repeat_ngram < 0:
+            raise ConfigError(f"no_repeat_ngram: {self.no_repeat_ngram!r}; must be a whole number, 0 turns it off")
+        rate = self.tokens_per_second
+        if not isinstance(rate, int | float) or not 0 <= rate < math.inf:
+            raise ConfigError(f"tokens_per_second: {rate!r}; must be a number, 0 turns it off")
+        for name in ("task_vocabulary", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: {getattr(self, name)!r}; must be true or false")
+        if not isinstance(self.answer_sets, Mapping):
+            raise ConfigError(f"answer_sets: {self.answer_sets!r}; must be a mapping of tasks to their answers")
+        for task, answers in self.answer_sets.items():
+            task_spec(task)
+            if not isinstance(answers, list | tuple) or not answers or not all(_is_answer(one) for one in answers):
+                raise ConfigError(f"answer_sets.{task}: must be a list of quoted, non-empty answers")
+        if self.answer_sets and self.beam.min_new_tokens > 0:
+            raise ConfigError("min_new_tokens: an answer set says how long answers are; leave it at 0")
+        if self.draft.kind != "none" and self.beam.beam_size != 1:
+            raise ConfigError(f"draft: greedy search only; set beam_size to 1, not {self.beam.beam_size}")
+        if self.draft.kind != "none" and self.exit.mode != "never":
+            raise ConfigError("draft: the whole LLM verifies; set exit.mode to never, or draft.kind to none")
+        if self.ctc.weight > 0 and self.draft.kind != "none":
+            raise ConfigError("ctc.weight: the LLM alone verifies drafts; set draft.kind to none, or weight to 0")
+        if self.ctc.weight > 0 and self.exit.mode != "never" and self.exit.fill == "deferred":
+            raise ConfigError("ctc.weight: exit.fill deferred corrects the LLM's scores alone; choose another fill")
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any], source: str | Path = "decoding options") -> AnswerOptions:
+        """From a flat mapping, as the YAML holds it.
+
+        Raises:
+            ConfigError: a key that nothing reads, or a value out of range; ``source`` is named.
+        """
+        fields = [key for key in cls.__dataclass_fields__ if key != "beam"]
+        own = {key: options[key] for key in fields if options.get(key) is not None}
+        beam = {key: value for key, value in options.items() if key not in fields}
+        try:
+            if "eos_ids" in beam:
+                raise ConfigError("eos_ids: the LLM's own end tokens are used")
+            for key, group in (("exit", ExitOptions), ("draft", DraftOptions), ("ctc", JointOptions)):
+                if key in own:
+                    if not isinstance(own[key], Mapping):
+                        raise ConfigError(f"{key}: {own[key]!r}; must be a mapping of its options")
+                    own[key] = group(**{name: value for name, value in own[key].items() if value is not None})
+            return cls(beam=BeamOptions(**beam), **own)
+        except (TypeError, AttributeError, ConfigError) as error:
+            raise ConfigError(f"{source}: {error}") from error
+
+    def length_caps(self, seconds: Sequence[float]) -> list[int] | None:
+        """A cap on the tokens of each utterance, or None for no cap of its own."""
+        if self.tokens_per_second == 0:
+            return None
+        return [SPARE_TOKENS + math.ceil(duration * self.tokens_per_second) for duration in seconds]
+
+
+def _is_answer(answer: object) -> bool:
+    return isinstance(answer, str) and bool(answer.strip())

@@ -1,0 +1,323 @@
+"""A trained experiment that answers prompts about audio.
+
+Dimension letters: B utterances, N samples, U adapter frames, P prefix positions, D width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pam_espnet.config import load_yaml
+from pam_espnet.data.tables import one_line
+from pam_espnet.decode.options import AnswerOptions
+from pam_espnet.engine.view import DecoderView
+from pam_espnet.errors import ConfigError
+from pam_espnet.fileio import MODEL_FILE, load_strict, read_trained
+from pam_espnet.frontend.frontend import AudioEmbeddings
+from pam_espnet.llm.prompt_layout import answer_ids, layout
+from pam_espnet.model import ESPnetPaMModel, build_model
+from pam_espnet.search.answer_scores import answer_log_probs
+from pam_espnet.search.beam import beam_search
+from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
+from pam_espnet.search.ctc import CTCScorer
+from pam_espnet.search.drafters import NgramLookup, NoDraft, WholeAnswer
+from pam_espnet.search.drafting import DraftCount, Drafter, draft_search
+from pam_espnet.search.hypothesis import Partial
+
+
+@dataclass
+class Answer:
+    """The n-best answers to one utterance, best first, with the block of the LLM that named each token; how its
+    encoders were combined; which constraints fired and how often (over steps and hypotheses; ``length_cap`` is 1 where
+    the best answer was cut); what drafts were worth, where there were any."""
+
+    texts: list[str]
+    tokens: list[list[int]]
+    scores: list[float]
+    depths: list[list[int]]
+    routing: dict[str, Any]
+    constraints: dict[str, int]
+    answer_log_probs: dict[str, float] | None = None  # of every answer, where the task has a set of them
+    draft: DraftCount | None = None
+
+
+@dataclass(frozen=True)
+class PartialAnswer:
+    """How far the answer to an utterance is; ``text`` costs nothing until it is read."""
+
+    utterance: int  # place among the waveforms
+    tokens: list[int]  # of the best running hypothesis, of the answer once ``done``; the LLM's ids
+    score: float  # sum of log-probabilities; once done, divided as ``length_penalty`` says
+    done: bool
+    decode: Callable[[Sequence[int]], str]
+
+    @property
+    def text(self) -> str:
+        """The words so far; bytes of a letter that is not whole yet are left out."""
+        text = self.decode(self.tokens)
+        return text if self.done else text.rstrip("\ufffd")
+
+
+class SpeechLLM:
+    """A trained model that answers prompts about audio.
+
+    Args:
+        model: built and loaded.
+        options: how answers are decoded.
+        device: a torch device.
+        warm_losses: the warm start's loss of each task whose answers the task vocabulary was made from; None: it was
+            made from all, and only the CTC head of ASR was trained.
+
+    Raises:
+        ConfigError: a task vocabulary or a draft by CTC is asked for, but the model has no list of the training
+            answers' tokens, or the list lacks tokens of an answer set; an answer that is longer than
+            ``max_new_tokens``; an LLM that cannot verify drafts.
+    """
+
+    def __init__(
+        self,
+        model: ESPnetPaMModel,
+        options: AnswerOptions,
+        device: str = "cpu",
+        warm_losses: Mapping[str, str] | None = None,
+    ) -> None:
+        moves = model.decoder.device != torch.device(device)  # ``to`` would have blocks that were released read again
+        self.model = (model.to(device) if moves else model).eval()
+        self.options = options
+        self.device = device
+        self.vocabulary_tasks = warm_losses
+        self.ctc_tasks = {task for task, loss in (warm_losses or {"asr": "ctc"}).items() if loss == "ctc"}
+        if options.task_vocabulary and model.ctc is None:
+            raise ConfigError("task_vocabulary: this model was trained without the warm start's list of tokens")
+        vocabulary = model.ctc.token_ids.tolist() if options.task_vocabulary and model.ctc is not None else None
+        model.decoder.compile_decoding = options.compile
+        self.decoder = DecoderView(model.decoder, vocabulary, options.exit)
+        # Answers of a set are compared at full depth, whatever the search does.
+        self._judge = self.decoder if options.exit.mode == "never" else DecoderView(model.decoder, vocabulary)
+        if options.draft.kind != "none":
+            self.decoder.verifier()
+        if model.ctc is None or not self.ctc_tasks:
+            if options.draft.kind == "ctc":
+                raise ConfigError("draft.kind: ctc needs a model whose warm start fitted a task with CTC")
+            if options.ctc.weight > 0:
+                raise ConfigError("ctc.weight: needs a model whose warm start fitted a task with CTC; set it to 0")
+        fused = model.decoder.fused_blocks()  # now, or the first batch would be charged for it
+        if fused is not None and vocabulary is None:
+            fused.pack_output()
+        if options.compile and fused is None:
+            raise ConfigError("compile: only Llama-type LLMs with fused_decoding can be compiled; set compile: false")
+        self._answer_sets = {
+            task: [self.decoder.places(answer_ids(model.decoder.tokenizer, answer)[:-1]) for answer in answers]
+            for task, answers in options.answer_sets.items()
+        }
+        for task, answers in self._answer_sets.items():
+            if (longest := max(map(len, answers)) + 1) > options.beam.max_new_tokens:
+                raise ConfigError(f"answer_sets.{task}: an answer needs {longest} tokens; raise max_new_tokens")
+
+    @classmethod
+    def load(
+        cls,
+        exp_dir: str | Path,
+        options: AnswerOptions,
+        device: str = "cpu",
+        dtype: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> SpeechLLM:
+        """Build from ``config.yaml`` and load ``model.safetensors`` strictly.
+
+        Args:
+            exp_dir: experiment directory.
+            options: see ``AnswerOptions``.
+            device: "cpu", "cuda", ...
+            dtype: precision of the LLM in place of the configured one: "float32", "bfloat16", or "int8" (weights of
+                its products in the search, all else in float32).
+            config: in place of ``config.yaml``, whose paths start at the recipe's folder.
+
+        Raises:
+            ConfigError, CheckpointError: what is missing or does not fit, and which stage makes it.
+        """
+        config = dict(load_yaml(Path(exp_dir) / "config.yaml") if config is None else config)
+        if dtype is not None:
+            int8 = {"dtype": "float32", "int8_decoding": True}
+            config["llm_conf"] = {**(config.get("llm_conf") or {}), **(int8 if dtype == "int8" else {"dtype": dtype})}
+        model = build_model(config)
+        checkpoint = Path(exp_dir) / MODEL_FILE
+        load_strict(model, read_trained(checkpoint), checkpoint)
+        warm_start = config.get("warm_start_conf") or {}
+        return cls(model, options, device, warm_start.get("losses"))
+
+    def release_memory(self, prompts: Collection[str]) -> None:
+        """Give back what decoding ``prompts`` does not need: the LLM's own blocks, beside the packed ones that answer.
+
+        Other prompts are still answered, but each new one has those blocks read again. With early exit they stay.
+        """
+        for prompt in sorted(set(prompts)):
+            self.model.decoder.prompt_vector(prompt)
+        if self.options.exit.mode == "never":
+            self.model.decoder.release_own_blocks()
+
+    @torch.no_grad()
+    def listen(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> AudioEmbeddings:
+        """What the LLM is given of waveforms, each (N,) float32 at the frontend's sample rate, one prompt for each."""
+        lengths = torch.tensor([len(wave) for wave in waves])
+        batch = torch.zeros(len(waves), int(lengths.max()))
+        for row, wave in zip(batch, waves, strict=True):
+            row[: len(wave)] = torch.from_numpy(wave)
+        return self.model.audio_embeddings(prompts, lengths.to(self.device), batch.to(self.device))
+
+    @torch.no_grad()
+    def answer(
+        self,
+        waves: Sequence[np.ndarray],
+        prompts: Sequence[str],
+        tasks: Sequence[str] | None = None,
+        audio: AudioEmbeddings | None = None,
+        on_partial: Callable[[list[PartialAnswer]], None] | None = None,
+        score_answers: bool = True,
+    ) -> list[Answer]:
+        """Answer one prompt per waveform.
+
+        Args:
+            waves: each (N,) float32 at the frontend's sample rate.
+            prompts: as many.
+            tasks: as many names; without them no answer set applies.
+            audio: what ``listen`` made of them, where they are answered more than once.
+            on_partial: called after every step of the search with the utterances that took it: for streaming and
+                progress bars.
+            score_answers: also say how likely each answer is, where a task has a set of them; costs a few steps.
+
+        Raises:
+            ConfigError: not as many of each, a waveform without samples, a task whose answers the vocabulary lacks, or
+                options that leave no answer.
+        """
+        if len(waves) != len(prompts) or (tasks is not None and len(tasks) != len(waves)):
+            asked = "" if tasks is None else f", {len(tasks)} tasks"
+            given = f"{len(waves)} waveforms, {len(prompts)} prompts{asked}"
+            raise ConfigError(f"answer: as many prompts and tasks as waveforms, not {given}")
+        if empty := [place for place, wave in enumerate(waves) if len(wave) == 0]:
+            raise ConfigError(f"answer: waveform {empty[0]} has no samples")
+        if not waves:
+            return []
+        audio = self.listen(waves, prompts) if audio is None else audio
+        placed = self.model.place(prompts, audio, None)
+        tasks = tasks or [""] * len(waves)
+        known = self.vocabulary_tasks if self.options.task_vocabulary else None
+        if known is not None and (strange := sorted(set(tasks) - set(known))):
+            made_of, asked = ", ".join(known), ", ".join(strange) or "no task"
+            raise ConfigError(f"task_vocabulary: it was made from answers of {made_of}, not of {asked}")
+        caps = self.options.length_caps([len(wave) / self.model.frontend.sample_rate for wave in waves])
+        if caps is not None:  # one of a set of answers is never cut
+            sets = [self._answer_sets.get(task, [[]]) for task in tasks]
+            caps = [max(cap, 1 + max(map(len, answers))) for cap, answers in zip(caps, sets, strict=True)]
+        constraints = self._constraints(tasks)
+        show = None if on_partial is None else partial(self._show, on_partial)
+        drafts: Sequence[DraftCount | None] = [None] * len(waves)
+        prefix = (placed.embeds, placed.prefix_lengths, self.options.beam)
+        if self.options.draft.kind == "none":
+            nbest = beam_search(self.decoder, *prefix, caps, show, constraints, self._ctc_scorer(tasks, audio))
+        else:
+            drafters, most = self.drafters(tasks, prompts, audio), self.options.draft.most
+            nbest, drafts = draft_search(self.decoder, *prefix, drafters, most, caps, show, constraints)
+        log_probs = self._answer_log_probs(tasks, placed.embeds, placed.prefix_lengths) if score_answers else {}
+        answers = []
+        for b, hypotheses in enumerate(nbest):
+            if not hypotheses:
+                raise ConfigError(f"the decoding options leave no answer to {prompts[b]!r}: {self.options}")
+            tokens = [self.decoder.tokens(one.tokens) for one in hypotheses]
+            fired: Counter[str] = Counter({"length_cap": int(not hypotheses[0].ended)})
+            for constraint in constraints:
+                fired[constraint.name] += constraint.fired[b]
+            answers.append(
+                Answer(
+                    texts=[self.text(one) for one in tokens],
+                    tokens=tokens,
+                    scores=[one.score for one in hypotheses],
+                    depths=[one.depths for one in hypotheses],
+                    routing=self._routing(audio.routing, b),
+                    constraints={name: times for name, times in fired.items() if times},
+                    answer_log_probs=log_probs.get(b),
+                    draft=drafts[b],
+                )
+            )
+        return answers
+
+    @torch.no_grad()
+    def drafters(self, tasks: Sequence[str], prompts: Sequence[str], audio: AudioEmbeddings) -> list[Drafter]:
+        """One for each utterance, by ``options.draft.kind``."""
+        kind, model = self.options.draft.kind, self.model
+        if kind == "ngram":
+            layouts = [layout(model.decoder.tokenizer, prompt, model.decoder.system) for prompt in prompts]
+            lookup = NgramLookup([self.decoder.places(one.prompt_ids, strict=False) for one in layouts])
+            return [lookup] * len(tasks)
+        heard: list[list[int]] = [[] for _ in tasks]
+        own = [b for b, task in enumerate(tasks) if kind == "ctc" and task in self.ctc_tasks]
+        if own and model.ctc is not None:
+            for b, tokens in zip(own, model.ctc.greedy(audio.embeddings[own], audio.lengths[own]), strict=True):
+                heard[b] = self.decoder.places(tokens)
+        whole = WholeAnswer(heard, "ctc")
+        return [whole if b in own else NoDraft() for b in range(len(tasks))]
+
+    def _ctc_scorer(self, tasks: Sequence[str], audio: AudioEmbeddings) -> CTCScorer | None:
+        ctc, options = self.model.ctc, self.options.ctc
+        own = [b for b, task in enumerate(tasks) if task in self.ctc_tasks]
+        if ctc is None or options.weight == 0 or not own:
+            return None
+        return CTCScorer(ctc, self.decoder, audio.embeddings[own], audio.lengths[own], own, options)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The words of an answer's token ids."""
+        kept = [token for token in tokens if token not in self.model.decoder.eos_ids]
+        return one_line(self.model.decoder.tokenizer.decode(kept, skip_special_tokens=True))
+
+    def _show(self, on_partial: Callable[[list[PartialAnswer]], None], found: Sequence[Partial]) -> None:
+        places = self.decoder.tokens
+        on_partial(
+            [
+                PartialAnswer(one.utterance, places(one.hypothesis.tokens), one.hypothesis.score, one.done, self.text)
+                for one in found
+            ]
+        )
+
+    def _answer_log_probs(self, tasks: Sequence[str], prefix: Tensor, lengths: Tensor) -> dict[int, dict[str, float]]:
+        """Place in the batch -> log-probability of each answer, where the task has a set of answers."""
+        found = {}
+        for task, answers in self._answer_sets.items():
+            if rows := [place for place, name in enumerate(tasks) if name == task]:
+                own = lengths[rows]
+                temperature = self.options.beam.temperature
+                scores = answer_log_probs(self._judge, prefix[rows, : int(own.max())], own, answers, temperature)
+                names = self.options.answer_sets[task]
+                for row, values in zip(rows, scores.tolist(), strict=True):
+                    found[row] = {name: round(value, 6) for name, value in zip(names, values, strict=True)}
+        return found
+
+    def _constraints(self, tasks: Sequence[str]) -> list[Constraint]:
+        found: list[Constraint] = []
+        if self.options.no_repeat_ngram:  # an answer of a set may repeat itself
+            free = [place for place, task in enumerate(tasks) if task not in self._answer_sets]
+            found.append(NoRepeatNgram(self.options.no_repeat_ngram, free))
+        for task, answers in self._answer_sets.items():
+            if places := [place for place, name in enumerate(tasks) if name == task]:
+                found.append(AnswerSet(answers, self.decoder.eos_ids, places))
+        return found
+
+    def _routing(self, routing: Any, b: int) -> dict[str, Any]:
+        def numbers(row: Tensor) -> list[float]:
+            return [round(value, 6) for value in row.tolist()]
+
+        names = self.model.frontend.names
+        return {
+            "expert": int(routing.expert[b]),
+            "expert_probs": numbers(routing.expert_probs[b]),
+            "encoders": dict(zip(names, numbers(routing.encoder_weights[b]), strict=True)),
+            "layers": {name: numbers(w[b]) for name, w in zip(names, routing.layer_weights, strict=True)},
+        }

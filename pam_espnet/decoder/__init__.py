@@ -1,1 +1,0 @@
-"""The LLM that answers: prompt layout, LoRA, stepping with a cache."""

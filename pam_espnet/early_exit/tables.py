@@ -1,0 +1,210 @@
+"""``EXIT.md`` from the early-exit report's figures (``pam_espnet.early_exit.report``): tables and what they mean."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pam_espnet.data.tasks import task_spec
+from pam_espnet.score.compare import Column, Difference, show_difference
+from pam_espnet.score.report import table
+from pam_espnet.score.result import MAIN_METRICS, METRICS
+
+PRECISIONS = (0.95, 0.99)  # of the tokens that leave, for which the gates' table shows the best threshold
+GROUPS = {"all": "all", "first": "first piece", "later": "later piece", "end": "end token"}
+
+
+def markdown(report: Mapping[str, Any], picture: str | None) -> str:
+    """The whole text.
+
+    Args:
+        report: what ``exit_report.json`` holds.
+        picture: file name of the picture beside it.
+    """
+    own = report["answers"] == "own"
+    parts = [
+        f"# Early exit: {report['experiment']}\n",
+        f"The model's {'own best' if own else 'reference'} answers, run through all {report['blocks']} blocks once; a "
+        "block *agrees* where its most likely token is the last block's, both read through the LLM's final norm and "
+        f"output layer. Candidate blocks: {', '.join(map(str, report['layers']))}; "
+        + (f"{_calibrated(report['calibration'])}.\n" if report["calibration"] else "no calibration.\n"),
+    ]
+    if picture:
+        parts.append(f"![Early exit]({picture})\n")
+    for name, tasks in report["sets"].items():
+        parts += [f"## {name}: {task}\n\n{_said(report, figures)}" for task, figures in tasks.items()]
+    parts += ["## Oracle\n", _ORACLE, _oracle(report), "## Gates\n", _GATES, _gates(report)]
+    if report["sweep"]:
+        parts += ["## Decoding\n", _DECODING, _quality(report["sweep"]), _SPEED, _speed(report["sweep"])]
+    parts += ["## How it was made\n", _made(report)]
+    return "\n".join(parts)
+
+
+_ORACLE = (
+    "An oracle knows the last block's token and leaves at the first block that names it (first match), or at the first "
+    "from which all later ones do (saturated). *Speed-up* is a bound by the cost model, not a measurement: blocks, "
+    "keys and values of skipped blocks and the output layer by their numbers of weights, against full depth. *4 rows*: "
+    "four independent tokens that must leave together. *Steps* are all tokens but an answer's first, which decoding "
+    "takes from the prefix at full depth.\n"
+)
+_GATES = (
+    "For each measure the threshold with the greatest predicted speed-up among those that are precise enough; where "
+    "none is, the most precise one. Steps only. Coverage: share of steps that leave early; precision: share of those "
+    "whose token is the last block's. Confidence, entropy and patience are charged for every output layer that they "
+    "run to decide, a gate is counted as free.\n"
+)
+_DECODING = (
+    "Beam search as in the recipe, with and without exits. In brackets: 95 % interval, bootstrap over utterances; "
+    "differences to *never* are paired, bold where the interval leaves zero out, with the p-value of approximate "
+    "randomisation. *Same*: utterances whose best answer is that of *never*. Depth: blocks per step of the best "
+    "answer, its first token apart.\n"
+)
+_SPEED = (
+    "Seconds of each point and of *never* on the same batches, which took turns in one process; ratios above 1 are "
+    "faster than full depth. *Steps*: the LLM's steps alone; *search*: prefix, steps and bookkeeping; *all*: with the "
+    "encoders. This is early exit against this engine's own full depth. How fast the engine is against transformers' "
+    "`generate` is another number, measured by `tests/benchmarks/decode.py`; the two are never multiplied.\n"
+)
+
+
+def _calibrated(calibration: Mapping[str, Any]) -> str:
+    maps = "maps and gates" if calibration["maps"] else "gates, no maps"
+    at = calibration["threshold"]
+    return f"calibrated with {maps}, threshold " + ("none (its advice is off)" if at is None else f"{at:.2f}")
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _said(report: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    """Agreement of the upper half of the blocks."""
+    counts = ", ".join(f"{GROUPS[name]} {figures['tokens'][name]}" for name in GROUPS)
+    agreement, overlap = figures["agreement"], figures["overlap"]
+    inner = "inner" in agreement
+    head = ["block", *(f"bare, {shown}" for shown in GROUPS.values())]
+    head += ["after attention, all"] * inner + ["mapped, all"] * ("mapped" in agreement)
+    head += [f"top {report['beam_size']}, bare"] + [f"top {report['beam_size']}, mapped"] * ("mapped" in overlap)
+    rows = []
+    for block in range(report["blocks"] // 2, report["blocks"] + 1):
+        places = [agreement["bare"][name] for name in GROUPS]
+        row = [str(block), *(_share(None if one is None else one[block - 1]) for one in places)]
+        row += [_share(agreement["inner"]["all"][block - 1])] if inner else []
+        mapped = []
+        for one in (agreement, overlap):
+            at = report["layers"].index(block) if block in report["layers"] else None
+            mapped += [[_share(None if at is None else one["mapped"]["all"][at])] if "mapped" in one else []]
+        row += [*mapped[0], _share(overlap["bare"]["all"][block - 1]), *mapped[1]]
+        rows.append(row)
+    text = f"Tokens: {counts}. Agreement with the last block in % of them; *top {report['beam_size']}*: mean share of "
+    text += "its most likely tokens that are among the block's. *After attention*: before the block's feed-forward "
+    return f"{text}network.\n\n{table(head, rows)}"
+
+
+def _oracle(report: Mapping[str, Any]) -> str:
+    rows, maps = [], (report["calibration"] or {}).get("maps")
+    for name, tasks in report["sets"].items():
+        for task, figures in tasks.items():
+            for group in ("all", "step"):
+                for may, found in figures["oracle"][group].items():
+                    for kind, entry in (found or {}).items():
+                        rows.append([
+                            f"{name}: {task}", {"all": "all", "step": "steps"}[group],
+                            may + (", mapped" if maps and "bare" not in may else ""), kind,
+                            f"{entry['mean_depth']:.1f}", f"{entry['speedup']:.2f}x",
+                            f"{entry['mean_depth_together']:.1f}", f"{entry['speedup_together']:.2f}x",
+                        ])  # fmt: skip
+    head = ("set", "tokens", "may leave at", "exit", "mean depth", "speed-up", "4 rows: depth", "4 rows: speed-up")
+    return table(head, rows)
+
+
+def _gates(report: Mapping[str, Any]) -> str:
+    rows, own = [], (report["calibration"] or {}).get("threshold")
+    for name, tasks in report["sets"].items():
+        for task, figures in tasks.items():
+            for mode, outcomes in figures["gates"].items():
+                for why, one in _chosen(outcomes, own if mode == "gate" else None):
+                    at = "–" if one["threshold"] is None else f"{one['threshold']:.3g}"
+                    rows.append([
+                        f"{name}: {task}", mode, why, at, _share(one["coverage"]), _share(one["precision"]),
+                        f"{one['mean_depth']:.1f}", f"{one['speedup']:.2f}x",
+                    ])  # fmt: skip
+    head = ("set", "measure", "chosen for", "threshold", "coverage %", "precision %", "mean depth", "speed-up")
+    return table(head, rows)
+
+
+def _chosen(outcomes: Sequence[Mapping[str, Any]], own: float | None) -> list[tuple[str, Mapping[str, Any]]]:
+    """Which thresholds the table shows, and why."""
+    if len(outcomes) == 1:  # patience has none
+        return [("", outcomes[0])]
+    found = [("calibrated", one) for one in outcomes if one["threshold"] == own]
+    leaving = [one for one in outcomes if one["coverage"] > 0]
+    for wanted in PRECISIONS:
+        if good := [one for one in leaving if one["precision"] >= wanted]:
+            found.append((f"precision {wanted:.0%}", max(good, key=lambda one: one["speedup"])))
+        elif leaving:
+            found.append(("most precise", max(leaving, key=lambda one: one["precision"])))
+            break
+    return found
+
+
+def _quality(sweep: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for entry in sweep:
+        for metric in MAIN_METRICS[task_spec(entry["task"]).metric]:
+            if metric not in entry["scores"]:
+                continue  # its parts are not on this machine
+            pair = entry.get("difference", {}).get(metric)
+            column = Column(entry["set"], entry["task"], metric)
+            rows.append([
+                f"{entry['set']}: {entry['task']}", entry["point"],
+                "–" if entry["mean_depth"] is None else f"{entry['mean_depth']:.1f}",
+                METRICS[metric].title, METRICS[metric].show_entry(entry["scores"][metric]),
+                "–" if entry["point"] == "never" or pair is None else show_difference(Difference(**pair), column),
+                f"{_share(entry.get('same_answers'))}",
+            ])  # fmt: skip
+    return table(("set", "point", "depth", "metric", "value", "against never", "same %"), rows)
+
+
+def _speed(sweep: Sequence[Mapping[str, Any]]) -> str:
+    rows, runs = [], set()
+    for entry in sweep:
+        if entry["point"] == "never" or not (timing := entry.get("timing")):
+            continue
+        own, never = timing["own"], timing["never"]
+        encoders = own["encoders_wall"]
+        runs.add(timing["runs"])
+        rows.append([
+            entry["set"], entry["point"], f"{own['steps_wall']:.1f} / {never['steps_wall']:.1f}",
+            _ratio(never["steps_wall"], own["steps_wall"]), _ratio(never["steps_cpu"], own["steps_cpu"]),
+            f"{own['search_wall']:.1f} / {never['search_wall']:.1f}", _ratio(never["search_wall"], own["search_wall"]),
+            _ratio(never["search_cpu"], own["search_cpu"]),
+            _ratio(never["search_wall"] + encoders, own["search_wall"] + encoders), str(timing["runs"]),
+        ])  # fmt: skip
+    head = ("set", "point", "steps, s: point / never", "wall", "CPU", "search, s: point / never", "wall", "CPU",
+            "all, wall", "runs")  # fmt: skip
+    note = "\nA point of several runs sums the seconds of all of them, each beside *never* of the same run.\n"
+    return table(head, rows) + (note if max(runs, default=1) > 1 else "")
+
+
+def _ratio(never: float, own: float) -> str:
+    return f"{never / own:.2f}x" if own else "–"
+
+
+def _made(report: Mapping[str, Any]) -> str:
+    cost = report["cost_model"]
+    lines = [
+        f"- checkpoint `model.safetensors`, SHA-256 `{report['checkpoint_sha256']}`",
+        f"- commit {report['commit'] or 'unknown'}; LLM in {report['dtype'] or 'the precision it was trained in'}",
+        f"- costs in units of one block: output layer {cost['head']:.2f}, keys and values of a skipped block "
+        f"{cost['memory']:.3f}",
+    ]
+    if report["calibration"]:
+        lines.append(f"- calibration, SHA-256 `{report['calibration']['sha256']}`")
+    if report["sweep"]:
+        sizes = sorted({(one["batch_size"], one["threads"]) for one in report["sweep"]})
+        lines += [f"- sweep: batches of {size}, {threads} thread{'s' * (threads > 1)}" for size, threads in sizes]
+        if others := {str(one["commit"]) for one in report["sweep"]} - {str(report["commit"])}:
+            lines.append(f"- points decoded at other commits: {', '.join(sorted(others))}")
+    return "\n".join(lines) + f"\n\n```\n{shlex.join(report['command'])}\n```\n"

@@ -1,0 +1,193 @@
+"""Early exit: when may a token be taken from an intermediate block, through the LLM's own final norm and output layer?
+
+Early exit is a natural capability of decoder-only LLMs (Shan et al., arXiv 2412.01455): no head is added, the hard part
+is to know at which block. One decision is made per step and utterance, from the row of its best hypothesis, so that
+the hypotheses that compete within a step are scored at the same depth; an utterance's decision looks at its own row.
+
+Measures of a block's row, before the threshold:
+
+confidence  the largest softmax probability (Schuster et al., CALM, NeurIPS 2022)
+entropy     one minus the entropy of the softmax over its largest value, log V, so that more is surer, as above
+gate        the probability of a fitted gate (``decoder.calibration``), which needs no output layer
+patience    so many candidate blocks in a row name the same token (Zhou et al., PABEE, NeurIPS 2020); no threshold
+
+Later steps attend to the blocks that were skipped too. What those remember is a choice of its own:
+
+propagate   what they would have made of the state that left (Schuster et al., CALM, NeurIPS 2022)
+map         a fitted map of that state to each block's keys and values (``decoder.calibration``), at the same cost
+deferred    nothing yet: the state waits, and goes through the blocks it lacks when its utterance next goes beyond them,
+            or before an answer may end. Its token's probability is corrected then, so that every score that is returned
+            is the whole LLM's; what was cut from the beam meanwhile stays cut. Not faster on a CPU.
+
+R rows, B utterances, S skipped blocks, D width, V vocabulary, J key/value heads, E size of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pam_espnet.engine.calibration import Calibration
+from pam_espnet.errors import ConfigError
+
+MODES = ("never", "fixed", "confidence", "entropy", "gate", "patience")
+FILLS = ("propagate", "map", "deferred")
+
+
+@dataclass(frozen=True)
+class ExitOptions:
+    """When to leave.
+
+    Attributes:
+        mode: never, fixed (always at the first of ``layers``), confidence, entropy, gate or patience.
+        layers: candidate blocks, counted from 1 (after the first block) to one less than the LLM has; a gate knows its
+            own.
+        threshold: 0 to 1; None is 0.9, or what the gate was calibrated to.
+        patience: number of neighbouring candidates that must agree.
+        calibration: file of ``bin/pam_calibrate_exit.py``; needed by gate. In the other modes its map, where it has
+            one for the block, is applied all the same.
+        fill: what skipped blocks remember: propagate, deferred, or map, for which the calibration must have been made
+            with --fill_maps and know all of ``layers``.
+    """
+
+    mode: str = "never"
+    layers: tuple[int, ...] = ()
+    threshold: float | None = None
+    patience: int = 2
+    calibration: str | None = None
+    fill: str = "propagate"
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError, naming the option."""
+        if isinstance(self.layers, int) or not all(isinstance(layer, int) for layer in self.layers):
+            raise ConfigError(f"exit.layers: {self.layers!r}; must be a list of blocks")
+        object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        if self.mode not in MODES:
+            raise ConfigError(f"exit.mode: {self.mode!r}; choose one of {', '.join(MODES)}")
+        if self.fill not in FILLS:
+            raise ConfigError(f"exit.fill: {self.fill!r}; choose one of {', '.join(FILLS)}")
+        if self.fill == "map" and self.calibration is None:
+            raise ConfigError("exit.fill: map needs calibration")
+        if self.mode == "gate":
+            if self.calibration is None or self.layers:
+                raise ConfigError("exit: gate needs calibration, and takes its layers from there")
+        elif self.mode != "never" and not self.layers:
+            raise ConfigError(f"exit.layers: {self.mode} needs candidate blocks")
+        if self.layers and self.layers[0] < 1:
+            raise ConfigError(f"exit.layers: {list(self.layers)}; blocks count from 1")
+        if self.threshold is not None and self.mode in ("fixed", "patience"):
+            raise ConfigError(f"exit.threshold: {self.mode} has none; set it to null")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ConfigError(f"exit.threshold: {self.threshold}; must be 0 to 1")
+        most = len(self.layers) if self.mode == "patience" else math.inf
+        if not isinstance(self.patience, int) or not 2 <= self.patience <= most:
+            raise ConfigError(f"exit.patience: {self.patience}; must be 2 to the number of candidate blocks")
+
+
+class ExitPolicy:
+    """Decides at every candidate block of a step.
+
+    Args:
+        options: see ``ExitOptions``.
+        num_layers: of the LLM.
+        norm: the final norm, hidden states of any block (...,D) -> (...,D).
+        head: the output layer, normed states (...,D) -> float32 logits (...,V).
+        calibration: what ``options.calibration`` holds.
+
+    Raises:
+        ConfigError: a candidate block that the LLM does not have, or its last one, or one whose skipped blocks are to
+            be filled by maps that there are not.
+    """
+
+    def __init__(
+        self,
+        options: ExitOptions,
+        num_layers: int,
+        norm: Callable[[Tensor], Tensor],
+        head: Callable[[Tensor], Tensor],
+        calibration: Calibration | None = None,
+    ) -> None:
+        self.options, self.norm, self.head, self.calibration = options, norm, head, calibration
+        self.layers: Sequence[int] = options.layers
+        self.threshold: float | None = 0.9 if options.threshold is None else options.threshold
+        if options.mode == "fixed":
+            self.layers = options.layers[:1]
+        elif options.mode == "gate" and calibration is not None:
+            self.layers = calibration.layers
+            self.threshold = calibration.threshold if options.threshold is None else options.threshold
+        if self.layers and max(self.layers) >= num_layers:
+            raise ConfigError(f"exit.layers: {max(self.layers)}; must be below {num_layers}, the LLM's last block")
+        if options.fill == "map":
+            fitted = () if calibration is None or calibration.fills is None else calibration.layers
+            if missing := sorted(set(self.layers) - set(fitted)):
+                raise ConfigError(f"exit.fill: {options.calibration} has no maps for {missing}; use --fill_maps")
+        self._named = torch.empty(0, dtype=torch.long)  # (B,) token that each utterance's last candidate named
+        self._agreed = torch.empty(0, dtype=torch.long)  # (B,) how many candidates in a row have named it
+
+    def begin(self, utterances: int, device: torch.device) -> None:
+        """A step of ``utterances`` begins."""
+        self._named = torch.full((utterances,), -1, device=device)
+        self._agreed = torch.zeros(utterances, dtype=torch.long, device=device)
+
+    @property
+    def deferred(self) -> bool:
+        """Whether what leaves waits to be completed."""
+        return self.options.fill == "deferred"
+
+    def spoken(self, layer: int, hidden: Tensor) -> Tensor:
+        """What a block's hidden states (...,D) are read as: mapped towards the last block's where there is a map."""
+        if self.calibration is None or layer not in self.calibration.layers:
+            return hidden
+        return self.calibration.mapped(layer, hidden)
+
+    def memory(self, layer: int, unit: Tensor) -> Tensor | None:
+        """What the blocks behind ``layer`` are to remember of rows that leave there.
+
+        Args:
+            layer: the block.
+            unit: (R,D) its output after an RMS norm without a weight.
+
+        Returns:
+            (R,S,2*J*E) keys before norm and rotation, and values; None: what they make of the state themselves.
+        """
+        if self.options.fill != "map" or self.calibration is None:
+            return None
+        return self.calibration.filled(layer, unit)
+
+    def leave(self, layer: int, utterances: Tensor, hidden: Tensor) -> Tensor:
+        """Who leaves at a candidate block.
+
+        Args:
+            layer: the block.
+            utterances: (B',) those that are still under way.
+            hidden: (B',D) the block's output at the row of each one's best hypothesis.
+
+        Returns:
+            (B',) bool.
+        """
+        options = self.options
+        if self.threshold is None:  # a calibration that found nothing worth it
+            return torch.zeros(len(utterances), dtype=torch.bool, device=hidden.device)
+        if options.mode == "fixed":
+            return torch.ones(len(utterances), dtype=torch.bool, device=hidden.device)
+        if options.mode == "patience":
+            named = self.head(self.norm(self.spoken(layer, hidden))).argmax(dim=-1)
+            same = named == self._named[utterances]
+            self._agreed[utterances] = torch.where(same, self._agreed[utterances] + 1, 1)
+            self._named[utterances] = named
+            return self._agreed[utterances] >= options.patience
+        return self.measure(layer, hidden) >= self.threshold
+
+    def measure(self, layer: int, hidden: Tensor) -> Tensor:
+        """How sure a block is, (B',D) -> (B',): what gate, confidence and entropy compare with the threshold."""
+        if self.options.mode == "gate" and self.calibration is not None:
+            return self.calibration.probability(layer, self.norm(hidden))
+        log_probs = self.head(self.norm(self.spoken(layer, hidden))).log_softmax(dim=-1)
+        if self.options.mode == "confidence":
+            return log_probs.amax(dim=-1).exp()
+        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+        return 1 - entropy / math.log(log_probs.size(-1))

@@ -1,0 +1,1 @@
+"""The LLM as training runs it."""

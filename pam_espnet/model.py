@@ -1,0 +1,327 @@
+"""ESPnetPaMModel: waveform (or cached features) + prompt + answer -> loss, statistics, weight; its construction.
+
+The one place where frontend and decoder meet. The loss is the mean cross-entropy over target tokens (the answer and
+its end token); ``weight`` is the number of target tokens, so that ESPnet's trainer weights every token the same over
+ranks and logging intervals.
+
+Dimension letters: B utterances, N samples, T encoder frames, U adapter frames, P prefix positions, L text tokens,
+H layers, D width, E experts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from espnet2.torch_utils.device_funcs import force_gatherable
+from espnet2.train.abs_espnet_model import AbsESPnetModel
+from torch import Tensor
+
+from pam_espnet.config import check_options
+from pam_espnet.data.tasks import TASKS
+from pam_espnet.errors import ConfigError, DataError
+from pam_espnet.frontend.ctc_head import EmbeddingCTC
+from pam_espnet.frontend.frontend import AudioEmbeddings, PaMFrontend
+from pam_espnet.frontend.fusion.routing import router_loss
+from pam_espnet.llm.layer_dropout import skip_probabilities
+from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.llm.prompt_layout import Placed, layout, place
+
+FEATURE_PREFIX = "feats_"
+IGNORE = -1  # padding value of token ids, prompts and task indices in a batch
+
+
+class ESPnetPaMModel(AbsESPnetModel):
+    """Prompt-aware speech LLM (PaM, Shan et al., EMNLP 2025, arXiv 2502.15178, section 3).
+
+    Args:
+        frontend: encoders, adapters and fusion.
+        decoder: the LLM.
+        tasks: task names; a batch's ``task`` holds indices into it.
+        ctc: head of the warm start; trained on with ``ctc_weight`` and kept in checkpoints.
+        router_loss_weight: weight of the router's supervision by task; 0 leaves the router to the answer's loss
+            (the paper names no such supervision, so 0 is its reading).
+        ctc_weight: weight of the CTC loss on ASR utterances during joint training; 0 turns it off.
+        exit_weight: joint optimisation for early exit (Shan et al., arXiv 2412.01455): mean weight of the answer's loss
+            read from an intermediate block through the shared output layer; 0 turns it off. In a training step one of
+            ``exit_layers`` is drawn, so that it costs one output layer; deeper ones weigh more, in proportion to their
+            depth (LayerSkip, Elhoushi et al., ACL 2024, has weights rise with depth too).
+        exit_layers: blocks, from 1 to one less than the LLM has.
+        exit_layer_dropout: with ``exit_weight``: the probability, below 1, with which the deepest blocks are left out
+            of a training step, rising to it from 0 at the first (``decoder.layer_dropout``). The block that is drawn to
+            speak and the last one are always run. The answer's loss is then that of the LLM without those blocks.
+    """
+
+    def __init__(
+        self,
+        frontend: PaMFrontend,
+        decoder: LLMDecoder,
+        tasks: Sequence[str],
+        ctc: EmbeddingCTC | None = None,
+        router_loss_weight: float = 0.0,
+        ctc_weight: float = 0.0,
+        exit_weight: float = 0.0,
+        exit_layers: Sequence[int] = (),
+        exit_layer_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(exit_layers, list | tuple) or not all(isinstance(layer, int) for layer in exit_layers):
+            raise ConfigError(f"model_conf.exit_layers: {exit_layers!r}; must be a list of blocks")
+        if exit_weight < 0 or (exit_weight > 0 and not exit_layers):
+            raise ConfigError("model_conf.exit_weight: needs exit_layers, and to be at least 0")
+        if beyond := [layer for layer in exit_layers if not 1 <= layer < decoder.num_layers]:
+            raise ConfigError(
+                f"model_conf.exit_layers: {beyond}; the LLM's blocks before its last are 1 to {decoder.num_layers - 1}"
+            )
+        if not 0 <= exit_layer_dropout < 1:
+            raise ConfigError(f"model_conf.exit_layer_dropout: {exit_layer_dropout}; must be 0 to below 1")
+        if exit_layer_dropout > 0 and (exit_weight == 0 or not hasattr(decoder.transformer, "layers")):
+            raise ConfigError("model_conf.exit_layer_dropout: needs exit_weight above 0, and a Llama-type LLM")
+        self.frontend = frontend
+        self.decoder = decoder
+        self.ctc = ctc
+        self.tasks = tuple(tasks)
+        self.router_loss_weight = router_loss_weight
+        self.ctc_weight = ctc_weight
+        self.exit_weight = exit_weight
+        self.exit_layers = tuple(sorted(set(exit_layers)))
+        self.exit_layer_dropout = exit_layer_dropout
+        self.register_state_dict_post_hook(_drop_frozen)
+        self.register_load_state_dict_post_hook(_forgive_frozen)
+
+    # -- audio and prompt -------------------------------------------------------------------------------------------
+
+    def prompt_vectors(self, prompts: Sequence[str]) -> Tensor:
+        """The LLM's last hidden state of each prompt, (B, D); each distinct prompt is run once and kept."""
+        return torch.stack([self.decoder.prompt_vector(prompt) for prompt in prompts])
+
+    def audio_embeddings(
+        self,
+        prompts: Sequence[str],
+        num_samples: Tensor,
+        wave: Tensor | None = None,
+        features: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        only: str | None = None,
+    ) -> AudioEmbeddings:
+        """Route by the prompts, then encode, adapt and mix: (B, U, D) embeddings of the LLM's width.
+
+        Args:
+            prompts: one per utterance.
+            num_samples: (B,) samples of each utterance.
+            wave: (B, N) in [-1, 1]; may be None when ``features`` holds what the routing needs.
+            features: cached hidden states per encoder, ((B, T, H*D), (B,)).
+            only: the one encoder to listen to (the warm start); None follows the routing.
+        """
+        return self.frontend(num_samples, self.prompt_vectors(prompts), wave=wave, features=features, only=only)
+
+    def place(self, prompts: Sequence[str], audio: AudioEmbeddings, answers: Sequence[Tensor] | None) -> Placed:
+        """Lay out ``[prompt head | audio | prompt tail | answer]`` (see ``decoder.prompt_layout``)."""
+        layouts = [layout(self.decoder.tokenizer, prompt, self.decoder.system) for prompt in prompts]
+        device = audio.embeddings.device
+        heads = [torch.tensor(one.head_ids, device=device) for one in layouts]
+        tails = [torch.tensor(one.tail_ids, device=device) for one in layouts]
+        return place(heads, audio.embeddings, audio.lengths, tails, answers, self.decoder.embed)
+
+    # -- ESPnet's contract ------------------------------------------------------------------------------------------
+
+    def forward(self, **batch: Any) -> tuple[Tensor, dict[str, Tensor | None], Tensor]:
+        """Loss of one batch.
+
+        Args (as ESPnet's collate function names them):
+            text: (B, L) answer token ids with the end token, padded with -1.
+            prompt: (B, bytes) UTF-8 bytes of the prompt, padded with -1.
+            task: (B, 1) index into ``tasks``.
+            num_samples: (B, 1).
+            speech, speech_lengths: (B, N) waveform; or, instead,
+            feats_<encoder>, feats_<encoder>_lengths: (B, T, H*D) cached hidden states.
+
+        Returns:
+            loss (1,), statistics, weight (1,), the number of target tokens.
+        """
+        prompts = decode_prompts(batch["prompt"])
+        answers = [row[row != IGNORE] for row in batch["text"]]
+        task = batch["task"][:, 0]
+        audio = self.audio_embeddings(prompts, batch["num_samples"][:, 0], batch.get("speech"), cached_features(batch))
+        placed = self.place(prompts, audio, answers)
+        exit_layer, skipped = self._draw_exit()
+        nll, correct, exit_nll = self.decoder.token_losses(placed, exit_layer, skipped)
+        weight = torch.tensor(float(nll.numel()), device=nll.device)
+        loss = nll.mean()
+        task_of_token = torch.repeat_interleave(task, torch.tensor([len(a) for a in answers], device=task.device))
+        stats = self._task_statistics(nll.detach(), correct, task_of_token)
+        stats["acc"] = correct.float().mean()
+        stats["loss_answer"] = loss.detach()
+        if exit_layer is not None and exit_nll is not None:
+            mean_layer = sum(self.exit_layers) / len(self.exit_layers)
+            loss = loss + self.exit_weight * exit_layer / mean_layer * exit_nll.mean()
+            stats["loss_exit"] = exit_nll.detach().mean()
+        if self.router_loss_weight > 0 and audio.routing.expert_logits is not None:
+            value = router_loss(audio.routing, task) * rank_share(len(task), weight)
+            loss = loss + self.router_loss_weight * value
+            stats["loss_router"] = value.detach()
+        if self.ctc_weight > 0 and self.ctc is not None and "asr" in self.tasks:
+            rows = (task == self.tasks.index("asr")).nonzero()[:, 0]
+            total, count, _ = self.ctc.loss(
+                audio.embeddings[rows], audio.lengths[rows], [answers[r][:-1].tolist() for r in rows]
+            )
+            value = total / max(count, 1) * rank_share(count, weight)
+            loss = loss + self.ctc_weight * value
+            stats["loss_ctc"] = value.detach()
+        stats["loss"] = loss.detach()
+        # One value becomes a vector of one: what ESPnet's trainer sums over ranks must not be a scalar.
+        return force_gatherable((loss, stats, weight), loss.device)
+
+    def _draw_exit(self) -> tuple[int | None, list[int]]:
+        """Of a training step: the block that is to speak, None when there is none, and the blocks that are left out.
+
+        Rank 0 draws for all: with equal work no rank waits for another, and a block that is left out has no gradient
+        anywhere, where it would otherwise be averaged with zeros.
+        """
+        if not self.training or self.exit_weight == 0:
+            return None, []
+        drawn = torch.randint(len(self.exit_layers), (1,))
+        if self.exit_layer_dropout > 0:
+            probabilities = skip_probabilities(self.decoder.num_layers, self.exit_layer_dropout)
+            drawn = torch.cat([drawn, (torch.rand(len(probabilities)) < probabilities).long()])
+        if _several_ranks():
+            drawn = drawn.to(self.decoder.device)
+            torch.distributed.broadcast(drawn, 0)
+        speaks = self.exit_layers[int(drawn[0])]
+        return speaks, [block for block, out in enumerate(drawn[1:].tolist(), start=1) if out and block != speaks]
+
+    def _task_statistics(self, nll: Tensor, correct: Tensor, task: Tensor) -> dict[str, Tensor | None]:
+        """Loss and accuracy per task, the same keys on every rank.
+
+        ESPnet reduces statistics key by key over ranks: a rank without a sample of some task would wait for ever, so
+        sums and counts are reduced here and every rank reports every task (None where no rank had one).
+        """
+        size = len(self.tasks)
+        table = torch.zeros(3, size, device=nll.device)
+        table[0].index_add_(0, task, nll.float())
+        table[1].index_add_(0, task, correct.float())
+        table[2].index_add_(0, task, torch.ones_like(nll, dtype=torch.float32))
+        if _several_ranks():
+            torch.distributed.all_reduce(table)
+        stats: dict[str, Tensor | None] = {}
+        for i, name in enumerate(self.tasks):
+            count = table[2, i]
+            stats[f"loss_{name}"] = table[0, i] / count if count > 0 else None
+            stats[f"acc_{name}"] = table[1, i] / count if count > 0 else None
+        return stats
+
+    def collect_feats(self, **batch: Any) -> dict[str, Tensor]:
+        """Nothing to collect: no statistics of features are used, lengths come from ``utt2num_samples``."""
+        raise NotImplementedError("set model_conf.extract_feats_in_collect_stats: false")
+
+    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Everything that training changes, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def rank_share(count: int, weight: Tensor) -> Tensor | float:
+    """What a mean over ``count`` things of this rank is multiplied by, to become its part of the mean over all ranks.
+
+    ESPnet's trainer weighs each rank's loss with ``weight``, its target tokens. A mean over anything else (utterances,
+    words to align) would count too much on a rank that has few of them: with tasks of very different answers, two
+    processes would train something else than one. Alone, 1.
+    """
+    if not _several_ranks():
+        return 1.0
+    sums = torch.stack([weight, weight.new_tensor(float(count))])
+    torch.distributed.all_reduce(sums)
+    return sums[0] / weight * count / sums[1].clamp_min(1.0)
+
+
+def decode_prompts(padded: Tensor) -> list[str]:
+    """Prompts (B strings) from their padded UTF-8 bytes (B, bytes)."""
+    return [bytes(row[row != IGNORE].tolist()).decode("utf-8") for row in padded]
+
+
+def cached_features(batch: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]] | None:
+    """The ``feats_<encoder>`` streams of a batch by encoder name, or None when there is none."""
+    names = [key for key in batch if key.startswith(FEATURE_PREFIX) and not key.endswith("_lengths")]
+    if not names:
+        if "speech" not in batch:
+            raise DataError("batch", "neither 'speech' nor a 'feats_<encoder>' stream is in the data list")
+        return None
+    return {name.removeprefix(FEATURE_PREFIX): (batch[name], batch[f"{name}_lengths"]) for name in names}
+
+
+def _frozen_names(model: torch.nn.Module) -> set[str]:
+    # remove_duplicate=False: tied weights (output layer = embedding) appear in state dicts under both names.
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return frozen | {n for n, _ in model.named_buffers() if n.startswith("decoder.")}
+
+
+def _drop_frozen(model: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in _frozen_names(model):
+        state.pop(prefix + name, None)
+
+
+def _forgive_frozen(model: torch.nn.Module, incompatible: Any) -> None:
+    frozen = _frozen_names(model)
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in frozen]
+
+
+def _several_ranks() -> bool:
+    """Whether this process shares its training with others."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _model_options(ctc_tokens: str | None = None, extract_feats_in_collect_stats: bool = False) -> None:
+    """Options of ``model_conf`` that are read here and by ESPnet; the rest goes to ESPnetPaMModel."""
+
+
+def build_model(config: Mapping[str, Any]) -> ESPnetPaMModel:
+    """Build the model that ``config`` describes, with its pretrained parts, untrained ones freshly initialised.
+
+    Args:
+        config: keys ``llm`` (folder or Hugging Face id), ``llm_conf``, ``frontend_conf``, ``model_conf``; the
+            ``config.yaml`` of an experiment directory is such a mapping.
+
+    Raises:
+        ConfigError: unknown keys, missing model folders, values that cannot work.
+    """
+    if not config.get("llm"):
+        raise ConfigError("config key 'llm' is missing: give the LLM's folder or its Hugging Face id")
+    llm_conf, frontend_conf, model_conf = (
+        dict(config.get(key) or {}) for key in ("llm_conf", "frontend_conf", "model_conf")
+    )
+    check_options(llm_conf, "llm_conf", LLMDecoder.from_pretrained, LLMDecoder)
+    check_options(frontend_conf, "frontend_conf", PaMFrontend)
+    check_options(model_conf, "model_conf", ESPnetPaMModel, _model_options)
+    if missing := [name for name in ("encoders", "fusion") if name not in frontend_conf]:
+        raise ConfigError(f"config key 'frontend_conf': {' and '.join(missing)} missing")
+    decoder = LLMDecoder.from_pretrained(config["llm"], **llm_conf)
+    frontend = PaMFrontend(width=decoder.width, prompt_width=decoder.width, **frontend_conf)
+    tokens = model_conf.get("ctc_tokens")
+    options = {k: v for k, v in model_conf.items() if k not in inspect.signature(_model_options).parameters}
+    ctc = None
+    if tokens:
+        token_ids = _read_token_ids(Path(tokens), decoder)
+        ctc = EmbeddingCTC(token_ids, decoder.embed(torch.tensor(token_ids)))
+    elif options.get("ctc_weight"):
+        raise ConfigError("model_conf.ctc_weight needs model_conf.ctc_tokens (written by the warm start of stage 3)")
+    model = ESPnetPaMModel(frontend=frontend, decoder=decoder, tasks=tuple(TASKS), ctc=ctc, **options)
+    trained = sum(p.numel() for p in model.trainable_parameters().values())
+    total = sum(p.numel() for p in model.parameters())
+    logging.info(f"model: {trained:,} trained of {total:,} parameters (frozen encoders not counted)")
+    return model
+
+
+def _read_token_ids(path: Path, decoder: LLMDecoder) -> list[int]:
+    if not path.is_file():
+        raise ConfigError(f"model_conf.ctc_tokens: no such file: {path}\n  -> run stage 3, which writes it")
+    words = path.read_text(encoding="utf-8").split()
+    if wrong := [word for word in words if not word.isdigit()]:
+        raise ConfigError(f"{path}: {wrong[0]!r} is not a token id\n  -> remove the file; stage 3 writes it again")
+    token_ids = [int(word) for word in words]
+    beyond = [token for token in token_ids if not 0 <= token < decoder.vocab_size]
+    if beyond:
+        raise ConfigError(f"{path}: token ids {beyond[:5]} are outside the LLM's vocabulary: made with another LLM?")
+    return token_ids

@@ -1,0 +1,160 @@
+"""Word and character error rate over a corpus, as given and after Whisper's English normaliser.
+
+Errors are counted with jiwer (minimum edit distance). Two of its habits matter here:
+- it splits words at single spaces only, so a tab or a line break in a hypothesis would glue two words together;
+  whitespace is collapsed before;
+- its own ``wer`` is one ratio per call; the counts per utterance, which an interval needs, are read off the alignment.
+An empty reference adds its hypothesis's words as insertions and no reference words. The character error rate counts
+the space between two words as a character.
+
+"As given" changes nothing but whitespace: letter case and punctuation count as errors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Literal
+
+import jiwer
+import numpy as np
+
+from pam_espnet.score.intervals import Ratio
+from pam_espnet.score.result import TaskResult
+
+LOOP_TIMES = 4
+WORST = 10
+# How LLMs decline: the beginnings of answers that are about the request and not about the audio.
+_UNABLE = r"(can['’]?t|cannot|can not|am unable to|am not able to|don['’]?t have|do not have)"
+REFUSAL = re.compile(
+    rf"(i['’]?m (very |so )?sorry,? but |i am sorry,? but |sorry,? but |unfortunately,? )?i {_UNABLE} .{{0,60}}"
+    r"\b(audio|transcri\w*|hear|listen|access|help|assist|provide)\b"
+    r"|(i['’]?m (very |so )?sorry,? but |sorry,? but )?(as an ai\b|as a (large )?language model\b)"
+    r"|i['’]m (unable|not able) to |(please|could you( please)?) (provide|upload|share) ",
+    re.IGNORECASE,
+)
+
+_KINDS = {"substitute": 0, "delete": 1, "insert": 2}
+
+
+def normaliser_record() -> dict[str, str]:
+    """Name and version of the normaliser behind the ``*_normalised`` figures."""
+    return {
+        "name": "EnglishTextNormalizer",
+        "package": "whisper-normalizer",
+        "version": version("whisper-normalizer"),
+    }
+
+
+def _normalise(texts: Sequence[str]) -> list[str]:
+    from whisper_normalizer.english import EnglishTextNormalizer
+
+    normalise = EnglishTextNormalizer()
+    return [" ".join(normalise(text).split()) for text in texts]
+
+
+def count_errors(
+    references: Sequence[str], hypotheses: Sequence[str], unit: Literal["words", "characters"] = "words"
+) -> np.ndarray:
+    """Substitutions, deletions, insertions and reference length of each pair, integers of shape (N, 4)."""
+    table = np.zeros((len(references), 4), dtype=np.int64)
+    process = jiwer.process_words if unit == "words" else jiwer.process_characters
+    for row, reference, hypothesis in zip(table, references, hypotheses, strict=True):
+        reference, hypothesis = " ".join(reference.split()), " ".join(hypothesis.split())
+        output = process(reference, hypothesis)
+        for chunk in output.alignments[0]:
+            if chunk.type != "equal":
+                # An insertion has no reference words, a deletion no hypothesis words.
+                row[_KINDS[chunk.type]] += max(
+                    chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx
+                )
+        row[3] = len(output.references[0])
+    return table
+
+
+def has_loop(text: str, times: int = LOOP_TIMES) -> bool:
+    """Whether some n-gram of words, of any n, stands ``times`` or more times in a row."""
+    words = text.split()
+    for size in range(1, len(words) // times + 1):
+        run = 0
+        for left, right in zip(words, words[size:], strict=False):
+            run = run + 1 if left == right else 0
+            if run >= size * (times - 1):
+                return True
+    return False
+
+
+def is_refusal(text: str) -> bool:
+    """Whether ``text`` begins as an LLM's refusal does ("I'm sorry, but I can't listen to audio")."""
+    return REFUSAL.match(text.strip()) is not None
+
+
+def align(reference: str, hypothesis: str) -> str:
+    """Reference, hypothesis and a line of S, D, I under one another, as text."""
+    output = jiwer.process_words(" ".join(reference.split()), " ".join(hypothesis.split()))
+    lines = jiwer.visualize_alignment(output, show_measures=False).splitlines()
+    return "\n".join(line.rstrip() for line in lines if line.strip() and not line.startswith("==="))
+
+
+def score_wer(references: Mapping[str, str], hypotheses: Mapping[str, str]) -> TaskResult:
+    """WER and CER, raw and normalised, over the utterances of ``references``.
+
+    A loop or refusal that the speaker said (the reference has one too) is not counted as one of the decoder.
+
+    Args:
+        references: utterance -> transcript.
+        hypotheses: utterance -> decoded text, for at least the same utterances; may be empty (all deletions).
+
+    Returns:
+        Figures in percent with their counts; ``details`` holds loops, refusals, empty texts and the worst utterances
+        aligned.
+    """
+    keys = list(references)
+    raw = [references[key] for key in keys], [hypotheses[key] for key in keys]
+    clean = _normalise(raw[0]), _normalise(raw[1])
+    result = TaskResult(keys, {})
+    tables = {
+        "wer": count_errors(*raw),
+        "wer_normalised": count_errors(*clean),
+        "cer": count_errors(*raw, "characters"),
+        "cer_normalised": count_errors(*clean, "characters"),
+    }
+    for name, table in tables.items():
+        result.metrics[name] = Ratio(table[:, :3].sum(1), table[:, 3], scale=100.0)
+        substitutions, deletions, insertions, length = (int(total) for total in table.sum(0))
+        result.fields[name] = {
+            "substitutions": substitutions,
+            "deletions": deletions,
+            "insertions": insertions,
+            "words" if name.startswith("wer") else "characters": length,
+        }
+    pairs = list(zip(keys, *raw, strict=True))
+    loops = [key for key, reference, hypothesis in pairs if has_loop(hypothesis) and not has_loop(reference)]
+    refusals = [key for key, reference, hypothesis in pairs if is_refusal(hypothesis) and not is_refusal(reference)]
+    result.details = {
+        "loops": len(loops),
+        "loop_utterances": loops,
+        "refusals": len(refusals),
+        "refusal_utterances": refusals,
+        "empty_hypotheses": sum(not hypothesis.strip() for _, _, hypothesis in pairs),
+        "empty_references": sum(not reference.strip() for _, reference, _ in pairs),
+        "worst": _worst(pairs, tables["wer"]),
+    }
+    return result
+
+
+def _worst(pairs: Sequence[tuple[str, str, str]], table: np.ndarray) -> list[dict[str, Any]]:
+    """The utterances with the most word errors, at most ten, none without an error."""
+    errors = table[:, :3].sum(1)
+    order = sorted(range(len(pairs)), key=lambda row: (-errors[row], pairs[row][0]))
+    return [
+        {
+            "utt": pairs[row][0],
+            "errors": int(errors[row]),
+            "words": int(table[row, 3]),
+            "alignment": align(pairs[row][1], pairs[row][2]),
+        }
+        for row in order[:WORST]
+        if errors[row]
+    ]

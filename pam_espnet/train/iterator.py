@@ -1,0 +1,128 @@
+"""ESPnet's iterator contract over this project's batches (``data.batching``)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from espnet2.iterators.abs_iter_factory import AbsIterFactory
+from espnet2.iterators.sequence_iter_factory import worker_init_fn
+from torch.utils.data import DataLoader, Dataset
+
+from pam_espnet.data.batching import BatchingOptions, at_least, cut, describe_seen, epoch_batches
+from pam_espnet.data.prompts import Wordings
+from pam_espnet.train.preprocessor import prompt_bytes
+
+
+@dataclass(frozen=True)
+class FreshPrompts:
+    """Wordings to draw from, ``wordings``: {task: ...}; ``prompts``: {utterance: prompt of the data directory}."""
+
+    wordings: Mapping[str, Wordings]
+    prompts: Mapping[str, str]
+    tasks: Mapping[str, str]
+    seed: int
+
+    def check(self) -> None:
+        """Find a prompt that no wording fits now, not hours later (DataError)."""
+        for prompt, task in sorted({(prompt, self.tasks[utterance]) for utterance, prompt in self.prompts.items()}):
+            if task in self.wordings:
+                self.wordings[task].recognise(prompt)
+
+    def draw(self, utterance: str, epoch: int) -> str:
+        """The prompt of ``utterance`` in ``epoch``; that of the data directory where its task has no wordings."""
+        prompt, wordings = self.prompts[utterance], self.wordings.get(self.tasks[utterance])
+        return prompt if wordings is None else wordings.draw(prompt, utterance, self.seed, epoch)
+
+
+class Reworded(Dataset):
+    """``dataset`` with the prompts of one epoch. They depend on nothing but utterance, seed and epoch: not on how many
+    processes load data, nor on where a resumed run goes on."""
+
+    def __init__(self, dataset: Any, prompts: FreshPrompts, epoch: int) -> None:
+        self.dataset = dataset
+        self.prompts = prompts
+        self.epoch = epoch
+
+    def __getitem__(self, utterance: str) -> tuple[str, dict[str, np.ndarray]]:
+        key, data = self.dataset[utterance]
+        return key, {**data, "prompt": prompt_bytes(self.prompts.draw(key, self.epoch))}
+
+
+class PaMIterFactory(AbsIterFactory):
+    """A ``DataLoader`` per epoch; training epochs are slices of freshly shuffled passes, validation is in order.
+
+    Args:
+        dataset: ESPnet's dataset (keys -> arrays).
+        seconds, tasks: duration (seconds) and task of every utterance.
+        options: limits of a batch.
+        train: shuffle anew in every pass, or take every utterance once, shortest first.
+        batches_per_epoch: length of a training epoch; None = one pass.
+        rank, world_size: each batch is dealt out over the ranks, utterance by utterance.
+        fresh_prompts: where given, training asks each epoch in wordings drawn anew.
+
+    Attributes:
+        announce: whether the log says how much of each task an epoch shows.
+    """
+
+    announce = True
+
+    def __init__(
+        self,
+        dataset: Any,
+        seconds: Mapping[str, float],
+        tasks: Mapping[str, str],
+        options: BatchingOptions,
+        *,
+        train: bool,
+        seed: int,
+        batches_per_epoch: int | None,
+        collate_fn: Callable[..., Any],
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        fresh_prompts: FreshPrompts | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.seconds = seconds
+        self.tasks = tasks
+        self.options = options
+        self.train = train
+        self.seed = seed
+        self.batches_per_epoch = batches_per_epoch
+        self.rank = rank
+        self.world_size = world_size
+        self.fresh_prompts = fresh_prompts if train else None
+        self.loader_options: dict[str, Any] = {
+            "collate_fn": collate_fn,
+            "num_workers": num_workers,
+            "pin_memory": pin_memory,
+        }
+
+    def batches(self, epoch: int) -> list[list[str]]:
+        """This rank's share of the epoch's batches; the same number of batches on every rank, none empty."""
+        if self.train:
+            plan = epoch_batches(
+                self.seconds, self.tasks, self.options, self.seed, epoch, self.batches_per_epoch, self.world_size
+            )
+            if self.announce and self.rank == 0:
+                logging.info(f"epoch {epoch}, utterances per task: {describe_seen(plan, self.seconds, self.tasks)}")
+        else:
+            ordered = sorted(self.seconds, key=lambda k: (self.seconds[k], k))
+            plan = at_least(cut(ordered, self.seconds, self.options), self.world_size)
+        return [batch[self.rank :: self.world_size] for batch in plan]
+
+    def build_iter(self, epoch: int, shuffle: bool | None = None) -> DataLoader:
+        """The batches of ``epoch`` (from 1); ``shuffle`` is fixed by ``train`` and kept for ESPnet's contract."""
+        dataset = self.dataset if self.fresh_prompts is None else Reworded(self.dataset, self.fresh_prompts, epoch)
+        return DataLoader(
+            dataset=dataset,
+            batch_sampler=self.batches(epoch),
+            worker_init_fn=functools.partial(worker_init_fn, base_seed=epoch + self.seed),
+            **self.loader_options,
+        )

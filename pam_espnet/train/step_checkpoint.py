@@ -1,0 +1,238 @@
+"""Step checkpoints: a killed epoch goes on at its last checkpoint, and computes what the unbroken one computes.
+
+    <directory>/epoch<e>_step<s>/
+        model.safetensors   trained tensors
+        training.pth        optimizers, schedulers, statistics of the epoch so far, random states of every process
+        position.json       epoch, step, and what the position is counted in; SHA-256 of the other two
+
+The steps of an epoch are counted in batches. A checkpoint is made in a temporary directory that is renamed, and the
+one before it is kept: whatever the kill leaves, a whole one is there. Once ESPnet has saved the epoch they are removed.
+
+Only the first process of a distributed run writes and chooses; the others follow, so that all go on from one place,
+or stop with the same error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from pam_espnet.errors import CheckpointError
+from pam_espnet.fileio import MODEL_FILE, load_strict, read_json, read_trained, save_trained, sha256_file, write_json
+from pam_espnet.train.training_state import Training, random_state, set_random_state
+
+DIRECTORY = "step_checkpoint"
+STATE_FILE = "training.pth"
+POSITION_FILE = "position.json"
+KEPT = 2  # the newest, and one to fall back to
+_TORCH_WRITER = ("PytorchStreamWriter failed", "unexpected pos")  # what torch.save says on a full disk
+_NAME = re.compile(r"epoch(\d+)_step(\d+)")
+
+
+class ResumableEpoch:
+    """The batches of an epoch from where a killed process left it, with a checkpoint after every few of them.
+
+    A consumer asks for the next batch when it is through with the one before: that is when a checkpoint is made.
+
+    Args:
+        loader: ``DataLoader`` whose ``batch_sampler`` is the list of all batches of the epoch.
+        directory: where the checkpoints lie.
+        training: what is saved; restored here at once when there is a checkpoint of this epoch.
+        interval: batches between two checkpoints; 0 makes none.
+        resume: look for a checkpoint of this epoch. All others are removed in any case.
+        before_save: called in the first process before each checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the model, or its epoch has other batches.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        directory: Path,
+        training: Training,
+        interval: int,
+        resume: bool,
+        before_save: Callable[[], None],
+    ) -> None:
+        self.loader = loader
+        self.size = len(loader)
+        self.directory = directory
+        self.training = training
+        self.interval = interval
+        self.before_save = before_save
+        self.done = 0
+        self._random: dict[str, Any] | None = None
+        plan = json.dumps(loader.batch_sampler).encode()
+        self._position = {
+            "epoch": training.reporter.epoch,
+            "processes": _processes(),
+            "batches": hashlib.sha256(plan).hexdigest(),
+        }
+        found, problem = _agree(self._choose(resume) if first_process() else (None, None))
+        if problem is not None:
+            raise CheckpointError(problem)
+        if found is not None:
+            self._restore(found)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.loader)
+        if self._random is not None:  # now, because making the iterator has drawn the workers' seed
+            set_random_state(self._random)
+        for batch in batches:
+            yield batch
+            self.done += 1
+            if self.interval and self.done % self.interval == 0:
+                self._save()
+
+    def _choose(self, resume: bool) -> tuple[Path | None, str | None]:
+        """The newest whole checkpoint of this epoch, or why there is one and it cannot be used. Removes the others."""
+        epoch = self._position["epoch"]
+        found = sorted(_checkpoints(self.directory))
+        usable = [path for number, _, path in found if resume and number == epoch]
+        for stale in {path for _, _, path in found} - set(usable):
+            _remove(stale)
+        for left in self.directory.glob(".*"):  # by a process that was killed while it wrote or removed one
+            shutil.rmtree(left)
+        for path in reversed(usable):
+            if damage := _damage(path):
+                logging.warning(f"{path} is damaged ({damage}): going on from what was saved before it")
+                _remove(path)
+                continue
+            position = read_json(path / POSITION_FILE)
+            if changed := [name for name, value in self._position.items() if position.get(name) != value]:
+                return None, (
+                    f"{path}: was made with other {' and '.join(changed)} in this epoch (the data, batching_conf, the "
+                    "seed or the number of processes has changed)\n"
+                    f"  -> change them back, or remove {self.directory} to begin epoch {epoch} again"
+                )
+            return path, None
+        if usable:
+            logging.warning(f"no step checkpoint of epoch {epoch} is whole: beginning the epoch again")
+        return None, None
+
+    def _restore(self, path: Path) -> None:
+        load_strict(self.training.bare_model, read_trained(path / MODEL_FILE), path / MODEL_FILE)
+        state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+        try:
+            self.training.load_rest(state)
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path / STATE_FILE} does not fit this configuration: {error}\n"
+                f"  -> change it back, or remove {self.directory} to begin epoch {self._position['epoch']} again"
+            ) from error
+        self._random = state["random"][dist.get_rank() if dist.is_initialized() else 0]
+        self.done = read_json(path / POSITION_FILE)["step"]
+        del self.loader.batch_sampler[: self.done]  # not loaded only to be skipped
+        logging.info(f"resumed epoch {self._position['epoch']} at step {self.done} of {self.size} from {path}")
+
+    def _save(self) -> None:
+        drawn: list[Any] = [random_state()]
+        if dist.is_initialized():
+            drawn = [None] * dist.get_world_size()
+            dist.all_gather_object(drawn, random_state())
+        problem, cause = None, None
+        path = self.directory / f"epoch{self._position['epoch']}_step{self.done}"
+        if first_process():
+            try:
+                self.before_save()
+                self._write(path, {**self.training.rest(), "random": drawn})
+            except (OSError, RuntimeError, SafetensorError) as error:
+                cause = error
+                problem = write_problem(error, path)
+                if problem is None:
+                    raise
+        problem = _agree(problem)
+        if problem is not None:
+            raise CheckpointError(problem) from cause
+
+    def _write(self, path: Path, state: dict[str, Any]) -> None:
+        tmp = path.with_name(f".{path.name}.tmp")
+        tmp.mkdir(parents=True)
+        try:
+            save_trained(self.training.trained(), tmp / MODEL_FILE)
+            torch.save(state, tmp / STATE_FILE)
+            sums = {name: sha256_file(tmp / name) for name in (MODEL_FILE, STATE_FILE)}
+            write_json(tmp / POSITION_FILE, {**self._position, "step": self.done, "sha256": sums})
+            for name in (*sums, POSITION_FILE):
+                _flush(tmp / name)
+            os.replace(tmp, path)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+        for _, _, old in sorted(_checkpoints(self.directory))[:-KEPT]:
+            _remove(old)
+
+
+def first_process() -> bool:
+    """Whether this process writes the experiment's files."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def write_problem(error: BaseException, path: Path) -> str | None:
+    """What to tell the user when ``error`` says that ``path`` could not be written; None: it says something else."""
+    if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_WRITER):
+        return None
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free / 1e6
+    return (
+        f"{path}: cannot be written ({error}); {free:.0f} MB are free there\n"
+        "  -> free disk space, then run the same command again: it goes on from the last whole checkpoint"
+    )
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _agree[T](value: T) -> T:
+    """The first process's ``value``, in every process."""
+    if not dist.is_initialized():
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def _checkpoints(directory: Path) -> list[tuple[int, int, Path]]:
+    """(epoch, step, path) of every checkpoint in ``directory``; a temporary one is none."""
+    found = [(_NAME.fullmatch(path.name), path) for path in directory.glob("epoch*")]
+    return [(int(match[1]), int(match[2]), path) for match, path in found if match]
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None."""
+    try:
+        sums = read_json(path / POSITION_FILE)["sha256"]
+        for name in (MODEL_FILE, STATE_FILE):
+            if sha256_file(path / name) != sums[name]:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(error)
+    return None
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory; a kill on the way leaves no half of it under its name."""
+    doomed = path.with_name(f".{path.name}.removed")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def _flush(path: Path) -> None:
+    """See that the file's bytes are on the disk; a full one may say so only now."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

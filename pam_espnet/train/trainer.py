@@ -1,0 +1,225 @@
+"""ESPnet's trainer, with what a killed run needs: checkpoints that survive the kill, a curve, a progress bar.
+
+ESPnet writes ``checkpoint.pth`` in place once per epoch; a kill in the middle leaves half a file. A copy of the last
+whole one is kept beside it, and resuming falls back to the copy. Random numbers are seeded per epoch by ESPnet and
+batches are a function of the epoch, so a resumed run repeats the unbroken one. Within the epoch it goes on from the
+last step checkpoint (``step_checkpoint``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import logging
+import math
+import pickle
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from espnet2.train.reporter import aggregate
+from espnet2.train.trainer import Trainer, TrainerOptions
+from espnet2.utils.build_dataclass import build_dataclass
+
+from pam_espnet.errors import CheckpointError, ConfigError
+from pam_espnet.fileio import atomic_path, write_text
+from pam_espnet.train.step_checkpoint import DIRECTORY, ResumableEpoch, first_process, write_problem
+from pam_espnet.train.training_state import Training
+
+CHECKPOINT = "checkpoint.pth"
+PREVIOUS = "checkpoint.previous.pth"
+CURVE = "curve.jsonl"
+PROGRESS = "progress.txt"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DAMAGED = (RuntimeError, EOFError, pickle.UnpicklingError, OSError)
+
+
+@dataclasses.dataclass
+class PaMTrainerOptions(TrainerOptions):
+    """ESPnet's options and ``checkpoint_steps``: batches between two step checkpoints, 0 for none."""
+
+    checkpoint_steps: int
+
+
+class PaMTrainer(Trainer):
+    """ESPnet's ``Trainer`` with safe resuming, ``curve.jsonl`` and ``progress.txt`` in the output directory."""
+
+    @classmethod
+    def build_options(cls, args: argparse.Namespace) -> PaMTrainerOptions:
+        """The trainer's share of the command line.
+
+        Raises:
+            ConfigError: a negative ``checkpoint_steps``.
+        """
+        if args.checkpoint_steps < 0:
+            raise ConfigError(f"checkpoint_steps: {args.checkpoint_steps}; must be 0 (none) or more")
+        return build_dataclass(PaMTrainerOptions, args)
+
+    @classmethod
+    def run(cls, *, trainer_options: PaMTrainerOptions, **others: Any) -> None:
+        """ESPnet's whole training; step checkpoints are gone when it ends.
+
+        Raises:
+            CheckpointError: a file could not be written, say on a full disk; names it and what to do.
+        """
+        output_dir = Path(trainer_options.output_dir)
+        try:
+            super().run(trainer_options=trainer_options, **others)
+        except (OSError, RuntimeError) as error:
+            # ESPnet's own files of an epoch, which it writes in place: the copy of the epoch before is whole.
+            problem = write_problem(error, output_dir)
+            if problem is None or (isinstance(error, OSError) and error.errno not in _NO_ROOM):
+                raise
+            raise CheckpointError(problem) from error
+        if first_process():
+            shutil.rmtree(output_dir / DIRECTORY, ignore_errors=True)
+
+    @staticmethod
+    def resume(checkpoint: str | Path, **options: Any) -> None:
+        """Resume from ``checkpoint``, or from the copy of the epoch before when it is damaged.
+
+        Raises:
+            CheckpointError: both are damaged, or the checkpoint does not fit the model.
+        """
+        checkpoint = Path(checkpoint)
+        previous = checkpoint.with_name(PREVIOUS)
+        if not _loads(checkpoint):
+            if not previous.exists():  # killed while the first epoch was saved
+                logging.warning(f"{checkpoint} is damaged and the first one of its run: training from the start")
+                return
+            if not _loads(previous):
+                raise CheckpointError(
+                    f"{checkpoint} is damaged and there is no whole {PREVIOUS}\n"
+                    f"  -> remove {checkpoint} to train from the start"
+                )
+            logging.warning(f"{checkpoint} is damaged (killed while it was written?): resuming from {previous}")
+            _copy(previous, checkpoint)
+        try:
+            Trainer.resume(checkpoint=checkpoint, **options)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{checkpoint} does not fit this configuration: {error}\n"
+                "  -> give another --tag, or remove the experiment directory to train from the start"
+            ) from error
+        # A kill between ESPnet's two writes leaves the epoch's own file missing or cut; averaging needs it.
+        states = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        own = checkpoint.with_name(f"{states['reporter']['epoch']}epoch.pth")
+        if not _loads(own):
+            with atomic_path(own) as tmp:
+                torch.save(states["model"], tmp)
+
+    @classmethod
+    def train_one_epoch(cls, model: Any, iterator: Any, reporter: Any, options: Any, **others: Any) -> bool:
+        """One epoch of ESPnet's loop, from its last step checkpoint, with the checkpoint before it kept and its curve
+        written after it."""
+        output_dir = Path(options.output_dir)
+        if first_process() and (output_dir / CHECKPOINT).exists():
+            _copy(output_dir / CHECKPOINT, output_dir / PREVIOUS)
+        optimizers = others["optimizers"]
+        for optimizer in optimizers:
+            # What an incomplete group of accum_grad batches left: no checkpoint holds gradients, so that a run which
+            # was killed here would go on without them.
+            optimizer.zero_grad()
+
+        def write_curve() -> None:
+            _write_curve(output_dir / CURVE, reporter, "train", options.log_interval or 10)
+
+        epoch = ResumableEpoch(
+            iterator,
+            output_dir / DIRECTORY,
+            Training(model, optimizers, others["schedulers"], others["scaler"], reporter),
+            interval=-(-options.checkpoint_steps // options.accum_grad) * options.accum_grad,
+            resume=options.resume,
+            before_save=write_curve,
+        )
+        steps: Iterable[Any] = _Progress(epoch, reporter, options) if first_process() else epoch
+        super().train_one_epoch(model=model, iterator=steps, reporter=reporter, options=options, **others)
+        if first_process():
+            write_curve()
+        # ESPnet's answer knows the steps of this process only.
+        return not options.no_forward_run and not any(
+            math.isfinite(norm.value) for norm in reporter.stats.get("grad_norm", [])
+        )
+
+    @classmethod
+    def validate_one_epoch(
+        cls, model: Any, iterator: Iterable[Any], reporter: Any, options: Any, **others: Any
+    ) -> None:
+        """ESPnet's validation; its mean goes to the curve as one line."""
+        super().validate_one_epoch(model=model, iterator=iterator, reporter=reporter, options=options, **others)
+        if first_process():
+            _write_curve(Path(options.output_dir) / CURVE, reporter, "valid", None)
+
+
+class _Progress:
+    """An iterable over batches with a tqdm bar over all epochs, written to a file that a shell can follow."""
+
+    def __init__(self, iterator: ResumableEpoch, reporter: Any, options: Any) -> None:
+        self.iterator = iterator
+        self.reporter = reporter
+        self.options = options
+
+    def __len__(self) -> int:
+        return len(self.iterator)
+
+    def __iter__(self) -> Iterator[Any]:
+        from tqdm import tqdm
+
+        size, epoch = len(self), self.reporter.epoch
+        with open(Path(self.options.output_dir) / PROGRESS, "a", encoding="utf-8") as file:
+            bar = tqdm(
+                total=size * self.options.max_epoch,
+                initial=size * (epoch - 1) + self.iterator.done,
+                desc=f"train, epoch {epoch}/{self.options.max_epoch}",
+                unit="step",
+                file=file,
+                mininterval=2.0,
+                dynamic_ncols=False,
+                ncols=100,
+            )
+            with bar:
+                for batch in self.iterator:
+                    yield batch
+                    bar.update()
+
+
+def _loads(path: Path) -> bool:
+    """Whether ``path`` is a whole file that ``torch.load`` reads."""
+    if not path.is_file():
+        return False
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except _DAMAGED:
+        return False
+    return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_path(target) as tmp:
+        shutil.copyfile(source, tmp)
+
+
+def _write_curve(path: Path, reporter: Any, split: str, interval: int | None) -> None:
+    """Append the means over every ``interval`` steps of this epoch (None: over all), replacing lines of an earlier,
+    broken run of the same epoch."""
+    epoch, count = reporter.epoch, reporter.count
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if (entry := json.loads(line))["epoch"] < epoch or entry["split"] != split]
+    kept = [line for line in kept if json.loads(line)["epoch"] <= epoch]
+    # ESPnet counts validation batches apart; a validation line stands at the training step it was made at.
+    trained = [json.loads(line)["step"] for line in kept if json.loads(line)["split"] == "train"]
+    start = reporter.total_count - count if split == "train" else max(trained, default=0) - count
+    interval = interval or max(count, 1)
+    for first in range(0, count, interval):
+        last = min(first + interval, count)
+        entry = {"step": start + last, "epoch": epoch, "split": split}
+        for key, values in reporter.stats.items():
+            mean = float(aggregate(values[first:last]))
+            if math.isfinite(mean) and not key.endswith("_time"):
+                entry[key] = round(mean, 6)
+        kept.append(json.dumps(entry))
+    write_text(path, "".join(f"{line}\n" for line in kept))

@@ -1,0 +1,345 @@
+"""CTC warm start: fit the adapters in the LLM's embedding space before the LLM is trained (``warm_losses``).
+
+No LLM forward pass is needed beyond one per distinct prompt, so it takes seconds to minutes where joint training
+takes hours. What it trains (frontend and CTC head) is written as safetensors and loaded by training through
+``--init_trained``.
+
+Dimension letters: B utterances, U adapter frames, D width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import logging
+import math
+import pickle
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pam_espnet.data.tasks import task_spec
+from pam_espnet.errors import CheckpointError, ConfigError
+from pam_espnet.fileio import atomic_path, load_strict, read_trained, save_trained, write_text
+from pam_espnet.frontend.fusion.routing import router_loss
+from pam_espnet.model import ESPnetPaMModel
+from pam_espnet.train.warm_losses import token_errors, warm_loss
+
+OUTPUT = "warm_start.safetensors"
+STATE = "warm_start.pth"
+LOG = "warm_start.jsonl"
+
+
+@dataclass(frozen=True)
+class WarmStartOptions:
+    """How long and how fast.
+
+    Attributes:
+        losses: task -> "ctc" or "bag", the tasks whose answers are fitted.
+        steps: optimizer steps.
+        single_steps: in so many first steps each batch is heard through one encoder, drawn at random. Mixed from the
+            start, untrained encoders drown the one that knows words, and the loss stays on its plateau.
+        held_out_every: fit the weights of encoders and layers on the validation set, one step after so many steps of
+            everything else on the training set (differentiable architecture search: Liu, Simonyan and Yang, ICLR
+            2019, first order). On the training set the encoder wins that is best learnt by heart. 0: everything is
+            fitted on the training set, which is how the paper reads.
+        lr: peak learning rate of AdamW (linear warm-up over a tenth of the steps, cosine to zero).
+        lr_scales: parameter-name prefix -> factor on the learning rate, laid over training's ``lr_scale_conf``.
+        max_utterances, max_seconds: limits of a batch (``data.batching``).
+        save_every: steps between checkpoints that a killed run resumes from.
+        report_every: steps between lines in the log.
+    """
+
+    losses: Mapping[str, str] = field(default_factory=lambda: {"asr": "ctc"})
+    steps: int = 400
+    single_steps: int = 0
+    held_out_every: int = 0
+    lr: float = 2e-3
+    lr_scales: Mapping[str, float] = field(default_factory=dict)
+    max_utterances: int = 16
+    max_seconds: float = 120.0
+    save_every: int = 100
+    report_every: int = 20
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.losses, Mapping) or not self.losses:
+            raise ConfigError(f"warm_start_conf.losses: {self.losses!r}; must name tasks, such as {{asr: ctc}}")
+        for task, loss in self.losses.items():
+            task_spec(task)
+            if loss not in ("ctc", "bag"):
+                raise ConfigError(f"warm_start_conf.losses.{task}: {loss!r}; choose ctc or bag")
+        if min(self.steps, self.save_every, self.report_every, self.max_utterances) < 1 or self.lr <= 0:
+            raise ConfigError("warm_start_conf: steps, save_every, report_every, max_utterances, lr must be positive")
+        if self.held_out_every < 0:
+            raise ConfigError(f"warm_start_conf.held_out_every: {self.held_out_every}; 0 turns it off")
+        if not 0 <= self.single_steps <= self.steps:
+            raise ConfigError(f"warm_start_conf.single_steps: {self.single_steps} of {self.steps} steps")
+
+
+def write_token_ids(texts: Sequence[str], tokenizer: Any, path: str | Path) -> int:
+    """Write the ids of all token types in ``texts``, one per line, sorted; returns how many."""
+    from pam_espnet.llm.prompt_layout import answer_ids
+
+    ids = sorted({token for text in texts for token in answer_ids(tokenizer, text)[:-1]})
+    write_text(path, "".join(f"{token}\n" for token in ids))
+    return len(ids)
+
+
+def fit_router(model: ESPnetPaMModel, pairs: Sequence[tuple[str, int]], steps: int = 200, lr: float = 1e-3) -> float:
+    """Fit the router to tasks, from the prompts alone; returns its loss at the end.
+
+    Comes before the CTC steps, so that the expert they fit is the one that ASR prompts will be routed to.
+
+    Args:
+        model: with ``router_loss_weight`` above zero; other models have no supervised router.
+        pairs: distinct (prompt, task index).
+        steps, lr: of Adam.
+    """
+    vectors = model.prompt_vectors([prompt for prompt, _ in pairs])
+    task = torch.tensor([index for _, index in pairs], device=vectors.device)
+    if model.frontend.route(vectors).expert_logits is None:
+        return 0.0
+    optimizer = torch.optim.Adam(model.frontend.fusion.parameters(), lr=lr)
+    for _ in range(steps):
+        loss = router_loss(model.frontend.route(vectors), task)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+def rate(step: int, options: WarmStartOptions) -> float:
+    """Learning-rate factor at ``step`` (from 0)."""
+    warm = max(1, options.steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))
+
+
+def fit(
+    model: ESPnetPaMModel,
+    train: Any,
+    valid: Any,
+    options: WarmStartOptions,
+    output_dir: Path,
+    device: str = "cpu",
+    lr_scales: Mapping[str, float] | None = None,
+    router_pairs: Sequence[tuple[str, int]] = (),
+) -> Path:
+    """Fit frontend and CTC head; resumes from ``warm_start.pth``; returns the path of ``warm_start.safetensors``.
+
+    Args:
+        model: with a CTC head; its LLM is not trained.
+        train, valid: ``PaMIterFactory`` over utterances of the chosen tasks.
+        options: see ``WarmStartOptions``.
+        output_dir: the experiment directory.
+        device: a torch device.
+        lr_scales: parameter-name prefix -> factor on the learning rate.
+        router_pairs: (prompt, task index) to fit the router to first, where it is supervised.
+
+    Raises:
+        ConfigError: no utterance can be aligned.
+    """
+    from tqdm import tqdm
+
+    from pam_espnet.train.task import parameter_groups
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    done = output_dir / OUTPUT
+    if done.exists():
+        read_trained(done)
+        logging.info(f"{done}: already there")
+        return done
+    model.to(device)
+    model.train()
+    model.decoder.requires_grad_(False)
+    groups = parameter_groups(model, lr_scales or {}, options.lr)
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.01)
+    step, epoch, lines = _resume(output_dir / STATE, model, optimizer)
+    started = time.monotonic()
+    if step == 0 and router_pairs and model.router_loss_weight > 0:
+        logging.info(f"router fitted to {len(router_pairs)} prompts: loss {fit_router(model, router_pairs):.4f}")
+    mixture = model.frontend.fusion.mixture_parameters() if options.held_out_every else []
+    fixed = {id(parameter) for parameter in mixture}
+    networks = [parameter for parameter in parameters if id(parameter) not in fixed]
+    draw = random.Random()
+    with tqdm(total=options.steps, initial=step, desc="CTC warm start", unit="step", mininterval=2.0) as bar:
+        while step < options.steps:
+            epoch += 1
+            before, unaligned = step, 0
+            draw.seed(epoch)
+            torch.manual_seed(epoch)
+            held_out = _endless(valid, epoch)
+            for _, batch in train.build_iter(epoch):
+                only = draw.choice(model.frontend.fusion.used) if step < options.single_steps else None
+                for group in optimizer.param_groups:
+                    group["lr"] = options.lr * group["scale"] * rate(step, options)
+                total, count, skipped = _step(model, batch, options.losses, only, optimizer, networks)
+                unaligned += skipped
+                if count == 0:
+                    continue
+                if mixture and step % options.held_out_every == 0:
+                    _step(model, next(held_out), options.losses, only, optimizer, mixture)
+                step += 1
+                bar.update()
+                if step % options.report_every == 0 or step == options.steps:
+                    loss = total.item() / count
+                    lines.append({"step": step, "loss": round(loss, 4), "unaligned": unaligned})
+                    bar.set_postfix(loss=f"{loss:.2f}")
+                    write_text(output_dir / LOG, "".join(json.dumps(line) + "\n" for line in lines))
+                if step >= options.steps:
+                    break
+            if step == before:
+                raise ConfigError(
+                    f"warm start: none of {unaligned} utterances can be aligned; are the answers longer than the "
+                    "audio, or is frontend_conf.frame_rate too low?"
+                )
+            # Saved between epochs, so that a resumed run sees the same batches.
+            if step < options.steps:
+                _save(output_dir / STATE, model, optimizer, step, epoch, lines)
+    model.eval()
+    errors = token_errors(model, valid.build_iter(1), options.losses)
+    rates = {task: wrong / max(tokens, 1) for task, (wrong, tokens) in sorted(errors.items())}
+    lines.append({"step": step, **{f"valid_token_error_rate_{task}": round(rate, 4) for task, rate in rates.items()}})
+    write_text(output_dir / LOG, "".join(json.dumps(line) + "\n" for line in lines))
+    trained = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
+    save_trained(trained, done)
+    (output_dir / STATE).unlink(missing_ok=True)
+    shown = ", ".join(f"{task} {rate:.1%}" for task, rate in rates.items())
+    seconds = time.monotonic() - started
+    logging.info(f"warm start: {step} steps, {seconds:.0f} s; token errors on dev: {shown}; wrote {done}")
+    return done
+
+
+def _step(
+    model: ESPnetPaMModel,
+    batch: Mapping[str, Any],
+    losses: Mapping[str, str],
+    only: str | None,
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[torch.nn.Parameter],
+) -> tuple[Tensor, int, int]:
+    """One optimizer step of ``parameters`` alone; the summed loss, its target tokens, utterances left out."""
+    total, count, skipped = warm_loss(model, batch, losses, only)
+    optimizer.zero_grad()  # parameters without a gradient are left alone, by weight decay too
+    if count:
+        gradients = torch.autograd.grad(total / count, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimizer.step()
+    return total.detach(), count, skipped
+
+
+def _endless(valid: Any, epoch: int) -> Iterator[Mapping[str, Any]]:
+    """Shuffled batches of the validation set without end; which ones depends on the training epoch alone."""
+    shuffled = copy.copy(valid)
+    shuffled.train = True
+    for number in itertools.count(1000 * epoch):
+        yield from (batch for _, batch in shuffled.build_iter(number))
+
+
+def _save(path: Path, model: ESPnetPaMModel, optimizer: Any, step: int, epoch: int, lines: list[dict]) -> None:
+    trained = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
+    with atomic_path(path) as tmp:
+        torch.save(
+            {"model": trained, "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch, "lines": lines}, tmp
+        )
+
+
+def _resume(path: Path, model: ESPnetPaMModel, optimizer: Any) -> tuple[int, int, list[dict]]:
+    if not path.exists():
+        return 0, 0, []
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: damaged ({error})\n  -> remove it to start again") from error
+    rest = {k: v for k, v in model.state_dict().items() if k.startswith("decoder.")}
+    load_strict(model, {**rest, **state["model"]}, path)
+    optimizer.load_state_dict(state["optimizer"])
+    logging.info(f"warm start: resumed at step {state['step']} from {path}")
+    return state["step"], state["epoch"], state["lines"]
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Warm start as ``bin/pam_warm_start.py`` calls it, with the options of a training run.
+
+    Args:
+        args: parsed by ``PaMTask.get_parser()``; ``model_conf.ctc_tokens`` names the file of token ids, which is
+            written here when it is missing.
+
+    Raises:
+        ConfigError: no utterances of these tasks, or keys that nobody reads in ``warm_start_conf``.
+    """
+    from espnet2.tasks.abs_task import DistributedOption
+    from espnet2.torch_utils.set_all_random_seed import set_all_random_seed
+
+    from pam_espnet.data.batching import BatchingOptions
+    from pam_espnet.data.tables import read_table
+    from pam_espnet.data.tasks import TASKS
+    from pam_espnet.model import build_model
+    from pam_espnet.train.task import PaMTask, tokenizer_of
+
+    try:
+        options = WarmStartOptions(**(args.warm_start_conf or {}))
+    except TypeError as error:
+        raise ConfigError(f"config key 'warm_start_conf': {error}") from error
+    output_dir = Path(args.output_dir)
+    if (output_dir / OUTPUT).exists():
+        read_trained(output_dir / OUTPUT)
+        logging.info(f"{output_dir / OUTPUT}: already there")
+        return output_dir / OUTPUT
+    set_all_random_seed(args.seed)
+    factories = {}
+    pairs: list[tuple[str, int]] = []
+    for mode in ("train", "valid"):
+        factory = PaMTask.build_iter_factory(args, DistributedOption(), mode)
+        if mode == "train":
+            paths = {name: path for path, name, _ in args.train_data_path_and_name_and_type}
+            prompts, order = read_table(paths["prompt"]), list(TASKS)
+            pairs = sorted({(prompts[utt], order.index(task)) for utt, task in factory.tasks.items()})
+        chosen = {utt: task for utt, task in factory.tasks.items() if task in options.losses}
+        if not chosen:
+            raise ConfigError(
+                f"warm_start_conf.losses: the {mode} set has no utterance of {', '.join(options.losses)}\n"
+                "  -> choose other tasks, or run with --warm_start false"
+            )
+        factory.seconds = {utt: s for utt, s in factory.seconds.items() if utt in chosen}
+        factory.tasks = chosen
+        factory.announce = False  # its passes are counted, and fall in the middle of the bar
+        factory.options = BatchingOptions(max_utterances=options.max_utterances, max_seconds=options.max_seconds)
+        # What a killed run resumes from is written between epochs, so these are as short as save_every says.
+        factory.batches_per_epoch = options.save_every if mode == "train" else None
+        factories[mode] = factory
+    if not (args.model_conf or {}).get("ctc_tokens"):
+        raise ConfigError("model_conf.ctc_tokens is missing: the file for the head's token ids (pam.sh sets it)")
+    tokens = Path(args.model_conf["ctc_tokens"])
+    if not tokens.exists():
+        texts = read_table(paths["text"])
+        answers = [texts[utt] for utt in factories["train"].tasks]
+        count = write_token_ids(answers, tokenizer_of(args), tokens)
+        logging.info(f"{tokens}: {count} token types in {len(answers)} training answers")
+    model = build_model(vars(args))
+    return fit(
+        model,
+        factories["train"],
+        factories["valid"],
+        options,
+        output_dir,
+        device="cuda" if args.ngpu > 0 else "cpu",
+        lr_scales={
+            prefix: factor
+            for prefix, factor in {**(args.lr_scale_conf or {}), **options.lr_scales}.items()
+            if not prefix.startswith("decoder")
+        },
+        router_pairs=pairs,
+    )

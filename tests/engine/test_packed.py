@@ -1,0 +1,228 @@
+"""Packed linear layers, alone and in the fused blocks: what they lose, and that rows do not see each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference_search import EOS, LENGTHS, generate, make_prefix, search
+from torch.nn import functional as F
+
+from pam_espnet.engine import packed, stepping
+from pam_espnet.engine.packed import pack
+from pam_espnet.errors import ConfigError
+from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.llm.lora import add_lora
+from pam_espnet.search.options import BeamOptions
+
+needs_int8 = pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="int8 needs FBGEMM (x86)"
+)
+
+
+def make_rows(count: int) -> torch.Tensor:
+    """(R,96) rows of very different size, one of them zero, one with an outlier."""
+    rows = torch.randn(count, 96, generator=torch.Generator().manual_seed(1))
+    rows = rows * torch.logspace(-3, 3, count)[:, None]
+    rows[count // 2] = 0
+    rows[-1, 5] = 1e5
+    return rows
+
+
+def make_layer(bias: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights (80,96) of channels of very different size, one of them zero."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(80, 96, generator=generator) * torch.logspace(-2, 1, 80)[:, None]
+    weight[7] = 0
+    return weight, torch.randn(80, generator=generator) if bias else None
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """What int8 makes of a matrix, as floats."""
+    steps = weight.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+    return (weight / steps).round() * steps
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_floats_are_multiplied_as_torch_does(dtype: torch.dtype, bias: bool) -> None:
+    weight, shift = make_layer(bias)
+    weight, shift = weight.to(dtype), None if shift is None else shift.to(dtype)
+    for count in (1, 3, 33):
+        x = torch.randn(count, 96, generator=torch.Generator().manual_seed(count)).to(dtype)
+        found, expected = pack(weight, shift)(x), F.linear(x, weight, shift)
+        tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+        assert found.dtype == dtype and torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@needs_int8
+@pytest.mark.parametrize("bias", [True, False])
+def test_int8_rounds_weights_and_hardly_anything_else(bias: bool) -> None:
+    weight, shift = make_layer(bias)
+    x = make_rows(33)
+    found, exact = pack(weight, shift, int8=True)(x), F.linear(x.double(), rounded(weight).double())
+    if shift is not None:
+        found = found - shift
+    sizes = x.norm(dim=1, keepdim=True) * weight.norm(dim=1)  # (R,O) what rounding of activations is measured by
+    assert ((found - exact).abs() <= 2e-4 * sizes + 1e-5).all()
+    assert ((found - F.linear(x, weight)).abs() <= 1e-2 * sizes + 1e-5).all()
+    assert not torch.equal(rounded(weight), weight)
+
+
+@needs_int8
+def test_int8_rows_do_not_see_each_other() -> None:
+    layer, rows = pack(*make_layer(), int8=True), make_rows(32)
+    together = layer(rows)
+    for count in (1, 3, 8):
+        assert torch.equal(layer(rows[:count]), together[:count])
+        assert torch.equal(layer(rows[-count:].flip(0)), together[-count:].flip(0))
+
+
+def test_float_rows_hardly_see_each_other() -> None:
+    layer, rows = pack(*make_layer()), make_rows(32)
+    together = layer(rows)
+    for count in (1, 3, 8):
+        assert torch.allclose(layer(rows[:count]), together[:count], rtol=1e-5, atol=1e-6 * together.abs().max())
+
+
+@needs_int8
+def test_int8_takes_a_quarter_of_the_memory() -> None:
+    weight, _ = make_layer()
+    assert pack(weight, int8=True).nbytes == weight.nbytes // 4 + 4 * len(weight)
+    assert pack(weight).nbytes == weight.nbytes
+
+
+def test_int8_is_refused_where_there_is_no_kernel() -> None:
+    with pytest.raises(ConfigError, match="x86"):
+        pack(torch.ones(2, 2, device="meta"), int8=True)
+
+
+# ---- in the blocks --------------------------------------------------------------------------------------------------
+
+
+def build(family: str = "llama", **options: Any) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256,
+    }  # fmt: skip
+    config, model = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }[family]
+    lm = model(config(**sizes, **options)).eval().requires_grad_(False)
+    for parameter in lm.parameters():
+        parameter.data = parameter.data + 0.1 * torch.randn_like(parameter)
+    return lm
+
+
+@needs_int8
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_int8_blocks_are_exact_for_weights_that_are_whole_already(family: str) -> None:
+    """Whatever is left of the difference from transformers is rounded activations, not a slip."""
+    lm = build(family)
+    for module in lm.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = rounded(module.weight.data)
+    fused = stepping.fuse(lm, int8=True)
+    assert fused is not None and fused.int8 and stepping.self_check(fused, lm) < 2e-3
+
+
+@needs_int8
+def test_int8_rounds_after_lora_is_merged() -> None:
+    lm = build()
+    add_lora(lm, {"r": 2, "alpha": 4, "dropout": 0.0})
+    for name, parameter in lm.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.2 * torch.randn_like(parameter)
+    fused = stepping.fuse(lm, int8=True)
+    assert fused is not None and stepping.self_check(fused, lm) < 0.05
+
+
+@needs_int8
+def test_rounding_that_breaks_an_llm_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "STEPS", 1)
+    with pytest.raises(ConfigError, match="dtype int8: rounded weights change"):
+        stepping.fuse(build(), int8=True)
+
+
+def test_int8_without_fused_blocks_is_refused(tiny_llm_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="fused_decoding"):
+        LLMDecoder.from_pretrained(str(tiny_llm_dir), fused_decoding=False, int8_decoding=True)
+    decoder = LLMDecoder.from_pretrained(str(tiny_llm_dir), dtype="float32", int8_decoding=True)
+    decoder.lm.config.hidden_act = "gelu"
+    with pytest.raises(ConfigError, match="cannot be fused"):
+        decoder.fused_blocks()
+
+
+@needs_int8
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_int8_answers_do_not_depend_on_neighbours(tiny_llm_dir: Path, beam_size: int) -> None:
+    decoder = LLMDecoder.from_pretrained(str(tiny_llm_dir), dtype="float32", int8_decoding=True).eval()
+    assert decoder.precision == "int8"
+    prefix = make_prefix()
+    options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=9, eos_ids=EOS)
+    alone = [search(decoder, prefix, [row], options)[0] for row in range(len(LENGTHS))]
+    for rows in ([2, 0, 1], [5, 5, 4, 3], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0] * 5):
+        for row, nbest in zip(rows, search(decoder, prefix, rows, options), strict=True):
+            assert [one.tokens for one in nbest] == [one.tokens for one in alone[row]]
+            assert [one.score for one in nbest] == pytest.approx([one.score for one in alone[row]], abs=1e-4)
+
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_compiled_blocks_give_the_logits_of_transformers(family: str) -> None:
+    lm = build(family)
+    fused = stepping.fuse(lm, compiled=True)
+    lengths, batch = torch.tensor([5, 9, 2]), torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(1))
+    found, tree = stepping.prefill(lm, fused, batch, lengths)
+    expected, cached = stepping.prefill(lm, None, batch, lengths)
+    assert torch.allclose(found, expected, atol=1e-4)
+    generator = torch.Generator().manual_seed(2)
+    for rows in ([0, 0, 1, 2, 2, 2], [1, 0, 2, 2, 5, 3], [0, 0, 4, 4], [2]):
+        for state in (tree, cached):
+            state.select(torch.tensor(rows))
+        embeds = torch.randn(len(rows), 32, generator=generator)
+        assert torch.allclose(tree.step(embeds), cached.step(embeds), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_search_equals_generate(tiny_llm_dir: Path) -> None:
+    decoder = LLMDecoder.from_pretrained(str(tiny_llm_dir), dtype="float32").eval()
+    decoder.compile_decoding = True
+    prefix = make_prefix()
+    for beam_size in (1, 4):
+        options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=11, eos_ids=EOS)
+        for row, nbest in enumerate(search(decoder, prefix, list(range(len(LENGTHS))), options)):
+            expected = generate(decoder, prefix[row, : LENGTHS[row]], options)
+            assert [one.tokens for one in nbest] == [tokens for tokens, _ in expected]
+            assert [one.score for one in nbest] == pytest.approx([score for _, score in expected], abs=1e-4)
+
+
+@pytest.mark.slow
+@needs_int8
+def test_compiled_int8_equals_int8() -> None:
+    lm = build()
+    plain, compiled = stepping.fuse(lm, int8=True), stepping.fuse(lm, int8=True, compiled=True)
+    batch, lengths = torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(1)), torch.tensor([5, 9, 2])
+    found, expected = (stepping.prefill(lm, fused, batch, lengths)[0] for fused in (compiled, plain))
+    assert torch.allclose(found, expected, atol=1e-3)
+
+
+def test_without_a_compiler_it_says_what_to_install() -> None:
+    import torch._dynamo
+    import torch._inductor.config
+
+    torch._dynamo.reset()
+    changes = {"cpp.cxx": ("/no/such/compiler",), "force_disable_caches": True}
+    with torch._inductor.config.patch(changes), pytest.raises(ConfigError, match=r"compile: .*\n.*g\+\+"):
+        stepping.fuse(build(), compiled=True)
+    torch._dynamo.reset()

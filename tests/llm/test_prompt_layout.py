@@ -1,0 +1,149 @@
+"""Prompt layout: the chat template around the audio, and a batch's positions and targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pam_espnet.errors import ConfigError
+from pam_espnet.llm.prompt_layout import answer_ids, end_of_turn_id, layout, place
+
+# Templates as published models write them: Llama 2 refuses nothing, strips text and ends with EOS; Gemma has no
+# system turn.
+LLAMA2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>[INST] {{ m['content'] | trim }} [/INST]"
+    "{% elif m['role'] == 'assistant' %} {{ m['content'] | trim }} <|im_end|>{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer(tiny_llm_dir: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_llm_dir)
+
+
+def test_audio_stands_in_the_user_turn_before_the_prompt(tokenizer: Any) -> None:
+    parts = layout(tokenizer, "Describe the sounds.")
+    assert tokenizer.decode(parts.head_ids) == "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n"
+    assert tokenizer.decode(parts.tail_ids) == "\nDescribe the sounds.<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(parts.prompt_ids) == "\nDescribe the sounds."
+    assert parts.tail_ids[: len(parts.prompt_ids)] == parts.prompt_ids
+
+
+def test_system_prompt(tokenizer: Any) -> None:
+    tokenizer.chat_template = DEFAULT_SYSTEM
+    assert "Be kind." in tokenizer.decode(layout(tokenizer, "Hi", system=None).head_ids)
+    assert "Be kind." not in tokenizer.decode(layout(tokenizer, "Hi").head_ids)
+    assert "system\nListen." in tokenizer.decode(layout(tokenizer, "Hi", system="Listen.").head_ids)
+
+
+def test_template_without_system_turn(tokenizer: Any) -> None:
+    tokenizer.chat_template = GEMMA
+    assert tokenizer.decode(layout(tokenizer, "Hi").head_ids) == "<|im_start|>user\n"
+    with pytest.raises(ConfigError, match="System role not supported"):
+        layout(tokenizer, "Hi", system="Listen.")
+
+
+def test_template_that_strips_text_and_ends_with_eos(tokenizer: Any) -> None:
+    tokenizer.chat_template = LLAMA2
+    parts = layout(tokenizer, " Hi ")
+    assert tokenizer.decode(parts.tail_ids) == "\nHi [/INST]"
+    assert tokenizer.decode(layout(tokenizer, "").tail_ids) == " [/INST]"
+    assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template; give `chat_template`"),
+        ("fixed text", "found 0 times"),
+        ("{% for m in messages %}{{ m['content'] }} {{ m['content'] }}{% endfor %}", "found 2 times"),
+        (
+            "{% for m in messages %}{{ m['content'] | replace('i', 'e') | replace('aude', 'audi') }}{% endfor %}",
+            "changes the prompt",
+        ),
+    ],
+)
+def test_unusable_template(tokenizer: Any, template: str | None, message: str) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(ConfigError, match=message):
+        layout(tokenizer, "Hi")
+
+
+def test_answer_ends_with_the_end_of_turn(tokenizer: Any) -> None:
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = answer_ids(tokenizer, "a dog barks")
+    assert tokenizer.decode(ids) == "a dog barks<|im_end|>" and ids[-1] == end
+    assert answer_ids(tokenizer, "") == [end]
+
+
+def test_end_of_turn_falls_back_to_eos(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="no end-of-turn"):
+        end_of_turn_id(tokenizer)
+
+
+def _embed(ids: Tensor) -> Tensor:
+    """Width 2: (id, 0), so that a test can read the ids back."""
+    return torch.stack([ids.float(), torch.zeros(len(ids))], dim=-1)
+
+
+def _audio(lengths: list[int]) -> Tensor:
+    """Width 2: (frame, 1), and a value that must never be used behind an utterance's own frames."""
+    audio = torch.full((len(lengths), max([*lengths, 1]), 2), 999.0)
+    for b, length in enumerate(lengths):
+        audio[b, :length] = torch.stack([torch.arange(length).float(), torch.ones(length)], dim=-1)
+    return audio
+
+
+_IDS = st.lists(st.integers(10, 99), min_size=1, max_size=5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(_IDS, st.integers(0, 4), _IDS, _IDS), min_size=1, max_size=4))
+def test_place_pads_behind_the_answer_only(batch: list[tuple[list[int], int, list[int], list[int]]]) -> None:
+    heads, lengths, tails, answers = (list(column) for column in zip(*batch, strict=True))
+    tensors = [[torch.tensor(ids) for ids in column] for column in (heads, tails, answers)]
+    placed = place(tensors[0], _audio(lengths), torch.tensor(lengths), tensors[1], tensors[2], _embed)
+    index = 0
+    for b, (head, frames, tail, answer) in enumerate(batch):
+        row = [*head, *range(frames), *tail, *answer[:-1]]
+        assert placed.embeds[b, : len(row), 0].tolist() == row
+        assert placed.embeds[b, len(row) :].abs().sum() == 0
+        assert placed.mask[b].tolist() == [True] * len(row) + [False] * (placed.mask.size(1) - len(row))
+        prefix = len(head) + frames + len(tail)
+        assert placed.prefix_lengths[b] == prefix
+        for i, token in enumerate(answer):  # labels on the answer and its end alone, each from the position before
+            assert placed.target_ids[index] == token
+            assert placed.target_index[index] == b * placed.embeds.size(1) + prefix - 1 + i
+            index += 1
+    assert index == placed.target_ids.numel() == placed.target_index.numel()
+
+
+def test_place_for_decoding_has_no_targets_and_gradients_reach_the_audio() -> None:
+    ids = [torch.tensor([11, 12]), torch.tensor([13])]
+    audio = _audio([2, 1]).requires_grad_()
+    placed = place(ids, audio, torch.tensor([2, 1]), ids, None, _embed)
+    assert placed.target_ids.numel() == 0 and placed.prefix_lengths.tolist() == [6, 3]
+    placed.embeds.sum().backward()
+    assert audio.grad is not None
+    assert audio.grad[:, :, 0].tolist() == [[1, 1], [1, 0]]

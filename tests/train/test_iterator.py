@@ -1,0 +1,92 @@
+"""Batches over ranks: every utterance once, as many batches on every rank, none empty."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pam_espnet.data.batching import BatchingOptions
+from pam_espnet.data.prompts import Wordings
+from pam_espnet.errors import DataError
+from pam_espnet.train.iterator import FreshPrompts, PaMIterFactory
+from pam_espnet.train.preprocessor import prompt_bytes
+
+PROMPTS = Path(__file__).resolve().parents[2] / "egs/librispeech/pam1/conf/prompts/asr.txt"
+
+SECONDS = {f"utt{i:02d}": 1.0 + i % 7 for i in range(29)}
+TASKS = dict.fromkeys(SECONDS, "asr")
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("max_seconds", [100.0, 5.0])  # at 5 s most batches are single utterances
+def test_ranks_share_the_batches(train: bool, world_size: int, max_seconds: float) -> None:
+    ranks = [
+        PaMIterFactory(
+            dataset=None,
+            seconds=SECONDS,
+            tasks=TASKS,
+            options=BatchingOptions(max_utterances=4, max_seconds=max_seconds),
+            train=train,
+            seed=0,
+            batches_per_epoch=None,
+            collate_fn=list,
+            rank=rank,
+            world_size=world_size,
+        ).batches(1)
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert all(batch for batches in ranks for batch in batches)
+    seen = sorted(utt for batches in ranks for batch in batches for utt in batch)
+    assert seen == sorted(SECONDS)
+
+
+class Stored:
+    """A dataset whose entries have a prompt already."""
+
+    def __getitem__(self, utterance: str) -> tuple[str, dict[str, np.ndarray]]:
+        return utterance, {"prompt": prompt_bytes("Say it."), "text": np.array([1])}
+
+
+def asked(
+    epoch: int, *, train: bool, workers: int = 0, rank: int = 0, ranks: int = 1, files: bool = True
+) -> dict[str, str]:
+    """{utterance: prompt} of one epoch."""
+    wordings = {"asr": Wordings(PROMPTS)} if files else {}
+    factory = PaMIterFactory(
+        dataset=Stored(),
+        seconds=SECONDS,
+        tasks=TASKS,
+        options=BatchingOptions(max_utterances=4),
+        train=train,
+        seed=0,
+        batches_per_epoch=None,
+        collate_fn=list,
+        num_workers=workers,
+        rank=rank,
+        world_size=ranks,
+        fresh_prompts=FreshPrompts(wordings, dict.fromkeys(SECONDS, "Transcribe the speech."), TASKS, 0),
+    )
+    pairs = [pair for batch in factory.build_iter(epoch) for pair in batch]
+    assert all(data["text"] == [1] for _, data in pairs)
+    return {utterance: data["prompt"].astype(np.uint8).tobytes().decode() for utterance, data in pairs}
+
+
+def test_training_asks_anew_in_every_epoch_whoever_loads_it() -> None:
+    first = asked(1, train=True)
+    assert len(set(first.values())) > 3 and set(first.values()) <= set(Wordings(PROMPTS).prompts)
+    assert asked(2, train=True) != first and asked(1, train=True) == first
+    assert asked(1, train=True, workers=2) == first
+    assert asked(1, train=True, rank=0, ranks=2) | asked(1, train=True, rank=1, ranks=2) == first
+    assert set(asked(1, train=False).values()) == {"Say it."}  # validation asks what the data say
+    assert set(asked(1, train=True, files=False).values()) == {"Transcribe the speech."}
+
+
+def test_a_prompt_that_no_wording_fits_is_found_before_training() -> None:
+    fresh = FreshPrompts({"asr": Wordings(PROMPTS)}, dict.fromkeys(SECONDS, "Write down what is said."), TASKS, 0)
+    fresh.check()
+    with pytest.raises(DataError, match="no wording for the prompt 'Sing"):
+        FreshPrompts({"asr": Wordings(PROMPTS)}, {"utt00": "Sing."}, TASKS, 0).check()

@@ -1,0 +1,252 @@
+"""Training through ESPnet's real trainer, on tiny models: data in, model.safetensors out, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import tiny_config, train_args
+
+from pam_espnet.config import write_config
+from pam_espnet.errors import CheckpointError, ConfigError
+from pam_espnet.fileio import read_trained
+
+TRAINING = {
+    "optim": "adamw",
+    "optim_conf": {"lr": 0.01},
+    "lr_scale_conf": {"decoder": 0.5},
+    "max_epoch": 3,
+    "num_iters_per_epoch": 4,
+    "batching_conf": {"max_utterances": 4, "pool": 2},
+    "best_model_criterion": [["valid", "loss_answer", "min"]],
+    "keep_nbest_models": 2,
+    "log_interval": 2,
+    "seed": 5,
+}
+
+
+def run(root: Path, llm: Path, output: Path, features: dict[str, Path] | None = None, **changes: Any) -> Path:
+    from pam_espnet.bin.pam_train import main
+
+    config = {**tiny_config(llm), **TRAINING, **changes}
+    output.mkdir(parents=True, exist_ok=True)
+    write_config(config, output / "train.yaml")
+    assert main([*train_args(root, output / "train.yaml", output, features), "--resume", "true"]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def unbroken(data: Path, tiny_llm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(data, tiny_llm_dir, tmp_path_factory.mktemp("exp") / "unbroken")
+
+
+def curve(exp: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (exp / "curve.jsonl").read_text().splitlines()]
+
+
+def test_training_writes_the_model_and_its_curve(unbroken: Path) -> None:
+    state = read_trained(unbroken / "model.safetensors")
+    assert any(name.startswith("decoder.") and "lora" in name for name in state)
+    assert any(name.startswith("frontend.") for name in state)
+    assert not any("embed_tokens" in name or "base_layer" in name for name in state)
+    lines = curve(unbroken)
+    assert [entry["step"] for entry in lines if entry["split"] == "train"] == [2, 4, 6, 8, 10, 12]
+    assert [entry["step"] for entry in lines if entry["split"] == "valid"] == [4, 8, 12]
+    assert all("loss_asr" in entry for entry in lines if entry["split"] == "valid")
+    train = [entry["loss"] for entry in lines if entry["split"] == "train"]
+    assert train[-1] < train[0]
+    assert "12/12" in (unbroken / "progress.txt").read_text()
+
+
+def same_model(one: Path, other: Path) -> bool:
+    first, second = read_trained(one / "model.safetensors"), read_trained(other / "model.safetensors")
+    return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("damage", ["none", "checkpoint", "epoch_file"])
+def test_a_run_stopped_after_two_epochs_resumes_to_the_same_model(
+    unbroken: Path, data: Path, tiny_llm_dir: Path, tmp_path: Path, damage: str
+) -> None:
+    """Whole, with a half-written checkpoint (epoch 2 is repeated), or with a half-written epoch file."""
+    exp = run(data, tiny_llm_dir, tmp_path / "exp", max_epoch=2)
+    (exp / "model.safetensors").unlink()
+    if damage != "none":
+        path = exp / {"checkpoint": "checkpoint.pth", "epoch_file": "2epoch.pth"}[damage]
+        path.write_bytes(path.read_bytes()[:1000])
+    run(data, tiny_llm_dir, exp)
+    assert same_model(exp, unbroken)
+    assert curve(exp) == curve(unbroken)
+
+
+def test_killed_while_the_first_checkpoint_was_written(
+    unbroken: Path, data: Path, tiny_llm_dir: Path, tmp_path: Path
+) -> None:
+    exp = tmp_path / "exp"
+    exp.mkdir()
+    (exp / "checkpoint.pth").write_bytes((unbroken / "checkpoint.pth").read_bytes()[:1000])
+    run(data, tiny_llm_dir, exp)
+    assert same_model(exp, unbroken)
+
+
+def test_init_trained_takes_a_whole_model_and_refuses_another(
+    unbroken: Path, data: Path, tiny_llm_dir: Path, tmp_path: Path
+) -> None:
+    model = str(unbroken / "model.safetensors")
+    exp = run(data, tiny_llm_dir, tmp_path / "exp", init_trained=model, max_epoch=1)
+    assert curve(exp)[0]["loss"] < curve(unbroken)[0]["loss"]
+    frontend = {**tiny_config(tiny_llm_dir)["frontend_conf"], "fusion": "concat"}
+    with pytest.raises(CheckpointError, match="does not fit"):
+        run(data, tiny_llm_dir, tmp_path / "other", init_trained=model, frontend_conf=frontend)
+
+
+def test_damaged_beyond_repair_says_what_to_remove(
+    unbroken: Path, data: Path, tiny_llm_dir: Path, tmp_path: Path
+) -> None:
+    exp = tmp_path / "exp"
+    shutil.copytree(unbroken, exp, symlinks=True)
+    for name in ("checkpoint.pth", "checkpoint.previous.pth"):
+        (exp / name).write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match="remove"):
+        run(data, tiny_llm_dir, exp, max_epoch=4)
+
+
+def test_another_model_does_not_resume(unbroken: Path, data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    exp = tmp_path / "exp"
+    shutil.copytree(unbroken, exp, symlinks=True)
+    frontend = {**tiny_config(tiny_llm_dir)["frontend_conf"], "fusion": "concat"}
+    with pytest.raises(CheckpointError, match="does not fit"):
+        run(data, tiny_llm_dir, exp, frontend_conf=frontend, max_epoch=4)
+
+
+def test_cached_features_give_the_loss_of_waveforms(
+    unbroken: Path, data: Path, tiny_llm_dir: Path, tmp_path: Path
+) -> None:
+    from pam_espnet.config import add_specs
+    from pam_espnet.frontend.caching import cache_encoder
+
+    config = tiny_config(tiny_llm_dir)
+    features = {}
+    for name in ("one", "two"):
+        for part in ("train", "dev"):
+            cache_encoder(name, config["frontend_conf"], data / "dump" / part, tmp_path / "feats")
+        features[name] = tmp_path / "feats" / name
+    with_specs = add_specs(config, tmp_path / "feats")
+    assert set(with_specs["frontend_conf"]["specs"]) == {"one", "two"}
+    exp = run(data, tiny_llm_dir, tmp_path / "exp", features, frontend_conf=with_specs["frontend_conf"])
+    for live, cached in zip(curve(unbroken), curve(exp), strict=True):
+        assert cached["loss"] == pytest.approx(live["loss"], abs=2e-4)
+
+
+@pytest.mark.parametrize("fusion", ["single", "average", "concat", "static"])
+def test_every_fusion_trains(data: Path, tiny_llm_dir: Path, tmp_path: Path, fusion: str) -> None:
+    frontend = tiny_config(tiny_llm_dir, fusion=fusion)["frontend_conf"]
+    exp = run(data, tiny_llm_dir, tmp_path / fusion, frontend_conf=frontend, max_epoch=1)
+    assert (exp / "model.safetensors").exists()
+
+
+def test_learning_rate_scales_must_match_something(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no_such_part"):
+        run(data, tiny_llm_dir, tmp_path / "exp", lr_scale_conf={"no_such_part": 2.0})
+
+
+def test_warm_start_then_training(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    from pam_espnet.bin.pam_warm_start import main as warm_start
+
+    exp = tmp_path / "exp"
+    exp.mkdir()
+    config = {
+        **tiny_config(tiny_llm_dir, ctc_tokens=str(exp / "ctc_tokens.txt"), ctc_weight=0.1),
+        **TRAINING,
+        "max_epoch": 1,
+        "warm_start_conf": {"steps": 12, "save_every": 3, "report_every": 4},
+    }
+    write_config(config, exp / "train.yaml")
+    args = train_args(data, exp / "train.yaml", exp)
+    assert warm_start(args) == 0
+    lines = [json.loads(line) for line in (exp / "warm_start.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12, 12] and lines[2]["loss"] < lines[0]["loss"]
+    assert lines[3]["valid_token_error_rate_asr"] >= 0
+    warm = read_trained(exp / "warm_start.safetensors")
+    assert {name.split(".")[0] for name in warm} == {"frontend", "ctc"}
+    assert warm_start(args) == 0  # already there
+
+    from pam_espnet.bin.pam_train import main as train
+
+    assert train([*args, "--init_trained", str(exp / "warm_start.safetensors"), "--resume", "true"]) == 0
+    trained = read_trained(exp / "model.safetensors")
+    assert trained["ctc.blank"].shape == warm["ctc.blank"].shape
+    assert all("loss_ctc" in entry for entry in curve(exp))
+
+
+def test_held_out_mixture_never_sees_training_gradients(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    """One step on the training set moves everything but the mixture, one on the validation set the mixture alone."""
+    from pam_espnet.model import build_model
+    from pam_espnet.train import warm_start
+
+    tokens = tmp_path / "ctc_tokens.txt"
+    tokens.write_text("".join(f"{token}\n" for token in range(3, 60)))
+    torch.manual_seed(0)
+    model = build_model(tiny_config(tiny_llm_dir, ctc_tokens=str(tokens), ctc_weight=0.1)).train()
+    model.decoder.requires_grad_(False)
+    mixture = model.frontend.fusion.mixture_parameters()
+    assert [tuple(parameter.shape) for parameter in mixture] == [tuple(model.frontend.fusion.layer_logits.shape)]
+    rest = [p for p in model.parameters() if p.requires_grad and p is not mixture[0]]
+    optimizer = torch.optim.AdamW([*rest, *mixture], lr=0.01, weight_decay=0.1)
+    batch = {
+        "prompt": torch.tensor([list(b"Hi"), list(b"Ho")]),
+        "num_samples": torch.tensor([[16000], [12000]]),
+        "speech": torch.randn(2, 16000),
+        "text": torch.tensor([[5, 7, 2], [9, 2, -1]]),
+        "task": torch.tensor([[0], [1]]),
+    }
+    for moving, still in ((rest, mixture), (mixture, rest)):
+        before = [p.detach().clone() for p in still], [p.detach().clone() for p in moving]
+        losses = {"asr": "ctc", "count": "bag"}
+        _, count, skipped = warm_start._step(model, batch, losses, None, optimizer, moving)
+        assert (count, skipped) == (3, 0)
+        assert all(torch.equal(p, old) for p, old in zip(still, before[0], strict=True))
+        assert any(not torch.equal(p, old) for p, old in zip(moving, before[1], strict=True))
+
+
+def test_warm_start_with_held_out_mixture_resumes_to_the_same_weights(
+    data: Path, tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pam_espnet.bin.pam_warm_start import main as warm_start
+    from pam_espnet.train import warm_start as module
+
+    def start(name: str) -> Path:
+        exp = tmp_path / name
+        exp.mkdir(exist_ok=True)
+        config = {
+            **tiny_config(tiny_llm_dir, ctc_tokens=str(tmp_path / "ctc_tokens.txt"), ctc_weight=0.1),
+            **TRAINING,
+            "warm_start_conf": {
+                "steps": 16, "single_steps": 6, "save_every": 2, "held_out_every": 2,
+                "losses": {"asr": "ctc", "count": "bag", "caption": "bag"}, "max_utterances": 4,
+            },
+        }  # fmt: skip
+        write_config(config, exp / "train.yaml")
+        assert warm_start(train_args(data, exp / "train.yaml", exp)) == 0
+        return exp / "warm_start.safetensors"
+
+    whole = read_trained(start("whole"))
+    step, calls = module._step, 0
+
+    def killed(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 20:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(module, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start("broken")
+    assert (tmp_path / "broken" / "warm_start.pth").exists()
+    monkeypatch.setattr(module, "_step", step)
+    resumed = read_trained(start("broken"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
