@@ -14,6 +14,8 @@ from typing import Any
 
 from pam_espnet.errors import ConfigError
 
+LAST_COMMIT = "6d6c31d"  # of version 0.1, which had what version 0.2 removed
+
 
 def parse_yaml(text: str) -> Any:
     """YAML, with ``1e-4`` read as the number it is (YAML 1.1 asks for ``1.0e-4`` and reads the rest as text)."""
@@ -134,6 +136,27 @@ def check_options(options: Mapping[str, Any], key: str, *readers: Callable[..., 
     known = {name for reader in readers for name in inspect.signature(reader).parameters}
     if unknown := sorted(set(options) - known):
         raise ConfigError(f"config key {key!r}: no option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+
+
+def drop_removed(options: Mapping[str, Any], removed: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """``options`` of an older version without those that are no longer read.
+
+    Args:
+        options: as a file holds them.
+        removed: options that version 0.1 had -> the value at which they changed nothing.
+        key: configuration key of ``options``, for the message; "" at the top.
+
+    Raises:
+        ConfigError: a removed option at another value; names the last commit that had it.
+    """
+    for name, neutral in removed.items():
+        if name in options and options[name] not in (neutral, None):
+            where = f"{key}.{name}" if key else name
+            raise ConfigError(
+                f"{where}: {options[name]!r} is no longer supported; the last commit that had it is {LAST_COMMIT}\n"
+                f"  -> remove the line, or set it to {neutral!r} (CHANGELOG.md says why it was removed)"
+            )
+    return {name: value for name, value in options.items() if name not in removed}
 
 
 def write_config(config: Mapping[str, Any], path: str | Path) -> bool:

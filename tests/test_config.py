@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from pam_espnet.config import add_specs, load_yaml, merge, parse_change, resolve, used_encoders, write_config
+from pam_espnet.config import (
+    add_specs,
+    drop_removed,
+    load_yaml,
+    merge,
+    parse_change,
+    resolve,
+    used_encoders,
+    write_config,
+)
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import write_json
 
@@ -58,3 +67,10 @@ def test_used_encoders_and_specs(tmp_path: Path) -> None:
     assert add_specs(config, tmp_path)["frontend_conf"]["specs"] == {"a": {"width": 3}}
     with pytest.raises(ConfigError, match="none given"):
         used_encoders({})
+
+
+def test_removed_options_are_accepted_where_they_changed_nothing() -> None:
+    removed = {"compile": False, "fill": "propagate"}
+    assert drop_removed({"compile": False, "fill": None, "beam_size": 2}, removed, "") == {"beam_size": 2}
+    with pytest.raises(ConfigError, match=r"exit\.fill: 'map' is no longer supported; .* 6d6c31d"):
+        drop_removed({"fill": "map"}, removed, "exit")
