@@ -6,10 +6,11 @@ float32, bfloat16  on an x86 CPU oneDNN's, which want the weights in blocks of t
                    A row's result is the same, to the last bit, however many rows run with it (torch's own float32
                    product on a CPU is not: it changes kernels with the number of rows).
 int8               symmetric, one scale per output channel, activations in float32: FBGEMM's product of two 8-bit
-                   matrices, to which every activation row is given as two: its values in 127ths of the row's largest,
-                   and what that leaves in steps 254 times finer. Integers are summed exactly, so a row's result is the
-                   same, to the last bit, whatever its neighbours are. (A difference in a row's last bits, such as
-                   attention has, may round the other way and come out as one of the finer steps.)
+                   matrices. Every activation row is rounded to steps of its largest value / 8001 and given as two rows
+                   of 7 bits, so that on CPUs without VNNI, where pairs of products are added in 16 bits, no pair
+                   exceeds 32,767. Integers are summed exactly, so a row's result is the same, to the last bit,
+                   whatever its neighbours are. (A difference in a row's last bits, such as attention has, may round
+                   the other way and come out as one step.)
 
 R rows, I input and O output features.
 """
@@ -27,8 +28,10 @@ from torch.nn import functional as F
 
 from pam_espnet.errors import ConfigError
 
-STEPS = 127  # of an 8-bit value on either side of zero
-OFFSET = 128  # of FBGEMM's unsigned activations
+WEIGHT_STEPS = 127  # of a weight on either side of zero
+STEPS = 63  # of an activation row's 7-bit value on either side of zero
+OFFSET = 64  # of FBGEMM's unsigned activations, which are then at most 127
+BASE = 2 * STEPS + 1  # one row counts in these, the other has the remainder
 
 
 class Linear(Protocol):
@@ -105,7 +108,7 @@ class Int8(_Opaque):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(len(weight))
         weight = weight.float()
-        scales = (weight.abs().amax(dim=1) / STEPS).clamp_min(torch.finfo(torch.float32).tiny)
+        scales = (weight.abs().amax(dim=1) / WEIGHT_STEPS).clamp_min(torch.finfo(torch.float32).tiny)
         whole = (weight / scales[:, None]).round().to(torch.int8)
         zeros = torch.zeros(len(scales), dtype=torch.long)
         engine, torch.backends.quantized.engine = torch.backends.quantized.engine, "fbgemm"
@@ -121,17 +124,17 @@ class Int8(_Opaque):
 
     def __call__(self, x: Tensor) -> Tensor:
         """See ``Linear``."""
-        step = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_min_(1e-30).mul_(1 / STEPS)  # (R,1)
-        steps = x / step
-        coarse = steps.round()
-        fine = steps.sub_(coarse).mul_(2 * STEPS)
-        both = self._multiply(torch.cat([coarse, fine]))
-        found = both[: len(x)].add_(both[len(x) :], alpha=1 / (2 * STEPS)).mul_(step)
+        largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_min_(1e-30)  # (R,1)
+        step = largest.mul_(1 / (STEPS * BASE))
+        found = self._multiply((x / step).round_()).mul_(step)
         return found if self.bias is None else found.add_(self.bias)
 
     def product(self, x: Tensor) -> Tensor:
-        """See ``_Opaque``; ``x`` in steps, from -127 to 127."""
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, OFFSET, self.packed)
+        """Whole numbers (R,I) from -8001 to 8001 times the whole weights, (R,O); exact up to float32's last bit."""
+        high = (x / BASE).round_()
+        rows = torch.cat([high, x - BASE * high])  # (2R,I), each from -63 to 63
+        found = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, OFFSET, self.packed)
+        return found[len(x) :].add_(found[: len(x)], alpha=BASE)
 
 
 def pack(weight: Tensor, bias: Tensor | None = None, int8: bool = False) -> Linear:

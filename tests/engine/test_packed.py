@@ -72,6 +72,19 @@ def test_int8_rounds_weights_and_hardly_anything_else(bias: bool) -> None:
 
 
 @needs_int8
+def test_int8_is_exact_integer_arithmetic() -> None:
+    """On every x86 CPU: those without VNNI add pairs of products in 16 bits, which must not saturate."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(-127, 128, (64, 256), generator=generator).float()
+    whole[:, 0] = 127  # a scale of 1
+    x = torch.randint(-8001, 8002, (4, 256), generator=generator).float()
+    x[0], x[1], x[2] = 8001, -8001, 63  # the largest sums
+    exact = x.double() @ whole.double().T
+    assert torch.allclose(packed.Int8(whole, None).product(x).double(), exact, rtol=1e-6, atol=1e-3)
+    assert 2 * (packed.STEPS + packed.OFFSET) * packed.WEIGHT_STEPS <= 32767 and packed.STEPS <= packed.OFFSET
+
+
+@needs_int8
 def test_int8_rows_do_not_see_each_other() -> None:
     layer, rows = pack(*make_layer(), int8=True), make_rows(32)
     together = layer(rows)
@@ -146,7 +159,7 @@ def test_int8_rounds_after_lora_is_merged() -> None:
 
 @needs_int8
 def test_rounding_that_breaks_an_llm_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "STEPS", 1)
+    monkeypatch.setattr(packed, "WEIGHT_STEPS", 1)
     with pytest.raises(ConfigError, match="dtype int8: rounded weights change"):
         stepping.fuse(build(), int8=True)
 
