@@ -17,10 +17,8 @@ R rows, I input and O output features.
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -43,34 +41,6 @@ class Linear(Protocol):
         """Rows (R,I) -> (R,O), in the dtype of the rows."""
 
 
-class _Opaque:
-    """A product with packed weights; for torch.compile it is an operator that is not looked into."""
-
-    def __init__(self, width: int) -> None:
-        self.width = width  # O
-        self.key = torch.tensor(next(_numbers))  # a tensor, so that compiled code serves every layer of a shape
-        _layers[int(self.key)] = self
-
-    def product(self, x: Tensor) -> Tensor:
-        """Rows (R,I) -> (R,O)."""
-        raise NotImplementedError
-
-    def _multiply(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return torch.ops.pam_espnet.product(x, self.key, self.width)
-        return self.product(x)
-
-
-_numbers = itertools.count()
-_layers: WeakValueDictionary[int, _Opaque] = WeakValueDictionary()
-_library = torch.library.Library("pam_espnet", "DEF")
-_library.define("product(Tensor x, Tensor key, int width) -> Tensor")
-_library.impl("product", lambda x, key, width: _layers[int(key)].product(x), "CPU")
-torch.library.register_fake(
-    "pam_espnet::product", lambda x, key, width: x.new_empty(x.shape[0], width), lib=_library
-)
-
-
 class Plain:
     """As torch stores and multiplies it."""
 
@@ -83,11 +53,10 @@ class Plain:
         return F.linear(x, self.weight, self.bias)
 
 
-class Blocked(_Opaque):
+class Blocked:
     """Floats in oneDNN's blocks; a copy of the weights."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(len(weight))
         rows = 4  # a hint: the layout serves any number
         self.weight: Any = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
         self.bias = bias
@@ -95,18 +64,13 @@ class Blocked(_Opaque):
 
     def __call__(self, x: Tensor) -> Tensor:
         """See ``Linear``."""
-        return self._multiply(x)
-
-    def product(self, x: Tensor) -> Tensor:
-        """See ``_Opaque``."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-class Int8(_Opaque):
+class Int8:
     """Whole numbers from -127 to 127 and a scale per output channel."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(len(weight))
         weight = weight.float()
         scales = (weight.abs().amax(dim=1) / WEIGHT_STEPS).clamp_min(torch.finfo(torch.float32).tiny)
         whole = (weight / scales[:, None]).round().to(torch.int8)
@@ -126,7 +90,7 @@ class Int8(_Opaque):
         """See ``Linear``."""
         largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_min_(1e-30)  # (R,1)
         step = largest.mul_(1 / (STEPS * BASE))
-        found = self._multiply((x / step).round_()).mul_(step)
+        found = self.product((x / step).round_()).mul_(step)
         return found if self.bias is None else found.add_(self.bias)
 
     def product(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_search import EOS, LENGTHS, generate, make_prefix, search
+from reference_search import EOS, LENGTHS, make_prefix, search
 from torch.nn import functional as F
 
 from pam_espnet.engine import packed, stepping
@@ -187,55 +187,3 @@ def test_int8_answers_do_not_depend_on_neighbours(tiny_llm_dir: Path, beam_size:
             assert [one.score for one in nbest] == pytest.approx([one.score for one in alone[row]], abs=1e-4)
 
 
-# ---- torch.compile --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_compiled_blocks_give_the_logits_of_transformers(family: str) -> None:
-    lm = build(family)
-    fused = stepping.fuse(lm, compiled=True)
-    lengths, batch = torch.tensor([5, 9, 2]), torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(1))
-    found, tree = stepping.prefill(lm, fused, batch, lengths)
-    expected, cached = stepping.prefill(lm, None, batch, lengths)
-    assert torch.allclose(found, expected, atol=1e-4)
-    generator = torch.Generator().manual_seed(2)
-    for rows in ([0, 0, 1, 2, 2, 2], [1, 0, 2, 2, 5, 3], [0, 0, 4, 4], [2]):
-        for state in (tree, cached):
-            state.select(torch.tensor(rows))
-        embeds = torch.randn(len(rows), 32, generator=generator)
-        assert torch.allclose(tree.step(embeds), cached.step(embeds), atol=1e-4)
-
-
-@pytest.mark.slow
-def test_compiled_search_equals_generate(tiny_llm_dir: Path) -> None:
-    decoder = LLMDecoder.from_pretrained(str(tiny_llm_dir), dtype="float32").eval()
-    decoder.compile_decoding = True
-    prefix = make_prefix()
-    for beam_size in (1, 4):
-        options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=11, eos_ids=EOS)
-        for row, nbest in enumerate(search(decoder, prefix, list(range(len(LENGTHS))), options)):
-            expected = generate(decoder, prefix[row, : LENGTHS[row]], options)
-            assert [one.tokens for one in nbest] == [tokens for tokens, _ in expected]
-            assert [one.score for one in nbest] == pytest.approx([score for _, score in expected], abs=1e-4)
-
-
-@pytest.mark.slow
-@needs_int8
-def test_compiled_int8_equals_int8() -> None:
-    lm = build()
-    plain, compiled = stepping.fuse(lm, int8=True), stepping.fuse(lm, int8=True, compiled=True)
-    batch, lengths = torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(1)), torch.tensor([5, 9, 2])
-    found, expected = (stepping.prefill(lm, fused, batch, lengths)[0] for fused in (compiled, plain))
-    assert torch.allclose(found, expected, atol=1e-3)
-
-
-def test_without_a_compiler_it_says_what_to_install() -> None:
-    import torch._dynamo
-    import torch._inductor.config
-
-    torch._dynamo.reset()
-    changes = {"cpp.cxx": ("/no/such/compiler",), "force_disable_caches": True}
-    with torch._inductor.config.patch(changes), pytest.raises(ConfigError, match=r"compile: .*\n.*g\+\+"):
-        stepping.fuse(build(), compiled=True)
-    torch._dynamo.reset()
