@@ -28,7 +28,7 @@ from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.frontend.ctc_head import EmbeddingCTC
 from pam_espnet.frontend.frontend import AudioEmbeddings, PaMFrontend
 from pam_espnet.frontend.fusion.routing import router_loss
-from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.llm.llm import LLM
 from pam_espnet.llm.prompt_layout import Placed, layout, place
 
 FEATURE_PREFIX = "feats_"
@@ -56,7 +56,7 @@ class ESPnetPaMModel(AbsESPnetModel):
     def __init__(
         self,
         frontend: PaMFrontend,
-        decoder: LLMDecoder,
+        decoder: LLM,
         tasks: Sequence[str],
         ctc: EmbeddingCTC | None = None,
         router_loss_weight: float = 0.0,
@@ -275,12 +275,12 @@ def build_model(config: Mapping[str, Any]) -> ESPnetPaMModel:
         dict(config.get(key) or {}) for key in ("llm_conf", "frontend_conf", "model_conf")
     )
     model_conf = drop_removed(model_conf, {"exit_layer_dropout": 0.0}, "model_conf")
-    check_options(llm_conf, "llm_conf", LLMDecoder.from_pretrained, LLMDecoder)
+    check_options(llm_conf, "llm_conf", LLM.from_pretrained, LLM)
     check_options(frontend_conf, "frontend_conf", PaMFrontend)
     check_options(model_conf, "model_conf", ESPnetPaMModel, _model_options)
     if missing := [name for name in ("encoders", "fusion") if name not in frontend_conf]:
         raise ConfigError(f"config key 'frontend_conf': {' and '.join(missing)} missing")
-    decoder = LLMDecoder.from_pretrained(config["llm"], **llm_conf)
+    decoder = LLM.from_pretrained(config["llm"], **llm_conf)
     frontend = PaMFrontend(width=decoder.width, prompt_width=decoder.width, **frontend_conf)
     tokens = model_conf.get("ctc_tokens")
     options = {k: v for k, v in model_conf.items() if k not in inspect.signature(_model_options).parameters}
@@ -297,7 +297,7 @@ def build_model(config: Mapping[str, Any]) -> ESPnetPaMModel:
     return model
 
 
-def _read_token_ids(path: Path, decoder: LLMDecoder) -> list[int]:
+def _read_token_ids(path: Path, decoder: LLM) -> list[int]:
     if not path.is_file():
         raise ConfigError(f"model_conf.ctc_tokens: no such file: {path}\n  -> run stage 3, which writes it")
     words = path.read_text(encoding="utf-8").split()

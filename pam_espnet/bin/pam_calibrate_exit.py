@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers = list(candidate_blocks(args.layers or (), blocks))
     observed = observe(speech, args.data, layers, args.batch_size)
     calibration, judgement = calibrate(observed, layers, model.decoder, args.precision, not args.no_maps)
-    calibration.save(args.exp / "exit.safetensors", judgement)
+    calibration.save(args.exp / "exit.safetensors", asdict(judgement))
     verdict = "on" if judgement.worth_it else "off"
     write_json(
         args.exp / "exit.json",

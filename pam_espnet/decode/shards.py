@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def journal_lines(
             "constraints": answer.constraints,
         }
         if answer.draft is not None:
-            line["draft"] = asdict(answer.draft)
+            line["draft"] = answer.draft
         if answer.answer_log_probs is not None:
             line["answer_log_probs"] = answer.answer_log_probs
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
@@ -152,7 +152,7 @@ def note_machine(journal: Path, model: SpeechLLM) -> None:
             "peak_memory_bytes": peak_memory(model.device),
             "device": _device_name(model.device),
             "threads": torch.get_num_threads(),
-            "dtype": model.model.decoder.precision,
+            "dtype": model.engine.precision,
         },
     )
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.decode.shards import read_wave
 from pam_espnet.decode.speech_llm import SpeechLLM
-from pam_espnet.engine.stepping import FAMILIES
-from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.engine.engine import FAMILIES
+from pam_espnet.llm.llm import LLM
 from pam_espnet.llm.prompt_layout import answer_ids
 
 
@@ -66,7 +66,7 @@ def answer_states(
     for start in tqdm(range(0, len(keys), batch_size), desc=f"states of {data.path.name}", unit="batch"):
         batch = keys[start : start + batch_size]
         prompts = [data.prompt[key] for key in batch]
-        audio = speech.listen([read_wave(data, key, model.frontend.sample_rate) for key in batch], prompts)
+        audio = speech.encode([read_wave(data, key, model.frontend.sample_rate) for key in batch], prompts)
         placed = model.place(prompts, audio, [torch.tensor(answers[key], device=speech.device) for key in batch])
         with _caught(model.decoder, placed.target_index) as (blocks, inner):
             model.decoder(placed.embeds, placed.mask)
@@ -75,7 +75,7 @@ def answer_states(
 
 
 @contextmanager
-def _caught(decoder: LLMDecoder, index: Tensor) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+def _caught(decoder: LLM, index: Tensor) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Lists that a forward pass fills with rows ``index`` of the flattened (B*P,D) states; see ``BlockStates``."""
     blocks: list[Tensor] = []
     inner: list[Tensor] = []

@@ -16,9 +16,10 @@ from torch import Tensor
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.early_exit.answer_states import answer_states, reference_answers
-from pam_espnet.engine.calibration import Calibration, CostModel, Judgement, apply_map, fit_gate, fit_map, judge
+from pam_espnet.early_exit.judge import CostModel, Judgement, fit_gate, fit_map, judge
+from pam_espnet.engine.calibration import Calibration, apply_map
 from pam_espnet.errors import ConfigError
-from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.llm.llm import LLM
 
 RIDGES = (0.01, 0.1, 1.0)
 FEWEST_TOKENS = 200  # on either half; with fewer the judgement would be a guess
@@ -73,7 +74,7 @@ def candidate_blocks(layers: Sequence[int], blocks: int) -> tuple[int, ...]:
     return chosen
 
 
-def cost_model(decoder: LLMDecoder) -> CostModel:
+def cost_model(decoder: LLM) -> CostModel:
     """Costs from the numbers of weights; LoRA is merged when it decodes and does not count."""
 
     def count(module: torch.nn.Module) -> int:
@@ -85,7 +86,7 @@ def cost_model(decoder: LLMDecoder) -> CostModel:
 
 
 def calibrate(
-    observed: Observed, layers: Sequence[int], decoder: LLMDecoder, precision: float, use_maps: bool
+    observed: Observed, layers: Sequence[int], decoder: LLM, precision: float, use_maps: bool
 ) -> tuple[Calibration, Judgement]:
     """Maps and gates from the utterances with even index, their judgement from the others.
 
@@ -131,7 +132,7 @@ def calibrate(
     return Calibration(calibration.layers, calibration.maps, calibration.gates, verdict.threshold), verdict
 
 
-def _on(decoder: LLMDecoder, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _on(decoder: LLM, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """``function`` on the decoder's device and in its dtype, for tensors that are kept on the CPU in float32."""
 
     def run(hidden: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.early_exit.answer_states import answer_states
 from pam_espnet.engine.calibration import Calibration
 from pam_espnet.engine.exits import ExitOptions, ExitPolicy
-from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.llm.llm import LLM
 
 PLACES = ("first", "later", "end")  # of a token: it begins a word, goes on with one, ends the answer
 PATIENCES = (2, 3)
@@ -160,10 +160,10 @@ def _patient(policy: ExitPolicy, candidates: Mapping[int, Tensor]) -> Tensor:
     some = next(iter(candidates.values()))
     policy.begin(len(some), some.device)
     everyone = torch.arange(len(some), device=some.device)
-    return torch.stack([policy.leave(layer, everyone, hidden) for layer, hidden in candidates.items()])
+    return torch.stack([policy.decide(layer, everyone, hidden) for layer, hidden in candidates.items()])
 
 
-def _read(decoder: LLMDecoder, states: Sequence[Tensor], last: Tensor) -> Reading:
+def _read(decoder: LLM, states: Sequence[Tensor], last: Tensor) -> Reading:
     """Tokens that P states (N,D) name, against ``last`` (N,K), the last block's most likely ones."""
     same, overlap = [], []
     for hidden in states:

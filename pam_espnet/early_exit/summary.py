@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pam_espnet.early_exit.judge import CostModel, outcome
 from pam_espnet.early_exit.profile import PLACES, Profile, Reading
-from pam_espnet.engine.calibration import CostModel, outcome
 
 ROWS = 4  # rows that must leave together, in the oracle's second bound
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 0.999)

@@ -15,12 +15,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import Passport
@@ -36,9 +35,8 @@ from pam_espnet.decode.shards import (
     shard_keys,
 )
 from pam_espnet.decode.speech_llm import Answer, SpeechLLM
+from pam_espnet.engine.engine import Engine
 from pam_espnet.engine.exits import ExitOptions
-from pam_espnet.engine.stepping import DecoderState
-from pam_espnet.engine.view import DecoderView
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import exclusive, sha256_file
 from pam_espnet.frontend.frontend import AudioEmbeddings
@@ -98,27 +96,6 @@ def default_points(layers: Sequence[int], calibrated: bool) -> list[str]:
     return [NEVER.name, *(f"fixed:{layer}" for layer in layers), *gates, *measures]
 
 
-class TimedView(DecoderView):
-    """A view that adds up what its steps take.
-
-    Attributes:
-        wall, cpu: seconds in ``step`` since they were set to zero.
-    """
-
-    wall = 0.0
-    cpu = 0.0
-
-    @torch.no_grad()
-    def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
-        """See ``DecoderView``."""
-        began = _now(self.decoder.device)
-        logits = super().step(tokens, state)
-        ended = _now(self.decoder.device)
-        self.wall += ended[0] - began[0]
-        self.cpu += ended[1] - began[1]
-        return logits
-
-
 def _now(device: torch.device) -> tuple[float, float]:
     """Seconds on the wall clock and of the process's CPU time."""
     if device.type == "cuda":
@@ -130,23 +107,33 @@ class Runner:
     """Answers at one point, and says what that took."""
 
     def __init__(self, speech: SpeechLLM, point: Point) -> None:
-        self.speech = SpeechLLM(
-            speech.model, replace(speech.options, exit=point.exits), speech.device, speech.vocabulary_tasks
-        )
-        ids = self.speech.decoder.ids
-        self.view = TimedView(speech.model.decoder, None if ids is None else ids.tolist(), point.exits)
-        self.speech.decoder = self.view
+        self.speech = speech.with_exits(point.exits)
+        self.engine: Engine = self.speech.engine
+        self.wall = self.cpu = 0.0  # seconds in steps
+        step = self.engine.step
+
+        def timed(*args: Any) -> Any:
+            began = self._now()
+            logits = step(*args)
+            ended = self._now()
+            self.wall += ended[0] - began[0]
+            self.cpu += ended[1] - began[1]
+            return logits
+
+        self.engine.step = timed  # type: ignore[method-assign, assignment]
+
+    def _now(self) -> tuple[float, float]:
+        return _now(self.engine.llm.device)
 
     def answer(
         self, waves: Sequence[Any], prompts: Sequence[str], tasks: Sequence[str], audio: AudioEmbeddings
     ) -> tuple[list[Answer], dict[str, float]]:
         """The answers, and the seconds of ``CLOCKS``."""
-        self.view.wall = self.view.cpu = 0.0
-        device = self.view.decoder.device
-        began = _now(device)
+        self.wall = self.cpu = 0.0
+        began = self._now()
         answers = self.speech.answer(waves, prompts, tasks, audio=audio, score_answers=False)  # the search alone
-        ended = _now(device)
-        times = (ended[0] - began[0], ended[1] - began[1], self.view.wall, self.view.cpu)
+        ended = self._now()
+        times = (ended[0] - began[0], ended[1] - began[1], self.wall, self.cpu)
         return answers, dict(zip(CLOCKS, times, strict=True))
 
 
@@ -231,10 +218,10 @@ def _decode(
         waves = [read_wave(data, key, rate) for key in batch]
         prompts, tasks = [data.prompt[key] for key in batch], [data.utt2task[key] for key in batch]
         if not warm:  # what is made once and kept would be charged to the first in turn
-            runners[NEVER.name].answer(waves, prompts, tasks, speech.listen(waves, prompts))
+            runners[NEVER.name].answer(waves, prompts, tasks, speech.encode(waves, prompts))
             warm = True
         began = time.perf_counter()
-        audio = speech.listen(waves, prompts)
+        audio = speech.encode(waves, prompts)
         heard = time.perf_counter() - began
         turns = [NEVER, *(point for point in missing if point != NEVER)]
         for turn in range(len(turns)):

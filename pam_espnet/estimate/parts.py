@@ -21,8 +21,8 @@ from pam_espnet.frontend.encoder_spec import EncoderSpec
 from pam_espnet.frontend.encoders.base import AbsEncoder, without_weights
 from pam_espnet.frontend.encoders.registry import build_encoder
 from pam_espnet.frontend.frontend import PaMFrontend
+from pam_espnet.llm.llm import choose_dtype, hub_source
 from pam_espnet.llm.lora import add_lora
-from pam_espnet.llm.pretrained import choose_dtype, hub_source
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from pam_espnet.early_exit.answer_states import answer_states, reference_answers
 from pam_espnet.early_exit.profile import Profile, Reading, places, profile
 from pam_espnet.early_exit.summary import mean_of_deepest, oracle, summarise
 from pam_espnet.early_exit.sweep import parse_point, read_timing
-from pam_espnet.engine.calibration import Calibration, CostModel, Judgement, outcome
+from pam_espnet.early_exit.judge import CostModel, Judgement, outcome
+from pam_espnet.engine.calibration import Calibration
 from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.fileio import read_json, save_trained, write_json
 from pam_espnet.model import build_model
@@ -77,7 +78,7 @@ def calibration(path: Path) -> Calibration:
     gates = torch.zeros(2, 33)
     gates[:, -1] = torch.tensor([0.6, 0.8]).logit()
     found = Calibration((1, 2), maps, gates, 0.7)
-    found.save(path, Judgement(0.7, 1.0, 1.0, 2.0, 1.5))
+    found.save(path, {})
     return found
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from pam_espnet.engine.calibration import Calibration, CostModel, Judgement, fit_gate, fit_map, judge
+from pam_espnet.early_exit.judge import CostModel, Judgement, fit_gate, fit_map, judge
+from pam_espnet.engine.calibration import Calibration
 from pam_espnet.errors import CheckpointError
 
 WIDTH, TOKENS, VOCAB = 16, 3000, 40
@@ -86,7 +88,7 @@ def test_the_cost_model_counts_skipped_memory_and_the_output_layer() -> None:
 
 def test_saved_and_read_again(tmp_path: Path) -> None:
     calibration, verdict = calibrated(shuffled=False)
-    calibration.save(tmp_path / "exit.safetensors", verdict)
+    calibration.save(tmp_path / "exit.safetensors", asdict(verdict))
     again = Calibration.load(tmp_path / "exit.safetensors", WIDTH)
     assert again.layers == (2,) and again.threshold == calibration.threshold
     assert again.maps is not None and calibration.maps is not None and torch.equal(again.maps, calibration.maps)
