@@ -20,10 +20,10 @@ from pam_espnet.data.datadir import DataDir
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.early_exit.answer_states import answer_states, reference_answers
+from pam_espnet.early_exit.judge import CostModel, Judgement, outcome
 from pam_espnet.early_exit.profile import Profile, Reading, places, profile
 from pam_espnet.early_exit.summary import mean_of_deepest, oracle, summarise
 from pam_espnet.early_exit.sweep import parse_point, read_timing
-from pam_espnet.early_exit.judge import CostModel, Judgement, outcome
 from pam_espnet.engine.calibration import Calibration
 from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.fileio import read_json, save_trained, write_json
