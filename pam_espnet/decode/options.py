@@ -35,18 +35,7 @@ SPARE_TOKENS = 8  # for short clips, in which a word or two and the end token mu
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """Options of decoding; see the module's example.
-
-    Attributes:
-        beam: of the search.
-        no_repeat_ngram: n, or 0.
-        tokens_per_second: tokens allowed per second of audio, or 0.
-        answer_sets: task -> its answers.
-        task_vocabulary: whether the output layer is cut to the token types of the training answers.
-        exit: when a token may be taken from a block before the last.
-        draft: who guesses tokens ahead; the answers do not change.
-        ctc: the warm start's CTC head beside the LLM, in the tasks that it was fitted to.
-    """
+    """Options of decoding; see the module's example."""
 
     beam: BeamOptions = field(default_factory=BeamOptions)
     no_repeat_ngram: int = 0

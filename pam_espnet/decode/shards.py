@@ -127,7 +127,8 @@ def journal_lines(
             "draft": answer.draft,
             "answer_log_probs": answer.answer_log_probs,
         }
-        lines.append(json.dumps({k: value for k, value in line.items() if value is not None}, ensure_ascii=False) + "\n")
+        known = {name: value for name, value in line.items() if value is not None}
+        lines.append(json.dumps(known, ensure_ascii=False) + "\n")
     return "".join(lines)
 
 
@@ -145,7 +146,7 @@ def note_machine(journal: Path, model: SpeechLLM) -> None:
 
 
 def _show_steps(bar: Any) -> Callable[[list[PartialAnswer]], None]:
-    """A callback that writes the running batch's step and unfinished utterances behind a tqdm bar."""
+    """A callback that writes the step and the number of unfinished utterances behind a tqdm bar."""
     shown = time.monotonic()
 
     def show(partials: list[PartialAnswer]) -> None:
@@ -178,7 +179,7 @@ def merge_shards(
             entries[key] = entry
         machine = journal.with_name("machine.json")
         if not machine.exists():
-            raise DataError(machine, "this shard did not finish", hint="run stage 4 again; it continues where it stopped")
+            raise DataError(machine, "this shard did not finish", hint="run stage 4 again; what is done is kept")
         machines.append(read_json(machine))
     if missing := [key for key in expected if key not in entries]:
         raise DataError(out_dir, f"{len(missing)} utterances were not decoded, first {missing[0]!r}", hint="stage 4")
