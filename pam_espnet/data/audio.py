@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import shlex
 import subprocess
@@ -71,7 +72,7 @@ def _read_soundfile(
     name: str, source: str | io.BytesIO, start: float | None, end: float | None
 ) -> tuple[np.ndarray, int] | None:
     """(N, channels) float32 and the sample rate in Hz; None for MP3, whose number of samples libsndfile guesses."""
-    with soundfile.SoundFile(source) as file:
+    with soundfile.SoundFile(os.fsencode(source) if isinstance(source, str) else source) as file:
         if file.format in ("MP3", "MPEG"):
             return None
         # libsndfile mends the length in a WAV header and says so only there.

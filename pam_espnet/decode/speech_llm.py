@@ -19,6 +19,7 @@ from torch import Tensor
 from pam_espnet.config import load_yaml
 from pam_espnet.data.tables import one_line
 from pam_espnet.decode.options import AnswerOptions
+from pam_espnet.decode.waveforms import as_waveform
 from pam_espnet.engine.view import DecoderView
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import MODEL_FILE, load_strict, read_trained
@@ -173,7 +174,7 @@ class SpeechLLM:
         """Answer one prompt per waveform.
 
         Args:
-            waves: each (N,) float32 at the frontend's sample rate.
+            waves: each (N,) at the frontend's sample rate, float in [-1, 1] or int16, int32, uint8.
             prompts: as many.
             tasks: as many names; without them no answer set applies.
             audio: what ``listen`` made of them, where they are answered more than once.
@@ -182,15 +183,14 @@ class SpeechLLM:
             score_answers: also say how likely each answer is, where a task has a set of them; costs a few steps.
 
         Raises:
-            ConfigError: not as many of each, a waveform without samples, a task whose answers the vocabulary lacks, or
-                options that leave no answer.
+            ConfigError: not as many of each, a waveform that cannot be one (see ``as_waveform``), a task whose answers
+                the vocabulary lacks, or options that leave no answer.
         """
         if len(waves) != len(prompts) or (tasks is not None and len(tasks) != len(waves)):
             asked = "" if tasks is None else f", {len(tasks)} tasks"
             given = f"{len(waves)} waveforms, {len(prompts)} prompts{asked}"
             raise ConfigError(f"answer: as many prompts and tasks as waveforms, not {given}")
-        if empty := [place for place, wave in enumerate(waves) if len(wave) == 0]:
-            raise ConfigError(f"answer: waveform {empty[0]} has no samples")
+        waves = [as_waveform(wave, f"answer: waveform {index}") for index, wave in enumerate(waves)]
         if not waves:
             return []
         audio = self.listen(waves, prompts) if audio is None else audio
