@@ -141,10 +141,10 @@ def ogg_streams(name: str, content: bytes) -> list[bytes]:
     """The streams of an Ogg file that follow each other (joined files, radio), each as a file.
 
     Raises:
-        DataError: the last page is not whole. A stream whose last page is not marked as the last one is not refused:
-            phones write such files.
+        DataError: the last page is not whole. Whole pages of which none is marked as the last one are accepted: phones
+            write such files.
     """
-    starts, first_page, at, last = [0], True, 0, b""
+    starts, first_page, at = [0], True, 0
     while (at := content.find(b"OggS", at)) >= 0:
         head = content[at : at + 27]
         table = content[at + 27 : at + 27 + head[26]] if len(head) == 27 else b""
@@ -154,9 +154,7 @@ def ogg_streams(name: str, content: bytes) -> list[bytes]:
         begins = bool(head[5] & 2)
         if begins and not first_page:
             starts.append(at)
-        first_page, last, at = begins, table, end
-    if last[-1:] == b"\xff":
-        raise cut_short(name, "its last packet is not whole")
+        first_page, at = begins, end
     return [content[start:end] for start, end in zip(starts, [*starts[1:], len(content)], strict=True)]
 
 
