@@ -10,6 +10,7 @@ import pytest
 import soundfile
 
 import pam_espnet.data.format as format_module
+from pam_espnet.bin.pam_format import main
 from pam_espnet.data.audio import pcm16_sha256, read_audio
 from pam_espnet.data.datadir import validate
 from pam_espnet.data.format import format_data_dir
@@ -206,3 +207,24 @@ def test_damaged_passport(tmp_path: Path) -> None:
         (tmp_path / "passport.json").write_text(content)
         with pytest.raises(DataError, match="is not a passport"):
             Passport.load(tmp_path)
+
+
+def test_all_directories_are_checked_before_the_first_is_formatted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = [str(make_data(tmp_path / "data" / name)) for name in ("train", "dev")]
+    targets = [str(tmp_path / "raw" / name) for name in ("train", "dev")]
+    command = ["--data", *sources, "--out", *targets, "--jobs", "1", "--max-seconds", "5"]
+    recording = Path(sources[1], "wav", "utt2.wav")
+    content = recording.read_bytes()
+    recording.unlink()
+    with pytest.raises(DataError, match="no such audio file"):
+        main(command)
+    assert not Path(targets[0]).exists()
+    recording.write_bytes(content)
+    assert main(command) == 0
+    assert [len(Passport.load(target).utterances) for target in targets] == [4, 4]
+    assert capsys.readouterr().out.count("4 utterances") == 2
+    with pytest.raises(SystemExit):
+        main(["--data", *sources, "--out", targets[0]])
+    assert "name one for each" in capsys.readouterr().err
