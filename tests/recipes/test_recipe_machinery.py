@@ -193,7 +193,7 @@ def test_a_comparison_runs_every_fusion_once_and_puts_them_side_by_side(script: 
     assert done.stdout.count("stage 5 (score)") == len(fusions)
     assert done.stdout.count("--audio zero") == 2  # decoding and joining, of the first fusion alone
     report = done.stdout.splitlines()[-1]
-    assert "pam_report --compare exp/pam_" in report and all(f"exp/{fusion}_" in report for fusion in fusions)
+    assert "pam_score --compare exp/pam_" in report and all(f"exp/{fusion}_" in report for fusion in fusions)
     assert sorted(recipe.iterdir()) == before
 
 

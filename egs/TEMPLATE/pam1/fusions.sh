@@ -38,7 +38,7 @@ for fusion in "${names[@]}"; do
     experiments+=("exp/${fusion}_${size}${tag_suffix}")
     control=false # the first fusion's answers without audio are control enough
 done
-report=(-m pam_espnet.bin.pam_report --compare "${experiments[@]}" --output "RESULTS_${size}${tag_suffix}.md"
+report=(-m pam_espnet.bin.pam_score --compare "${experiments[@]}" --output "RESULTS_${size}${tag_suffix}.md"
     --title "${title//SIZE/${size#v}}")
 if [ "${dry_run}" = true ]; then
     printf '    python'
