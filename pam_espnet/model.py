@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +277,26 @@ def _model_options(ctc_tokens: str | None = None, extract_feats_in_collect_stats
     """Options of ``model_conf`` that are read here and by ESPnet; the rest goes to ESPnetPaMModel."""
 
 
+_BLOCKS = ("llm_conf", "frontend_conf", "model_conf")
+
+
+def check_model_options(config: Mapping[str, Any]) -> None:
+    """Raises ConfigError for keys in the model's part of a configuration that are missing or that nobody reads."""
+    if not config.get("llm"):
+        raise ConfigError("config key 'llm' is missing: give the LLM's folder or its Hugging Face id")
+    readers: tuple[tuple[Callable[..., Any], ...], ...] = (
+        (LLMDecoder.from_pretrained, LLMDecoder),
+        (PaMFrontend,),
+        (ESPnetPaMModel, _model_options),
+    )
+    for key, known in zip(_BLOCKS, readers, strict=True):
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise ConfigError(f"config key {key!r}: must be a mapping of options, got {config[key]!r}")
+        check_options(config.get(key) or {}, key, *known)
+    if missing := [name for name in ("encoders", "fusion") if name not in (config.get("frontend_conf") or {})]:
+        raise ConfigError(f"config key 'frontend_conf': {' and '.join(missing)} missing")
+
+
 def build_model(config: Mapping[str, Any]) -> ESPnetPaMModel:
     """Build the model that ``config`` describes, with its pretrained parts, untrained ones freshly initialised.
 
@@ -287,16 +307,8 @@ def build_model(config: Mapping[str, Any]) -> ESPnetPaMModel:
     Raises:
         ConfigError: unknown keys, missing model folders, values that cannot work.
     """
-    if not config.get("llm"):
-        raise ConfigError("config key 'llm' is missing: give the LLM's folder or its Hugging Face id")
-    llm_conf, frontend_conf, model_conf = (
-        dict(config.get(key) or {}) for key in ("llm_conf", "frontend_conf", "model_conf")
-    )
-    check_options(llm_conf, "llm_conf", LLMDecoder.from_pretrained, LLMDecoder)
-    check_options(frontend_conf, "frontend_conf", PaMFrontend)
-    check_options(model_conf, "model_conf", ESPnetPaMModel, _model_options)
-    if missing := [name for name in ("encoders", "fusion") if name not in frontend_conf]:
-        raise ConfigError(f"config key 'frontend_conf': {' and '.join(missing)} missing")
+    check_model_options(config)
+    llm_conf, frontend_conf, model_conf = (dict(config.get(key) or {}) for key in _BLOCKS)
     decoder = LLMDecoder.from_pretrained(config["llm"], **llm_conf)
     frontend = PaMFrontend(width=decoder.width, prompt_width=decoder.width, **frontend_conf)
     tokens = model_conf.get("ctc_tokens")

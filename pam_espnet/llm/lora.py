@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -23,7 +24,7 @@ def add_lora(model: Any, options: Mapping[str, Any]) -> None:
             (a list of name endings, a regular expression, or "all-linear": all but the output layer).
 
     Raises:
-        ConfigError: an unknown option, or target_modules that match nothing.
+        ConfigError: an unknown option, one out of its range, or a name of target_modules that matches nothing.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -31,11 +32,25 @@ def add_lora(model: Any, options: Mapping[str, Any]) -> None:
     if unknown:
         raise ConfigError(f"lora: unknown option(s) {', '.join(unknown)}; known: {', '.join(DEFAULTS)}")
     chosen = {**DEFAULTS, **options}
-    targets = chosen["target_modules"]
+    rank, alpha, dropout, targets = (chosen[name] for name in ("r", "alpha", "dropout", "target_modules"))
+    if type(rank) is not int or rank < 1:
+        raise ConfigError(f"lora.r: {rank!r}; must be a whole number of at least 1")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise ConfigError(f"lora.alpha: {alpha!r}; must be a number above 0")
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ConfigError(f"lora.dropout: {dropout!r}; must be a number from 0 to below 1")
+    if not isinstance(targets, str):  # peft is content when one of them matches
+        ends = {name.split(".", start)[-1] for name, _ in model.named_modules() for start in range(name.count(".") + 1)}
+        if missing := [name for name in targets if name not in ends]:
+            linear = {name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+            raise ConfigError(
+                f"lora.target_modules: the LLM has no module {', '.join(map(repr, missing))}; its linear layers are "
+                f"{', '.join(sorted(linear))}"
+            )
     config = LoraConfig(
-        r=int(chosen["r"]),
-        lora_alpha=chosen["alpha"],
-        lora_dropout=float(chosen["dropout"]),
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
