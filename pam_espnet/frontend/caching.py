@@ -75,9 +75,10 @@ def cache_encoders(
         return
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     with ProcessPoolExecutor(min(jobs, len(names)), multiprocessing.get_context("spawn")) as pool:
+        devices = [f"cuda:{number % gpus}" if gpus else device for number in range(len(names))]
         tasks = [
-            pool.submit(_cache_one, name, frontend_conf, data_dirs, root, rebuild, f"cuda:{i % gpus}" if gpus else device)
-            for i, name in enumerate(names)
+            pool.submit(_cache_one, name, frontend_conf, data_dirs, root, rebuild, own)
+            for name, own in zip(names, devices, strict=True)
         ]
         for task in tasks:
             yield from task.result()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError
 
 DEFAULTS: dict[str, Any] = {"r": 16, "alpha": 32, "dropout": 0.05, "target_modules": "all-linear"}
@@ -33,12 +33,9 @@ def add_lora(model: Any, options: Mapping[str, Any]) -> None:
         raise ConfigError(f"lora: unknown option(s) {', '.join(unknown)}; known: {', '.join(DEFAULTS)}")
     chosen = {**DEFAULTS, **options}
     rank, alpha, dropout, targets = (chosen[name] for name in ("r", "alpha", "dropout", "target_modules"))
-    if type(rank) is not int or rank < 1:
-        raise ConfigError(f"lora.r: {rank!r}; must be a whole number of at least 1")
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-        raise ConfigError(f"lora.alpha: {alpha!r}; must be a number above 0")
-    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise ConfigError(f"lora.dropout: {dropout!r}; must be a number from 0 to below 1")
+    check_number(rank, "lora.r", at_least=1, whole=True)
+    check_number(alpha, "lora.alpha", above=0)
+    check_number(dropout, "lora.dropout", at_least=0, below=1)
     if not isinstance(targets, str):  # peft is content when one of them matches
         ends = {name.split(".", start)[-1] for name, _ in model.named_modules() for start in range(name.count(".") + 1)}
         if missing := [name for name in targets if name not in ends]:

@@ -10,6 +10,7 @@ does not describe.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,7 @@ def merged_config(files: Sequence[str | Path], changes: Sequence[str] = ()) -> d
         return config
     name, known = own.pop("encoder"), dict(frontend.get("encoders") or {})
     if name not in known:
-        raise ConfigError(f"fusion single:{name}: there is no such encoder; frontend_conf.encoders has {', '.join(known)}")
+        raise ConfigError(f"fusion single:{name}: no such encoder; frontend_conf.encoders has {', '.join(known)}")
     others: dict[str, Any] = dict.fromkeys(known)  # null removes them
     del others[name]
     return merge(config, {"frontend_conf": {"encoders": others, "fusion_conf": own or None}})
@@ -129,7 +130,7 @@ class Experiment:
                 for name in used_encoders(config):
                     scp = self.feats / name / raw.name / "feats.scp"
                     if not scp.is_file():
-                        raise ConfigError(f"{scp}: no such file\n  -> pam_cache_features makes it, or leave out --feats")
+                        raise ConfigError(f"{scp}: no such file\n  -> make it with pam_cache_features, or omit --feats")
                     streams.append(f"{scp},feats_{name},kaldi_ark")
             for stream in streams:
                 words += [f"--{mode}_data_path_and_name_and_type", stream]
@@ -175,10 +176,9 @@ def check_config(config: Mapping[str, Any]) -> None:
         counts.append(len(options.get("layers") or [0]))
     own = frontend.get("fusion_conf") or {}
     build_fusion(frontend["fusion"], num_layers=counts, width=8, prompt_width=8, names=names, **own)
-    try:
+    # Of an id whose config.json was never fetched nothing can be known yet; loading it checks the same.
+    with contextlib.suppress(OSError):
         bare_llm(config)
-    except OSError:
-        pass  # an id whose config.json was never fetched; pam_estimate says so, and loading it checks the same
 
 
 def read_options[T](cls: type[T], config: Mapping[str, Any], key: str) -> T:
