@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# shellcheck disable=SC2154  # usage and options are the caller's
 # Options of a script from one table, which is its help as well. Source it after setting `usage` and `options`:
 #
 #     usage="Usage: $0 [options]"

@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+# shellcheck disable=SC2034,SC2162  # pam.sh reads these; without -r a blank may be written within a word
 # Sourced by recipes: how jobs are started. Each command follows Kaldi's contract: CMD [--gpu n] [JOB=1:n] LOG program...
 # --cmd (or $PAM_CMD) names where they run:
 #   local   this machine, through utils/run.py
@@ -25,7 +26,5 @@ case "${cmd:-local}" in
 esac
 train_run=("${runner[@]}")
 decode_run=("${runner[@]}")
-# shellcheck disable=SC2162  # without -r, so that a blank may be written within a word
 [ -z "${train_cmd:-}" ] || read -a train_run <<<"${train_cmd}"
-# shellcheck disable=SC2162
 [ -z "${decode_cmd:-}" ] || read -a decode_run <<<"${decode_cmd}"

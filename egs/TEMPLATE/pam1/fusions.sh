@@ -2,6 +2,7 @@
 # Trains, decodes and scores every fusion on the same data with the same seed, and puts them side by side. A recipe's
 # script calls it from the recipe's directory with its own --size, --fusions and --title. What is done is skipped, so an
 # interrupted comparison continues where it stopped.
+# shellcheck disable=SC2154  # options are variables that utils/parse_options.sh sets
 set -euo pipefail
 
 template=$(dirname "${BASH_SOURCE[0]}")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # All stages of a PaM recipe, once. A recipe's run.sh calls it from the recipe's directory with its own defaults.
+# shellcheck disable=SC2154  # options are variables that utils/parse_options.sh sets
 set -euo pipefail
 
 template=$(dirname "${BASH_SOURCE[0]}")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Stage 1 of the mini recipe: download the packages, convert the models, make the corpus. Run it in the recipe's folder.
+# shellcheck disable=SC2154  # options are variables that utils/parse_options.sh sets
 set -euo pipefail
 
 PAM_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../../.." && pwd)"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Stage 1 of the multitask recipe: the data directories of three recipes, made by their own programs, put together.
 # Run it in the recipe's folder.
+# shellcheck disable=SC2154  # options are variables that utils/parse_options.sh sets
 set -euo pipefail
 
 PAM_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../../.." && pwd)"
