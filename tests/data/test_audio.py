@@ -10,10 +10,10 @@ import av
 import numpy as np
 import pytest
 import soundfile
+from make_data import RATE, noise
 
 from pam_espnet.data.audio import RESAMPLER, read_audio, resample, to_pcm16
 from pam_espnet.errors import DataError
-from tests.data.make_data import RATE, noise
 
 
 def encode(path: Path, wave: np.ndarray, codec: str, container_format: str) -> None:

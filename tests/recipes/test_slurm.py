@@ -1,7 +1,7 @@
 """utils/slurm.py keeps run.py's contract over sbatch: with stand-ins for its programs, and a real cluster of one node.
 
-The real one needs slurmctld and slurmd on PATH or in $PAM_SLURM_ROOT (tests/real_slurm.py says how); without them its
-tests are skipped, and say so.
+The real one needs slurmctld and slurmd on PATH or in $PAM_SLURM_ROOT (tests/kit/real_slurm.py says how); without them
+its tests are skipped, and say so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def fake(tmp_path: Path) -> dict[str, str]:
     """The environment of commands for which fake_slurm.py is Slurm."""
     for name in ("sbatch", "squeue", "scancel"):
         (tmp_path / "bin").mkdir(exist_ok=True)
-        shutil.copy(ROOT / "tests/fake_slurm.py", tmp_path / "bin" / name)
+        shutil.copy(ROOT / "tests/kit/fake_slurm.py", tmp_path / "bin" / name)
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "state").mkdir()
     (tmp_path / "work").mkdir()
