@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +259,30 @@ def _model_options(ctc_tokens: str | None = None, extract_feats_in_collect_stats
     """Options of ``model_conf`` that are read here and by ESPnet; the rest goes to ESPnetPaMModel."""
 
 
+_BLOCKS = ("llm_conf", "frontend_conf", "model_conf")
+_REMOVED = {"model_conf": {"exit_layer_dropout": 0.0}}  # see config.drop_removed
+
+
+def model_options(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The mappings of ``_BLOCKS``; raises ConfigError for keys that are missing or that nobody reads."""
+    if not config.get("llm"):
+        raise ConfigError("config key 'llm' is missing: give the LLM's folder or its Hugging Face id")
+    readers: tuple[tuple[Callable[..., Any], ...], ...] = (
+        (LLM.from_pretrained, LLM),
+        (PaMFrontend,),
+        (ESPnetPaMModel, _model_options),
+    )
+    blocks = []
+    for key, known in zip(_BLOCKS, readers, strict=True):
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise ConfigError(f"config key {key!r}: must be a mapping of options, got {config[key]!r}")
+        blocks.append(drop_removed(config.get(key) or {}, _REMOVED.get(key, {}), key))
+        check_options(blocks[-1], key, *known)
+    if missing := [name for name in ("encoders", "fusion") if name not in blocks[1]]:
+        raise ConfigError(f"config key 'frontend_conf': {' and '.join(missing)} missing")
+    return blocks
+
+
 def build_model(config: Mapping[str, Any]) -> ESPnetPaMModel:
     """Build the model that ``config`` describes, with its pretrained parts, untrained ones freshly initialised.
 
@@ -269,17 +293,7 @@ def build_model(config: Mapping[str, Any]) -> ESPnetPaMModel:
     Raises:
         ConfigError: unknown keys, missing model folders, values that cannot work.
     """
-    if not config.get("llm"):
-        raise ConfigError("config key 'llm' is missing: give the LLM's folder or its Hugging Face id")
-    llm_conf, frontend_conf, model_conf = (
-        dict(config.get(key) or {}) for key in ("llm_conf", "frontend_conf", "model_conf")
-    )
-    model_conf = drop_removed(model_conf, {"exit_layer_dropout": 0.0}, "model_conf")
-    check_options(llm_conf, "llm_conf", LLM.from_pretrained, LLM)
-    check_options(frontend_conf, "frontend_conf", PaMFrontend)
-    check_options(model_conf, "model_conf", ESPnetPaMModel, _model_options)
-    if missing := [name for name in ("encoders", "fusion") if name not in frontend_conf]:
-        raise ConfigError(f"config key 'frontend_conf': {' and '.join(missing)} missing")
+    llm_conf, frontend_conf, model_conf = model_options(config)
     decoder = LLM.from_pretrained(config["llm"], **llm_conf)
     frontend = PaMFrontend(width=decoder.width, prompt_width=decoder.width, **frontend_conf)
     tokens = model_conf.get("ctc_tokens")

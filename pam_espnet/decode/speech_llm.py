@@ -20,6 +20,7 @@ from torch import Tensor
 from pam_espnet.config import load_yaml
 from pam_espnet.data.tables import one_line
 from pam_espnet.decode.options import AnswerOptions
+from pam_espnet.decode.waveforms import as_waveform
 from pam_espnet.engine.engine import make_engine
 from pam_espnet.engine.exits import ExitOptions
 from pam_espnet.errors import ConfigError
@@ -191,7 +192,7 @@ class SpeechLLM:
         """Answer one prompt per waveform.
 
         Args:
-            waves: each (N,) float32 at the frontend's sample rate.
+            waves: each (N,) at the frontend's sample rate, float in [-1, 1] or int16, int32, uint8.
             prompts: as many.
             tasks: as many names; without them no answer set applies.
             audio: what ``encode`` made of them, where they are answered more than once.
@@ -201,15 +202,14 @@ class SpeechLLM:
                 steps.
 
         Raises:
-            ConfigError: not as many of each, a waveform without samples, a task whose answers the vocabulary lacks, or
-                options that leave no answer.
+            ConfigError: not as many of each, a waveform that cannot be one (see ``as_waveform``), a task whose answers
+                the vocabulary lacks, or options that leave no answer.
         """
         if len(waves) != len(prompts) or (tasks is not None and len(tasks) != len(waves)):
             asked = "" if tasks is None else f", {len(tasks)} tasks"
             given = f"{len(waves)} waveforms, {len(prompts)} prompts{asked}"
             raise ConfigError(f"answer: as many prompts and tasks as waveforms, not {given}")
-        if empty := [index for index, wave in enumerate(waves) if len(wave) == 0]:
-            raise ConfigError(f"answer: waveform {empty[0]} has no samples")
+        waves = [as_waveform(wave, f"answer: waveform {index}") for index, wave in enumerate(waves)]
         if not waves:
             return []
         options, tasks = self.options, tasks or [""] * len(waves)
