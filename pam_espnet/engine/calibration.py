@@ -34,7 +34,7 @@ class Calibration:
         layers: C blocks, from 1.
         maps: (C, D+1, D), the last row a constant; None leaves hidden states as they are.
         gates: (C, D+1), the last entry a constant.
-        threshold: the gates' probability at which to leave; None: at none, which is "off".
+        threshold: the gates' probability at which to exit; None: at none, which is "off".
     """
 
     layers: tuple[int, ...]

@@ -3,7 +3,7 @@
     engine = make_engine(llm)                   # LoRA merged, weights packed: a copy
     engine.take_over()                          # where no new prompt will come: the LLM's own weights are freed
     logits, state = engine.prefill(prefix, lengths)
-    state.select(rows)                          # beams fork, die, change places
+    state.select(rows)                          # beams fork, end, are re-ordered
     logits = engine.step(tokens, state)
 
 Llama-type LLMs run in ``engine.llama``, any other causal LLM through transformers and its cache, below; another
@@ -134,7 +134,7 @@ class Engine(ABC):
 
     @abstractmethod
     def take_over(self) -> None:
-        """Free the LLM's own weights for good; it knows the prompts whose vectors were asked for before, no others."""
+        """Free the LLM's own weights for good; prompts whose vectors were not computed before are refused from now on."""
 
 
 def make_engine(
@@ -206,7 +206,7 @@ def self_check(engine: Engine) -> float:
     token = torch.arange(9, device=llm.device) * (llm.vocab_size // 9)
     last = torch.tensor([engine.eos_ids[0]], device=llm.device)
     training = [module for module in llm.lm.modules() if module.training]
-    llm.lm.eval()  # LoRA's dropout would make a difference of its own
+    llm.lm.eval()  # LoRA's dropout would make a difference, too
     try:
         found, expected = [_two_passes(one, llm.embed(token[None, :8]), last) for one in (engine, reference)]
     finally:
