@@ -8,9 +8,7 @@ float32, bfloat16  on an x86 CPU oneDNN's, which want the weights in their own l
 int8               symmetric, one scale per output channel, activations in float32: FBGEMM's product of two 8-bit
                    matrices. Every activation row is rounded to steps of its largest value / 8001 and given as two rows
                    of 7 bits, so that on CPUs without VNNI, where pairs of products are added in 16 bits, no pair
-                   exceeds 32,767. Integers are summed exactly, so a row's result is the same, to the last bit,
-                   whatever its neighbours are. (A difference in a row's last bits, such as attention has, may round
-                   the other way and come out as one step.)
+                   exceeds 32,767. Integers are summed exactly, so a row's result does not depend on its neighbours.
 
 R rows, I input and O output features.
 """
@@ -31,7 +29,7 @@ WEIGHT_STEPS = 127  # of a weight on either side of zero
 STEPS = 63  # of an activation row's 7-bit value on either side of zero
 OFFSET = 64  # of FBGEMM's unsigned activations, which are then at most 127
 BASE = 2 * STEPS + 1  # one row counts in these, the other has the remainder
-PIECE = 4096  # rows of the output layer that are packed together where it is the embedding matrix, too
+PIECE = 2048  # rows of the output layer that are packed together where it is the embedding matrix, too
 CACHED = 2048  # of its rows
 
 
