@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from espnet2.train.preprocessor import AbsPreprocessor
 
+from pam_espnet.data.kaldi_io import check_matrix
 from pam_espnet.errors import DataError
 from pam_espnet.llm.prompt_layout import answer_ids, end_of_turn_id
 
@@ -40,9 +41,12 @@ class PaMPreprocessor(AbsPreprocessor):
                 through unchanged.
 
         Raises:
-            DataError: unknown task, or an empty prompt or answer.
+            DataError: unknown task, an empty prompt or answer, or cached features of another kind than were written.
         """
         data = dict(data)
+        for name, value in data.items():
+            if name.startswith("feats_"):
+                check_matrix(value, f"utterance {uid!r}: {name}")
         task = str(data["task"]).strip()
         if task not in self.tasks:
             raise DataError("utt2task", f"utterance {uid!r}: unknown task {task!r}; known: {', '.join(self.tasks)}")
