@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -97,8 +98,10 @@ def _read_soundfile(
 ) -> tuple[np.ndarray, int] | None:
     """(N,) float32 and the sample rate in Hz; None where libsndfile does not know the number of samples."""
     file.seek(0)
-    # by its descriptor: soundfile takes a format from a name's suffix, and encodes the name as UTF-8
-    source = file if isinstance(file, io.BytesIO) else file.fileno()
+    # by its descriptor, or soundfile takes a format from the suffix; raw GSM and VOX have no other sign
+    source: io.BytesIO | int | bytes = file if isinstance(file, io.BytesIO) else file.fileno()
+    if name.lower().endswith((".gsm", ".vox")):
+        source = os.fsencode(name)
     with soundfile.SoundFile(source, closefd=False) as sound:
         if sound.format in ("MP3", "MPEG") or sound.frames >= 1 << 48:  # an estimate, a FLAC stream that states none
             return None

@@ -97,7 +97,7 @@ def test_a_killed_run_is_gone_on_with_from_another_mirror(server: Server, tmp_pa
     assert server.asked[-1] == ("good", "bytes=400000-")
 
 
-def test_a_server_without_ranges_starts_anew(server: Server, tmp_path: Path) -> None:
+def test_a_server_without_ranges_starts_again(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file.bin.part").write_bytes(CONTENT[:1000])
     assert fetch(remote(server.url("plain")), tmp_path).read_bytes() == CONTENT
 
@@ -154,12 +154,12 @@ def test_nobody_there_lists_every_mirror(server: Server, tmp_path: Path) -> None
     assert all(url in str(caught.value) for url in urls) and "404" in str(caught.value)
 
 
-def test_no_room(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = download.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
     with pytest.raises(DataError, match=r"needs .* GB are free"):
         fetch(remote(server.url("good")), tmp_path)
-    with pytest.raises(DataError, match="make room"):
+    with pytest.raises(DataError, match="free some space"):
         check_space(tmp_path / "not/yet", 5 << 30, "it")
     assert not server.asked
 

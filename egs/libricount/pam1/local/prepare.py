@@ -105,7 +105,7 @@ def make_mixtures(args: argparse.Namespace) -> None:
     barred = readers_of_tests(librispeech.read_speakers(root))
     read = {subset: librispeech.read_subset(root, subset) for subset in subsets}
     if args.check_counts == "true":
-        numbers = {name: (len(read[name]), librispeech.PUBLISHED[name].hours or 0.0) for name in subsets}
+        numbers = {name: (len(read[name]), librispeech.PUBLISHED[name][1] or 0.0) for name in subsets}
         librispeech.check_counts(root, numbers, strict=True)
     utterances = {split: [u for subset in size[split] for u in read[subset]] for split in ("train", "dev")}
     if barred_here := sorted({u.speaker for own in utterances.values() for u in own} & barred.keys()):
