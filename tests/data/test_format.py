@@ -122,7 +122,7 @@ def test_skips_are_listed_with_the_reason(tmp_path: Path) -> None:
 
 def test_too_many_skips_is_an_error(tmp_path: Path) -> None:
     source = make_data(tmp_path / "data")
-    with pytest.raises(DataError, match=r"4 of 4 utterances cannot be used(.|\n)*too long(.|\n)*--max-seconds"):
+    with pytest.raises(DataError, match=r"4 of 4 utterances cannot be used(.|\n)*too long(.|\n)*--max_seconds"):
         format_data_dir(source, tmp_path / "dump", max_seconds=0.2)
     assert not (tmp_path / "dump" / "passport.json").exists()
 
