@@ -44,8 +44,7 @@ def read_audio(
     Args:
         path: an audio file, or (with ``allow_pipes``) ``"command arguments |"`` whose output is an audio file. The
             command is split as a shell would but run without one: no second pipe, no redirection, no variables.
-        start: first second of the piece; None for the beginning.
-        end: last second of the piece; None for the end.
+        start, end: the piece in seconds; None for the beginning and the end of the recording.
 
     Returns:
         (wave (N,) float32, mean of the channels, [-1, 1] for integer formats; sample rate in Hz, the first one where
@@ -56,41 +55,29 @@ def read_audio(
             recording, a pipe that is not allowed or fails; contains the library's own message.
     """
     name = str(path)
+    if not name.endswith("|") and not Path(name).is_file():
+        raise DataError(name, "no such audio file", hint="relative paths start at the current directory")
     try:
-        with _open(name, allow_pipes) as file:
+        with io.BytesIO(_run_pipe(name, allow_pipes)) if name.endswith("|") else open(name, "rb", buffering=0) as file:
             return _read(name, file, start, end)
     except OSError as error:
         raise DataError(name, f"cannot be read: {error.strerror or error}", hint=REPAIR_HINT) from error
 
 
-def _open(name: str, allow_pipes: bool) -> BinaryIO:
-    if name.endswith("|"):
-        return io.BytesIO(_run_pipe(name, allow_pipes))
-    if not Path(name).is_file():
-        raise DataError(name, "no such audio file", hint="relative paths start at the current directory")
-    return open(name, "rb", buffering=0)
-
-
 def _read(name: str, file: BinaryIO, start: float | None, end: float | None) -> tuple[np.ndarray, int]:
-    """``read_audio`` of an open file."""
     magic, reason = file.read(4), ""
+    streams = ogg_streams(name, file) if magic == b"OggS" else [whole_file(name, file)]
     try:
-        if magic != b"OggS":
-            piece = _read_soundfile(name, whole_file(name, file), start, end)
-        else:
-            file.seek(0)
-            streams = ogg_streams(name, file.read())
-            if len(streams) == 1:
-                piece = _read_soundfile(name, io.BytesIO(streams[0]), start, end)
-            else:
-                runs = [_read_soundfile(name, io.BytesIO(stream)) for stream in streams]
-                piece = _cut(name, *_join([run for run in runs if run]), start, end)
+        if len(streams) > 1:
+            runs = [run for stream in streams if (run := _read_soundfile(name, stream))]
+            return _cut(name, *_join(runs), start, end)
+        if piece := _read_soundfile(name, streams[0], start, end):
+            return piece
     except (soundfile.LibsndfileError, soundfile.SoundFileRuntimeError) as error:
         reason = str(getattr(error, "error_string", "") or error).rstrip(".")  # without the path
         if magic == b"fLaC":  # ffmpeg would decode it up to the damage without an error
             raise DataError(name, f"cannot be read: {reason}", hint=REPAIR_HINT) from error
-        piece = None
-    return piece or _cut(name, *_read_pyav(name, file, reason), start, end)
+    return _cut(name, *_read_pyav(name, file, reason), start, end)
 
 
 def _read_soundfile(
@@ -215,18 +202,16 @@ def _run_pipe(value: str, allow_pipes: bool) -> bytes:
         command = shlex.split(value[:-1])
     except ValueError as error:
         raise DataError(value, f"cannot be split into words ({error})", hint="repair the quotes") from error
-    if not command:
-        raise DataError(value, "is an empty command", hint="write the command before the '|'")
-    if any("|" in word for word in command):
+    if not command or any("|" in word for word in command):
         hint = "put the commands into an executable script and list '<script> <arguments> |'"
-        raise DataError(value, "is a pipeline of several commands", hint=hint)
+        raise DataError(value, "is not one command", hint=hint)
     try:
         result = subprocess.run(command, capture_output=True, check=False)
     except OSError as error:
         raise DataError(value, f"cannot be run ({error.strerror})", hint="install the program") from error
     if result.returncode != 0:
-        lines = result.stderr.decode(errors="replace").strip().splitlines()
-        message = f"exited with status {result.returncode}: {lines[-1] if lines else 'no message'}"
+        lines = result.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        message = f"exited with status {result.returncode}: {lines[-1]}"
         raise DataError(value, message, hint="run the command by hand and repair it")
     return result.stdout
 

@@ -7,6 +7,7 @@ programs that write into a pipe and recorders that crash leave it. Decodes nothi
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import struct
 from dataclasses import dataclass
@@ -137,13 +138,15 @@ def _find_chunk(file: BinaryIO, layout: _Layout, start: bytes, length: int) -> _
     return None
 
 
-def ogg_streams(name: str, content: bytes) -> list[bytes]:
-    """The streams of an Ogg file that follow each other (joined files, radio), each as a file.
+def ogg_streams(name: str, file: BinaryIO) -> list[BinaryIO]:
+    """The streams of an Ogg file that follow each other (joined files, radio), each as a file in memory.
 
     Raises:
         DataError: the last page is not whole. Whole pages of which none is marked as the last one are accepted: phones
             write such files.
     """
+    file.seek(0)
+    content = file.read()
     starts, first_page, at = [0], True, 0
     while (at := content.find(b"OggS", at)) >= 0:
         head = content[at : at + 27]
@@ -155,7 +158,7 @@ def ogg_streams(name: str, content: bytes) -> list[bytes]:
         if begins and not first_page:
             starts.append(at)
         first_page, at = begins, end
-    return [content[start:end] for start, end in zip(starts, [*starts[1:], len(content)], strict=True)]
+    return [io.BytesIO(content[start:end]) for start, end in itertools.pairwise([*starts, len(content)])]
 
 
 def counts_mp3_frames(file: BinaryIO) -> bool:

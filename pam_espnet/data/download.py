@@ -35,13 +35,13 @@ class RemoteFile:
     Attributes:
         name: its name in the folder.
         urls: its addresses, in the order in which they are tried.
-        checksum: ``md5:<hex>`` or ``sha256:<hex>``; None: it cannot be checked, and is not resumed either.
+        checksum: ``md5:<hex>`` or ``sha256:<hex>``.
         size: bytes, where they are known.
     """
 
     name: str
     urls: Sequence[str]
-    checksum: str | None = None
+    checksum: str
     size: int | None = None
 
     def __post_init__(self) -> None:
@@ -51,8 +51,7 @@ class RemoteFile:
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
                 raise ConfigError(f"{self.name}: {url!r} is not an http:// or https:// address")
-        if self.checksum is not None:
-            parse_checksum(self.checksum)
+        parse_checksum(self.checksum)
 
 
 class _Refused(Exception):
@@ -123,12 +122,9 @@ def fetch(
     target, part = folder / remote.name, folder / f"{remote.name}.part"
     with exclusive(folder / f".{remote.name}.lock"):
         if target.exists():
-            if remote.checksum is not None:
-                logging.info("%s is there; checking it", target)
-                check_file(target, remote.checksum, what=remote.name)
+            logging.info("%s is there; checking it", target)
+            check_file(target, remote.checksum, what=remote.name)
             return target
-        if remote.checksum is None:
-            part.unlink(missing_ok=True)  # two halves of different files would not be noticed
         if remote.size is not None:
             there = part.stat().st_size if part.exists() else 0
             check_space(folder, max(0, remote.size - there), remote.name)
@@ -149,8 +145,7 @@ def _from_mirrors(remote: RemoteFile, part: Path, attempts: int, wait: float, ti
         for url in list(mirrors):
             try:
                 _transfer(url, part, remote, timeout)
-                if remote.checksum is not None:
-                    check_file(part, remote.checksum, what=remote.name, hint="try another mirror, or another day")
+                check_file(part, remote.checksum, what=remote.name, hint="try another mirror, or another day")
                 return
             except DataError as error:  # whole, and another file: nothing of it is kept
                 part.unlink(missing_ok=True)

@@ -60,7 +60,7 @@ def find_root(folder: str | Path, subsets: Iterable[str]) -> Path:
     """The folder that holds ``subsets``: ``folder`` itself or ``folder/LibriSpeech``.
 
     Raises:
-        DataError: no such folder, or a subset is not there; says what is.
+        DataError: no such folder, or a subset is not there; names those that are.
     """
     folder, wanted = Path(folder), list(subsets)
     if not folder.is_dir():
@@ -85,16 +85,17 @@ def read_speakers(root: str | Path) -> dict[str, Speaker]:
     if not path.is_file():
         raise DataError(path, "no such file", hint=f"every archive of LibriSpeech has it: copy it to {path.parent}")
     speakers: dict[str, Speaker] = {}
+    hint = "take the file out of the archive again"
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not line.strip() or line.startswith(";"):
             continue
         parts = [part.strip() for part in line.split("|", 4)]  # names may have bars, too
         if len(parts) < 4 or not parts[0].isdigit() or parts[1] not in ("F", "M"):
             message = f"not a line of the form 'id | F or M | subset | minutes | name': {line!r}"
-            raise DataError(path, message, line=number, hint="take the file out of the archive again")
+            raise DataError(path, message, line=number, hint=hint)
         speakers[parts[0]] = Speaker(parts[0], parts[1], parts[2])
     if not speakers:
-        raise DataError(path, "lists no speaker", hint="take the file out of the archive again")
+        raise DataError(path, "lists no speaker", hint=hint)
     return speakers
 
 
@@ -139,19 +140,16 @@ def _read_chapter(chapter: Path, problems: list[Problem]) -> list[Spoken]:
 
 
 def flac_seconds(path: str | Path) -> float:
-    """Duration of a FLAC file from its first 42 bytes.
+    """Duration of a FLAC file from its header.
 
     Raises:
-        DataError: it is no FLAC file, or its header does not say how long it is.
+        DataError: it is no FLAC file, or its header does not state a duration.
     """
     with open(path, "rb") as file:
         head = file.read(42)
-    if len(head) < 42 or head[:4] != b"fLaC" or head[4] & 0x7F != 0:
-        raise DataError(path, "is not a FLAC file, or cut short", hint=UNPACK_HINT)
-    rate = int.from_bytes(head[18:21], "big") >> 4
-    samples = int.from_bytes(head[21:26], "big") & ((1 << 36) - 1)
-    if not rate or not samples:
-        raise DataError(path, "its header gives no duration", hint=UNPACK_HINT)
+    rate, samples = int.from_bytes(head[18:21], "big") >> 4, int.from_bytes(head[21:26], "big") & ((1 << 36) - 1)
+    if len(head) < 42 or head[:4] != b"fLaC" or not rate or not samples:
+        raise DataError(path, "is not a FLAC file that states its duration, or cut short", hint=UNPACK_HINT)
     return samples / rate
 
 

@@ -173,7 +173,7 @@ def test_durations_from_headers(corpus: Path, tmp_path: Path) -> None:
     for path in sorted(corpus.rglob("*.flac"))[:5]:
         assert librispeech.flac_seconds(path) == pytest.approx(soundfile.info(path).duration, abs=1e-9)
     (tmp_path / "x.flac").write_bytes(path.read_bytes()[:40])
-    with pytest.raises(DataError, match=r"x\.flac: is not a FLAC file, or cut short"):
+    with pytest.raises(DataError, match=r"x\.flac: is not a FLAC file"):
         librispeech.flac_seconds(tmp_path / "x.flac")
 
 
