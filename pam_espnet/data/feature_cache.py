@@ -145,12 +145,10 @@ class _Encoder:
         if pcm16_sha256(to_pcm16(wave)[0]) != self.passport.utterances[utt]["sha256"]:
             raise DataError(value, "is not the audio its passport describes", hint=FORMAT_HINT + " again")
         hidden = np.asarray(self.encode(wave), dtype=np.float32)  # (H,T,D)
+        expected = f"({self.num_layers}, frames, {self.width})" if self.width else "(layers, frames, width)"
         problem = ""
-        if hidden.ndim != 3 or 0 in hidden.shape:
-            problem = f"the encoder gave shape {hidden.shape} where (layers, frames, width) is expected"
-        elif self.width and (hidden.shape[0], hidden.shape[2]) != (self.num_layers, self.width):
-            expected = f"({self.num_layers}, frames, {self.width})"
-            problem = f"the encoder gave shape {hidden.shape}, and {expected} for other utterances"
+        if hidden.ndim != 3 or 0 in hidden.shape or (self.width and hidden.shape[::2] != (self.num_layers, self.width)):
+            problem = f"the encoder gave shape {hidden.shape} where {expected} is expected"
         elif not np.isfinite(hidden).all():
             problem = "the encoder's hidden states are not finite"
         if problem:
