@@ -112,7 +112,7 @@ def _read_pyav(name: str, file: BinaryIO, reason: str) -> tuple[np.ndarray, int]
     states = (*STATING, "mp3") if counts_mp3_frames(file) else STATING
     file.seek(0)
     runs: list[tuple[int, int, list[np.ndarray]]] = []  # (channels, Hz, pieces (n, C)) that follow each other
-    stated = reached = 0.0  # seconds
+    reached = 0.0  # seconds
     try:
         with av.open(
             file if isinstance(file, io.BytesIO) else name,
@@ -124,10 +124,15 @@ def _read_pyav(name: str, file: BinaryIO, reason: str) -> tuple[np.ndarray, int]
             if not container.streams.audio:
                 raise DataError(name, "has no audio stream", hint="list another file")
             audio = container.streams.audio[0]
-            if container.duration and not set(states).isdisjoint(container.format.name.split(",")):
-                stated = container.duration / av.time_base
+            if set(states).isdisjoint(container.format.name.split(",")):
+                stated = 0.0
+            elif audio.duration and audio.time_base:
+                stated = float(audio.duration * audio.time_base)
+            else:  # of the longest stream
+                stated = (container.duration or 0) / av.time_base
             for packet in container.demux():
-                if packet.pts is not None and packet.dts is not None:
+                counts = packet.stream is audio or not audio.duration
+                if counts and packet.pts is not None and packet.dts is not None:
                     reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 for frame in packet.decode() if packet.stream is audio else ():
                     assert isinstance(frame, av.AudioFrame)

@@ -1,4 +1,4 @@
-"""Batches of training: which utterances, and when; length buckets, drawn anew in every pass.
+"""Batches of training: which utterances, and when; length buckets, drawn again in every pass.
 
 ESPnet's own samplers fix the batches once and shuffle their order; sorted by length they also separate the tasks
 (counting clips all last five seconds). Here every pass shuffles the utterances, sorts by length only within a pool
@@ -137,7 +137,7 @@ def cut(keys: list[str], seconds: Mapping[str, float], options: BatchingOptions)
 def at_least(batches: list[list[str]], size: int) -> list[list[str]]:
     """Join neighbouring batches until each has ``size`` utterances, so that every rank has work.
 
-    A joined batch may exceed the limits: the other ranks would wait forever for an empty one. Fewer than ``size``
+    A joined batch may exceed the limits: an empty one would block the other ranks. Fewer than ``size``
     utterances in all give no batch.
     """
     joined: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""Batches: every utterance as often as its share says, within the limits, the same for the same seed."""
+"""Batches: every utterance as often as its share, within the limits, the same for the same seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetching files, against a server on this machine that cuts connections, lies, and forgets ranges."""
+"""Fetching files, against a server on this machine that cuts connections, states wrong sizes and ignores ranges."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MD5 = "md5:" + hashlib.md5(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves ``CONTENT``; the first word of a path says how.
+    """Serves ``CONTENT``; the first word of a path chooses how.
 
     ``good``; ``cut``: every answer ends after 400,000 bytes; ``plain``: no ranges; ``other``: other bytes of the same
     size; ``busy``: status 503 once, then good; anything else: 404.
@@ -118,11 +118,11 @@ def test_mirrors_in_order_and_a_busy_one_is_asked_again(server: Server, tmp_path
     assert [how for how, _ in server.asked] == ["gone", "busy", "busy"]
 
 
-def test_a_mirror_with_another_file_is_left_for_the_next(server: Server, tmp_path: Path) -> None:
+def test_mirror_with_another_file_is_skipped(server: Server, tmp_path: Path) -> None:
     assert fetch(remote(server.url("other"), server.url("good")), tmp_path).read_bytes() == CONTENT
 
 
-def test_wrong_everywhere_says_expected_and_got(server: Server, tmp_path: Path) -> None:
+def test_wrong_file_everywhere_names_both_checksums(server: Server, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         fetch(remote(server.url("other")), tmp_path)
     assert MD5[4:] in str(caught.value) and hashlib.md5(CONTENT[::-1]).hexdigest() in str(caught.value)

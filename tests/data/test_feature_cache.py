@@ -1,4 +1,4 @@
-"""The feature cache: its shape, what makes it stale, going on after a kill, and ESPnet reading it."""
+"""The feature cache: its shape, what makes it stale, resuming after a kill, and ESPnet reading it."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_other_audio_is_an_error(raw: Path, tmp_path: Path) -> None:
         cache_features(encode, SPEC, raw, tmp_path / "feats")
 
 
-def test_audio_behind_the_passports_back_is_an_error(raw: Path, tmp_path: Path) -> None:
+def test_audio_that_differs_from_its_passport_is_an_error(raw: Path, tmp_path: Path) -> None:
     soundfile.write(raw / "audio" / "utt2.flac", noise(0.3, seed=8), 16000)
     with pytest.raises(DataError, match=r"utt2.flac: is not the audio its passport describes(.|\n)*stage 2"):
         cache_features(encode, SPEC, raw, tmp_path / "feats")
@@ -128,7 +128,7 @@ def test_a_killed_run_loses_one_shard_at_most(raw: Path, tmp_path: Path, kill_at
     kept = len(list(out.glob("feats.*.scp")))
     assert kept == (kill_at - 1) // 2  # of three shards; the first call only learns the shape
     before = len(calls)
-    cache = cache_features(counted, SPEC, raw, out, shard_size=3)  # goes on with the shards it has
+    cache = cache_features(counted, SPEC, raw, out, shard_size=3)  # continues with the shards it has
     assert len(calls) - before == 1 + 5 - 2 * kept
     assert not list(out.glob(".*.tmp-*"))
     resumed = contents(cache.scp)
@@ -137,7 +137,7 @@ def test_a_killed_run_loses_one_shard_at_most(raw: Path, tmp_path: Path, kill_at
         np.testing.assert_array_equal(resumed[utt], matrix)
 
 
-def test_a_lost_ark_is_made_again(raw: Path, tmp_path: Path) -> None:
+def test_missing_ark_is_made_again(raw: Path, tmp_path: Path) -> None:
     cache = cache_features(encode, SPEC, raw, tmp_path / "feats", shard_size=2)
     (tmp_path / "feats" / "feats.2.ark").unlink()
     counted, calls = counting()
@@ -161,7 +161,7 @@ def test_bad_hidden_states(raw: Path, tmp_path: Path, bad: Callable, message: st
     assert not (tmp_path / "feats" / "feats.scp").exists()
 
 
-def test_a_full_disk_is_told_before_the_work(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_an_error_before_the_work(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
     from types import SimpleNamespace
 

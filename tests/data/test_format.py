@@ -1,4 +1,4 @@
-"""Formatting: what is written, what is skipped and why, and going on after a kill."""
+"""Formatting: what is written, what is skipped and why, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_too_many_skips_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "dump" / "passport.json").exists()
 
 
-def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_data(tmp_path / "data")
     format_data_dir(source, tmp_path / "unbroken")
     target, done = tmp_path / "dump", []
