@@ -166,7 +166,7 @@ def _samples(frame: av.AudioFrame) -> np.ndarray:
 
 def _mono(name: str, wave: np.ndarray) -> np.ndarray:
     """The mean (N,) of the channels (N, C)."""
-    with np.errstate(invalid="ignore"):  # samples that are not finite are looked for later
+    with np.errstate(invalid="ignore", over="ignore"):  # samples that are not finite are looked for later
         mean = wave.mean(axis=1, dtype=np.float32)
         if wave.shape[1] > 1 and len(wave):
             loudest = float(np.sqrt(np.mean(np.square(wave, dtype=np.float64), axis=0)).max())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from pam_espnet.data.audio import pcm16_sha256, read_audio, to_pcm16
 from pam_espnet.data.datadir import DataDir
+from pam_espnet.data.download import check_space
 from pam_espnet.data.kaldi_io import REBUILD_HINT, write_matrices
 from pam_espnet.data.passport import FORMAT_HINT, Passport
 from pam_espnet.data.tables import read_table, write_table
@@ -130,14 +130,12 @@ class _Encoder:
 
     def check_space(self, out: Path) -> None:
         """Encode one utterance to learn H and D, and whether all of them fit on the disk."""
-        utt = self.data.utterances[0]
-        per_second = self(utt).nbytes / self.passport.utterances[utt]["seconds"]
-        needed = per_second * sum(self.passport.utterances[utt]["seconds"] for utt in self.data.utterances)
+        seconds = {utt: self.passport.utterances[utt]["seconds"] for utt in self.data.utterances}
+        first = self.data.utterances[0]
+        needed = self(first).nbytes / seconds[first] * sum(seconds.values())
+        there = sum(ark.stat().st_size for ark in out.glob("feats.*.ark"))
+        check_space(out, round(max(0, needed - there)), "the feature cache")
         out.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out).free + sum(ark.stat().st_size for ark in out.glob("feats.*.ark"))
-        if needed > free:
-            message = f"the features need about {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left"
-            raise DataError(out, message, hint="cache fewer layers, free some space, or train without the cache")
 
     def __call__(self, utt: str) -> np.ndarray:
         value, start, end = self.data.source(utt)

@@ -167,7 +167,7 @@ def test_full_disk_is_an_error_before_the_work(raw: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     counted, calls = counting()
-    with pytest.raises(DataError, match="the features need about"):
+    with pytest.raises(DataError, match="the feature cache needs"):
         cache_features(counted, SPEC, raw, tmp_path / "feats")
     assert len(calls) == 1
 
