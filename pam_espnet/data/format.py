@@ -125,7 +125,11 @@ def _run_journaled(todo: list[Job], journal: Path, settings: Settings, jobs: int
     records = {}
     for job in todo:
         record = old.get(job.utt)
-        if record and record["stamp"] == job.stamp() and ("skipped" in record or Path(job.target).is_file()):
+        if record is None or record["stamp"] != job.stamp():
+            continue
+        # what could not be read is tried again: the disk or this program may have been the reason
+        reason = record.get("skipped", "")
+        if (reason and not reason.startswith("unreadable")) or ("entry" in record and Path(job.target).is_file()):
             records[job.utt] = record
     audio = journal.parent / "audio"
     for leftover in audio.glob(".*.tmp-*"):  # of a killed run

@@ -176,6 +176,17 @@ def test_only_what_changed_is_done_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert new.utterances["utt2"]["sha256"] != old.utterances["utt2"]["sha256"]
     assert not (target / "audio" / "utt4.flac").exists()
     done.clear()
+    size = (source / "wav" / "utt1.wav").stat().st_size
+    (source / "wav" / "utt1.wav").write_bytes(bytes(size))
+    soundfile.write(source / "wav" / "utt2.wav", np.zeros(RATE), RATE)
+    (source / "wav" / "utt3.wav").touch()
+    for changed in (["utt1", "utt2", "utt3"], ["utt1"]):  # what was unreadable is tried again, what was silent is not
+        with pytest.raises(DataError, match="2 of 3 utterances cannot be used"):
+            format_data_dir(source, target)
+        assert done == changed
+        done.clear()
+    make_data(tmp_path / "again", utterances=3)
+    source = tmp_path / "again"
     format_data_dir(source, target, sample_rate=8000)
     assert done == ["utt1", "utt2", "utt3"]
     settings = json.loads((target / ".passport.jsonl").read_text().splitlines()[0])["settings"]
