@@ -33,8 +33,8 @@ TRAINING: dict[str, Any] = {
 def train(root: Path, llm: Path, output: Path, ranks: int, **changes: Any) -> Training:
     """Train with ``ranks`` processes; the trained tensors and the curve."""
     output.mkdir()
-    write_config({**tiny_config(llm), **TRAINING, **changes}, output / "train.yaml")
-    command = [sys.executable, "-m", "pam_espnet.bin.pam_train", *train_args(root, output / "train.yaml", output)]
+    write_config({**tiny_config(llm), **TRAINING, **changes}, output / "given.yaml")
+    command = [sys.executable, "-m", "pam_espnet.bin.pam_train", *train_args(root, output / "given.yaml", output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     tests = Path(__file__).resolve().parent  # tiny_encoder
     environment["PYTHONPATH"] = f"{tests.parent}{os.pathsep}{tests}"
