@@ -92,7 +92,7 @@ def test_a_second_run_does_nothing_again(unbroken: str) -> None:
     assert results(unbroken) == before and model.stat().st_mtime_ns == time_before
 
 
-def test_packed_it_answers_alike(unbroken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_it_answers_alike(unbroken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run("--tag", unbroken, "--stage", "6", "--stop_stage", "6")
     exp = RECIPE / "exp" / unbroken
     archive = exp / f"{unbroken}.zip"
@@ -101,7 +101,7 @@ def test_packed_it_answers_alike(unbroken: str, tmp_path: Path, monkeypatch: pyt
     assert archive.read_bytes() == before
     monkeypatch.chdir(RECIPE)  # models are found where the recipe has them
     data = RECIPE / "dump" / "tiny" / "raw" / "test_asr"
-    check_archive(archive, exp / "decode_beam" / "test_asr", data, {}, tmp_path)
+    check_archive(archive, exp / "decode_beam" / "test_asr", data, {})
 
 
 def test_killed_in_every_stage_it_ends_in_the_same_files(unbroken: str) -> None:
