@@ -5,7 +5,7 @@
     model.safetensors   trained weights
     decode.yaml         decoding options
     ctc_tokens.txt      token ids of the training answers, where there was a warm start
-    exit.safetensors    calibration of early exit, with exit.json, where there is one
+    exit.safetensors    calibration of early exit, where there is one
     RESULTS.md, results.json and their pictures
     licences/           READMEs and licence files of the recipe and, in a folder each, of the pretrained models
 
@@ -21,9 +21,10 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pam_espnet
 from pam_espnet.cli import chosen_device
@@ -47,6 +48,16 @@ _NOTES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "README", "PROVENANCE")  # 
 _OTHER_WEIGHTS = (".bin", ".h5", ".msgpack", ".onnx", ".ot")  # not read where there are safetensors
 
 
+class Decoding(NamedTuple):
+    """How answers were decoded: options as in ``conf/decode.yaml``, the LLM's precision (None: as trained), SHA-256 of
+    the calibration of early exit and of the weights."""
+
+    options: Mapping[str, Any]
+    dtype: str | None = None
+    calibration_sha256: str | None = None
+    checkpoint_sha256: str | None = None
+
+
 def load(
     path: str | Path,
     models: Mapping[str, str | Path] | None = None,
@@ -58,16 +69,16 @@ def load(
 
     Args:
         path: a package (zip file or folder), or an experiment directory.
-        models: name ("llm", or an encoder's) -> folder of that pretrained model on this machine. Others are looked for
-            where the recipe has them, seen from here; ids of a package are fetched at their commit.
-        options: of decoding: a YAML file, a mapping like it, or an ``AnswerOptions``; None: those that it was packed
-            with, or that ``decode_beam`` of the experiment was made with.
+        models: name ("llm", or an encoder's) -> folder of that pretrained model. Others are looked for where the recipe
+            has them, seen from here; ids of a package are fetched at their commit.
+        options: of decoding: a YAML file, a mapping like it, or an ``AnswerOptions``; None: those of the package, or of
+            the experiment's ``decode_beam``.
         device: "cpu", "cuda", "cuda:N" or "auto".
-        dtype: precision of the LLM, see ``SpeechLLM.load``; None: the one it was packed or decoded with; of an
-            experiment with other ``options``, as it was trained.
+        dtype: precision of the LLM, see ``SpeechLLM.load``; None: as packed or decoded, or (an experiment with other
+            ``options``) as trained.
 
     Raises:
-        DataError: a damaged package, unsafe members, files that differ from the manifest, no disk to unpack it to.
+        DataError: a package that is damaged or unsafe, or cannot be unpacked.
         ConfigError: no such device; models that are missing or other ones; options that cannot work.
         CheckpointError: weights that are missing, damaged, or do not fit.
     """
@@ -80,23 +91,23 @@ def load(
     with _opened(path) as folder:
         recipe = _recipe_of(folder)
         if (folder / MANIFEST).is_file():
-            config, search = _read_package(folder, path, models or {})
+            config, used = _read_package(folder, path, models or {})
         elif (folder / CONFIG).is_file():
-            config, search = _read_experiment(folder, recipe, models or {}, as_decoded=options is None)
+            config, used = _read_experiment(folder, recipe, models or {}, as_decoded=options is None)
         else:
             raise ConfigError(f"{path}: has neither {MANIFEST} (a package) nor {CONFIG} (an experiment)")
         if tokens := (config.get("model_conf") or {}).get("ctc_tokens"):
             config = merge(config, {"model_conf": {"ctc_tokens": str(_find(tokens, folder, recipe))}})
-        decoded_dtype, source = search.pop("dtype", None), f"{path}: decoding options"
-        if not isinstance(options, AnswerOptions):
-            if isinstance(options, Mapping):
-                search, source = dict(options), "options"
-            elif options is not None:
-                search, source = load_yaml(options), str(options)
-            if calibration := _calibration_of(search):
-                search = merge(search, {"exit": {"calibration": str(_find(calibration, folder, recipe))}})
-            options = AnswerOptions.from_dict(search, source)
-        return SpeechLLM.load(folder, options, device, dtype or decoded_dtype, config)
+        if options is None:
+            options = AnswerOptions.from_dict(used.options, f"{path}: decoding options")
+        elif isinstance(options, Mapping):
+            options = AnswerOptions.from_dict(options, "options")
+        elif not isinstance(options, AnswerOptions):
+            options = AnswerOptions.from_dict(load_yaml(options), options)
+        if options.exit.calibration:
+            calibration = str(_find(options.exit.calibration, folder, recipe))
+            options = replace(options, exit=replace(options.exit, calibration=calibration))
+        return SpeechLLM.load(folder, options, device, dtype or used.dtype, config)
 
 
 @contextmanager
@@ -121,12 +132,11 @@ def _opened(path: Path) -> Iterator[Path]:
         yield found[0].parent
 
 
-def _read_package(folder: Path, source: Path, given: Mapping[str, str | Path]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Configuration with paths of this machine, decoding options with dtype; every file's SHA-256 is checked.
+def _read_package(folder: Path, source: Path, given: Mapping[str, str | Path]) -> tuple[dict[str, Any], Decoding]:
+    """Configuration with paths of this machine, and how it was decoded; every file's SHA-256 is checked.
 
     Raises:
-        DataError: about ``source``: another format, or a file that is missing, unsafe or was changed.
-        ConfigError: pretrained models that are missing or other ones, with what to type.
+        DataError (about ``source``), ConfigError: see ``load``.
     """
     try:
         manifest = read_json(folder / MANIFEST)
@@ -165,32 +175,29 @@ def _read_package(folder: Path, source: Path, given: Mapping[str, str | Path]) -
             )
     if problems:
         raise ConfigError("\n".join(problems))
-    return _with_paths(load_yaml(folder / CONFIG), paths), {**load_yaml(folder / options), "dtype": dtype}
+    return _with_paths(load_yaml(folder / CONFIG), paths), Decoding(load_yaml(folder / options), dtype)
 
 
 def _read_experiment(
     exp: Path, recipe: Path | None, given: Mapping[str, str | Path], as_decoded: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Configuration with paths seen from here (they begin at the recipe), decoding options with dtype."""
+) -> tuple[dict[str, Any], Decoding]:
+    """Configuration with paths seen from here (they begin at the recipe), and how it was decoded."""
     config = load_yaml(exp / CONFIG)
     known = _paths_of(config)
     _check_names(given, list(known), exp / CONFIG)
     config = _with_paths(config, {name: str(given.get(name, _find(path, recipe))) for name, path in known.items()})
     if as_decoded and (exp / "decode_beam").is_dir():
-        search = _decoding_key(exp, "beam")["search"]
-        search.pop("exit_calibration_sha256", None)
-        return config, search
+        return config, _read_decoding(exp, "beam")
     if as_decoded:
         logging.warning(f"{exp} has no decode_beam: default decoding options")
-    return config, {}
+    return config, Decoding({})
 
 
 def save(exp_dir: str | Path, out: str | Path, decoding: str = "beam") -> dict[str, Any]:
     """Write an experiment as a package; returns its manifest. The same experiment gives the same bytes.
 
     Args:
-        exp_dir: experiment directory, trained, decoded and scored; relative paths in its configuration start here or
-            at the recipe's folder.
+        exp_dir: trained, decoded and scored; relative paths in its configuration begin here or at the recipe's folder.
         out: a file that ends in .zip, or a folder.
         decoding: the package answers as ``decode_<decoding>`` was made.
 
@@ -212,16 +219,15 @@ def save(exp_dir: str | Path, out: str | Path, decoding: str = "beam") -> dict[s
     for path in (report, exp / "results.json"):
         if not path.is_file():
             raise DataError(path, "no such file: nothing was scored yet", hint="./run.sh --stage 5")
-    key, weights = _decoding_key(exp, decoding), sha256_file(exp / MODEL_FILE)
+    used, weights = _read_decoding(exp, decoding), sha256_file(exp / MODEL_FILE)
     scored = read_json(exp / "results.json").get("checkpoint", {}).get("sha256", weights)
-    for used, what in ((scored, "results.json"), (key["checkpoint_sha256"], f"decode_{decoding}")):
-        if used != weights:
+    for sha256, what in ((scored, "results.json"), (used.checkpoint_sha256, f"decode_{decoding}")):
+        if sha256 != weights:
             hint = f"rm -r {exp}/decode_{decoding}, then run stages 4 and 5 again"
             raise CheckpointError(f"{exp / MODEL_FILE}: {what} was made with other weights\n  -> {hint}")
     text = report.read_text(encoding="utf-8")
     pictures = [path for path in sorted(exp.glob("*.png")) if f"({path.name})" in text]
     packages = ("espnet", "peft", "torch", "transformers")
-    dtype = key["search"].pop("dtype", None)
     with whole_folder(out) as folder:
         for path in (exp / MODEL_FILE, report, exp / "results.json", *pictures):
             shutil.copyfile(path, folder / path.name)
@@ -234,13 +240,13 @@ def save(exp_dir: str | Path, out: str | Path, decoding: str = "beam") -> dict[s
             _copy_notes(root, folder / "licences" / name)
         config = _with_paths(config, {model["name"]: model["source"] for model in models})
         write_config(_portable(config, recipe, folder), folder / CONFIG)
-        write_config(_with_calibration(key["search"], exp, recipe, folder), folder / DECODE)
+        write_config(_with_calibration(used, exp, recipe, folder), folder / DECODE)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         manifest = {
             "format": FORMAT,
             "experiment": exp.resolve().name,
             "versions": {"pam_espnet": pam_espnet.__version__, **{name: version(name) for name in packages}},
-            "decoding": {"name": decoding, "options": DECODE, "dtype": dtype},
+            "decoding": {"name": decoding, "options": DECODE, "dtype": used.dtype},
             "models": models,
             "members": {path.relative_to(folder).as_posix(): {"sha256": sha256_file(path)} for path in files},
         }
@@ -253,14 +259,14 @@ def _write_zip(folder: Path, out: Path) -> None:
     with atomic_path(out) as tmp, zipfile.ZipFile(tmp, "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             info = zipfile.ZipInfo(path.relative_to(folder).as_posix(), (1980, 1, 1, 0, 0, 0))  # zip's first time
-            info.create_system, info.external_attr = 3, 0o100644 << 16  # a file that all may read
+            info.external_attr = 0o100644 << 16  # a file that all may read
             info.file_size = path.stat().st_size
             with archive.open(info, "w") as target, open(path, "rb") as source:
                 shutil.copyfileobj(source, target, 1 << 20)
 
 
-def _decoding_key(exp: Path, name: str) -> dict[str, Any]:
-    """What ``<exp>/decode_<name>`` was made with (its ``key.json``), which must be the same in all its sets."""
+def _read_decoding(exp: Path, name: str) -> Decoding:
+    """How ``<exp>/decode_<name>`` was made, by the ``key.json`` of its sets; it must be the same in all of them."""
     folder = exp / f"decode_{name}"
     keys = [read_json(path) for path in sorted(folder.glob("*/key.json"))]
     if not keys:
@@ -270,7 +276,9 @@ def _decoding_key(exp: Path, name: str) -> dict[str, Any]:
         if any(key[part] != keys[0][part] for key in keys):
             hint = f"decode all sets alike: rm -r {folder}, then ./run.sh --stage 4"
             raise DataError(folder, f"its sets were decoded with different {part}", hint=hint)
-    return keys[0]
+    options = dict(keys[0]["search"])
+    dtype, calibration = options.pop("dtype", None), options.pop("exit_calibration_sha256", None)
+    return Decoding(options, dtype, calibration, keys[0]["checkpoint_sha256"])
 
 
 def _portable(config: Mapping[str, Any], recipe: Path | None, folder: Path) -> dict[str, Any]:
@@ -288,22 +296,16 @@ def _portable(config: Mapping[str, Any], recipe: Path | None, folder: Path) -> d
     return kept
 
 
-def _with_calibration(search: dict[str, Any], exp: Path, recipe: Path | None, folder: Path) -> dict[str, Any]:
-    """``search`` with the calibration of early exit copied to ``folder``; one that was not decoded with, too."""
-    digest, given = search.pop("exit_calibration_sha256", None), _calibration_of(search)
-    path = exp / CALIBRATION if given is None else _find(given, recipe)
-    if given is not None and not (path.is_file() and sha256_file(path) == digest):
+def _with_calibration(used: Decoding, exp: Path, recipe: Path | None, folder: Path) -> dict[str, Any]:
+    """The options with the calibration of early exit copied to ``folder``; one that was not decoded with, too."""
+    given = (used.options.get("exit") or {}).get("calibration")
+    path = _find(given or exp / CALIBRATION, recipe)
+    if given and not (path.is_file() and sha256_file(path) == used.calibration_sha256):
         message = "not the calibration of early exit that was decoded with, or missing"
         raise DataError(path, message, hint="decode again with the one there is: ./run.sh --stage 4")
-    for file, name in ((path, CALIBRATION), (path.with_suffix(".json"), "exit.json")):
-        if path.is_file() and file.is_file():
-            shutil.copyfile(file, folder / name)
-    return search if given is None else merge(search, {"exit": {"calibration": CALIBRATION}})
-
-
-def _calibration_of(search: Mapping[str, Any]) -> str | None:
-    early = search.get("exit")
-    return early.get("calibration") if isinstance(early, Mapping) else None
+    if path.is_file():
+        shutil.copyfile(path, folder / CALIBRATION)
+    return merge(used.options, {"exit": {"calibration": CALIBRATION}}) if given else dict(used.options)
 
 
 def _recipe_of(exp: Path) -> Path | None:
