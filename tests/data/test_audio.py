@@ -10,10 +10,10 @@ import av
 import numpy as np
 import pytest
 import soundfile
+from make_data import BARE_MP3, RATE, encode, noise, sine
 
 from pam_espnet.data.audio import RESAMPLER, read_audio, resample, to_pcm16
 from pam_espnet.errors import DataError
-from tests.data.make_data import BARE_MP3, RATE, encode, noise, sine
 
 
 @pytest.mark.parametrize(("suffix", "subtype"), [("wav", "PCM_16"), ("flac", "PCM_16"), ("wav", "PCM_24")])

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from make_data import BARE_MP3, RATE, encode, noise, sine
 
 from pam_espnet.data.audio import read_audio
 from pam_espnet.errors import DataError
-from tests.data.make_data import BARE_MP3, RATE, encode, noise, sine
 
 U32, U64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 

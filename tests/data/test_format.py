@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from make_data import RATE, add_segments, make_data, noise
 
 import pam_espnet.data.format as format_module
 from pam_espnet.bin.pam_format import main
@@ -17,7 +18,6 @@ from pam_espnet.data.format import format_data_dir
 from pam_espnet.data.passport import Passport
 from pam_espnet.data.tables import read_table
 from pam_espnet.errors import ConfigError, DataError
-from tests.data.make_data import RATE, add_segments, make_data, noise
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""A small data directory on disk, for the tests of this folder."""
+"""A small data directory on disk."""
 
 from __future__ import annotations
 
