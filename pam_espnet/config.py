@@ -1,7 +1,7 @@
 """Configurations: YAML files laid over each other, ``key.sub=value`` changes on top.
 
 A recipe keeps one base configuration and small overlays (fusion, size) instead of a copy per experiment; the merged
-mapping is written to the experiment directory, so that what was run can be read in one place.
+mapping is written to the experiment directory, so that what was run can be read in one file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def parse_yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """SafeLoader with these two changes; a class of its own, so that PyYAML's stays as it is."""
+        """SafeLoader with these two changes; a separate class, so that PyYAML's stays as it is."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             lines: dict[tuple[str, str], int] = {}

@@ -1,6 +1,6 @@
 """The errors a user can cause and repair; everything else is a bug and keeps its stack trace.
 
-Every message says what is wrong, where (file and line when there is one) and what to type or change next.
+A message states what is wrong, where (file, and line when there is one) and what to type or change next.
 Command lines print them without a stack trace and exit with 1 (see ``pam_espnet.cli``).
 """
 

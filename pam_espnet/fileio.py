@@ -25,7 +25,7 @@ MODEL_FILE = "model.safetensors"
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it to ``path`` when the block ends without an error.
 
-    A killed process leaves the old ``path`` (or none) and at most one ``.<name>.tmp-<pid><suffix>`` file. The
+    After a kill there is the old ``path`` (or none) and at most one ``.<name>.tmp-<pid><suffix>`` file. The
     temporary name keeps the suffix, because some writers choose the format by it.
     """
     path = Path(path)

@@ -121,7 +121,7 @@ def _opened(path: Path) -> Iterator[Path]:
             tmp = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pam_package_")))
             extract_zip(path, tmp, limit=100 * path.stat().st_size)
         except OSError as error:
-            hint = "make room, or name a folder that can be written: TMPDIR=DIR before the command"
+            hint = "free some space, or name a folder that can be written: TMPDIR=DIR before the command"
             raise DataError(path, f"cannot be unpacked: {error.strerror}", hint=hint) from error
         except DataError as error:
             raise DataError(path, error.message, hint=GET_AGAIN if error.hint == ANEW else error.hint) from error
@@ -171,7 +171,7 @@ def _read_package(folder: Path, source: Path, given: Mapping[str, str | Path]) -
             expected = "".join(f"\n  {file}: SHA-256 {digest}" for file, digest in files.items())
             problems.append(
                 f"model {name!r} ({path}): {error}; expected{expected}\n  get it {get}\n"
-                f'  -> say where it is: --models {name}=DIR, or load(..., models={{"{name}": DIR}})'
+                f'  -> name its folder: --models {name}=DIR, or load(..., models={{"{name}": DIR}})'
             )
     if problems:
         raise ConfigError("\n".join(problems))

@@ -389,7 +389,7 @@ def test_without_a_disk_to_unpack_to_it_says_what_to_do(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(step, fail)
-    with pytest.raises(DataError, match=r"mine\.zip: (.|\n)*-> make room"):
+    with pytest.raises(DataError, match=r"mine\.zip: (.|\n)*-> free some space"):
         pam_espnet.load(package)
 
 
