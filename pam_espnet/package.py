@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 FORMAT = 1  # goes up when older code cannot read what newer code writes
 MANIFEST, CONFIG, DECODE, CTC_TOKENS = "manifest.json", "config.yaml", "decode.yaml", "ctc_tokens.txt"
 CALIBRATION = "exit.safetensors"
+HERE = Path()
 LLM = "llm"  # name of that pretrained model; encoders have theirs in the configuration
 GET_AGAIN = "copy the package again, or pack the experiment again"
 # Paths of the machine it was trained on; loading needs none of them.
@@ -97,7 +98,8 @@ def load(
         else:
             raise ConfigError(f"{path}: has neither {MANIFEST} (a package) nor {CONFIG} (an experiment)")
         if tokens := (config.get("model_conf") or {}).get("ctc_tokens"):
-            config = merge(config, {"model_conf": {"ctc_tokens": str(_find(tokens, folder, recipe))}})
+            config = merge(config, {"model_conf": {"ctc_tokens": str(_find(tokens, folder, HERE, recipe))}})
+        folders = (folder, HERE, recipe) if options is None else (HERE, folder, recipe)
         if options is None:
             options = AnswerOptions.from_dict(used.options, f"{path}: decoding options")
         elif isinstance(options, Mapping):
@@ -105,7 +107,7 @@ def load(
         elif not isinstance(options, AnswerOptions):
             options = AnswerOptions.from_dict(load_yaml(options), options)
         if options.exit.calibration:
-            calibration = str(_find(options.exit.calibration, folder, recipe))
+            calibration = str(_find(options.exit.calibration, *folders))
             options = replace(options, exit=replace(options.exit, calibration=calibration))
         return SpeechLLM.load(folder, options, device, dtype or used.dtype, config)
 
@@ -144,8 +146,12 @@ def _read_package(folder: Path, source: Path, given: Mapping[str, str | Path]) -
             message = f"has format {manifest['format']}, this version reads {FORMAT}"
             raise DataError(source, message, hint="use the version that packed it")
         members = {str(name): str(entry["sha256"]) for name, entry in manifest["members"].items()}
-        models = [[one[key] for key in ("name", "source", "revision", "files", "get")] for one in manifest["models"]]
+        models = [
+            (one["name"], one["source"], one["revision"], dict(one["files"]), one["get"]) for one in manifest["models"]
+        ]
         options, dtype = manifest["decoding"]["options"], manifest["decoding"]["dtype"]
+        if unlisted := {CONFIG, MODEL_FILE, options} - set(members):
+            raise KeyError(*unlisted)
         versions = {name: manifest["versions"][name] for name in ("torch", "transformers")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(source, f"{MANIFEST} is no manifest of pam_pack ({error!r})", hint=GET_AGAIN) from error
@@ -185,7 +191,9 @@ def _read_experiment(
     config = load_yaml(exp / CONFIG)
     known = _paths_of(config)
     _check_names(given, list(known), exp / CONFIG)
-    config = _with_paths(config, {name: str(given.get(name, _find(path, recipe))) for name, path in known.items()})
+    config = _with_paths(
+        config, {name: str(given.get(name, _find(path, HERE, recipe))) for name, path in known.items()}
+    )
     if as_decoded and (exp / "decode_beam").is_dir():
         return config, _read_decoding(exp, "beam")
     if as_decoded:
@@ -285,13 +293,13 @@ def _portable(config: Mapping[str, Any], recipe: Path | None, folder: Path) -> d
     """``config`` without the machine's paths; its list of tokens is copied to ``folder``, its chat template is text."""
     kept = {name: value for name, value in config.items() if not _PATHS.fullmatch(name)}
     if tokens := (config.get("model_conf") or {}).get("ctc_tokens"):
-        path = _find(tokens, recipe)
+        path = _find(tokens, HERE, recipe)
         if not path.is_file():
             raise DataError(path, "no such file, but model_conf.ctc_tokens names it", hint="./run.sh --stage 3")
         shutil.copyfile(path, folder / CTC_TOKENS)
         kept = merge(kept, {"model_conf": {"ctc_tokens": CTC_TOKENS}})
     template = (config.get("llm_conf") or {}).get("chat_template")
-    if template and "\n" not in template and (path := _find(template, recipe)).is_file():
+    if template and "\n" not in template and (path := _find(template, HERE, recipe)).is_file():
         kept = merge(kept, {"llm_conf": {"chat_template": path.read_text(encoding="utf-8")}})
     return kept
 
@@ -299,7 +307,7 @@ def _portable(config: Mapping[str, Any], recipe: Path | None, folder: Path) -> d
 def _with_calibration(used: Decoding, exp: Path, recipe: Path | None, folder: Path) -> dict[str, Any]:
     """The options with the calibration of early exit copied to ``folder``; one that was not decoded with, too."""
     given = (used.options.get("exit") or {}).get("calibration")
-    path = _find(given or exp / CALIBRATION, recipe)
+    path = _find(given or exp / CALIBRATION, HERE, recipe)
     if given and not (path.is_file() and sha256_file(path) == used.calibration_sha256):
         message = "not the calibration of early exit that was decoded with, or missing"
         raise DataError(path, message, hint="decode again with the one there is: ./run.sh --stage 4")
@@ -315,8 +323,8 @@ def _recipe_of(exp: Path) -> Path | None:
 
 
 def _find(path: str | Path, *folders: Path | None) -> Path:
-    """``path`` from here, or from the first of ``folders`` in which it exists; as it is where it exists in none."""
-    candidates = (Path(path), *(folder / path for folder in folders if folder is not None))
+    """``path`` in the first of ``folders`` in which it exists; as it is where it exists in none."""
+    candidates = (folder / path for folder in folders if folder is not None)
     return next((candidate for candidate in candidates if candidate.exists()), Path(path))
 
 
@@ -374,7 +382,7 @@ def _hub_folder(model_id: str, revision: str | None, **options: Any) -> Path:
 
 def _describe(name: str, path_or_id: str, recipe: Path | None, revision: str | None) -> tuple[dict[str, Any], Path]:
     """A model's entry in the manifest, and its folder or file on this machine."""
-    root, commit, given = _find(path_or_id, recipe), None, Path(path_or_id)
+    root, commit, given = _find(path_or_id, HERE, recipe), None, Path(path_or_id)
     source, get = path_or_id, "from whoever packed this; its source was not noted"
     if not root.exists():
         root = _hub_folder(path_or_id, revision, local_files_only=True)

@@ -159,6 +159,13 @@ def test_other_options_replace_the_packed_ones(recipe: Path, package: Path) -> N
     assert model.options.beam.max_new_tokens == 3
 
 
+def test_files_of_the_working_directory_are_not_taken_for_the_packages(recipe: Path, package: Path, data: Path) -> None:
+    expected = answers(package, data, models=llm(recipe))
+    Path("ctc_tokens.txt").write_text("no tokens\n")
+    Path("config.yaml").write_text("llm: evil\n")
+    assert answers(package, data, models=llm(recipe)) == expected
+
+
 def test_importing_the_package_stays_light(repo_root: Path) -> None:
     code = "import sys, pam_espnet; print(callable(pam_espnet.load), 'torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, check=True)
@@ -330,6 +337,7 @@ def test_links_and_inflated_members(package: Path) -> None:
         (b"[]", "no manifest"),
         (b'{"format": 1}', "no manifest"),
         (b'{"format": 1, "members": {}, "models": [{"name": "llm"}]}', "no manifest"),
+        (b'{"format": 1, "members": {}, "models": [], "decoding": {"options": "x", "dtype": null}}', "no manifest"),
         (b'{"format": 99, "members": {}}', "format 99"),
         (None, "it has no manifest.json"),
     ],
@@ -389,7 +397,7 @@ def test_without_a_disk_to_unpack_to_it_says_what_to_do(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(step, fail)
-    with pytest.raises(DataError, match=r"mine\.zip: (.|\n)*-> free some space"):
+    with pytest.raises(DataError, match=r"mine\.zip: (.|\n)*-> (free some space|make room)"):
         pam_espnet.load(package)
 
 
