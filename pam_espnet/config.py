@@ -135,12 +135,8 @@ def used_encoders(config: Mapping[str, Any]) -> list[str]:
 
 
 def add_specs(config: Mapping[str, Any], cache: str | Path) -> dict[str, Any]:
-    """``config`` with the specs that the feature cache knows, so that training loads no encoder it does not run.
-
-    Args:
-        config: an experiment's configuration.
-        cache: root of the feature cache; holds ``<encoder>/spec.json``.
-    """
+    """``config`` with the specs in the feature cache (``cache/<encoder>/spec.json``), so that training loads no encoder
+    that it does not run."""
     from pam_espnet.fileio import read_json
 
     found = {name: Path(cache) / name / "spec.json" for name in (config.get("frontend_conf") or {}).get("encoders", {})}
@@ -169,11 +165,7 @@ def check_number(
     below: float | None = None,
     whole: bool = False,
 ) -> None:
-    """Check that the option ``name`` is a finite number within the limits.
-
-    Raises:
-        ConfigError: it is not; names the option, its value and the limits.
-    """
+    """Raises ConfigError where ``value`` of the option ``name`` is no finite number within the limits."""
     limits = (
         ("at least", at_least, operator.ge),
         ("at most", at_most, operator.le),

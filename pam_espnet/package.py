@@ -389,7 +389,7 @@ def _describe(name: str, path_or_id: str, recipe: Path | None, revision: str | N
         commit, get = root.name, f"from https://huggingface.co/{path_or_id}/tree/{root.name}; loading fetches it"
     elif given.is_absolute() or ".." in given.parts:
         source = given.name
-    elif recipe is not None and given.parts[0] == "downloads":
+    elif recipe is not None and given.parts[:1] == ("downloads",):
         get = f"in {'/'.join(recipe.resolve().parts[-3:])}: ./run.sh --stage 1 --stop_stage 1 makes {source}"
     base = root.parent if root.is_file() else root
     files = {path.relative_to(base).as_posix(): sha256_file(path) for path in _model_files(root)}
