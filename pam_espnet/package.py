@@ -30,6 +30,7 @@ import pam_espnet
 from pam_espnet.cli import chosen_device
 from pam_espnet.config import load_yaml, merge, write_config
 from pam_espnet.data.archives import ANEW, extract_zip
+from pam_espnet.data.pretrained import HERE, check_files, copy_notes, describe, find, hub_folder
 from pam_espnet.errors import CheckpointError, ConfigError, DataError
 from pam_espnet.fileio import MODEL_FILE, atomic_path, read_json, read_trained, sha256_file, whole_folder, write_json
 
@@ -40,13 +41,10 @@ if TYPE_CHECKING:
 FORMAT = 1  # goes up when older code cannot read what newer code writes
 MANIFEST, CONFIG, DECODE, CTC_TOKENS = "manifest.json", "config.yaml", "decode.yaml", "ctc_tokens.txt"
 CALIBRATION = "exit.safetensors"
-HERE = Path()
 LLM = "llm"  # name of that pretrained model; encoders have theirs in the configuration
 GET_AGAIN = "copy the package again, or pack the experiment again"
 # Paths of the machine it was trained on; loading needs none of them.
 _PATHS = re.compile(r".*_data_path_and_name_and_type|.*_shape_file|output_dir|config|init_.*|pretrain_path|required")
-_NOTES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "README", "PROVENANCE")  # beginnings of names, in any case
-_OTHER_WEIGHTS = (".bin", ".h5", ".msgpack", ".onnx", ".ot")  # not read where there are safetensors
 
 
 class Decoding(NamedTuple):
@@ -98,7 +96,7 @@ def load(
         else:
             raise ConfigError(f"{path}: has neither {MANIFEST} (a package) nor {CONFIG} (an experiment)")
         if tokens := (config.get("model_conf") or {}).get("ctc_tokens"):
-            config = merge(config, {"model_conf": {"ctc_tokens": str(_find(tokens, folder, HERE, recipe))}})
+            config = merge(config, {"model_conf": {"ctc_tokens": str(find(tokens, folder, HERE, recipe))}})
         folders = (folder, HERE, recipe) if options is None else (HERE, folder, recipe)
         if options is None:
             options = AnswerOptions.from_dict(used.options, f"{path}: decoding options")
@@ -107,7 +105,7 @@ def load(
         elif not isinstance(options, AnswerOptions):
             options = AnswerOptions.from_dict(load_yaml(options), options)
         if options.exit.calibration:
-            calibration = str(_find(options.exit.calibration, *folders))
+            calibration = str(find(options.exit.calibration, *folders))
             options = replace(options, exit=replace(options.exit, calibration=calibration))
         return SpeechLLM.load(folder, options, device, dtype or used.dtype, config)
 
@@ -170,8 +168,8 @@ def _read_package(folder: Path, source: Path, given: Mapping[str, str | Path]) -
         try:
             root = Path(given.get(name, path))
             if name not in given and revision is not None:
-                root = _hub_folder(path, revision, allow_patterns=list(files))
-            _check_model(root, files)
+                root = hub_folder(path, revision, allow_patterns=list(files))
+            check_files(root, files)
             paths[name] = str(root)
         except ConfigError as error:
             expected = "".join(f"\n  {file}: SHA-256 {digest}" for file, digest in files.items())
@@ -191,9 +189,7 @@ def _read_experiment(
     config = load_yaml(exp / CONFIG)
     known = _paths_of(config)
     _check_names(given, list(known), exp / CONFIG)
-    config = _with_paths(
-        config, {name: str(given.get(name, _find(path, HERE, recipe))) for name, path in known.items()}
-    )
+    config = _with_paths(config, {name: str(given.get(name, find(path, HERE, recipe))) for name, path in known.items()})
     if as_decoded and (exp / "decode_beam").is_dir():
         return config, _read_decoding(exp, "beam")
     if as_decoded:
@@ -239,13 +235,13 @@ def save(exp_dir: str | Path, out: str | Path, decoding: str = "beam") -> dict[s
     with whole_folder(out) as folder:
         for path in (exp / MODEL_FILE, report, exp / "results.json", *pictures):
             shutil.copyfile(path, folder / path.name)
-        _copy_notes(recipe, folder / "licences")
+        copy_notes(recipe, folder / "licences")
         models = []
         for name, given in _paths_of(config).items():
             revision = (config.get("llm_conf") or {}).get("revision") if name == LLM else None
-            model, root = _describe(name, given, recipe, revision)
+            model, root = describe(name, given, recipe, revision)
             models.append(model)
-            _copy_notes(root, folder / "licences" / name)
+            copy_notes(root, folder / "licences" / name)
         config = _with_paths(config, {model["name"]: model["source"] for model in models})
         write_config(_portable(config, recipe, folder), folder / CONFIG)
         write_config(_with_calibration(used, exp, recipe, folder), folder / DECODE)
@@ -293,13 +289,13 @@ def _portable(config: Mapping[str, Any], recipe: Path | None, folder: Path) -> d
     """``config`` without the machine's paths; its list of tokens is copied to ``folder``, its chat template is text."""
     kept = {name: value for name, value in config.items() if not _PATHS.fullmatch(name)}
     if tokens := (config.get("model_conf") or {}).get("ctc_tokens"):
-        path = _find(tokens, HERE, recipe)
+        path = find(tokens, HERE, recipe)
         if not path.is_file():
             raise DataError(path, "no such file, but model_conf.ctc_tokens names it", hint="./run.sh --stage 3")
         shutil.copyfile(path, folder / CTC_TOKENS)
         kept = merge(kept, {"model_conf": {"ctc_tokens": CTC_TOKENS}})
     template = (config.get("llm_conf") or {}).get("chat_template")
-    if template and "\n" not in template and (path := _find(template, HERE, recipe)).is_file():
+    if template and "\n" not in template and (path := find(template, HERE, recipe)).is_file():
         kept = merge(kept, {"llm_conf": {"chat_template": path.read_text(encoding="utf-8")}})
     return kept
 
@@ -307,7 +303,7 @@ def _portable(config: Mapping[str, Any], recipe: Path | None, folder: Path) -> d
 def _with_calibration(used: Decoding, exp: Path, recipe: Path | None, folder: Path) -> dict[str, Any]:
     """The options with the calibration of early exit copied to ``folder``; one that was not decoded with, too."""
     given = (used.options.get("exit") or {}).get("calibration")
-    path = _find(given or exp / CALIBRATION, HERE, recipe)
+    path = find(given or exp / CALIBRATION, HERE, recipe)
     if given and not (path.is_file() and sha256_file(path) == used.calibration_sha256):
         message = "not the calibration of early exit that was decoded with, or missing"
         raise DataError(path, message, hint="decode again with the one there is: ./run.sh --stage 4")
@@ -320,23 +316,6 @@ def _recipe_of(exp: Path) -> Path | None:
     """The recipe's folder, where ``exp`` is ``<recipe>/exp/<tag>``."""
     folder = exp.resolve().parent.parent
     return folder if (folder / "run.sh").is_file() else None
-
-
-def _find(path: str | Path, *folders: Path | None) -> Path:
-    """``path`` in the first of ``folders`` in which it exists; as it is where it exists in none."""
-    candidates = (folder / path for folder in folders if folder is not None)
-    return next((candidate for candidate in candidates if candidate.exists()), Path(path))
-
-
-def _copy_notes(root: Path | None, folder: Path) -> None:
-    """Copy licence files and READMEs that are directly in the folder ``root``."""
-    for path in root.iterdir() if root is not None and root.is_dir() else ():
-        if path.is_file() and path.name.upper().startswith(_NOTES):
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / path.name)
-
-
-# ---- pretrained models ----------------------------------------------------------------------------------------------
 
 
 def _paths_of(config: Mapping[str, Any]) -> dict[str, str]:
@@ -352,55 +331,9 @@ def _paths_of(config: Mapping[str, Any]) -> dict[str, str]:
 def _with_paths(config: Mapping[str, Any], paths: Mapping[str, str]) -> dict[str, Any]:
     """``config`` with other paths of its models."""
     encoders = {name: {"path": path} for name, path in paths.items() if name != LLM}
-    return merge(config, {"llm": paths[LLM], **({"frontend_conf": {"encoders": encoders}} if encoders else {})})
+    return merge(config, {"llm": paths[LLM], "frontend_conf": {"encoders": encoders}})
 
 
 def _check_names(given: Mapping[str, Any], known: list[str], source: Path) -> None:
     if unknown := sorted(set(given) - set(known)):
         raise ConfigError(f"models: there is no {unknown[0]!r} in {source}; it has {', '.join(known)}")
-
-
-def _check_model(root: Path, files: Mapping[str, str]) -> None:
-    """Raises ConfigError where the folder or file ``root`` does not hold ``files`` (name -> SHA-256)."""
-    for name, expected in files.items():
-        path = root if root.is_file() and len(files) == 1 else root / name
-        if not path.is_file():
-            raise ConfigError(f"there is no {path if root.exists() else root}")
-        if (found := sha256_file(path)) != expected:
-            raise ConfigError(f"{path} is another one: its SHA-256 is {found}")
-
-
-def _hub_folder(model_id: str, revision: str | None, **options: Any) -> Path:
-    """The folder of a Hugging Face id in the local cache."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model_id, revision=revision, **options))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{model_id}: no such folder, and not from the Hugging Face hub: {error}") from error
-
-
-def _describe(name: str, path_or_id: str, recipe: Path | None, revision: str | None) -> tuple[dict[str, Any], Path]:
-    """A model's entry in the manifest, and its folder or file on this machine."""
-    root, commit, given = _find(path_or_id, HERE, recipe), None, Path(path_or_id)
-    source, get = path_or_id, "from whoever packed this; its source was not noted"
-    if not root.exists():
-        root = _hub_folder(path_or_id, revision, local_files_only=True)
-        commit, get = root.name, f"from https://huggingface.co/{path_or_id}/tree/{root.name}; loading fetches it"
-    elif given.is_absolute() or ".." in given.parts:
-        source = given.name
-    elif recipe is not None and given.parts[:1] == ("downloads",):
-        get = f"in {'/'.join(recipe.resolve().parts[-3:])}: ./run.sh --stage 1 --stop_stage 1 makes {source}"
-    base = root.parent if root.is_file() else root
-    files = {path.relative_to(base).as_posix(): sha256_file(path) for path in _model_files(root)}
-    return {"name": name, "source": source, "revision": commit, "files": files, "get": get}, root
-
-
-def _model_files(root: Path) -> list[Path]:
-    """Files that decide what a model computes: all visible ones but licences, and one format of weights."""
-    if root.is_file():
-        return [root]
-    found = [path for path in sorted(root.rglob("*")) if path.is_file() and not path.name.upper().startswith(_NOTES)]
-    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    safe = any(path.suffix == ".safetensors" for path in found)
-    return [path for path in found if not (safe and path.name.removesuffix(".index.json").endswith(_OTHER_WEIGHTS))]
