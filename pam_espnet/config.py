@@ -33,10 +33,11 @@ def parse_yaml(text: str) -> Any:
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             lines: dict[tuple[str, str], int] = {}
             for key, _ in node.value:
-                first = lines.setdefault((key.tag, str(key.value)), key.start_mark.line + 1)
-                if first != key.start_mark.line + 1:
-                    problem = f"the key {key.value!r} was given in line {first} already"
+                name = (key.tag, str(key.value))
+                if name in lines:
+                    problem = f"the key {key.value!r} was given in line {lines[name]} already"
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                lines[name] = key.start_mark.line + 1
             return super().construct_mapping(node, deep)
 
     number = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")

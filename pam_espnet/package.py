@@ -211,7 +211,7 @@ def save(exp_dir: str | Path, out: str | Path, decoding: str = "beam") -> dict[s
         DataError: a stage that was not run.
     """
     exp, out = Path(exp_dir), Path(out)
-    if out.suffix == ".zip":
+    if out.suffix.lower() == ".zip":
         with tempfile.TemporaryDirectory() as tmp:
             manifest = save(exp, Path(tmp) / "package", decoding)
             _write_zip(Path(tmp) / "package", out)
