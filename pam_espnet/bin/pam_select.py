@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pam_espnet.cli import run_main, run_record
+from pam_espnet.cli import add_compute_options, compute_device, run_main, run_record
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,8 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="YAML with options of decoding (conf/decode.yaml)")
     parser.add_argument("--batch_size", type=int, default=8, help="utterances decoded together (default: 8)")
     parser.add_argument("--caption_reference", type=float, default=1.0, help="CIDEr-D that counts as 1 (default: 1)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), help="precision of the LLM (as trained)")
+    add_compute_options(parser)
     return parser
 
 
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         load_yaml(args.config) if args.config else {},
         DecodeOptions(args.batch_size),
         run_record("pam_select.py"),
-        device=args.device,
+        device=compute_device(args),
         dtype=args.dtype,
         caption_reference=args.caption_reference,
     )

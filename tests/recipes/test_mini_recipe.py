@@ -108,14 +108,14 @@ def test_second_run_does_nothing_again(recipe: Path, unbroken: Path) -> None:
     assert results(unbroken) == before and model.stat().st_mtime_ns == time_before
 
 
-def test_archive_answers_alike(recipe: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archive_answers_alike(recipe: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(recipe, unbroken.name, "--stage", "6", "--stop_stage", "6")
     archive = unbroken / f"{unbroken.name}.zip"
     before = archive.read_bytes()
     run(recipe, unbroken.name, "--stage", "6", "--stop_stage", "6")
     assert archive.read_bytes() == before
     monkeypatch.chdir(recipe)  # models are found where the recipe has them
-    check_archive(archive, unbroken / "decode_beam/test_asr", recipe / "dump/tiny/raw/test_asr", {}, tmp_path)
+    check_archive(archive, unbroken / "decode_beam/test_asr", recipe / "dump/tiny/raw/test_asr", {})
 
 
 def test_run_killed_in_every_stage_ends_in_the_same_files(recipe: Path, unbroken: Path, tag: str) -> None:
