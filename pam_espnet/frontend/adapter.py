@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError
 from pam_espnet.frontend.encoders.base import padding_mask
 
@@ -99,8 +100,7 @@ class FrameStackingAdapter(nn.Module):
         super().__init__()
         self.stack, self.repeat = stacking(encoder_rate, frame_rate, name)
         hidden = width_out if hidden_width is None else hidden_width
-        if hidden < 1:
-            raise ConfigError(f"adapter_conf.hidden_width: {hidden}; must be at least 1")
+        check_number(hidden, "adapter_conf.hidden_width", at_least=1, whole=True)
         first, second = nn.Linear(self.stack * width_in, hidden), nn.Linear(hidden, width_out)
         self.mlp = nn.Sequential(first, nn.GELU(), second)
         self.norm = nn.LayerNorm(width_out, eps=self.norm_eps) if output_norm else nn.Identity()

@@ -21,7 +21,7 @@ import torch
 from espnet2.asr.frontend.abs_frontend import AbsFrontend
 from torch import Tensor, nn
 
-from pam_espnet.config import check_options
+from pam_espnet.config import check_number, check_options
 from pam_espnet.errors import ConfigError
 from pam_espnet.frontend.adapter import FrameStackingAdapter, mix_layers
 from pam_espnet.frontend.encoder_spec import EncoderSpec
@@ -98,8 +98,9 @@ class PaMFrontend(AbsFrontend):
         super().__init__()
         fusion_conf, adapter_conf, specs = fusion_conf or {}, adapter_conf or {}, specs or {}
         _check(encoders, adapter_conf, mask_conf or {}, specs)
-        if frame_rate <= 0 or initial_rms <= 0 or not 0 <= skip_threshold < 1:
-            raise ConfigError("frontend_conf: needs frame_rate > 0 (Hz), initial_rms > 0, 0 <= skip_threshold < 1")
+        check_number(frame_rate, "frontend_conf.frame_rate", above=0)
+        check_number(initial_rms, "frontend_conf.initial_rms", above=0)
+        check_number(skip_threshold, "frontend_conf.skip_threshold", at_least=0, below=1)
         self.names = tuple(encoders)
         self.width, self.frame_rate, self.sample_rate = width, frame_rate, sample_rate
         self.skip_threshold = skip_threshold

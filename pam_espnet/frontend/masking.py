@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pam_espnet.errors import ConfigError
+from pam_espnet.config import check_number
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class MaskOptions:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.span < 0 or self.every <= 0 or not 0 <= self.dropout < 1:
-            raise ConfigError(f"mask_conf: needs span >= 0, every > 0, 0 <= dropout < 1; got {self}")
+        check_number(self.span, "mask_conf.span", at_least=0)
+        check_number(self.every, "mask_conf.every", above=0)
+        check_number(self.dropout, "mask_conf.dropout", at_least=0, below=1)
 
 
 def draw_spans(seconds: Tensor, options: MaskOptions) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError, PamError
 from pam_espnet.frontend.encoders.base import AbsEncoder, load_pretrained, padding_mask
 
@@ -64,8 +65,7 @@ class WhisperEncoder(AbsEncoder):
         super().__init__()
         if window not in ("clip", "30s"):
             raise ConfigError(f"window: {window!r} for whisper; allowed are 'clip' and '30s'")
-        if pad_seconds < 0:
-            raise ConfigError(f"pad_seconds: {pad_seconds} for whisper; must be at least 0 (seconds)")
+        check_number(pad_seconds, "pad_seconds", at_least=0)
         if long_clips not in ("refuse", "split"):
             raise ConfigError(f"long_clips: {long_clips!r} for whisper; allowed are 'refuse' and 'split'")
         self.window, self.long_clips = window, long_clips

@@ -38,9 +38,7 @@ class Clip:
 def read_16k(path: Path) -> np.ndarray:
     """A recording at 16 kHz without its mean: (N,) float32."""
     if path.suffix == ".gsm":  # has no header, so its format is stated
-        wave, rate = soundfile.read(
-            path, dtype="float32", format="RAW", subtype="GSM610", samplerate=8000, channels=1
-        )
+        wave, rate = soundfile.read(path, dtype="float32", format="RAW", subtype="GSM610", samplerate=8000, channels=1)
     else:
         wave, rate = read_audio(path)
     wave = resample(wave, rate, SAMPLE_RATE)
