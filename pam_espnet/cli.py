@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import shlex
@@ -16,14 +17,15 @@ from typing import Any
 from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError, PamError
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 DTYPES = ("float32", "bfloat16", "int8")  # precisions of the LLM in decoding
 
 
 def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
     """Call ``main(argv)``; return the process's exit status.
 
-    A ``PamError`` is printed as its message alone (status 1); Ctrl-C gives status 130; any other exception is a
-    bug and keeps its stack trace.
+    A ``PamError``, and a file that a full or read-only disk does not take, are printed as a message alone (status 1);
+    Ctrl-C gives status 130; any other exception is a bug and keeps its stack trace.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"
@@ -33,6 +35,12 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
     except PamError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {error.filename or 'a file'}: cannot be written: {error.strerror}", file=sys.stderr)
+        print("  -> free disk space, or choose a folder that can be written; then run it again", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
@@ -41,7 +49,11 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
 def run_record(program: str) -> dict[str, Any]:
     """Command (its words) and commit, for result files; the command is the recipe's where a recipe started this."""
     typed = os.environ.get("PAM_COMMAND") or shlex.join([program, *sys.argv[1:]])
-    return {"command": shlex.split(typed), "commit": code_commit()}
+    try:
+        words = shlex.split(typed)
+    except ValueError:  # an apostrophe that was not quoted
+        words = typed.split()
+    return {"command": words, "commit": code_commit()}
 
 
 def code_commit() -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +54,38 @@ def cache_encoder(
         cache = cache_features(encode, key, data_dir, out, rebuild=rebuild)
     write_json(root / name / "spec.json", spec.to_dict())
     return cache
+
+
+def cache_encoders(
+    names: Sequence[str],
+    frontend_conf: Mapping[str, Any],
+    data_dirs: Sequence[str | Path],
+    root: Path,
+    *,
+    rebuild: bool = False,
+    device: str = "cpu",
+    jobs: int = 1,
+) -> Iterator[FeatureCache]:
+    """Cache the hidden states of several encoders, ``jobs`` at a time, each in a process with one thread (small models
+    gain little from a second one) and, where there are several GPUs, on one of its own. Raises as ``cache_encoder``."""
+    if jobs <= 1 or len(names) == 1:
+        for name in names:
+            for data in data_dirs:
+                yield cache_encoder(name, frontend_conf, data, root, rebuild=rebuild, device=device)
+        return
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    with ProcessPoolExecutor(min(jobs, len(names)), multiprocessing.get_context("spawn")) as pool:
+        devices = [f"cuda:{number % gpus}" if gpus else device for number in range(len(names))]
+        tasks = [
+            pool.submit(_cache_one, name, frontend_conf, data_dirs, root, rebuild, own)
+            for name, own in zip(names, devices, strict=True)
+        ]
+        for task in tasks:
+            yield from task.result()
+
+
+def _cache_one(
+    name: str, conf: Mapping[str, Any], data_dirs: Sequence[str | Path], root: Path, rebuild: bool, device: str
+) -> list[FeatureCache]:
+    torch.set_num_threads(1)
+    return [cache_encoder(name, conf, data, root, rebuild=rebuild, device=device) for data in data_dirs]

@@ -16,9 +16,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,6 @@ from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import read_json
 
 MODEL_STAGE = "./run.sh --stage 1 --stop_stage 1"
-_weightless: ContextVar[bool] = ContextVar("weightless", default=False)
 
 
 class AbsEncoder(torch.nn.Module, ABC):
@@ -162,16 +159,6 @@ def model_folder_or_id(path: str | Path) -> str:
     return str(model_folder(path))
 
 
-@contextmanager
-def without_weights() -> Iterator[None]:
-    """Within it ``load_pretrained`` reads no weights: models have their shapes alone, on torch's meta device."""
-    token = _weightless.set(True)
-    try:
-        yield
-    finally:
-        _weightless.reset(token)
-
-
 def load_pretrained(cls: Any, path: str | Path, **options: Any) -> Any:
     """``cls.from_pretrained`` of a transformers class, in float32, with every weight it needs.
 
@@ -188,8 +175,6 @@ def load_pretrained(cls: Any, path: str | Path, **options: Any) -> Any:
     from transformers.utils import logging
 
     source = model_folder_or_id(path)
-    if _weightless.get():
-        return _of_config(cls, source)
     # Its own report would list every weight that is rightly left out (a decoder, a pre-training head) as a warning.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -206,18 +191,6 @@ def load_pretrained(cls: Any, path: str | Path, **options: Any) -> Any:
     if missing:
         raise CheckpointError(f"{source}: {len(missing)} weights are missing, for example {', '.join(missing[:5])}")
     return model
-
-
-def _of_config(cls: Any, source: str) -> Any:
-    """A transformers model by its ``config.json`` alone, on the meta device."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"path: no configuration of {source}: {error}") from error
-    with torch.device("meta"):
-        return cls.from_config(config) if hasattr(cls, "from_config") else cls._from_config(config)
 
 
 def load_extractor(cls: Any, path: str | Path) -> Any:
