@@ -26,7 +26,7 @@ def local_modules(folder: Path, names: Sequence[str]) -> Iterator[SimpleNamespac
 
 def mini_converter(name: str) -> ModuleType:
     """A converter of the mini recipe."""
-    with local_modules(Path(__file__).resolve().parents[1] / "egs/mini/pam1/local", (name, "model_files")) as local:
+    with local_modules(Path(__file__).resolve().parents[2] / "egs/mini/pam1/local", (name, "model_files")) as local:
         return getattr(local, name)
 
 

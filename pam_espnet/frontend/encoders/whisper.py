@@ -79,13 +79,8 @@ class WhisperEncoder(AbsEncoder):
         filters = mel_filter_bank(bins, config.num_mel_bins, 0.0, top, _SAMPLE_RATE, norm="slaney", mel_scale="slaney")
         self.register_buffer("_filters", torch.from_numpy(filters.T).float(), persistent=False)
         self.register_buffer("_hann", torch.hann_window(_FFT), persistent=False)
-        self.finish(
-            layers=layers,
-            available=config.encoder_layers + 1,
-            width=config.d_model,
-            frame_rate=_SAMPLE_RATE / _FRAME,
-            sample_rate=_SAMPLE_RATE,
-        )
+        rate = _SAMPLE_RATE / _FRAME
+        self.finish(layers=layers, available=config.encoder_layers + 1, width=config.d_model, frame_rate=rate)
 
     def output_lengths(self, num_samples: Tensor) -> Tensor:
         """Frames (B,) of clips of ``num_samples`` (B,): one for each 20 ms begun."""
