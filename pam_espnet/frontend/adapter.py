@@ -83,7 +83,7 @@ class FrameStackingAdapter(nn.Module):
         ConfigError: the rates do not fit, or an option is out of its range.
     """
 
-    # The MLP starts with outputs of variance one, which this leaves alone. It bounds the gradient of frames that
+    # The MLP starts with outputs of variance one, which this hardly changes. It bounds the gradient of frames that
     # are all zero (an encoder that stops before the clip does), which 1/std would multiply by hundreds.
     norm_eps = 1e-2
 

@@ -128,7 +128,7 @@ class PaMFrontend(AbsFrontend):
         """An encoder, loaded on the first call.
 
         Raises:
-            ConfigError: it cannot be built, or is not what its spec says.
+            ConfigError: it cannot be built, or differs from its spec.
         """
         if name not in self._encoders:
             try:
@@ -233,7 +233,7 @@ class PaMFrontend(AbsFrontend):
             states = states.unflatten(2, (spec.num_layers, spec.width)).transpose(1, 2)
         if states.dim() != 4 or (states.shape[1], states.shape[3]) != (spec.num_layers, spec.width):
             raise ConfigError(
-                f"cached features of encoder {name!r} have shape {tuple(states.shape)}, but the configuration says "
+                f"cached features of encoder {name!r} have shape {tuple(states.shape)}, but the configuration has "
                 f"{spec.num_layers} layers of width {spec.width}: was the cache made with other layers? Rebuild it"
             )
         return states, frames

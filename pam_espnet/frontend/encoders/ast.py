@@ -43,7 +43,7 @@ class ASTEncoder(AbsEncoder):
 
         Raises:
             ConfigError: missing folder, unreadable model, a layer out of range, or a model whose patches overlap in a
-                way that leaves no whole grid.
+                way that gives no whole grid.
             CheckpointError: weights are missing.
         """
         from transformers import ASTFeatureExtractor, ASTModel

@@ -36,7 +36,7 @@ class Model:
         package, source: the file to convert.
         converter: a module beside this one.
         licence: package and file of the licence text.
-        notice: stands before the text and states whose it is.
+        notice: owner of the model, written before the text.
         only_from: the part of the licence file from this word on, without the copyright line of the package.
     """
 
@@ -150,17 +150,12 @@ def make_models(models: Sequence[Model], downloads: Path) -> None:
         print(f"models: wrote {folder} ({size / 1e6:.0f} MB) in {time.monotonic() - begin:.1f} s", flush=True)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--downloads", type=Path, default=Path("downloads"), help="what download.py filled (downloads)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of: {', '.join(model.name for model in MODELS)}")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Convert what is missing."""
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     known = {model.name: model for model in MODELS}
     names = args.only or known
     if unknown := sorted(set(names) - set(known)):

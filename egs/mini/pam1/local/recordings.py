@@ -1,7 +1,4 @@
-"""Where each package keeps its recordings and transcripts: one reader per package, all give paths and texts.
-
-Knows the folder layouts only; what becomes of the recordings is decided in asr.py, count.py and caption.py.
-"""
+"""Readers of the packages' recordings and transcripts, one per package; all give paths and texts."""
 
 from __future__ import annotations
 
