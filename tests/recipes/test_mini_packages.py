@@ -129,7 +129,7 @@ def test_wheel_is_fetched_checked_unpacked_and_kept(
     assert "thing 1.0: MIT" in capsys.readouterr().out
 
 
-def test_wrong_hash_says_expected_and_got(local: SimpleNamespace, tmp_path: Path) -> None:
+def test_wrong_hash_names_expected_and_found(local: SimpleNamespace, tmp_path: Path) -> None:
     source = make_wheel(tmp_path / "downloads/packages/thing-1.0-py3-none-any.whl", {"a": b"1"})
     entry = package(local, source, "python")
     make_wheel(source, {"a": b"2"})
