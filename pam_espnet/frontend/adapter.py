@@ -111,12 +111,7 @@ class FrameStackingAdapter(nn.Module):
         nn.init.zeros_(second.bias)
 
     def forward(self, hidden: Tensor, num_frames: int) -> Tensor:
-        """Adapted frames (B,U,D_out) with U = ``num_frames``: what is too long is cut, what is missing is zero.
-
-        Args:
-            hidden: (B,T,D_in), zero beyond each utterance's own frames.
-            num_frames: U.
-        """
+        """(B,T,D_in), zero beyond each utterance's frames -> (B,U,D_out), U = ``num_frames``, cut or padded with zeros."""
         if self.repeat > 1:
             hidden = hidden.repeat_interleave(self.repeat, dim=1)
         missing = num_frames * self.stack - hidden.shape[1]

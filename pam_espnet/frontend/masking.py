@@ -40,13 +40,10 @@ class MaskOptions:
 
 
 def draw_spans(seconds: Tensor, options: MaskOptions) -> Tensor:
-    """Time masks (B, masks, 2) as start and end in seconds; the same for all encoders, so that none fills in another.
+    """Time masks (B, masks, 2) as start and end in seconds, for utterances of ``seconds`` (B,).
 
-    Args:
-        seconds: duration of each utterance (B,).
-        options: see ``MaskOptions``.
-
-    Utterances with fewer masks than others get empty ones. A mask covers at most a third of an utterance.
+    They are the same for all encoders, so that none fills in another. Utterances with fewer masks than others get
+    empty ones. A mask covers at most a third of an utterance.
     """
     most = max(1, math.ceil(float(seconds.max()) / options.every))
     count = torch.ceil(seconds / options.every)[:, None]
