@@ -111,7 +111,7 @@ class FrameStackingAdapter(nn.Module):
         nn.init.zeros_(second.bias)
 
     def forward(self, hidden: Tensor, num_frames: int) -> Tensor:
-        """(B,T,D_in), zero beyond each utterance's frames -> (B,U,D_out), U = ``num_frames``, cut or padded with zeros."""
+        """(B,T,D_in), zero beyond each utterance's frames -> (B,U,D_out), U = ``num_frames``, cut or filled up."""
         if self.repeat > 1:
             hidden = hidden.repeat_interleave(self.repeat, dim=1)
         missing = num_frames * self.stack - hidden.shape[1]
