@@ -86,6 +86,8 @@ def fix(path: str | Path, *, task: str | None = None) -> tuple[list[str], Path |
             utterances[utt] = reason
         else:
             keep.append(utt)
+    if not keep:
+        raise_problems(path, problems)
     report += [f"dropped {utt}: {utterances[utt]}" for utt in sorted(utterances)]
     kept = data.subset(keep)
     unused = sorted(data.wav.keys() - kept.wav.keys()) if data.segments is not None else []

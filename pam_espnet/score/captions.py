@@ -1,12 +1,12 @@
 """Caption scores against several references: CIDEr-D, ROUGE-L and BLEU here; METEOR, SPICE, SPIDEr and FENSE where the
-parts they need are installed (``metrics/parts.py``). What could not be computed is named with the reason.
+parts they need are installed (``score/parts.py``). What could not be computed is named with the reason.
 
 CIDEr-D is written from Vedantam, Zitnick and Parikh, "CIDEr: Consensus-based Image Description Evaluation" (CVPR
 2015), section 5. ROUGE-L follows the caption convention (the best precision and the best recall over the references,
 F with beta = 1.2); `rouge-score` from the registry differs in all three (best single F, beta 1, own tokens), and
 `pycocoevalcap` brings Java archives and a compiled COCO reader for fifteen lines of dynamic programming.
 
-On equal tokens they agree with pycocoevalcap 1.2 (tests/metrics hold figures measured with it). Tokens differ a
+On equal tokens they agree with pycocoevalcap 1.2 (tests/score hold figures measured with it). Tokens differ a
 little: published figures come from Stanford's PTBTokenizer (Java), here a regular expression lowers the case, drops
 punctuation and splits clitics ("dog 's", "does n't"). Known differences: signs such as & % # / and brackets are
 dropped here and kept there; "cannot" and "gonna" stay one word here.
@@ -17,13 +17,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pam_espnet.score.bleu import MAX_ORDER, Bleu, count_matches
+from pam_espnet.score.bleu import MAX_ORDER, Bleu, count_matches, ngrams
+from pam_espnet.score.characters import plain
 from pam_espnet.score.fense import fense
-from pam_espnet.score.intervals import Statistics, mean_of
+from pam_espnet.score.intervals import Ratio, Statistics, mean_of, value_of
 from pam_espnet.score.meteor import meteor
 from pam_espnet.score.parts import UnavailableError
 from pam_espnet.score.result import TaskResult
@@ -35,29 +36,17 @@ BETA = 1.2  # weight of recall against precision in ROUGE-L
 _CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b")
 _TOKEN = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?:[-.,']\w+)*")
 
-Ngrams = Counter[tuple[str, ...]]
-
 
 def tokenize(text: str) -> list[str]:
     """Lower-case words without punctuation; inner hyphens, decimal points and apostrophes stay."""
-    text = text.lower().replace("’", "'")
-    return _TOKEN.findall(_CLITIC.sub(r" \1", text))
-
-
-def _ngrams(tokens: Sequence[str]) -> Ngrams:
-    """Counts of all n-grams, n from 1 to 4."""
-    return Counter(
-        tuple(tokens[start : start + order])
-        for order in range(1, MAX_ORDER + 1)
-        for start in range(len(tokens) - order + 1)
-    )
+    return _TOKEN.findall(_CLITIC.sub(r" \1", plain(text).lower()))
 
 
 class CiderD:
     """CIDEr-D with the document frequencies of one set of references.
 
     An n-gram's document frequency is the number of utterances that use it in at least one reference; it is fixed here,
-    once, from the whole test set. With a single utterance every weight is log(1) = 0 and so is every score.
+    once, from the whole test set. With a single utterance every weight is log(1) = 0: the score tells nothing.
 
     Args:
         references: per utterance, the tokens of each of its references.
@@ -66,13 +55,13 @@ class CiderD:
     def __init__(self, references: Sequence[Sequence[Sequence[str]]]) -> None:
         self._documents = len(references)
         self._frequency = Counter(
-            gram for sentences in references for gram in set().union(*(_ngrams(tokens) for tokens in sentences))
+            gram for sentences in references for gram in set().union(*(ngrams(tokens) for tokens in sentences))
         )
 
     def _vector(self, tokens: Sequence[str]) -> tuple[list[dict[tuple[str, ...], float]], list[float]]:
         """Per order: n-gram -> count times inverse document frequency, and the Euclidean norm."""
         weights: list[dict[tuple[str, ...], float]] = [{} for _ in range(MAX_ORDER)]
-        for gram, count in _ngrams(tokens).items():
+        for gram, count in ngrams(tokens).items():
             # A hypothesis may use an n-gram that no reference has: frequency 0 counts as 1.
             inverse = math.log(self._documents / max(1, self._frequency[gram]))
             weights[len(gram) - 1][gram] = count * inverse
@@ -120,6 +109,12 @@ def rouge_l(hypothesis: Sequence[str], references: Sequence[Sequence[str]]) -> f
     return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
 
 
+def _spider(metrics: Mapping[str, Statistics]) -> Statistics:
+    if "spice" not in metrics or value_of(metrics["cider_d"]) is None:
+        raise UnavailableError("it is the mean of CIDEr-D and SPICE")
+    return mean_of((metrics["cider_d"].table[:, 0] + metrics["spice"].table[:, 0]) / 2)
+
+
 def score_captions(references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str]) -> TaskResult:
     """All caption scores that can be computed here, over the utterances of ``references``.
 
@@ -134,36 +129,37 @@ def score_captions(references: Mapping[str, Sequence[str]], hypotheses: Mapping[
         ValueError: an utterance without a reference.
     """
     keys = list(references)
-    for key in keys:
-        if not references[key]:
-            raise ValueError(f"{key} has no reference caption")
+    if empty := [key for key in keys if not references[key]]:
+        raise ValueError(f"{empty[0]} has no reference caption")
     meant = [[tokenize(caption) for caption in references[key]] for key in keys]
     said = [tokenize(hypotheses[key]) for key in keys]
-    cider = CiderD(meant)
+    pairs = list(zip(said, meant, strict=True))
     per_utterance = Counter(len(sentences) for sentences in meant)
-    cider_d = [cider.score(*pair) for pair in zip(said, meant, strict=True)]
-    counts = np.array([count_matches(*pair) for pair in zip(said, meant, strict=True)], dtype=np.float64)
-    metrics: dict[str, Statistics] = {
-        "cider_d": mean_of(cider_d),
-        "rouge_l": mean_of([rouge_l(*pair) for pair in zip(said, meant, strict=True)]),
-        **{f"bleu_{order}": Bleu.of(counts, order) for order in range(1, MAX_ORDER + 1)},
-    }
+    cider = CiderD(meant)
+    cider_d = [cider.score(*pair) for pair in pairs]
+    counts = np.array([count_matches(*pair) for pair in pairs], dtype=np.float64)
+    metrics: dict[str, Statistics] = {"cider_d": mean_of(cider_d), "rouge_l": mean_of([rouge_l(*p) for p in pairs])}
     not_computed: dict[str, str] = {}
-    try:
-        metrics["meteor"] = meteor(said, meant)
-    except UnavailableError as error:
-        not_computed["meteor"] = str(error)
-    try:
-        scenes = spice(said, meant)
-        metrics["spice"] = mean_of(scenes)
-        metrics["spider"] = mean_of([(left + right) / 2 for left, right in zip(cider_d, scenes, strict=True)])
-    except UnavailableError as error:
-        not_computed["spice"] = str(error)
-        not_computed["spider"] = "it is the mean of CIDEr-D and SPICE"
-    try:
-        metrics["fense"] = mean_of(fense([hypotheses[key] for key in keys], [references[key] for key in keys]))
-    except UnavailableError as error:
-        not_computed["fense"] = str(error)
+    if len(keys) < 2:
+        metrics["cider_d"] = Ratio(np.zeros(len(keys)), np.zeros(len(keys)))  # undefined
+        not_computed["cider_d"] = "its document frequencies need two clips or more"
+    longest = max(len(tokens) for sentences in meant for tokens in sentences)
+    for order in range(1, MAX_ORDER + 1):
+        if order <= longest:
+            metrics[f"bleu_{order}"] = Bleu.of(counts, order)
+        else:
+            not_computed[f"bleu_{order}"] = f"no reference has {order} words"
+    optional: dict[str, Callable[[], Statistics]] = {
+        "meteor": lambda: meteor(said, meant),
+        "spice": lambda: mean_of(spice(said, meant)),
+        "spider": lambda: _spider(metrics),
+        "fense": lambda: mean_of(fense([hypotheses[key] for key in keys], [references[key] for key in keys])),
+    }
+    for name, compute in optional.items():
+        try:
+            metrics[name] = compute()
+        except UnavailableError as error:
+            not_computed[name] = str(error)
     return TaskResult(
         keys,
         metrics=metrics,
@@ -171,7 +167,7 @@ def score_captions(references: Mapping[str, Sequence[str]], hypotheses: Mapping[
             "references_per_utterance": {str(count): utts for count, utts in sorted(per_utterance.items())},
             "empty_hypotheses": sum(not tokens for tokens in said),
             "distinct_hypotheses": len({tuple(tokens) for tokens in said}),
-            "tokenizer": "lower-case words without punctuation, clitics split (metrics/captions.py)",
+            "tokenizer": "lower-case words without punctuation, clitics split (score/captions.py)",
             "not_computed": not_computed,
         },
     )

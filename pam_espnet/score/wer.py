@@ -3,11 +3,12 @@
 Errors are counted with jiwer (minimum edit distance). Two of its habits matter here:
 - it splits words at single spaces only, so a tab or a line break in a hypothesis would glue two words together;
   whitespace is collapsed before;
-- its own ``wer`` is one ratio per call; the counts per utterance, which an interval needs, are read off the alignment.
+- its own ``wer`` is one ratio per call; an interval needs the counts of each utterance.
 An empty reference adds its hypothesis's words as insertions and no reference words. The character error rate counts
 the space between two words as a character.
 
-"As given" changes nothing but whitespace: letter case and punctuation count as errors.
+"As given" changes nothing but whitespace: letter case and punctuation count as errors. Before the normaliser, the same
+words in other characters are made the same (``score/characters.py``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import jiwer
 import numpy as np
 
+from pam_espnet.score.characters import plain
 from pam_espnet.score.intervals import Ratio
 from pam_espnet.score.result import TaskResult
 
@@ -35,52 +37,42 @@ REFUSAL = re.compile(
     re.IGNORECASE,
 )
 
-_KINDS = {"substitute": 0, "delete": 1, "insert": 2}
-
 
 def normaliser_record() -> dict[str, str]:
     """Name and version of the normaliser behind the ``*_normalised`` figures."""
+    package, characters = "whisper-normalizer", "NFKC; apostrophes, quotes and hyphens as in ASCII"
     return {
-        "name": "EnglishTextNormalizer",
-        "package": "whisper-normalizer",
-        "version": version("whisper-normalizer"),
-    }
+        "name": "EnglishTextNormalizer", "package": package, "version": version(package), "characters": characters
+    }  # fmt: skip
 
 
 def _normalise(texts: Sequence[str]) -> list[str]:
     from whisper_normalizer.english import EnglishTextNormalizer
 
     normalise = EnglishTextNormalizer()
-    return [" ".join(normalise(text).split()) for text in texts]
+    return [normalise(plain(text)) for text in texts]
 
 
 def count_errors(
     references: Sequence[str], hypotheses: Sequence[str], unit: Literal["words", "characters"] = "words"
 ) -> np.ndarray:
-    """Substitutions, deletions, insertions and reference length of each pair, integers of shape (N, 4)."""
-    table = np.zeros((len(references), 4), dtype=np.int64)
+    """Substitutions, deletions, insertions and reference length of each pair, integers (N,4)."""
     process = jiwer.process_words if unit == "words" else jiwer.process_characters
-    for row, reference, hypothesis in zip(table, references, hypotheses, strict=True):
-        reference, hypothesis = " ".join(reference.split()), " ".join(hypothesis.split())
-        output = process(reference, hypothesis)
-        for chunk in output.alignments[0]:
-            if chunk.type != "equal":
-                # An insertion has no reference words, a deletion no hypothesis words.
-                row[_KINDS[chunk.type]] += max(
-                    chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx
-                )
-        row[3] = len(output.references[0])
-    return table
+    rows = []
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        found = process(" ".join(reference.split()), " ".join(hypothesis.split()))
+        rows.append([found.substitutions, found.deletions, found.insertions, len(found.references[0])])
+    return np.array(rows, dtype=np.int64).reshape(-1, 4)
 
 
-def has_loop(text: str, times: int = LOOP_TIMES) -> bool:
-    """Whether some n-gram of words, of any n, stands ``times`` or more times in a row."""
+def has_loop(text: str) -> bool:
+    """Whether some n-gram of words, of any n, is there ``LOOP_TIMES`` or more times in a row."""
     words = text.split()
-    for size in range(1, len(words) // times + 1):
+    for size in range(1, len(words) // LOOP_TIMES + 1):
         run = 0
         for left, right in zip(words, words[size:], strict=False):
             run = run + 1 if left == right else 0
-            if run >= size * (times - 1):
+            if run >= size * (LOOP_TIMES - 1):
                 return True
     return False
 

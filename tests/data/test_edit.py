@@ -102,9 +102,10 @@ def test_fix_with_segments(tmp_path: Path) -> None:
     [
         ("text", "utt1 a\nutt1 b\n", "text:2: .*another value(.|\n)*decide which line"),
         ("text", "utt1 a\rutt2 b\r", "text:1: has carriage returns within the line(.|\n)*tr"),
+        ("wav.scp", "".join(f"utt{n} {'x' * 300}\n" for n in range(1, 5)), "wav.scp:1: 'utt1': no such audio file"),
         ("wav.scp", None, "wav.scp: no such file"),
         ("text", None, "text: no such file"),
-        ("text", "other 1\n", "no utterance is left"),
+        ("text", "other 1\n", "text:1: 'other': not in prompt"),
     ],
 )
 def test_fix_leaves_to_people_what_only_they_can_decide(

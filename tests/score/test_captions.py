@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pam_espnet.score import captions
 from pam_espnet.score.bleu import Bleu, count_matches
 from pam_espnet.score.captions import CiderD, rouge_l, score_captions, tokenize
 from pam_espnet.score.intervals import bootstrap, value_of
@@ -87,10 +88,19 @@ def test_all_references_count() -> None:
     assert result.metrics["cider_d"].numerator.tolist() == pytest.approx([1.0, 1.0])  # 5.0 / five references
 
 
-def test_document_frequencies_are_those_of_the_whole_set() -> None:
-    # The same pair scores differently in another test set, so a resample must not rebuild them.
-    alone = score_captions({"u": ["dogs bark"]}, {"u": "dogs bark"})
-    assert alone.metrics["cider_d"].value == 0.0
+def test_a_set_too_small_for_a_metric_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One document: every weight of CIDEr-D is log(1) = 0, whatever the caption. No 4-grams: nothing for BLEU-4.
+    alone = score_captions({"u": ["dogs bark loudly"]}, {"u": "dogs bark loudly"})
+    assert alone.metrics["cider_d"].value is None and value_of(alone.metrics["bleu_3"]) == 1.0
+    assert "document frequencies" in alone.details["not_computed"]["cider_d"]
+    assert "4 words" in alone.details["not_computed"]["bleu_4"] and "bleu_4" not in alone.metrics
+    monkeypatch.setattr(captions, "spice", lambda said, meant: [0.5])
+    assert "CIDEr-D" in score_captions({"u": ["a"]}, {"u": "a"}).details["not_computed"]["spider"]
+    # A perfect caption scores otherwise in a larger set, so a resample must not rebuild the frequencies.
+    texts = {"u": "dogs bark loudly", "v": "rain falls"}
+    pair = score_captions({key: [text] for key, text in texts.items()}, texts)
+    assert pair.metrics["cider_d"].numerator.tolist() == pytest.approx([7.5, 5.0])
+    assert "cider_d" not in pair.details["not_computed"]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +111,7 @@ def test_document_frequencies_are_those_of_the_whole_set() -> None:
         ("Well-known engine (idling) at 3.5 kHz; birds...", "well-known engine idling at 3.5 khz birds"),
         ("the dogs' barking 'loudly'", "the dogs barking loudly"),
         ("?!", ""),
+        ("a well\u2011known cafe\u0301", "a well-known caf\u00e9"),
     ],
 )
 def test_tokens(text: str, tokens: str) -> None:

@@ -99,11 +99,11 @@ def test_each_task_by_its_metric(experiments: Path) -> None:
 def test_keys_must_agree(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     few = make_decoding(tmp_path / "few", {key: TEXT[key] for key in ("a1", "b1", "c1", "c2")})
-    with pytest.raises(DataError, match=r"no hypothesis for 2 utterances of .*: a2, b2"):
+    with pytest.raises(DataError, match=r"no hypothesis for 2 utterances \(a2, b2\) of "):
         score_directory(few, data)
     assert not (few / "scores.json").exists()
     many = make_decoding(tmp_path / "many", {**TEXT, "a3": "?"})
-    with pytest.raises(DataError, match=r"hypotheses for 1 utterance that .* does not have: a3"):
+    with pytest.raises(DataError, match=r"hypotheses for 1 utterance \(a3\) that .* does not have"):
         score_directory(many, data)
     twice = make_decoding(tmp_path / "twice", TEXT)
     (twice / "text").write_text("a1 x\na1 y\n")
