@@ -1,4 +1,4 @@
-"""How a decoding was routed, per task: which expert, and how much each encoder and layer weighed.
+"""Routing of a decoding, per task: which expert, and the weight of each encoder and layer.
 
 Reads ``nbest.jsonl`` of decode directories; knows nothing about models. Dimension letters: E experts, H layers.
 """
@@ -21,8 +21,8 @@ class TaskRouting:
     """Means over the utterances of one task.
 
     Args:
-        utterances: how many.
-        expert_share: (E,) fraction of utterances that were sent to each expert (top-1).
+        utterances: their number.
+        expert_share: (E,) fraction of utterances that each expert was chosen for.
         expert_probs: (E,) mean probability of the router.
         layers: encoder -> (H,) mean weight of its selected layers; all encoders and layers together add up to 1.
     """
@@ -76,16 +76,13 @@ def read_routing(paths: Iterable[Path]) -> dict[str, TaskRouting]:
             for number, line in enumerate(file, start=1):
                 try:
                     entry = json.loads(line)
-                    routing = entry["routing"]
-                    found.setdefault(entry["task"], []).append(
-                        {key: routing[key] for key in ("expert", "expert_probs", "layers")}
-                    )
+                    found.setdefault(entry["task"], []).append(entry["routing"])
                 except (ValueError, KeyError, TypeError) as error:
                     hint = "decode this set again (stage 4)"
                     raise DataError(path, f"not an n-best entry: {error!r}", line=number, hint=hint) from error
     try:
         return {task: _mean(entries) for task, entries in sorted(found.items())}
-    except (ValueError, KeyError, IndexError) as error:
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         names = ", ".join(map(str, paths))
         raise DataError(names, f"entries of different models: {error!r}", hint="decode again (stage 4)") from error
 

@@ -152,7 +152,7 @@ def test_report(experiments: Path) -> None:
         "commit 0123abc",
         "**beam_off, test was decoded with another checkpoint**",
         "![Learning curve](learning_curve.png)",
-        "![Numbers said](confusion.png)",
+        "![Answers](confusion.png)",
         "| true | utterances | accuracy % | MAE | not a number |",
         "| 3 | 1 | 0.0 | – | 1 |",
         "- METEOR: not installed",
