@@ -45,13 +45,9 @@ def count_matches(hypothesis: Sequence[str], references: Sequence[Sequence[str]]
 
 @dataclass(frozen=True)
 class Bleu:
-    """BLEU of one order over N utterances; ``score.intervals.Statistics``.
+    """BLEU of one order over N utterances; ``score.intervals.Statistics``."""
 
-    Args:
-        table: (N, 2 * order + 2) as ``count_matches`` gives them, of n up to ``order``.
-    """
-
-    table: np.ndarray
+    table: np.ndarray  # (N, 2 * order + 2) as ``count_matches`` gives them, of n up to ``order``
 
     @classmethod
     def of(cls, counts: np.ndarray, order: int) -> Bleu:

@@ -3,13 +3,11 @@ parts they need are installed (``score/parts.py``). What could not be computed i
 
 CIDEr-D is written from Vedantam, Zitnick and Parikh, "CIDEr: Consensus-based Image Description Evaluation" (CVPR
 2015), section 5. ROUGE-L follows the caption convention (the best precision and the best recall over the references,
-F with beta = 1.2); `rouge-score` from the registry differs in all three (best single F, beta 1, own tokens), and
-`pycocoevalcap` brings Java archives and a compiled COCO reader for fifteen lines of dynamic programming.
+F with beta = 1.2); `rouge-score` differs in all three, and `pycocoevalcap` brings a compiled COCO reader.
 
-On equal tokens they agree with pycocoevalcap 1.2 (tests/score hold figures measured with it). Tokens differ a
-little: published figures come from Stanford's PTBTokenizer (Java), here a regular expression lowers the case, drops
-punctuation and splits clitics ("dog 's", "does n't"). Known differences: signs such as & % # / and brackets are
-dropped here and kept there; "cannot" and "gonna" stay one word here.
+On equal tokens they agree with pycocoevalcap 1.2 (tests/score hold figures measured with it). Published figures come
+from Stanford's PTBTokenizer (Java); here a regular expression lowers the case, drops punctuation and splits clitics
+("dog 's", "does n't"). Differences: signs such as & % # / and brackets are dropped here; "cannot" stays one word.
 """
 
 from __future__ import annotations
@@ -45,11 +43,8 @@ def tokenize(text: str) -> list[str]:
 class CiderD:
     """CIDEr-D with the document frequencies of one set of references.
 
-    An n-gram's document frequency is the number of utterances that use it in at least one reference; it is fixed here,
-    once, from the whole test set. With a single utterance every weight is log(1) = 0: the score tells nothing.
-
-    Args:
-        references: per utterance, the tokens of each of its references.
+    An n-gram's document frequency is the number of utterances that use it in at least one of their references (given
+    as tokens), fixed for the whole set. With a single utterance every weight is log(1) = 0: the score tells nothing.
     """
 
     def __init__(self, references: Sequence[Sequence[Sequence[str]]]) -> None:
@@ -69,17 +64,17 @@ class CiderD:
 
     def score(self, hypothesis: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         """Mean over references and n of the clipped cosine times the length penalty, times 10; in [0, 10]."""
-        said, said_norm = self._vector(hypothesis)
+        given, given_norm = self._vector(hypothesis)
         total = 0.0
         for reference in references:
             meant, meant_norm = self._vector(reference)
             penalty = math.exp(-((len(hypothesis) - len(reference)) ** 2) / (2 * SIGMA**2))
             for order in range(MAX_ORDER):
-                norm = said_norm[order] * meant_norm[order]
+                norm = given_norm[order] * meant_norm[order]
                 if norm:
                     shared = (
                         min(value, meant[order].get(gram, 0.0)) * meant[order].get(gram, 0.0)
-                        for gram, value in said[order].items()
+                        for gram, value in given[order].items()
                     )
                     total += penalty * sum(shared) / norm
         return 10.0 * total / (MAX_ORDER * len(references))
@@ -98,7 +93,7 @@ def _common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
 
 
 def rouge_l(hypothesis: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """F (beta 1.2) of the best precision and the best recall over the references; in [0, 1], 0 for nothing said."""
+    """F (beta 1.2) of the best precision and the best recall over the references; in [0, 1], 0 for no words."""
     if not hypothesis:
         return 0.0
     common = [(_common_subsequence(hypothesis, reference), len(reference)) for reference in references]
@@ -116,17 +111,9 @@ def _spider(metrics: Mapping[str, Statistics]) -> Statistics:
 
 
 def score_captions(references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str]) -> TaskResult:
-    """All caption scores that can be computed here, over the utterances of ``references``.
+    """All caption scores that can be computed here, over the utterances of ``references``, each with one or more.
 
-    Args:
-        references: utterance -> its reference captions, at least one (five in the usual test sets).
-        hypotheses: utterance -> decoded caption, for at least the same utterances.
-
-    Returns:
-        ``details["not_computed"]``: metric -> why; with what to type.
-
-    Raises:
-        ValueError: an utterance without a reference.
+    ``details["not_computed"]``: metric -> why, and what to type. A ValueError says which utterance has no reference.
     """
     keys = list(references)
     if empty := [key for key in keys if not references[key]]:

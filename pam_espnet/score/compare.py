@@ -73,10 +73,7 @@ class Difference(NamedTuple):
 
 
 def find_rows(experiments: Sequence[str | Path]) -> list[Row]:
-    """One row per decoding, in the order given; with the audio before without.
-
-    Args:
-        experiments: experiment directories, or single ``decode_*`` directories of theirs.
+    """One row per decoding of experiments (or of ``decode_*`` directories), in the order given; audio off last.
 
     Raises:
         DataError: one of them has no scores.
@@ -122,19 +119,14 @@ def show_difference(found: Difference | None, column: Column) -> str:
     """A cell of a table: with a sign, bold where the interval leaves zero out; a dash where there is none."""
     if found is None:
         return "–"
-    shown = METRICS[column.metric].show(Interval(found.value, found.low, found.high), sign=True)
+    shown = METRICS[column.metric].show(Interval(*found[:3]), sign=True)
     if found.low is not None and found.high is not None and found.low * found.high > 0:
         shown = f"**{shown}**"
     return shown if found.p is None else f"{shown}, p = {found.p:.3f}"
 
 
 def compare(experiments: Sequence[str | Path], output: str | Path, title: str = "Results") -> str:
-    """Write the comparison to ``output`` (Markdown) and beside it as JSON; return its tables as text for a terminal.
-
-    Args:
-        experiments: the first is what the others are compared with.
-        output: a file name ending in ``.md``.
-        title: the heading.
+    """Write the comparison with the first to ``output`` (.md) and beside it as JSON; return its tables as plain text.
 
     Raises:
         DataError: an experiment has no scores.

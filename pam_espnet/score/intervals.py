@@ -42,17 +42,11 @@ class Statistics(Protocol):
 
 @dataclass(frozen=True)
 class Ratio:
-    """Per-utterance statistics of a corpus figure: ``scale * sum(numerator) / sum(denominator)``.
-
-    Args:
-        numerator: (N,) for example word errors.
-        denominator: (N,) for example reference words; all ones for a mean.
-        scale: 100 for a percentage.
-    """
+    """A corpus figure ``scale * sum(numerator) / sum(denominator)``, both (N,), for example word errors and words."""
 
     numerator: np.ndarray
     denominator: np.ndarray
-    scale: float = 1.0
+    scale: float = 1.0  # 100 for a percentage
 
     @property
     def table(self) -> np.ndarray:
@@ -80,8 +74,7 @@ class Interval(NamedTuple):
 
 def value_of(statistics: Statistics) -> float | None:
     """The figure over all utterances; None where it is undefined."""
-    sums = np.array([[column.sum() for column in statistics.table.T]])
-    value = float(statistics.figures(sums)[0])
+    value = float(statistics.figures(statistics.table.sum(0, keepdims=True))[0])
     return value if np.isfinite(value) else None
 
 
@@ -93,12 +86,7 @@ def mean_of(values: Sequence[float] | np.ndarray, scale: float = 1.0) -> Ratio:
 
 def bootstrap(statistics: Statistics, *, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
     """The figure with its 95 % percentile interval; the same seed and data give the same limits."""
-    columns = statistics.table.T
-
-    def figures(drawn: np.ndarray, axis: int) -> np.ndarray:
-        return statistics.figures(np.stack([column[drawn].sum(axis) for column in columns], axis=-1))
-
-    return _interval(value_of(statistics), figures, columns.shape[1], resamples, seed)
+    return _interval(value_of(statistics), _resampled(statistics), len(statistics.table), resamples, seed)
 
 
 def bootstrap_difference(
@@ -107,39 +95,36 @@ def bootstrap_difference(
     """``second`` minus ``first`` with its interval, both measured on the same utterances in the same order.
 
     Utterances are drawn once for both systems, so what is hard for both cancels. An interval that leaves zero out is
-    a difference at that confidence.
-
-    Raises:
-        ValueError: the two do not have the same number of utterances.
+    a difference at that confidence. A ValueError says that the numbers of utterances differ.
     """
-    pair = _check_pair(first, second)
+    _check_pair(first, second)
     values = value_of(first), value_of(second)
-    if values[0] is None or values[1] is None:
-        return Interval(None, None, None)
+    value = None if values[0] is None or values[1] is None else values[1] - values[0]
+    left, right = _resampled(first), _resampled(second)
+    return _interval(value, lambda *drawn: right(*drawn) - left(*drawn), len(first.table), resamples, seed)
 
-    def figures(drawn: np.ndarray, axis: int) -> np.ndarray:
-        sums = [np.stack([column[drawn].sum(axis) for column in table.T], axis=-1) for table in pair]
-        return second.figures(sums[1]) - first.figures(sums[0])
 
-    return _interval(values[1] - values[0], figures, len(pair[0]), resamples, seed)
+def _resampled(statistics: Statistics) -> Callable[[np.ndarray, int], np.ndarray]:
+    """Maps drawn utterances (R,N) to figures (R,)."""
+    columns = statistics.table.T
+    return lambda drawn, axis: statistics.figures(np.stack([column[drawn].sum(axis) for column in columns], axis=-1))
 
 
 def _interval(
-    value: float | None, figures: Callable[..., np.ndarray], count: int, resamples: int, seed: int
+    value: float | None, figures: Callable[[np.ndarray, int], np.ndarray], count: int, resamples: int, seed: int
 ) -> Interval:
-    """Percentile interval of ``figures``, which maps drawn utterances (R,N) to (R,)."""
+    """Percentile interval of ``figures`` over draws of ``count`` utterances."""
     if value is None or count < 2:
         return Interval(value, None, None)
     from scipy import stats  # takes a second to import
 
-    rng, batch = np.random.default_rng(seed), max(1, _BLOCK // count)
-    # A resample that drew only zero denominators has no figure and tells nothing about the spread: scipy would give up.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         drawn = stats.bootstrap(
-            [np.arange(count)], figures, n_resamples=resamples, batch=batch, vectorized=True, rng=rng,
-            method="percentile",
+            [np.arange(count)], lambda drawn, axis: figures(drawn, axis), method="percentile", vectorized=True,
+            n_resamples=resamples, batch=max(1, _BLOCK // count), rng=np.random.default_rng(seed),
         ).bootstrap_distribution  # fmt: skip
+    # A resample that drew only zero denominators has no figure and tells nothing about the spread; scipy would give up.
     drawn = drawn[np.isfinite(drawn)]
     if not len(drawn):
         return Interval(value, None, None)
@@ -155,10 +140,7 @@ def paired_p_value(
     Were the two systems the same, each utterance's statistics could change sides: p is how often the difference is then
     at least as large as the one observed; over all ways to do so where they are at most ``resamples``. Noreen,
     "Computer-Intensive Methods for Testing Hypotheses" (1989); Riezler and Maxwell (ACL workshop 2005) recommend it
-    over the bootstrap for comparing systems.
-
-    Raises:
-        ValueError: the two do not have the same number of utterances.
+    over the bootstrap for comparing systems. A ValueError says that the numbers of utterances differ.
     """
     left, right = _check_pair(first, second)
     if value_of(first) is None or value_of(second) is None or len(left) < 2:

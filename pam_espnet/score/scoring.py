@@ -41,6 +41,7 @@ WORDINGS = "prompts"  # folder of a decode directory: the set in other wordings,
 
 # What a speed depends on, kept beside it.
 SPEED_CONDITIONS = ("batch_size", "shards", "device", "threads", "dtype")
+_SPEED = ("peak_memory_bytes", "seconds_audio", "seconds_wall", "tokens")
 
 _LISTED = 20  # keys named in a message
 
@@ -71,15 +72,13 @@ def score_directory(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> dict[str, Any]:
-    """Score the hypotheses of ``decode_dir`` against ``data_dir``; write and return the scores.
+    """Score the hypotheses of ``decode_dir`` against ``data_dir``, which was decoded; write and return the scores.
 
     Args:
-        decode_dir: ``exp/<tag>/decode_<name>/<set>``.
-        data_dir: the data directory that was decoded; one or several tasks.
+        decode_dir, data_dir: see the module.
         ids: a file of utterance keys, the first word of each line; only those of the set that it names are scored, and
             the scores go to a separate decoding, ``exp/<tag>/decode_<name>.<stem of ids>/<set>``.
-        resamples: bootstrap resamples behind each 95 % interval.
-        seed: of the bootstrap.
+        resamples, seed: of the bootstrap behind each 95 % interval.
 
     Returns:
         ``{"tasks": {task: {metric: {value, low, high, n, ...}}}, "details": {task: ...}, "coverage": ..., ...}``.
@@ -104,14 +103,10 @@ def score_directory(
         keys = [key for key in data.utterances if data.utt2task[key] == task]
         result = _score_task(task_spec(task).metric, data, keys, hypotheses)
         details[task] = result.details
-        tasks[task] = {
-            name: {
-                **bootstrap(statistics, resamples=resamples, seed=seed)._asdict(),
-                "n": len(keys),
-                **result.fields.get(name, {}),
-            }
-            for name, statistics in result.metrics.items()
-        }
+        tasks[task] = {}
+        for name, statistics in result.metrics.items():
+            interval = bootstrap(statistics, resamples=resamples, seed=seed)._asdict()
+            tasks[task][name] = {**interval, "n": len(keys), **result.fields.get(name, {})}
         lines += _utterance_lines(task, result)
 
     scores = {
@@ -142,14 +137,13 @@ def score_directory(
 def decoded_sets(
     exp: Path, data_dirs: Sequence[Path], decode_names: Sequence[str], prompts: Path | None = None
 ) -> list[tuple[Path, Path]]:
-    """(decode directory, data directory) of every set in every decoding of an experiment.
+    """(decode directory, data directory) of every set in every decoding ``<exp>/decode_<name>/<set>``.
 
     Args:
         exp: experiment directory.
         data_dirs: formatted sets; a set has the name of its folder.
-        decode_names: of ``<exp>/decode_<name>``.
-        prompts: folder of ``<set>/<number>``, the sets in other wordings; those that were decoded, to
-            ``<exp>/decode_<name>/<set>/prompts/<number>``, are in the list too.
+        decode_names: of the decodings.
+        prompts: folder of ``<set>/<number>``, the sets in other wordings; those that were decoded are listed too.
 
     Raises:
         DataError: a set was not decoded, or two have one name.
@@ -221,22 +215,16 @@ def _utterance_lines(task: str, result: TaskResult) -> list[str]:
 
 
 def _speed(path: Path) -> dict[str, Any] | None:
-    """Real-time factor, tokens per second and peak memory of one process; None where there is no ``stats.json``.
-
-    Times are summed over the shards of a decoding, so both rates are those of one of its processes.
-    """
+    """Real-time factor, tokens per second and peak memory of one process; None where there is no ``stats.json``."""
     if not path.is_file():
         logging.warning("%s: no such file, so no speed is reported", path)
         return None
     stats = read_json(path)
-    audio, wall = stats["seconds_audio"], stats["seconds_wall"]
+    audio, wall = stats["seconds_audio"], stats["seconds_wall"]  # summed over shards
     return {
         "rtf": wall / audio if audio else None,
         "tokens_per_second": stats["tokens"] / wall if wall else None,
-        **{
-            key: stats.get(key)
-            for key in ("peak_memory_bytes", "seconds_audio", "seconds_wall", "tokens", *SPEED_CONDITIONS)
-        },
+        **{key: stats.get(key) for key in (*_SPEED, *SPEED_CONDITIONS)},
     }
 
 
@@ -245,10 +233,8 @@ def format_scores(scores: dict[str, Any]) -> str:
     lines = []
     if coverage := scores.get("coverage"):
         skipped = ", ".join(f"{count} {reason}" for reason, count in coverage["skipped"].items())
-        lines.append(
-            f"scored {coverage['scored']} of the {coverage['of']} utterances of this set"
-            + (f" (skipped: {skipped})" if skipped else "")
-        )
+        shown = f"scored {coverage['scored']} of the {coverage['of']} utterances of this set"
+        lines.append(f"{shown} (skipped: {skipped})" if skipped else shown)
     if ids := scores.get("ids"):
         lines.append(f"only those in {ids['file']}, which lists {ids['listed']}")
     for task, metrics in scores["tasks"].items():

@@ -1,11 +1,8 @@
 """Word and character error rate over a corpus, as given and after Whisper's English normaliser.
 
-Errors are counted with jiwer (minimum edit distance). Two of its habits matter here:
-- it splits words at single spaces only, so a tab or a line break in a hypothesis would glue two words together;
-  whitespace is collapsed before;
-- its own ``wer`` is one ratio per call; an interval needs the counts of each utterance.
-An empty reference adds its hypothesis's words as insertions and no reference words. The character error rate counts
-the space between two words as a character.
+Errors are counted with jiwer (minimum edit distance), for each utterance, because an interval needs its counts. jiwer
+splits words at single spaces only, so whitespace is collapsed before. An empty reference adds its hypothesis's words as
+insertions and no reference words. The character error rate counts the space between two words as a character.
 
 "As given" changes nothing but whitespace: letter case and punctuation count as errors. Before the normaliser, the same
 words in other characters are made the same (``score/characters.py``).
@@ -27,7 +24,7 @@ from pam_espnet.score.result import TaskResult
 
 LOOP_TIMES = 4
 WORST = 10
-# How LLMs decline: the beginnings of answers that are about the request and not about the audio.
+# Beginnings of answers in which an LLM declines: about the request and not about the audio.
 _UNABLE = r"(can['’]?t|cannot|can not|am unable to|am not able to|don['’]?t have|do not have)"
 REFUSAL = re.compile(
     rf"(i['’]?m (very |so )?sorry,? but |i am sorry,? but |sorry,? but |unfortunately,? )?i {_UNABLE} .{{0,60}}"
@@ -40,10 +37,8 @@ REFUSAL = re.compile(
 
 def normaliser_record() -> dict[str, str]:
     """Name and version of the normaliser behind the ``*_normalised`` figures."""
-    package, characters = "whisper-normalizer", "NFKC; apostrophes, quotes and hyphens as in ASCII"
-    return {
-        "name": "EnglishTextNormalizer", "package": package, "version": version(package), "characters": characters
-    }  # fmt: skip
+    package = "whisper-normalizer"
+    return {"name": "EnglishTextNormalizer", "package": package, "version": version(package), "characters": "NFKC"}
 
 
 def _normalise(texts: Sequence[str]) -> list[str]:
@@ -90,17 +85,10 @@ def align(reference: str, hypothesis: str) -> str:
 
 
 def score_wer(references: Mapping[str, str], hypotheses: Mapping[str, str]) -> TaskResult:
-    """WER and CER, raw and normalised, over the utterances of ``references``.
+    """WER and CER in percent, raw and normalised, over the utterances of ``references``.
 
-    A loop or refusal that the speaker said (the reference has one too) is not counted as one of the decoder.
-
-    Args:
-        references: utterance -> transcript.
-        hypotheses: utterance -> decoded text, for at least the same utterances; may be empty (all deletions).
-
-    Returns:
-        Figures in percent with their counts; ``details`` holds loops, refusals, empty texts and the worst utterances
-        aligned.
+    ``details``: loops and refusals (those that the reference has too are not counted), empty texts, and the worst
+    utterances, aligned. An empty hypothesis is all deletions.
     """
     keys = list(references)
     raw = [references[key] for key in keys], [hypotheses[key] for key in keys]
@@ -140,13 +128,10 @@ def _worst(pairs: Sequence[tuple[str, str, str]], table: np.ndarray) -> list[dic
     """The utterances with the most word errors, at most ten, none without an error."""
     errors = table[:, :3].sum(1)
     order = sorted(range(len(pairs)), key=lambda row: (-errors[row], pairs[row][0]))
-    return [
-        {
-            "utt": pairs[row][0],
-            "errors": int(errors[row]),
-            "words": int(table[row, 3]),
-            "alignment": align(pairs[row][1], pairs[row][2]),
-        }
-        for row in order[:WORST]
-        if errors[row]
-    ]
+    worst = []
+    for row in order[:WORST]:
+        if errors[row]:
+            utt, *texts = pairs[row]
+            counts = {"errors": int(errors[row]), "words": int(table[row, 3])}
+            worst.append({"utt": utt, **counts, "alignment": align(*texts)})
+    return worst
