@@ -41,9 +41,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def read_curve(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of ``curve.jsonl``: ``{"step", "epoch", "split", "loss", "acc", "loss_<task>", ...}``.
-
-    A figure that was not finite is absent from its line.
+    """The lines of ``curve.jsonl``: ``{"step", "epoch", "split", "loss", "acc", "loss_<task>", ...}``, if finite.
 
     Raises:
         DataError: a line is not such an object. A last line without an end, from a killed run, is skipped.
@@ -69,13 +67,7 @@ def _series(entries: list[dict[str, Any]], split: str, key: str) -> tuple[np.nda
 
 
 def plot_curve(entries: list[dict[str, Any]], path: str | Path, title: str = "") -> None:
-    """Draw loss, accuracy and validation loss per task over optimiser steps.
-
-    Args:
-        entries: of ``read_curve``; panels without data are left out.
-        path: the PNG file to write.
-        title: above the panels.
-    """
+    """Draw loss, accuracy and validation loss per task over optimiser steps, those of them that ``entries`` have."""
     tasks = [task for task in sorted(TASKS) if any(f"loss_{task}" in entry for entry in entries)]
     panels = [("loss", "loss (nats per token)", "Loss")]
     if any(entry.get("acc") is not None for entry in entries):
@@ -123,13 +115,7 @@ def _draw_tasks(axes: Any, entries: list[dict[str, Any]], tasks: list[str]) -> N
 
 
 def plot_routing(routing: Mapping[str, TaskRouting], path: str | Path, title: str = "") -> None:
-    """Draw one row per task: encoder weights, heat map of encoders and layers, expert probabilities.
-
-    Args:
-        routing: task -> mean routing.
-        path: the PNG file to write.
-        title: above the rows.
-    """
+    """Draw one row per task: encoder weights, heat map of encoders and layers, expert probabilities."""
     encoders = list(dict.fromkeys(name for row in routing.values() for name in row.layers))
     depth = max(len(weights) for row in routing.values() for weights in row.layers.values())
     top = max(float(weights.max()) for row in routing.values() for weights in row.layers.values())
@@ -173,23 +159,22 @@ def _draw_heat(figure: Any, axes: Any, row: TaskRouting, encoders: list[str], de
     image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=top or 1.0)
     figure.colorbar(image, ax=axes, label="weight", pad=0.02)
     if depth <= _NAMED_LAYERS:
-        for (line, column), value in np.ndenumerate(table):
-            if np.isfinite(value):
-                shade = "black" if value > 0.6 * top else "white"
-                axes.text(column, line, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade)
+        _write_cells(axes, table, "{:.2f}", table <= 0.6 * top)
     axes.set_xticks(range(0, depth, max(1, depth // 12)))
     axes.set_yticks(range(len(encoders)), encoders)
     axes.set_xlabel("selected layer, counted from 0")
 
 
-def plot_confusions(confusions: Mapping[str, Mapping[str, Any]], path: str | Path, title: str = "") -> None:
-    """Draw confusion matrices side by side: true values down, answers across, shares of each row in colour.
+def _write_cells(axes: Any, table: np.ndarray, form: str, white: np.ndarray) -> None:
+    """The number of each cell of a heat map, unless it is zero or NaN."""
+    for (row, column), value in np.ndenumerate(table):
+        if value and np.isfinite(value):
+            colour = "white" if white[row, column] else "black"
+            axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7, color=colour)
 
-    Args:
-        confusions: name -> ``details["confusion"]`` of ``score/answers.py``.
-        path: the PNG file to write.
-        title: above the panels.
-    """
+
+def plot_confusions(confusions: Mapping[str, Mapping[str, Any]], path: str | Path, title: str = "") -> None:
+    """Draw confusion matrices ({name: ``details["confusion"]``}) side by side: true values down, answers across."""
     widths = [max(0.5 * len(one["columns"]), 2.0) + 1.6 for one in confusions.values()]
     height = max(0.5 * max(len(one["rows"]) for one in confusions.values()), 2.0) + 1.6
     figure, grid = new_figure(1, len(confusions), (sum(widths), height), gridspec_kw={"width_ratios": widths})
@@ -197,10 +182,7 @@ def plot_confusions(confusions: Mapping[str, Mapping[str, Any]], path: str | Pat
         counts = np.array(one["matrix"], dtype=np.float64)
         shares = counts / counts.sum(1, keepdims=True).clip(min=1)
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        for (row, column), count in np.ndenumerate(counts):
-            if count:
-                shade = "white" if shares[row, column] > 0.6 else "black"
-                axes.text(column, row, f"{count:.0f}", ha="center", va="center", fontsize=8, color=shade)
+        _write_cells(axes, counts, "{:.0f}", shares > 0.6)
         axes.set_xticks(range(len(one["columns"])), one["columns"], rotation=45)
         axes.set_yticks(range(len(one["rows"])), one["rows"])
         axes.set(xlabel="answer", ylabel="true", title=name)

@@ -1,11 +1,7 @@
 """Report of an experiment: everything it measured in ``RESULTS.md``, ``RESULTS.txt``, ``results.json`` and pictures.
 
-    exp/<tag>/decode_<name>/<set>/{scores,stats,key}.json, nbest.jsonl      read
-    exp/<tag>/curve.jsonl                                                    read, where there is one
-    exp/<tag>/model.safetensors                                              hashed
-    exp/<tag>/{RESULTS.md, RESULTS.txt, results.json, learning_curve.png, routing.png, confusion.png}    written
-
-Nothing is computed here that was not measured by scoring or decoding; what is missing is left out.
+Reads ``decode_*/*/{scores,stats,key}.json`` and ``nbest.jsonl``, ``curve.jsonl`` and ``model.safetensors``. Nothing is
+computed here that was not measured by scoring or decoding; what is missing is left out.
 """
 
 from __future__ import annotations
@@ -25,6 +21,7 @@ from pam_espnet.score.wordings import read_spread
 
 SELECTION = "selection.json"  # where the epoch was chosen by validation scores
 _SHOWN = ("value", "low", "high", "n")
+_SCORES = ("tasks", "details", "speed", "bootstrap", "normaliser", "coverage", "ids")
 
 
 @dataclass
@@ -119,22 +116,14 @@ def write_report(exp: str | Path) -> Path:
         results["checkpoint"] = {"file": MODEL_FILE, "sha256": sha256_file(checkpoint), "bytes": size}
     if selection.is_file():
         results["selection"] = read_json(selection)
-    results["decodings"] = [
-        {
-            "decode": decoding.name,
-            "set": decoding.set,
-            "audio": decoding.stats.get("audio"),
-            **{key: decoding.scores[key] for key in ("tasks", "details", "speed", "bootstrap", "normaliser")},
-            **{key: decoding.scores.get(key) for key in ("coverage", "ids")},  # absent from older scores
-            **decoding.provenance(),
-        }
-        for decoding in decodings
-    ]
-    if spreads := [
-        {"decode": decoding.name, "set": decoding.set, **spread}
-        for decoding in decodings
-        for spread in read_spread(decoding.path)
-    ]:
+    results["decodings"], spreads = [], []
+    for decoding in decodings:
+        name = {"decode": decoding.name, "set": decoding.set}
+        scores = {key: decoding.scores.get(key) for key in _SCORES}  # older ones have no coverage and ids
+        made = {"audio": decoding.stats.get("audio"), **scores, **decoding.provenance()}
+        results["decodings"].append({**name, **made})
+        spreads += [{**name, **spread} for spread in read_spread(decoding.path)]
+    if spreads:
         results["wordings"] = spreads
     results["routing"] = {task: row.record() for task, row in routing.items()}
     write_json(exp / "results.json", results)
@@ -221,9 +210,9 @@ def _score_cells(decodings: list[Decoding]) -> tuple[Sequence[str], list[list[st
         name = decoding.name + (" (audio off)" if decoding.audio_off else "")
         for task, metrics in decoding.scores["tasks"].items():
             for metric, entry in metrics.items():
-                shown = METRICS[metric].show_entry(entry)
+                shown = [METRICS[metric].title, METRICS[metric].show_entry(entry), str(entry["n"])]
                 rest = ", ".join(f"{_words(key)} {value}" for key, value in entry.items() if key not in _SHOWN)
-                rows.append([name, decoding.set, task, METRICS[metric].title, shown, str(entry["n"]), rest])
+                rows.append([name, decoding.set, task, *shown, rest])
     return ("decoding", "set", "task", "metric", "value", "utterances", "counts"), rows
 
 
