@@ -2,9 +2,8 @@
 
 An answer is read strictly: the whole of it is one or two digits or a number word from "zero" to "ten", or it is "yes"
 or "no"; letter case, surrounding space and a closing full stop do not matter. Anything else ("two or three", "many",
-"yes, there are three", nothing) is *not a number* or *no answer*: wrong in the accuracy, left out of the mean absolute
-error (it has no distance), and counted. So read the error together with the number of answers that it leaves out.
-With as many questions whose answer is yes as no, guessing gives 50 %.
+nothing) is *not a number* or *no answer*: wrong in the accuracy, left out of the mean absolute error, and counted. So
+read the error together with the number of answers that it leaves out.
 """
 
 from __future__ import annotations
@@ -91,10 +90,7 @@ def score_choices(references: Mapping[str, str], hypotheses: Mapping[str, str]) 
 
 
 def score_counts(references: Mapping[str, str], hypotheses: Mapping[str, str]) -> TaskResult:
-    """Accuracy (%) and mean absolute error of numbers over the utterances of ``references``.
-
-    Returns:
-        ``details["per_count"]``: accuracy (%), error and answers that are no number, for each true number.
+    """Accuracy (%) and mean absolute error of numbers, in ``details["per_count"]`` for each true number, too.
 
     Raises:
         UnusableReferenceError: a reference is not a number.

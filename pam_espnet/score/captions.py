@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from rapidfuzz.distance import LCSseq
 
 from pam_espnet.score.bleu import MAX_ORDER, Bleu, count_matches, ngrams
 from pam_espnet.score.characters import plain
@@ -80,23 +81,11 @@ class CiderD:
         return 10.0 * total / (MAX_ORDER * len(references))
 
 
-def _common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
-    best = [0] * (len(right) + 1)
-    for word in left:
-        diagonal = 0
-        for column, other in enumerate(right, start=1):
-            above = best[column]
-            best[column] = diagonal + 1 if word == other else max(above, best[column - 1])
-            diagonal = above
-    return best[-1]
-
-
 def rouge_l(hypothesis: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """F (beta 1.2) of the best precision and the best recall over the references; in [0, 1], 0 for no words."""
     if not hypothesis:
         return 0.0
-    common = [(_common_subsequence(hypothesis, reference), len(reference)) for reference in references]
+    common = [(LCSseq.similarity(hypothesis, reference), len(reference)) for reference in references]
     precision = max(length / len(hypothesis) for length, _ in common)
     recall = max(length / total if total else 0.0 for length, total in common)
     if not precision or not recall:
@@ -147,14 +136,11 @@ def score_captions(references: Mapping[str, Sequence[str]], hypotheses: Mapping[
             metrics[name] = compute()
         except UnavailableError as error:
             not_computed[name] = str(error)
-    return TaskResult(
-        keys,
-        metrics=metrics,
-        details={
-            "references_per_utterance": {str(count): utts for count, utts in sorted(per_utterance.items())},
-            "empty_hypotheses": sum(not tokens for tokens in said),
-            "distinct_hypotheses": len({tuple(tokens) for tokens in said}),
-            "tokenizer": "lower-case words without punctuation, clitics split (score/captions.py)",
-            "not_computed": not_computed,
-        },
-    )
+    details = {
+        "references_per_utterance": {str(count): utts for count, utts in sorted(per_utterance.items())},
+        "empty_hypotheses": sum(not tokens for tokens in said),
+        "distinct_hypotheses": len({tuple(tokens) for tokens in said}),
+        "tokenizer": "lower-case words without punctuation, clitics split (score/captions.py)",
+        "not_computed": not_computed,
+    }
+    return TaskResult(keys, metrics, details=details)

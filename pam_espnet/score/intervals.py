@@ -1,8 +1,7 @@
 """Percentile bootstrap over utterances, and a paired test, for corpus figures that are a function of sums.
 
-Word error rate is sum(errors) / sum(words); accuracy, mean absolute error and the mean of a caption score have the
-same form (``Ratio``); BLEU and METEOR are functions of more sums. So a few numbers per utterance are enough to resample
-every figure of this package, and to compare two systems on the same utterances.
+Word error rate is sum(errors) / sum(words), and others have the same form (``Ratio``); BLEU and METEOR are functions of
+more sums. So a few numbers per utterance are enough to resample every figure, and to compare two systems.
 
 Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13; Bisani and Ney, "Bootstrap estimates for
 confidence intervals in ASR performance evaluation" (ICASSP 2004) for the paired form. An interval collapses to a point

@@ -6,18 +6,19 @@ computed here that was not measured by scoring or decoding; what is missing is l
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pam_espnet.data.tasks import task_spec
 from pam_espnet.errors import DataError
 from pam_espnet.fileio import MODEL_FILE, read_json, sha256_file, write_json, write_text
-from pam_espnet.score.result import METRICS
+from pam_espnet.score.result import MAIN_METRICS, METRICS
 from pam_espnet.score.routing import TaskRouting, read_routing
-from pam_espnet.score.scoring import DECODE_PREFIX, SCORES, SPEED_CONDITIONS
-from pam_espnet.score.wordings import read_spread
+from pam_espnet.score.scoring import DECODE_PREFIX, SCORES, SPEED_CONDITIONS, WORDINGS
 
 SELECTION = "selection.json"  # where the epoch was chosen by validation scores
 _SHOWN = ("value", "low", "high", "n")
@@ -85,6 +86,32 @@ def routing_of(decodings: Sequence[Decoding]) -> dict[str, TaskRouting]:
     return read_routing(files.values())
 
 
+def read_spread(decode_dir: Path) -> list[dict[str, Any]]:
+    """Spread of each task's first figure over the wordings ``<decode_dir>/prompts/<number>``; [] where none was scored.
+
+    Returns:
+        for each task ``{"task", "metric", "mean", "min", "max", "wordings": [{"number", "example", "value"}]}``, where
+        number 1 is ``decode_dir`` and ``example`` the prompt of one utterance.
+    """
+    others = sorted((int(path.parent.name), path.parent) for path in decode_dir.glob(f"{WORDINGS}/*/{SCORES}"))
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for number, folder in [(1, decode_dir), *others] if others else []:
+        examples: dict[str, str] = {}
+        if (folder / "nbest.jsonl").is_file():
+            for line in (folder / "nbest.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
+                examples.setdefault((entry := json.loads(line))["task"], entry["prompt"])
+        for task, metrics in read_json(folder / SCORES)["tasks"].items():
+            metric = MAIN_METRICS[task_spec(task).metric][0]
+            one = {"number": number, "example": examples.get(task), "value": metrics[metric]["value"]}
+            found.setdefault((task, metric), []).append(one)
+    spreads = []
+    for (task, metric), wordings in found.items():
+        if values := [wording["value"] for wording in wordings if wording["value"] is not None]:
+            summary = {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
+            spreads.append({"task": task, "metric": metric, **summary, "wordings": wordings})
+    return spreads
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; pipes in cells are escaped."""
     lines = [list(header), ["---"] * len(header), *rows]
@@ -101,11 +128,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_report(exp: str | Path) -> Path:
-    """Write the report of experiment ``exp`` into it; return the path of ``RESULTS.md``.
-
-    Raises:
-        DataError: nothing has been scored, or a file that is read is wrong.
-    """
+    """Write the report of experiment ``exp`` into it; return the path of ``RESULTS.md``. Errors: those of its input."""
     exp = Path(exp)
     decodings = find_decodings(exp)
     routing = routing_of(decodings)
@@ -217,7 +240,6 @@ def _score_cells(decodings: list[Decoding]) -> tuple[Sequence[str], list[list[st
 
 
 def _spread_table(spreads: Sequence[dict[str, Any]]) -> str:
-    """One row for each set and task: its scores over all wordings."""
     rows = []
     for spread in spreads:
         metric = METRICS[spread["metric"]]

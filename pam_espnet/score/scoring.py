@@ -1,13 +1,12 @@
 """Scores of decoded test sets against their data directories, each task by its own metric.
 
-    exp/<tag>/decode_<name>/<set>/text        hypotheses (a value may be empty)            read
-    exp/<tag>/decode_<name>/<set>/stats.json  time, tokens, memory of the decoding          read
-    dump/raw/<set>/                           text, utt2task, references, ...               read
-    .../<set>/scores.json                     figures with intervals, counts, versions      written
-    .../<set>/utt_scores.jsonl                what figures are made of, per utterance       written
+Files of one set, in ``exp/<tag>/decode_<name>/<set>/`` unless they have another folder:
 
-An utterance without a hypothesis, or a hypothesis for an unknown utterance, is an error. The second output file is
-what a paired comparison of two experiments needs (``score/compare.py``).
+    text              hypotheses (a value may be empty)             read
+    stats.json        time, tokens, memory of the decoding          read
+    dump/raw/<set>/   text, utt2task, references, ...               read
+    scores.json       figures with intervals, counts, versions      written
+    utt_scores.jsonl  their numbers per utterance, for comparisons  written
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import jiwer
 import numpy as np
@@ -48,10 +48,11 @@ def _normalise(texts: Sequence[str]) -> list[str]:
     return [normalise(plain(text)) for text in texts]
 
 
-def count_errors(
-    references: Sequence[str], hypotheses: Sequence[str], unit: Literal["words", "characters"] = "words"
-) -> np.ndarray:
-    """Substitutions, deletions, insertions and reference length of each pair, integers (N,4)."""
+def count_errors(references: Sequence[str], hypotheses: Sequence[str], unit: str = "words") -> np.ndarray:
+    """Substitutions, deletions, insertions and reference length of each pair, integers (N,4).
+
+    ``unit``: words or characters.
+    """
     process = jiwer.process_words if unit == "words" else jiwer.process_characters
     rows = []
     for reference, hypothesis in zip(references, hypotheses, strict=True):
@@ -94,21 +95,12 @@ def score_wer(references: Mapping[str, str], hypotheses: Mapping[str, str]) -> T
     raw = [references[key] for key in keys], [hypotheses[key] for key in keys]
     clean = _normalise(raw[0]), _normalise(raw[1])
     result = TaskResult(keys, {})
-    tables = {
-        "wer": count_errors(*raw),
-        "wer_normalised": count_errors(*clean),
-        "cer": count_errors(*raw, "characters"),
-        "cer_normalised": count_errors(*clean, "characters"),
-    }
-    for name, table in tables.items():
-        result.metrics[name] = Ratio(table[:, :3].sum(1), table[:, 3], scale=100.0)
-        substitutions, deletions, insertions, length = (int(total) for total in table.sum(0))
-        result.fields[name] = {
-            "substitutions": substitutions,
-            "deletions": deletions,
-            "insertions": insertions,
-            "words" if name.startswith("wer") else "characters": length,
-        }
+    for unit, figure in (("words", "wer"), ("characters", "cer")):
+        for name, texts in ((figure, raw), (f"{figure}_normalised", clean)):
+            table = count_errors(*texts, unit)
+            result.metrics[name] = Ratio(table[:, :3].sum(1), table[:, 3], scale=100.0)
+            counts = table.sum(0).tolist()
+            result.fields[name] = dict(zip(("substitutions", "deletions", "insertions", unit), counts, strict=True))
     pairs = list(zip(keys, *raw, strict=True))
     loops = [key for key, reference, hypothesis in pairs if has_loop(hypothesis) and not has_loop(reference)]
     refusals = [key for key, reference, hypothesis in pairs if is_refusal(hypothesis) and not is_refusal(reference)]
@@ -119,19 +111,17 @@ def score_wer(references: Mapping[str, str], hypotheses: Mapping[str, str]) -> T
         "refusal_utterances": refusals,
         "empty_hypotheses": sum(not hypothesis.strip() for _, _, hypothesis in pairs),
         "empty_references": sum(not reference.strip() for _, reference, _ in pairs),
-        "worst": _worst(pairs, tables["wer"]),
+        "worst": _worst(pairs, result.metrics["wer"].table),
     }
     return result
 
 
 def _worst(pairs: Sequence[tuple[str, str, str]], table: np.ndarray) -> list[dict[str, Any]]:
-    """The utterances with the most word errors, at most ten, none without an error."""
-    errors = table[:, :3].sum(1)
-    order = sorted(range(len(pairs)), key=lambda row: (-errors[row], pairs[row][0]))
+    """The utterances with the most word errors, at most ten, none without an error; ``table`` has errors and words."""
     worst = []
-    for row in order[:WORST]:
-        if errors[row]:
+    for row in sorted(range(len(pairs)), key=lambda row: (-table[row, 0], pairs[row][0]))[:WORST]:
+        if table[row, 0]:
             utt, *texts = pairs[row]
-            counts = {"errors": int(errors[row]), "words": int(table[row, 3])}
+            counts = {"errors": int(table[row, 0]), "words": int(table[row, 1])}
             worst.append({"utt": utt, **counts, "alignment": align(*texts)})
     return worst

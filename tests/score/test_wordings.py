@@ -10,9 +10,8 @@ import pytest
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.tables import write_table
 from pam_espnet.fileio import read_json, write_text
-from pam_espnet.score.report import write_report
+from pam_espnet.score.report import read_spread, write_report
 from pam_espnet.score.scoring import score_directory
-from pam_espnet.score.wordings import read_spread
 
 TEXT = {"a1": "one two three four", "c1": "2", "c2": "3"}
 TASKS = {"a1": "asr", "c1": "count", "c2": "count"}
