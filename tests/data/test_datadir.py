@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from make_data import add_segments, make_data
 
 from pam_espnet.data.datadir import DataDir, Segment, validate
 from pam_espnet.data.tasks import TASKS, task_spec
 from pam_espnet.errors import ConfigError, DataError
-from tests.data.make_data import add_segments, make_data
 
 
 def replace_line(name: str, line: int, new: str) -> Callable[[Path], None]:

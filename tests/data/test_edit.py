@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from make_data import add_segments, make_data
 
 from pam_espnet.cli import run_main
 from pam_espnet.data.datadir import DataDir, validate
@@ -17,7 +18,6 @@ from pam_espnet.data.leakage import voices_of
 from pam_espnet.data.passport import Passport
 from pam_espnet.data.tables import read_table
 from pam_espnet.errors import DataError
-from tests.data.make_data import add_segments, make_data
 
 TABLES = ("wav.scp", "text", "prompt", "utt2task", "utt2spk")
 

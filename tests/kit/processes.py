@@ -1,0 +1,75 @@
+"""Training the tiny model in one process, or in several that share every batch (gloo)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import tiny_config, train_args
+
+from pam_espnet.config import write_config
+from pam_espnet.fileio import read_trained
+
+Training = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]  # what was trained, and the curve
+
+TRAINING: dict[str, Any] = {
+    "optim": "sgd",  # Adam divides by the gradient's size: rounding of tiny gradients would become full steps
+    "optim_conf": {"lr": 0.05},
+    "max_epoch": 2,
+    "num_iters_per_epoch": 4,
+    "best_model_criterion": [["valid", "loss_answer", "min"]],
+    "keep_nbest_models": 1,
+    "log_interval": 2,
+    "seed": 5,
+}
+
+
+def train(root: Path, llm: Path, output: Path, ranks: int, **changes: Any) -> Training:
+    """Train with ``ranks`` processes; the trained tensors and the curve."""
+    output.mkdir()
+    write_config({**tiny_config(llm), **TRAINING, **changes}, output / "given.yaml")
+    command = [sys.executable, "-m", "pam_espnet.bin.pam_train", *train_args(root, output / "given.yaml", output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    kit = Path(__file__).resolve().parent  # tiny_encoder
+    environment["PYTHONPATH"] = f"{kit.parents[1]}{os.pathsep}{kit}"
+    shared = [
+        "--dist_backend", "gloo", "--dist_init_method", f"file://{output}/init", "--dist_world_size", str(ranks),
+        "--multiprocessing_distributed", "false",
+    ]  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            command + ([*shared, "--dist_rank", str(rank)] if ranks > 1 else []),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        for process in processes:
+            said, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, said[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+    curve = [json.loads(line) for line in (output / "curve.jsonl").read_text().splitlines()]
+    return read_trained(output / "model.safetensors"), curve
+
+
+def check_same(one: Training, other: Training, epochs: int = 2) -> None:
+    """Both trained the same: tensors to 1e-4, losses on the validation set to 1e-4 of their value.
+
+    Not to the last digit: over two ranks, sums are taken in another order.
+    """
+    assert set(one[0]) == set(other[0])
+    for name in one[0]:
+        assert torch.allclose(one[0][name], other[0][name], atol=1e-4), name
+    losses = [[e["loss_answer"] for e in curve if e["split"] == "valid"] for _, curve in (one, other)]
+    assert len(losses[0]) == epochs and losses[0] == pytest.approx(losses[1], rel=1e-4)
