@@ -2,8 +2,8 @@
 
 An answer is read strictly: the whole of it is one or two digits or a number word from "zero" to "ten", or it is "yes"
 or "no"; letter case, surrounding space and a closing full stop do not matter. Anything else ("two or three", "many",
-nothing) is *not a number* or *no answer*: wrong in the accuracy, left out of the mean absolute error, and counted. So
-read the error together with the number of answers that it leaves out.
+nothing) is *not a number* or *no answer*: wrong in the accuracy, no part of the mean absolute error, and counted. So
+read the error together with that number of answers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 class UnusableReferenceError(ValueError):
-    """The reference of utterance ``key`` cannot be scored; ``hint`` says what to write."""
+    """The reference of utterance ``key`` cannot be scored; ``hint`` is what to write."""
 
     def __init__(self, message: str, key: str, hint: str) -> None:
         super().__init__(message)

@@ -1,5 +1,5 @@
 """Caption scores against several references: CIDEr-D, ROUGE-L and BLEU here; METEOR, SPICE, SPIDEr and FENSE where the
-parts they need are installed (``score/parts.py``). What could not be computed is named with the reason.
+parts they need are installed (``score/parts.py``). What could not be computed is listed with the reason.
 
 CIDEr-D is written from Vedantam, Zitnick and Parikh, "CIDEr: Consensus-based Image Description Evaluation" (CVPR
 2015), section 5. ROUGE-L follows the caption convention (the best precision and the best recall over the references,
@@ -68,13 +68,13 @@ class CiderD:
         given, given_norm = self._vector(hypothesis)
         total = 0.0
         for reference in references:
-            meant, meant_norm = self._vector(reference)
+            wanted, wanted_norm = self._vector(reference)
             penalty = math.exp(-((len(hypothesis) - len(reference)) ** 2) / (2 * SIGMA**2))
             for order in range(MAX_ORDER):
-                norm = given_norm[order] * meant_norm[order]
+                norm = given_norm[order] * wanted_norm[order]
                 if norm:
                     shared = (
-                        min(value, meant[order].get(gram, 0.0)) * meant[order].get(gram, 0.0)
+                        min(value, wanted[order].get(gram, 0.0)) * wanted[order].get(gram, 0.0)
                         for gram, value in given[order].items()
                     )
                     total += penalty * sum(shared) / norm
@@ -102,16 +102,16 @@ def _spider(metrics: Mapping[str, Statistics]) -> Statistics:
 def score_captions(references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str]) -> TaskResult:
     """All caption scores that can be computed here, over the utterances of ``references``, each with one or more.
 
-    ``details["not_computed"]``: metric -> why, and what to type. A ValueError says which utterance has no reference.
+    ``details["not_computed"]``: metric -> why, and what to type. ValueError: an utterance without a reference.
     """
     keys = list(references)
     if empty := [key for key in keys if not references[key]]:
         raise ValueError(f"{empty[0]} has no reference caption")
-    meant = [[tokenize(caption) for caption in references[key]] for key in keys]
-    said = [tokenize(hypotheses[key]) for key in keys]
-    pairs = list(zip(said, meant, strict=True))
-    per_utterance = Counter(len(sentences) for sentences in meant)
-    cider = CiderD(meant)
+    wanted = [[tokenize(caption) for caption in references[key]] for key in keys]
+    given = [tokenize(hypotheses[key]) for key in keys]
+    pairs = list(zip(given, wanted, strict=True))
+    per_utterance = Counter(len(sentences) for sentences in wanted)
+    cider = CiderD(wanted)
     cider_d = [cider.score(*pair) for pair in pairs]
     counts = np.array([count_matches(*pair) for pair in pairs], dtype=np.float64)
     metrics: dict[str, Statistics] = {"cider_d": mean_of(cider_d), "rouge_l": mean_of([rouge_l(*p) for p in pairs])}
@@ -119,15 +119,15 @@ def score_captions(references: Mapping[str, Sequence[str]], hypotheses: Mapping[
     if len(keys) < 2:
         metrics["cider_d"] = Ratio(np.zeros(len(keys)), np.zeros(len(keys)))  # undefined
         not_computed["cider_d"] = "its document frequencies need two clips or more"
-    longest = max(len(tokens) for sentences in meant for tokens in sentences)
+    longest = max(len(tokens) for sentences in wanted for tokens in sentences)
     for order in range(1, MAX_ORDER + 1):
         if order <= longest:
             metrics[f"bleu_{order}"] = Bleu.of(counts, order)
         else:
             not_computed[f"bleu_{order}"] = f"no reference has {order} words"
     optional: dict[str, Callable[[], Statistics]] = {
-        "meteor": lambda: meteor(said, meant),
-        "spice": lambda: mean_of(spice(said, meant)),
+        "meteor": lambda: meteor(given, wanted),
+        "spice": lambda: mean_of(spice(given, wanted)),
         "spider": lambda: _spider(metrics),
         "fense": lambda: mean_of(fense([hypotheses[key] for key in keys], [references[key] for key in keys])),
     }
@@ -138,8 +138,8 @@ def score_captions(references: Mapping[str, Sequence[str]], hypotheses: Mapping[
             not_computed[name] = str(error)
     details = {
         "references_per_utterance": {str(count): utts for count, utts in sorted(per_utterance.items())},
-        "empty_hypotheses": sum(not tokens for tokens in said),
-        "distinct_hypotheses": len({tuple(tokens) for tokens in said}),
+        "empty_hypotheses": sum(not tokens for tokens in given),
+        "distinct_hypotheses": len({tuple(tokens) for tokens in given}),
         "tokenizer": "lower-case words without punctuation, clitics split (score/captions.py)",
         "not_computed": not_computed,
     }

@@ -2,7 +2,7 @@
 
 A row is one decoding (``decode_<name>``) of one experiment, so the audio-off control of a model is a separate row. A
 column is a main figure of one task on one test set. Differences are paired over utterances, with the p-value of a
-paired test (``score/intervals.py``), and bold where their interval leaves zero out.
+paired test (``score/intervals.py``), and bold where their interval excludes zero.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def find_rows(experiments: Sequence[str | Path]) -> list[Row]:
     for experiment in experiments:
         for decoding in sorted(find_decodings(experiment), key=lambda decoding: decoding.audio_off):
             groups.setdefault(decoding.path.parent, []).append(decoding)
-    # The decoding is named where an experiment has more than one of the same kind.
+    # The label has the decoding's name where an experiment has more than one of the same kind.
     kinds = Counter((path.parent, group[0].audio_off) for path, group in groups.items())
     rows = []
     for path, group in groups.items():
@@ -116,7 +116,7 @@ def difference(first: Row, row: Row, column: Column) -> Difference | None:
 
 
 def show_difference(found: Difference | None, column: Column) -> str:
-    """A cell of a table: with a sign, bold where the interval leaves zero out; a dash where there is none."""
+    """A cell of a table: with a sign, bold where the interval excludes zero; a dash where there is none."""
     if found is None:
         return "–"
     shown = METRICS[column.metric].show(Interval(*found[:3]), sign=True)
@@ -142,7 +142,7 @@ def compare(experiments: Sequence[str | Path], output: str | Path, title: str = 
     if differences:
         cells = [[label, *map(show_difference, values, columns)] for label, values in differences.items()]
         note = (
-            "Paired over utterances; bold where the interval leaves zero out; p: approximate randomisation, two-sided, "
+            "Paired over utterances; bold where the interval excludes zero; p: approximate randomisation, two-sided, "
             "not corrected for the number of comparisons. A dash where the two were not scored on the same utterances."
         )
         parts += [f"## Difference to {first.label}\n", f"{note}\n", table(head, cells)]

@@ -2,7 +2,7 @@
 
 Zhou et al., "Can Audio Captions Be Evaluated with Image Caption Metrics?" (ICASSP 2022). A caption's score is its mean
 cosine similarity to the references (Sentence-BERT, mean over tokens); where the error detector is surer than 0.9 that
-the sentence is broken, a tenth of it. What is needed lies in one folder (see ``score/parts.py``):
+the sentence is broken, a tenth of it. Files, in one folder (see ``score/parts.py``):
 
     sbert/                         paraphrase-TinyBERT-L6-v2, a Hugging Face folder
     detector/                      BERT's configuration and tokenizer, model.safetensors with the detector's weights

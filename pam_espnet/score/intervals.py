@@ -93,8 +93,8 @@ def bootstrap_difference(
 ) -> Interval:
     """``second`` minus ``first`` with its interval, both measured on the same utterances in the same order.
 
-    Utterances are drawn once for both systems, so what is hard for both cancels. An interval that leaves zero out is
-    a difference at that confidence. A ValueError says that the numbers of utterances differ.
+    Utterances are drawn once for both systems, so what is hard for both cancels. An interval that excludes zero is a
+    difference at that confidence. ValueError: the numbers of utterances differ.
     """
     _check_pair(first, second)
     values = value_of(first), value_of(second)
@@ -139,7 +139,7 @@ def paired_p_value(
     Were the two systems the same, each utterance's statistics could change sides: p is how often the difference is then
     at least as large as the one observed; over all ways to do so where they are at most ``resamples``. Noreen,
     "Computer-Intensive Methods for Testing Hypotheses" (1989); Riezler and Maxwell (ACL workshop 2005) recommend it
-    over the bootstrap for comparing systems. A ValueError says that the numbers of utterances differ.
+    over the bootstrap for comparing systems. ValueError: the numbers of utterances differ.
     """
     left, right = _check_pair(first, second)
     if value_of(first) is None or value_of(second) is None or len(left) < 2:

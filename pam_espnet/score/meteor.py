@@ -1,4 +1,4 @@
-"""METEOR 1.5 for English: matched by its own Java program, scored here.
+"""METEOR 1.5 for English: matched by its Java program, scored here.
 
 Denkowski and Lavie, "Meteor Universal: Language Specific Translation Evaluation for Any Target Language" (WMT 2014).
 The program prints for each utterance what was matched with the best reference; the score is a function of the sums of
@@ -61,8 +61,8 @@ def meteor(hypotheses: Sequence[Sequence[str]], references: Sequence[Sequence[Se
     """
     jar = find_part("meteor", "meteor-1.5.jar")
     lines = []
-    for said, meant in zip(hypotheses, references, strict=True):
-        sentences = [" ".join(tokens) for tokens in (*meant, said)]
+    for given, wanted in zip(hypotheses, references, strict=True):
+        sentences = [" ".join(tokens) for tokens in (*wanted, given)]
         lines.append(" ||| ".join(["SCORE", *sentences]) + "\n")
     arguments = ["-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
     printed = run_java(arguments, "".join(lines), seconds=600 + 0.5 * len(lines), cwd=jar.parent.resolve())

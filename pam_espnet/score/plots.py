@@ -25,7 +25,7 @@ _NAMED_LAYERS = 12  # layers up to which every cell of the heat map carries its 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
     """A figure of ``size`` inches and its grid of axes."""
-    # The figure's own canvas instead of pyplot: no global state, no display, whatever backend the caller has.
+    # A canvas of the figure instead of pyplot: no global state, no display, whatever backend the caller has.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

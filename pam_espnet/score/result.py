@@ -57,7 +57,7 @@ METRICS: dict[str, Metric] = {
     "fense": Metric("FENSE", "", False, 3),
 }
 
-# By the `metric` of a task (data/tasks.py): the figures that stand in overview tables, those of them that there are.
+# By the `metric` of a task (data/tasks.py): the figures in overview tables, those of them that there are.
 MAIN_METRICS: dict[str, tuple[str, ...]] = {
     "wer": ("wer", "wer_normalised"),
     "count": ("accuracy", "mae"),

@@ -148,7 +148,7 @@ def decoded_sets(
         DataError: a set was not decoded, or two have one name.
     """
     if twice := [name for name, count in Counter(path.name for path in data_dirs).items() if count > 1]:
-        raise DataError(exp, f"two sets have the name {twice[0]!r}", hint="name each set once, by its own name")
+        raise DataError(exp, f"two sets have the name {twice[0]!r}", hint="list each set once; its folder is its name")
     pairs = []
     for name in decode_names:
         for data_dir in data_dirs:
@@ -163,7 +163,7 @@ def decoded_sets(
 
 
 def subset_folder(decode_dir: Path, ids: Path | None) -> Path:
-    """Where the scores go of the utterances named by the file ``ids``; of all of them: ``decode_dir``."""
+    """Folder of the scores of the utterances in the list ``ids``; of all of them: ``decode_dir``."""
     if ids is None:
         return decode_dir
     return decode_dir.parent.with_name(f"{decode_dir.parent.name}.{ids.stem}") / decode_dir.name

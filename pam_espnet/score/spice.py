@@ -27,8 +27,8 @@ def spice(hypotheses: Sequence[Sequence[str]], references: Sequence[Sequence[Seq
     jar = find_part("spice", "spice-1.0.jar")
     find_part("spice", "lib", "stanford-corenlp-3.6.0-models.jar")
     entries = [
-        {"image_id": row, "test": " ".join(said), "refs": [" ".join(tokens) for tokens in meant]}
-        for row, (said, meant) in enumerate(zip(hypotheses, references, strict=True))
+        {"image_id": row, "test": " ".join(given), "refs": [" ".join(tokens) for tokens in wanted]}
+        for row, (given, wanted) in enumerate(zip(hypotheses, references, strict=True))
     ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -44,5 +44,5 @@ def spice(hypotheses: Sequence[Sequence[str]], references: Sequence[Sequence[Seq
             scores = {entry["image_id"]: entry["scores"]["All"]["f"] for entry in found}
             values = [float(scores[row] or 0.0) for row in range(len(entries))]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UnavailableError(f"SPICE left no scores that can be read: {error!r}") from error
+            raise UnavailableError(f"SPICE wrote no scores that can be read: {error!r}") from error
     return [0.0 if math.isnan(value) else value for value in values]

@@ -257,7 +257,7 @@ def test_results_of_an_older_version_are_read(experiments: Path) -> None:
     assert "CIDEr-D" in compare([experiments / "pam", experiments / "average"], experiments / "RESULTS.md")
 
 
-def test_missing_scores_say_what_to_run(tmp_path: Path) -> None:
+def test_missing_scores_have_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="stage 5"):
         find_decodings(tmp_path)
 

@@ -83,7 +83,7 @@ def test_loops(text: str, loop: bool) -> None:
     assert has_loop(text) is loop
 
 
-def test_a_loop_that_was_said_is_not_counted() -> None:
+def test_a_loop_of_the_reference_is_not_counted() -> None:
     loop = "no no no no"
     assert score_wer({"a": loop, "b": "no"}, {"a": loop, "b": loop}).details["loop_utterances"] == ["b"]
 
@@ -108,11 +108,11 @@ def test_refusals(text: str) -> None:
     "text",
     ["i'm sorry that number is not in service", "i cannot come to the door", "please hold the line", "sorry i am", ""],
 )
-def test_what_people_say_is_no_refusal(text: str) -> None:
+def test_ordinary_sentences_are_no_refusals(text: str) -> None:
     assert not is_refusal(text)
 
 
-def test_a_refusal_that_was_said_is_not_counted() -> None:
+def test_a_refusal_of_the_reference_is_not_counted() -> None:
     refusal = "i can't help you"
     details = score_wer({"a": refusal, "b": "yes"}, {"a": refusal, "b": refusal}).details
     assert (details["refusals"], details["refusal_utterances"]) == (1, ["b"])

@@ -16,7 +16,7 @@ from pam_espnet.score.scoring import score_directory
 TEXT = {"a1": "one two three four", "c1": "2", "c2": "3"}
 TASKS = {"a1": "asr", "c1": "count", "c2": "count"}
 # by number of the wording; only count has a third one
-SAID = {
+DECODED = {
     1: {"a1": "one two three four", "c1": "2", "c2": "3"},
     2: {"a1": "one two three", "c1": "2", "c2": "4"},
     3: {"c1": "1", "c2": "4"},
@@ -26,16 +26,16 @@ SAID = {
 @pytest.fixture
 def decoded(tmp_path: Path) -> Path:
     """exp/x/decode_beam/test, asked in three wordings."""
-    for number, said in SAID.items():
+    for number, decoded_text in DECODED.items():
         data, folder = tmp_path / f"data{number}", tmp_path / "exp/x/decode_beam/test"
         folder = folder if number == 1 else folder / "prompts" / str(number)
-        prompts = {key: f"Wording {number} of {TASKS[key]}" for key in said}
-        tables = {key: {utt: table[utt] for utt in said} for key, table in (("text", TEXT), ("utt2task", TASKS))}
-        DataDir(data, wav={k: f"{k}.wav" for k in said}, prompt=prompts, utt2spk={k: k for k in said}, **tables).save()
+        prompts = {key: f"Wording {number} of {TASKS[key]}" for key in decoded_text}
+        tables = {key: {utt: table[utt] for utt in decoded_text} for key, table in (("text", TEXT), ("utt2task", TASKS))}
+        DataDir(data, wav={k: f"{k}.wav" for k in decoded_text}, prompt=prompts, utt2spk={k: k for k in decoded_text}, **tables).save()
         folder.mkdir(parents=True)
-        write_table(folder / "text", said)
+        write_table(folder / "text", decoded_text)
         routing = {"expert": 0, "expert_probs": [1.0], "encoders": {"one": 1.0}, "layers": {"one": [1.0]}}
-        lines = [{"utt": k, "task": TASKS[k], "prompt": prompts[k], "routing": routing} for k in said]
+        lines = [{"utt": k, "task": TASKS[k], "prompt": prompts[k], "routing": routing} for k in decoded_text]
         write_text(folder / "nbest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         score_directory(folder, data, resamples=10)
     return tmp_path / "exp/x/decode_beam/test"
@@ -58,7 +58,7 @@ def test_the_report_has_the_spread_and_scores_of_the_first_wording_alone(decoded
     assert results["decodings"][0]["tasks"]["asr"]["wer"]["value"] == 0.0
 
 
-def test_nothing_is_said_where_one_wording_was_asked(decoded: Path) -> None:
+def test_one_wording_has_no_spread(decoded: Path) -> None:
     for path in sorted((decoded / "prompts").glob("*/scores.json")):
         path.unlink()
     assert read_spread(decoded) == []
