@@ -26,16 +26,17 @@ DECODED = {
 @pytest.fixture
 def decoded(tmp_path: Path) -> Path:
     """exp/x/decode_beam/test, asked in three wordings."""
-    for number, decoded_text in DECODED.items():
+    for number, answers in DECODED.items():
         data, folder = tmp_path / f"data{number}", tmp_path / "exp/x/decode_beam/test"
         folder = folder if number == 1 else folder / "prompts" / str(number)
-        prompts = {key: f"Wording {number} of {TASKS[key]}" for key in decoded_text}
-        tables = {key: {utt: table[utt] for utt in decoded_text} for key, table in (("text", TEXT), ("utt2task", TASKS))}
-        DataDir(data, wav={k: f"{k}.wav" for k in decoded_text}, prompt=prompts, utt2spk={k: k for k in decoded_text}, **tables).save()
+        prompts = {key: f"Wording {number} of {TASKS[key]}" for key in answers}
+        tables = {key: {utt: table[utt] for utt in answers} for key, table in (("text", TEXT), ("utt2task", TASKS))}
+        tables |= {"wav": {k: f"{k}.wav" for k in answers}, "prompt": prompts, "utt2spk": {k: k for k in answers}}
+        DataDir(data, **tables).save()
         folder.mkdir(parents=True)
-        write_table(folder / "text", decoded_text)
+        write_table(folder / "text", answers)
         routing = {"expert": 0, "expert_probs": [1.0], "encoders": {"one": 1.0}, "layers": {"one": [1.0]}}
-        lines = [{"utt": k, "task": TASKS[k], "prompt": prompts[k], "routing": routing} for k in decoded_text]
+        lines = [{"utt": k, "task": TASKS[k], "prompt": prompts[k], "routing": routing} for k in answers]
         write_text(folder / "nbest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         score_directory(folder, data, resamples=10)
     return tmp_path / "exp/x/decode_beam/test"
