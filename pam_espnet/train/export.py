@@ -37,6 +37,8 @@ def export_state(source: Path, target: Path, metadata: Mapping[str, str] | None 
     safetensors does not write its header in the same order every time.
     """
     state = torch.load(source, map_location="cpu", weights_only=True)
+    if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+        raise CheckpointError(f"{source}: {len(broken)} tensors are not finite ({broken[0]}, ...): training diverged")
     if target.exists() and _equal(read_trained(target), state):
         logging.info(f"{target}: holds {source.resolve().name} already")
         return target

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pam_espnet.data.batching import BatchingOptions, at_least, cut, describe_seen, epoch_batches
 from pam_espnet.data.prompts import Wordings
+from pam_espnet.errors import ConfigError
 from pam_espnet.train.preprocessor import prompt_bytes
 
 
@@ -99,7 +100,7 @@ class PaMIterFactory(AbsIterFactory):
         self.world_size = world_size
         self.fresh_prompts = fresh_prompts if train else None
         self.loader_options: dict[str, Any] = {
-            "collate_fn": collate_fn,
+            "collate_fn": functools.partial(_collate, collate_fn) if num_workers else collate_fn,
             "num_workers": num_workers,
             "pin_memory": pin_memory,
         }
@@ -120,9 +121,37 @@ class PaMIterFactory(AbsIterFactory):
     def build_iter(self, epoch: int, shuffle: bool | None = None) -> DataLoader:
         """The batches of ``epoch`` (from 1); ``shuffle`` is fixed by ``train`` and kept for ESPnet's contract."""
         dataset = self.dataset if self.fresh_prompts is None else Reworded(self.dataset, self.fresh_prompts, epoch)
-        return DataLoader(
+        return _Loader(
             dataset=dataset,
             batch_sampler=self.batches(epoch),
             worker_init_fn=functools.partial(worker_init_fn, base_seed=epoch + self.seed),
             **self.loader_options,
         )
+
+
+class _Loader(DataLoader):
+    """A ``DataLoader`` that ends with the error that a worker met in place of a batch."""
+
+    def __iter__(self) -> Any:
+        return map(_batch_or_error, super().__iter__())
+
+
+def _batch_or_error(batch: Any) -> Any:
+    if isinstance(batch, ConfigError):
+        raise batch
+    return batch
+
+
+def _collate(collate_fn: Callable[..., Any], utterances: Any) -> Any:
+    """In a worker: a batch in shared memory. Left to the queue's own thread, a batch that does not fit would be lost
+    with a line in the log, and training would wait for it for ever."""
+    batch = collate_fn(utterances)
+    try:
+        for tensor in batch[1].values():
+            tensor.share_memory_()
+    except (OSError, RuntimeError) as error:
+        return ConfigError(
+            f"num_workers: a batch does not fit into the shared memory of this machine, /dev/shm ({error})\n"
+            "  -> give the container more (docker run --shm-size 8g), or train without workers: --set num_workers=0"
+        )
+    return batch

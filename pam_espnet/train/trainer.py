@@ -14,6 +14,7 @@ import errno
 import json
 import logging
 import math
+import os
 import pickle
 import shutil
 from collections.abc import Iterable, Iterator
@@ -35,6 +36,11 @@ PREVIOUS = "checkpoint.previous.pth"
 CURVE = "curve.jsonl"
 PROGRESS = "progress.txt"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PATIENCE = 30  # updates in a row without a finite gradient; fewer may be mixed precision that looks for its scale
+_WHAT_TO_TRY = (
+    "  -> no model was written; give another --tag and a lower optim_conf.lr, more scheduler_conf.warmup_steps, or a "
+    "smaller grad_clip"
+)
 _DAMAGED = (RuntimeError, EOFError, pickle.UnpicklingError, OSError)
 
 
@@ -136,55 +142,88 @@ class PaMTrainer(Trainer):
             resume=options.resume,
             before_save=write_curve,
         )
-        steps: Iterable[Any] = _Progress(epoch, reporter, options) if first_process() else epoch
+        steps = _Steps(epoch, reporter, options, optimizers)
         super().train_one_epoch(model=model, iterator=steps, reporter=reporter, options=options, **others)
         if first_process():
             write_curve()
-        # ESPnet's answer knows the steps of this process only.
-        return not options.no_forward_run and not any(
-            math.isfinite(norm.value) for norm in reporter.stats.get("grad_norm", [])
-        )
+        # ESPnet's answer knows the steps of this process only; it would end training as if all were well.
+        if not options.no_forward_run and not steps.finite_updates():
+            if reporter.count < options.accum_grad:
+                raise ConfigError(f"accum_grad: {options.accum_grad}, but an epoch has {reporter.count} batches")
+            raise ConfigError(steps.diverged())
+        return False
 
     @classmethod
     def validate_one_epoch(
         cls, model: Any, iterator: Iterable[Any], reporter: Any, options: Any, **others: Any
     ) -> None:
-        """ESPnet's validation; its mean goes to the curve as one line."""
+        """ESPnet's validation; its mean goes to the curve as one line.
+
+        Raises:
+            ConfigError: the loss is not finite after the last epoch; there would be a model that answers nothing.
+        """
         super().validate_one_epoch(model=model, iterator=iterator, reporter=reporter, options=options, **others)
+        if reporter.epoch == options.max_epoch and "loss" in reporter.stats:
+            loss = float(aggregate(reporter.stats["loss"]))
+            if not math.isfinite(loss):
+                epochs = f"epoch {reporter.epoch} of {options.max_epoch}"
+                raise ConfigError(f"training diverged in {epochs}: the validation loss is {loss}\n{_WHAT_TO_TRY}")
         if first_process():
             _write_curve(Path(options.output_dir) / CURVE, reporter, "valid", None)
 
 
-class _Progress:
-    """An iterable over batches with a tqdm bar over all epochs, written to a file that a shell can follow."""
+class _Steps:
+    """An iterable over batches: with a tqdm bar over all epochs, written to a file that a shell can follow, and an end
+    when training has diverged (gradients are the same on all ranks, so all of them end)."""
 
-    def __init__(self, iterator: ResumableEpoch, reporter: Any, options: Any) -> None:
-        self.iterator = iterator
+    def __init__(self, epoch: ResumableEpoch, reporter: Any, options: Any, optimizers: Any) -> None:
+        self.epoch = epoch
         self.reporter = reporter
         self.options = options
+        self.optimizers = optimizers
 
     def __len__(self) -> int:
-        return len(self.iterator)
+        return len(self.epoch)
 
     def __iter__(self) -> Iterator[Any]:
         from tqdm import tqdm
 
-        size, epoch = len(self), self.reporter.epoch
-        with open(Path(self.options.output_dir) / PROGRESS, "a", encoding="utf-8") as file:
+        size, number, first = len(self), self.reporter.epoch, first_process()
+        path = Path(self.options.output_dir) / PROGRESS if first else os.devnull
+        with open(path, "a", encoding="utf-8") as file:
             bar = tqdm(
                 total=size * self.options.max_epoch,
-                initial=size * (epoch - 1) + self.iterator.done,
-                desc=f"train, epoch {epoch}/{self.options.max_epoch}",
+                initial=size * (number - 1) + self.epoch.done,
+                desc=f"train, epoch {number}/{self.options.max_epoch}",
                 unit="step",
                 file=file,
                 mininterval=2.0,
                 dynamic_ncols=False,
                 ncols=100,
+                disable=not first,
             )
             with bar:
-                for batch in self.iterator:
+                for batch in self.epoch:
                     yield batch
                     bar.update()
+                    patience = _PATIENCE * self.options.accum_grad
+                    if self.reporter.count >= patience and not self.finite_updates(patience):
+                        raise ConfigError(self.diverged())
+
+    def finite_updates(self, last: int = 0) -> list[int]:
+        """Which of this epoch's ``last`` batches (0: all), from 1, updated the model by finite gradients."""
+        norms = self.reporter.stats.get("grad_norm", [])[-last:]
+        return [step for step, norm in enumerate(norms, 1) if math.isfinite(norm.value)]
+
+    def diverged(self) -> str:
+        """What to tell the user: where, the loss, the learning rate, what to try."""
+        since = max(self.finite_updates(), default=0) + 1
+        loss = self.reporter.stats["loss"][-1].value
+        rate = max(group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups)
+        return (
+            f"training diverged in epoch {self.reporter.epoch} of {self.options.max_epoch}: no finite gradient since "
+            f"step {since} of {len(self)}; loss {loss:.4g}, learning rate {rate:.3g}\n{_WHAT_TO_TRY}"
+        )
 
 
 def _loads(path: Path) -> bool:

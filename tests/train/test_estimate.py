@@ -45,7 +45,7 @@ def hf_folder(path: Path, kind: str) -> dict[str, Any]:
             decoder_attention_heads=2, decoder_ffn_dim=32, num_mel_bins=80, vocab_size=60, pad_token_id=0,
             bos_token_id=0, eos_token_id=0, decoder_start_token_id=0,
         )  # fmt: skip
-        hf.WhisperForConditionalGeneration(config).half().save_pretrained(path)  # its file is half, as the published ones
+        hf.WhisperForConditionalGeneration(config).half().save_pretrained(path)  # as large-v3 is published
     elif kind == "hf_wave":
         config = hf.WavLMConfig(
             hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, conv_dim=(8, 8),
@@ -82,7 +82,7 @@ def test_what_cannot_be_had_is_unknown_and_says_why(tiny_llm_dir: Path) -> None:
 
 
 def test_the_measured_step_of_an_h200_is_estimated() -> None:
-    """egs/librispeech/pam1: 313 s of audio, 1650 ms, of which 1198 in encoders (profile of one step, see the module)."""
+    """egs/librispeech/pam1: 313 s of audio, 1650 ms, of which 1198 in encoders (see the module)."""
     weight = SimpleNamespace(weight=torch.empty(151936, 2048, device="meta"))
     blocks = torch.empty(2_800_000_000, device="meta")
     lm = SimpleNamespace(

@@ -56,7 +56,7 @@ def train(root: Path, llm: Path, output: Path, *options: str, stop_after: int | 
     config["llm_conf"] = {**config["llm_conf"], "lora": LORA}
     output.mkdir(parents=True, exist_ok=True)
     write_config(config, root / "train.yaml")
-    (output / "key.json").unlink(missing_ok=True)  # it would refuse the changes of some tests before the checkpoint does
+    (output / "key.json").unlink(missing_ok=True)  # it would refuse what the checkpoint is to refuse here
     steps, go_on = 0, SubReporter.next
 
     def counted(reporter: SubReporter) -> None:
