@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from locked_folder import locked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 # Before torch is imported anywhere: two busy threads on a shared machine can be a hundred times slower than one.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -54,16 +56,26 @@ def _one_torch_thread() -> None:
         torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: no worker should begin a long one when the other has no work left."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def mini_models() -> Path:
-    """The mini recipe's converted models; its packages are fetched on first use, so only slow tests may ask."""
+    """The mini recipe's converted models; its packages are fetched on first use, so only slow tests may ask.
+
+    They stay in the checkout's ``downloads``, the one place beside temporary folders that tests write to.
+    """
     recipe = REPO_ROOT / "egs" / "mini" / "pam1"
-    for script in ("download.py", "models.py"):
-        command = [sys.executable, f"local/{script}", "--downloads", "downloads"]
-        environment = {**os.environ, "TQDM_MININTERVAL": "60"}
-        done = subprocess.run(command, cwd=recipe, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return recipe / "downloads" / "models"
+    with locked(recipe / "downloads") as downloads:
+        for script in ("download.py", "models.py"):
+            command = [sys.executable, f"local/{script}", "--downloads", "downloads"]
+            environment = {**os.environ, "TQDM_MININTERVAL": "60"}
+            done = subprocess.run(command, cwd=recipe, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return downloads / "models"
 
 
 @pytest.fixture(scope="session")

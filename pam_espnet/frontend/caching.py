@@ -1,4 +1,4 @@
-"""Encoders meet the feature cache: what the cache is keyed by, and how one utterance is encoded for it."""
+"""Cached hidden states of a configured encoder: the cache's key, and how one utterance is encoded for it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from pam_espnet.data.feature_cache import FeatureCache, cache_features
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import exclusive, write_json
+from pam_espnet.frontend.encoder_spec import EncoderSpec
 from pam_espnet.frontend.encoders.registry import build_encoder
-from pam_espnet.frontend.frontend import EncoderSpec
 
 
 def cache_encoder(
@@ -46,7 +46,7 @@ def cache_encoder(
         hidden, frames = encoder(batch, torch.tensor([len(wave)], device=device))
         return hidden[0, :, : int(frames[0])].cpu().numpy()
 
-    # The path is left out: the same weights in another folder give the same features.
+    # Without the path: the same weights in another folder give the same features.
     options = {key: value for key, value in encoders[name].items() if key != "path"}
     key = {"encoder": options, "spec": spec.to_dict(), "weights_sha256": encoder.weights_sha256()}
     out = root / name / Path(data_dir).name

@@ -149,7 +149,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     from pam_espnet.frontend.encoders.registry import encoder_class
     from pam_espnet.frontend.fusion.registry import build_fusion
     from pam_espnet.frontend.masking import MaskOptions
-    from pam_espnet.model import check_model_options
+    from pam_espnet.model import model_options
     from pam_espnet.train.task import PaMTask
     from pam_espnet.train.warm_start import WarmStartOptions
 
@@ -158,7 +158,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         if key not in known:
             close = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(key, known, 1))
             raise ConfigError(f"config key {key!r}: nothing reads it{close}")
-    check_model_options(config)
+    model_options(config)
     read_options(BatchingOptions, config, "batching_conf")
     read_options(WarmStartOptions, config, "warm_start_conf")
     frontend = config["frontend_conf"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from services import unavailable
 
 import pam_espnet
 from pam_espnet.bin.pam_demo import build_page, main, respond
@@ -37,8 +39,10 @@ def test_without_gradio_it_says_how_to_get_it(exp: Path, monkeypatch: pytest.Mon
         main(["--model", str(exp)])
 
 
+@pytest.mark.services
 def test_through_its_own_client(exp: Path, wave: np.ndarray, tmp_path: Path) -> None:
-    pytest.importorskip("gradio", reason="tools/setup.sh --extras demo installs it")
+    if importlib.util.find_spec("gradio") is None:
+        unavailable("gradio", "gradio is not installed: tools/setup.sh --extras demo")
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError
 

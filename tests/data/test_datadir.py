@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from make_data import add_segments, make_data
 
 from pam_espnet.data.datadir import DataDir, Segment, validate
 from pam_espnet.data.tasks import TASKS, task_spec
 from pam_espnet.errors import ConfigError, DataError
-from tests.data.make_data import add_segments, make_data
 
 
 def replace_line(name: str, line: int, new: str) -> Callable[[Path], None]:
@@ -49,27 +49,28 @@ def write(name: str, content: str) -> Callable[[Path], None]:
         (replace_line("text", 2, "utt2"), "text:2: ", "has no value", "write the value"),
         (replace_line("text", 2, "utt1 x"), "text:2: ", "another value than on line 1", "decide which line"),
         (replace_line("utt2spk", 1, "utt4 x"), "utt2spk:2: ", "not sorted", "fix_data_dir.py"),
-        (replace_line("prompt", 3, ""), "text:3: ", "'utt3' is not in prompt", "fix_data_dir.py"),
-        (replace_line("text", 3, ""), "prompt:3: ", "'utt3' is not in text", "fix_data_dir.py"),
-        (replace_line("wav.scp", 4, ""), "text:4: ", "'utt4' is not in wav.scp", "fix_data_dir.py"),
-        (replace_line("utt2task", 4, "utt5 asr"), "utt2task:4: ", "'utt5' is not in text", "add 'utt5' to text"),
+        (replace_line("prompt", 3, ""), "text:3: ", "'utt3': not in prompt", "fix_data_dir.py"),
+        (replace_line("text", 3, ""), "prompt:3: ", "'utt3': not in text", "fix_data_dir.py"),
+        (replace_line("wav.scp", 4, ""), "text:4: ", "'utt4': not in wav.scp", "fix_data_dir.py"),
+        (replace_line("utt2task", 4, "utt5 asr"), "utt2task:4: ", "'utt5': not in text", "add 'utt5' to text"),
         (replace_line("utt2task", 1, "utt1 translate"), "utt2task:1: ", "unknown task", "asr, count, caption"),
         (replace_line("wav.scp", 2, "utt2 nowhere.wav"), "wav.scp:2: ", "no such audio file", "current directory"),
+        (replace_line("wav.scp", 2, "utt2 " + "x" * 5000), "wav.scp:2: ", "no such audio file", "has to end in '|'"),
         (replace_line("wav.scp", 2, "utt2 ."), "wav.scp:2: ", "is not a file", "one audio file"),
         (replace_line("wav.scp", 2, "utt2 sox a.wav -t wav - |"), "wav.scp:2: ", "is a command", "--allow-pipes"),
         (write("references", "utt1 a dog\n"), "references:1: ", "not JSON", '["a dog barks"'),
         (write("references", 'utt1 "a dog"\n'), "references:1: ", "not a list", '["a dog barks"'),
         (write("references", "utt1 []\n"), "references:1: ", "not a list", '["a dog barks"'),
         (write("references", 'utt1 ["a", 3]\n'), "references:1: ", "non-empty strings", '["a dog barks"'),
-        (write("references", 'utt9 ["a"]\n'), "references:1: ", "'utt9' is not in text", "drop it"),
+        (write("references", 'utt9 ["a"]\n'), "references:1: ", "'utt9': not in text", "drop it"),
         (segments_then(replace_line("segments", 1, "utt1 rec-utt1 0.1")), "segments:1: ", "found 2 fields", "seconds"),
         (segments_then(replace_line("segments", 1, "utt1 rec-utt1 a b")), "segments:1: ", "not a number", "seconds"),
-        (segments_then(replace_line("segments", 1, "utt1 rec-utt1 0 nan")), "segments:1: ", "not finite", "seconds"),
+        (segments_then(replace_line("segments", 1, "utt1 rec-utt1 0 nan")), "segments:1: ", "start < end", "seconds"),
         (segments_then(replace_line("segments", 1, "utt1 rec-utt1 0.2 0.2")), "segments:1: ", "start < end", "seconds"),
         (segments_then(replace_line("segments", 1, "utt1 rec-utt1 -1 2")), "segments:1: ", "0 <= start", "seconds"),
         (segments_then(replace_line("segments", 1, "utt1 rec9 0 1")), "segments:1: ", "'rec9' is not in", "add it"),
         (segments_then(replace_line("segments", 2, "utt2 rec-utt1 0 1")), "wav.scp:2: ", "no segment uses", "remove"),
-        (segments_then(replace_line("segments", 2, "")), "text:2: ", "'utt2' is not in segments", "fix_data_dir.py"),
+        (segments_then(replace_line("segments", 2, "")), "text:2: ", "'utt2': not in segments", "fix_data_dir.py"),
     ],
 )
 def test_bad_directory(tmp_path: Path, change: Callable[[Path], None], where: str, message: str, remedy: str) -> None:

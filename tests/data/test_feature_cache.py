@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from make_data import make_data, noise
 
 from pam_espnet.data.audio import read_audio
 from pam_espnet.data.feature_cache import FeatureCache, cache_features
@@ -16,7 +17,6 @@ from pam_espnet.data.kaldi_io import read_matrices, read_matrix, write_matrices
 from pam_espnet.data.tables import read_table
 from pam_espnet.errors import DataError
 from pam_espnet.fileio import read_json
-from tests.data.make_data import make_data, noise
 
 LAYERS, WIDTH, HOP = 3, 4, 160
 SPEC = {"encoder": "mock", "layers": (0, 1, 2), "weights_sha256": "00"}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from make_data import RATE, add_segments, make_data, noise
 
 import pam_espnet.data.format as format_module
 from pam_espnet.bin.pam_format import main
@@ -17,7 +18,6 @@ from pam_espnet.data.format import format_data_dir
 from pam_espnet.data.passport import Passport
 from pam_espnet.data.tables import read_table
 from pam_espnet.errors import ConfigError, DataError
-from tests.data.make_data import RATE, add_segments, make_data, noise
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -77,7 +77,7 @@ def test_segments_become_files(tmp_path: Path) -> None:
 
 
 def test_skips_are_listed_with_the_reason(tmp_path: Path) -> None:
-    source = make_data(tmp_path / "data", utterances=20, prefix="u")
+    source = make_data(tmp_path / "data", utterances=24, prefix="u")
     waves = {
         "u1": noise(1.1),
         "u2": noise(0.05),
@@ -86,7 +86,9 @@ def test_skips_are_listed_with_the_reason(tmp_path: Path) -> None:
         "u5": np.where(np.arange(4800) == 7, np.nan, noise(0.3)),
         "u6": np.where(np.arange(4800) == 7, np.inf, noise(0.3)),
         "u7": np.zeros(0),
-        "u10": 20 * noise(0.3),
+        "u10": 3 * noise(0.3),
+        "u11": np.stack([noise(0.3), -noise(0.3)], axis=1),
+        "u12": 32768 * noise(0.3),
     }
     for utt, wave in waves.items():
         soundfile.write(source / "wav" / f"{utt}.wav", wave, RATE, subtype="FLOAT")
@@ -108,10 +110,13 @@ def test_skips_are_listed_with_the_reason(tmp_path: Path) -> None:
         "u7": "empty",
         "u8": "unreadable",
         "u9": "unreadable",
+        "u11": "unreadable",
+        "u12": "beyond full scale",
     }
     assert "Format not recognised" in passport.skipped["u8"] and "no such audio file" in passport.skipped["u9"]
+    assert "the channels cancel each other" in passport.skipped["u11"] and "int16 scale" in passport.skipped["u12"]
     assert passport.utterances["u10"]["clipped"] > 0
-    assert "1 have clipped samples" in passport.summary() and "2 unreadable" in passport.summary()
+    assert "1 have clipped samples" in passport.summary() and "3 unreadable" in passport.summary()
     assert set(validate(tmp_path / "dump").text) == set(passport.utterances)
 
 

@@ -296,12 +296,10 @@ def test_scene_is_five_to_ten_seconds_and_not_clipped(local: SimpleNamespace, tm
 # ---- the real thing -------------------------------------------------------------------------------------------------
 
 
-def test_real_packages(local: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_real_packages(local: SimpleNamespace, mini_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every recording the tables name is there, and the English prompts normalise and split as the README says."""
-    downloads = RECIPE / "downloads"
-    wanted = [entry for entry in local.download.read_packages() if entry.client == "debian"]
-    if not all(local.download.is_complete(entry, downloads) for entry in wanted):
-        pytest.skip("the packages are not downloaded; run stage 1 of egs/mini/pam1")
+    downloads = mini_models.parent
     for voice in [name for names in local.count.read_voices(LOCAL / "voices.yaml").values() for name in names]:
         assert len(local.recordings.voice_clips(downloads, voice)) >= 6, voice
     sounds = local.caption.all_recordings(local.caption.read_sounds(LOCAL / "sounds.yaml"))

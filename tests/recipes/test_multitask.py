@@ -128,7 +128,7 @@ def test_an_utterance_or_a_speaker_of_a_test_set_stops_the_training(made: Simple
 @pytest.mark.slow
 def test_stages_3_to_6(made: SimpleNamespace, tiny_llm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs of two steps: all that is tested is that every part finds what it needs and says what it did."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")  # tiny_encoder
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests/kit'}")  # tiny_encoder
     recipe, tests = made.recipe, {"test_clean", "test_verify", "test_caption"}
     small = {
         "llm": str(tiny_llm_dir),

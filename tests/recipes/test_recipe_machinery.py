@@ -180,7 +180,7 @@ def check_configuration(recipe: Path, files: list[Path], changes: list[str], tmp
 
 
 # Frames per second that each type of encoder emits (as published models are configured), Hz.
-RATES = {"whisper": 50.0, "hf_wave": 50.0, "ast": 10.0, "yamnet": 6.25, "pyannote": 25.0, "ge2e": 25.0}
+RATES = {"whisper": 50.0, "hf_wave": 50.0, "ast": 10.0, "yamnet": 6.25, "pyannote": 25.0}
 
 
 @pytest.mark.parametrize(("recipe", "fusion"), FUSIONS)

@@ -1,7 +1,7 @@
 """utils/slurm.py keeps run.py's contract over sbatch: with stand-ins for its programs, and a real cluster of one node.
 
-The real one needs slurmctld and slurmd on PATH or in $PAM_SLURM_ROOT (tests/real_slurm.py says how); without them its
-tests are skipped, and say so.
+The real one, of the tests marked services, needs slurmctld and slurmd on PATH or in $PAM_SLURM_ROOT
+(tests/kit/real_slurm.py says how).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from libri_corpora import copy_recipe, make_librispeech, run, small
 from real_slurm import NoSlurm, real_slurm
+from services import unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "egs/TEMPLATE/pam1/slurm.conf"
@@ -28,7 +29,7 @@ def fake(tmp_path: Path) -> dict[str, str]:
     """The environment of commands for which fake_slurm.py is Slurm."""
     for name in ("sbatch", "squeue", "scancel"):
         (tmp_path / "bin").mkdir(exist_ok=True)
-        shutil.copy(ROOT / "tests/fake_slurm.py", tmp_path / "bin" / name)
+        shutil.copy(ROOT / "tests/kit/fake_slurm.py", tmp_path / "bin" / name)
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "state").mkdir()
     (tmp_path / "work").mkdir()
@@ -42,7 +43,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         with real_slurm(tmp_path_factory.mktemp("slurm")) as environment:
             yield environment
     except NoSlurm as reason:
-        pytest.skip(str(reason))
+        unavailable("slurm", str(reason))
 
 
 def command(*words: str, config: Path = CONFIG) -> list[str]:
@@ -235,14 +236,17 @@ def test_recipes_switch_to_it(tmp_path: Path) -> None:
         assert none.returncode == 1 and "sbatch not found on PATH" in none.stderr
 
 
+@pytest.mark.services
 def test_real_array_of_jobs(tmp_path: Path, cluster: dict[str, str]) -> None:
     check_array(tmp_path, cluster)
 
 
+@pytest.mark.services
 def test_real_cancel(tmp_path: Path, cluster: dict[str, str]) -> None:
     check_cancel(tmp_path, cluster)
 
 
+@pytest.mark.services
 def test_real_gpus(tmp_path: Path, cluster: dict[str, str]) -> None:
     """Slurm gives a job GPUs of its own (here two devices that are none), whatever the submitting shell sees."""
     env = {**cluster, "CUDA_VISIBLE_DEVICES": "7"}
@@ -255,7 +259,7 @@ def test_real_gpus(tmp_path: Path, cluster: dict[str, str]) -> None:
     assert done.returncode == 1 and "sbatch refused the job" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.services
 def test_stages_3_and_4_as_real_jobs(tmp_path: Path, cluster: dict[str, str], mini_models: Path) -> None:
     subsets = {"train-clean-5": 3, "dev-clean-2": 1, "test-clean": 2, "test-other": 1}
     corpus = make_librispeech(tmp_path, subsets, utterances=2)

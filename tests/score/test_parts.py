@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from services import unavailable
 
 from pam_espnet.score.captions import score_captions, tokenize
 from pam_espnet.score.intervals import value_of
@@ -90,14 +91,15 @@ def test_meteor_of_its_counts() -> None:
     assert value_of(statistics_of("meteor", found.table)) == value_of(found)  # as read back from a file
 
 
+@pytest.mark.services
 def test_meteor_with_the_real_program(installed_parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not (installed_parts / "meteor").is_dir():
-        pytest.skip("METEOR is not installed: tools/installers/caption_metrics.py meteor")
     monkeypatch.setenv("PAM_PARTS", str(installed_parts))
+    if not (installed_parts / "meteor").is_dir():
+        unavailable("meteor", "METEOR is not installed: tools/installers/caption_metrics.py meteor")
     try:
         find_java()
     except UnavailableError as error:
-        pytest.skip(str(error))
+        unavailable("meteor", str(error))
     assert meteor(*tokens()).table.tolist() == Meteor.of(COUNTS).table.tolist()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = "max_epoch=1 num_iters_per_epoch=2 num_workers=0"
 RATE = 16000
 WORDS = ("THE", "OLD", "MAN'S", "HOUSE", "STOOD", "BY", "A", "GREEN", "RIVER", "AND", "NOBODY", "KNEW", "IT")

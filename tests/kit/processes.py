@@ -36,8 +36,8 @@ def train(root: Path, llm: Path, output: Path, ranks: int, **changes: Any) -> Tr
     write_config({**tiny_config(llm), **TRAINING, **changes}, output / "given.yaml")
     command = [sys.executable, "-m", "pam_espnet.bin.pam_train", *train_args(root, output / "given.yaml", output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    tests = Path(__file__).resolve().parent  # tiny_encoder
-    environment["PYTHONPATH"] = f"{tests.parent}{os.pathsep}{tests}"
+    kit = Path(__file__).resolve().parent  # tiny_encoder
+    environment["PYTHONPATH"] = f"{kit.parents[1]}{os.pathsep}{kit}"
     shared = [
         "--dist_backend", "gloo", "--dist_init_method", f"file://{output}/init", "--dist_world_size", str(ranks),
         "--multiprocessing_distributed", "false",

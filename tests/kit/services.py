@@ -1,0 +1,15 @@
+"""What tests marked ``services`` need, and may not find."""
+
+from __future__ import annotations
+
+import os
+from typing import NoReturn
+
+import pytest
+
+
+def unavailable(service: str, reason: str) -> NoReturn:
+    """Skip the test, or fail it where $PAM_SERVICES says that this service was installed for it (.ci/run)."""
+    if service in os.environ.get("PAM_SERVICES", "").split():
+        pytest.fail(f"{service} was installed, but: {reason}")
+    pytest.skip(reason)
