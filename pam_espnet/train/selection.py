@@ -75,7 +75,8 @@ def summarise(scores: Mapping[str, Any]) -> dict[str, Any]:
         value = metrics[metric]["value"]
         if value is None:
             raise DataError(scores["data_dir"], f"{METRICS[metric].label} of task {task} is undefined on this set")
-        tasks[task] = {"metric": metric, "value": value, "n": metrics[metric]["n"], "normalised": normalise(task, value)}
+        size, normalised = metrics[metric]["n"], normalise(task, value)
+        tasks[task] = {"metric": metric, "value": value, "n": size, "normalised": normalised}
     return {"tasks": tasks, "mean": sum(entry["normalised"] for entry in tasks.values()) / len(tasks)}
 
 

@@ -1,9 +1,8 @@
 """ESPnet's trainer, with what a killed run needs: checkpoints that survive the kill, a curve, a progress bar.
 
-ESPnet writes ``checkpoint.pth`` in place once per epoch; a kill in the middle leaves half a file. A copy of the last
-whole one is kept beside it, and resuming falls back to the copy. Random numbers are seeded per epoch by ESPnet and
-batches are a function of the epoch, so a resumed run repeats the unbroken one. Within the epoch it goes on from the
-last step checkpoint (``step_checkpoint``).
+ESPnet writes ``checkpoint.pth`` in place once per epoch; after a kill in the middle it is half a file. A copy of the
+last whole one is kept beside it, and resuming falls back to the copy. ESPnet seeds random numbers per epoch and batches
+are a function of the epoch, so a resumed run repeats the unbroken one, from its last step checkpoint on.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from espnet2.train.reporter import aggregate
 from espnet2.train.trainer import Trainer, TrainerOptions
 from espnet2.utils.build_dataclass import build_dataclass
 
+from pam_espnet.config import check_number
 from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import atomic_path, write_text
 from pam_espnet.train.step_checkpoint import DIRECTORY, ResumableEpoch, first_process, write_problem
@@ -56,13 +56,8 @@ class PaMTrainer(Trainer):
 
     @classmethod
     def build_options(cls, args: argparse.Namespace) -> PaMTrainerOptions:
-        """The trainer's share of the command line.
-
-        Raises:
-            ConfigError: a negative ``checkpoint_steps``.
-        """
-        if args.checkpoint_steps < 0:
-            raise ConfigError(f"checkpoint_steps: {args.checkpoint_steps}; must be 0 (none) or more")
+        """The trainer's share of the command line; ConfigError for a negative ``checkpoint_steps``."""
+        check_number(args.checkpoint_steps, "checkpoint_steps", at_least=0, whole=True)
         return build_dataclass(PaMTrainerOptions, args)
 
     @classmethod
@@ -111,7 +106,7 @@ class PaMTrainer(Trainer):
                 f"{checkpoint} does not fit this configuration: {error}\n"
                 "  -> give another --tag, or remove the experiment directory to train from the start"
             ) from error
-        # A kill between ESPnet's two writes leaves the epoch's own file missing or cut; averaging needs it.
+        # After a kill between ESPnet's two writes the epoch's own file is missing or cut; averaging needs it.
         states = torch.load(checkpoint, map_location="cpu", weights_only=True)
         own = checkpoint.with_name(f"{states['reporter']['epoch']}epoch.pth")
         if not _loads(own):
@@ -127,9 +122,7 @@ class PaMTrainer(Trainer):
             _copy(output_dir / CHECKPOINT, output_dir / PREVIOUS)
         optimizers = others["optimizers"]
         for optimizer in optimizers:
-            # What an incomplete group of accum_grad batches left: no checkpoint holds gradients, so that a run which
-            # was killed here would go on without them.
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # of an incomplete group of accum_grad batches: no checkpoint holds gradients
 
         def write_curve() -> None:
             _write_curve(output_dir / CURVE, reporter, "train", options.log_interval or 10)

@@ -245,9 +245,9 @@ def _trained(model: ESPnetPaMModel) -> dict[str, Tensor]:
 
 
 def _save(path: Path, model: ESPnetPaMModel, optimizer: Any, step: int, epoch: int, lines: list[dict]) -> None:
-    state = {"model": _trained(model), "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch, "lines": lines}
+    state = {"model": _trained(model), "optimizer": optimizer.state_dict()}
     with atomic_path(path) as tmp:
-        torch.save(state, tmp)
+        torch.save({**state, "step": step, "epoch": epoch, "lines": lines}, tmp)
 
 
 def _resume(path: Path, model: ESPnetPaMModel, optimizer: Any) -> tuple[int, int, list[dict]]:

@@ -228,7 +228,8 @@ def test_a_comparison_runs_every_fusion_once_and_puts_them_side_by_side(script: 
 
 def test_a_folder_with_blank_and_apostrophe_is_one_word(tmp_path: Path) -> None:
     recipe = copy_recipe(tmp_path / "bob's own tree", "mini")
-    options = ["--dry_run", "true", "--fusion", "single:whisper", "--train_config", r"conf/train.yaml conf/my\ own.yaml"]
+    options = ["--dry_run", "true", "--fusion", "single:whisper"]
+    options += ["--train_config", r"conf/train.yaml conf/my\ own.yaml"]
     for more, runner in (
         ([], ["utils/run.py"]),
         (["--cmd", "slurm"], ["utils/slurm.py", "--config", "egs/TEMPLATE/pam1/slurm.conf"]),

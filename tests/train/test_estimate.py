@@ -14,7 +14,15 @@ from tiny_model import tiny_config, train_args, write_data
 from pam_espnet.config import write_config
 from pam_espnet.frontend.encoders.registry import build_encoder
 from pam_espnet.train import estimate as module
-from pam_espnet.train.estimate import Batch, batches, encoder_shape, estimate, llm_activation_bytes, parameters
+from pam_espnet.train.estimate import (
+    Batch,
+    batches,
+    encoder_shape,
+    estimate,
+    llm_activation_bytes,
+    parameters,
+    step_seconds,
+)
 from pam_espnet.train.experiment import bare_llm
 
 
@@ -90,15 +98,13 @@ def test_the_measured_step_of_an_h200_is_estimated() -> None:
         parameters=lambda: [weight.weight, blocks], get_input_embeddings=lambda: weight,
         get_output_embeddings=lambda: weight,
     )  # fmt: skip
-    encoders: Any = {
-        str(params): SimpleNamespace(params=params, spec=SimpleNamespace(frame_rate=50.0))
-        for params in (637_000_000, 315_000_000, 317_000_000)
-    }
-    config = {"llm_conf": {"gradient_checkpointing": True}, "max_epoch": 1, "num_iters_per_epoch": 1000}
+    config = {"llm_conf": {"gradient_checkpointing": True}}
     plan = [Batch(313, 5800, 960)]
-    (line, *_), (eight, *_) = (module._time(config, lm, encoders, plan, False, ngpu, 0) for ngpu in (1, 8))
-    assert line.startswith("time: 1000 steps, 26.") and line.split(", ")[1].endswith(" min")  # 1.6 s each
-    assert float(line.split()[3]) / float(eight.split()[3]) == pytest.approx(1.7, abs=0.05)
+    encoding = sum(2 * 50 * params for params in (637e6, 315e6, 317e6)) / module._GPU["encoders"]
+    assert encoding * 313 == pytest.approx(1.198, rel=0.02)
+    one, eight = (step_seconds(config, lm, plan, ngpu, encoding) for ngpu in (1, 8))
+    assert one == pytest.approx(1.198 + 0.401, rel=0.02)
+    assert one / eight == pytest.approx(1.7, abs=0.05)
 
 
 def test_a_cache_is_as_large_as_estimated(tiny_llm_dir: Path, tmp_path: Path) -> None:
@@ -108,7 +114,7 @@ def test_a_cache_is_as_large_as_estimated(tiny_llm_dir: Path, tmp_path: Path) ->
     config = tiny_config(tiny_llm_dir)
     list(cache_encoders(["one", "two"], config["frontend_conf"], [data], tmp_path / "feats"))
     on_disk = sum(path.stat().st_size for path in (tmp_path / "feats").glob("*/train/*.ark"))
-    line = next(line for line in estimate(config, data, None, True, 0).splitlines() if "feature cache on disk" in line)
+    line = next(line for line in estimate(config, data, None, True, 0).splitlines() if "feature cache" in line)
     number, unit = line.split(", ")[1].split()[:2]
     assert float(number) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(on_disk, rel=0.1)
 
@@ -145,10 +151,10 @@ def test_activations_are_within_a_factor_of_two_of_what_autograd_keeps() -> None
 def test_batches_of_data_are_the_samplers(tiny_llm_dir: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path, "train")
     config = {**tiny_config(tiny_llm_dir), "batching_conf": {"max_utterances": 4, "max_seconds": 4.0}}
-    alone, shared = (batches(config, data, 12.5, ranks) for ranks in (1, 2))
+    alone, shared = (batches(config, data, ranks) for ranks in (1, 2))
     assert max(batch.seconds for batch in alone) <= 4.0 + 1e-6 and len(alone) >= 18 / 4
     assert max(batch.positions for batch in shared) < max(batch.positions for batch in alone)
-    assert batches(config, None, 12.5, 1)[0].seconds == 4.0
+    assert batches(config, None, 1)[0].seconds == 4.0
 
 
 def test_report(tiny_llm_dir: Path, tmp_path: Path) -> None:
@@ -158,7 +164,7 @@ def test_report(tiny_llm_dir: Path, tmp_path: Path) -> None:
     assert "time: 20 steps" in said and "two CPU cores as measured" in said and "memory of this process" in said
     config["llm_conf"]["dtype"] = "auto"
     said = estimate(config, None, None, cached=False, ngpu=2)
-    assert "memory of each GPU" in said and "feature cache" not in said and "the widest encoder at work" in said
+    assert "memory of each of 2 GPUs" in said and "feature cache" not in said and "the widest encoder at work" in said
     assert "2 H200, extrapolated" in said
     lines = {line.split()[0]: line.split() for line in said.splitlines() if line.startswith("  L")}
     assert lines["LLM"][3:] == [f"{2 * int(lines['LLM'][1].replace(',', '')) / 1e3:.3g}", "kB"]  # bfloat16 on a GPU

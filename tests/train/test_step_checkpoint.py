@@ -247,7 +247,7 @@ def test_the_curve_of_what_is_saved_is_on_disk(data: Path, tiny_llm_dir: Path, t
 def test_skipped_batches_are_not_loaded(
     data: Path, tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pam_espnet.train.preprocessor import PaMPreprocessor
+    from pam_espnet.train.iterator import PaMPreprocessor
 
     exp = train(data, tiny_llm_dir, tmp_path / "exp", stop_after=7, max_epoch=1)
     loaded, load = 0, PaMPreprocessor.__call__
