@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import json
 import logging
 import math
@@ -25,6 +24,7 @@ from espnet2.train.reporter import aggregate
 from espnet2.train.trainer import Trainer, TrainerOptions
 from espnet2.utils.build_dataclass import build_dataclass
 
+from pam_espnet.cli import DISK_ERRORS
 from pam_espnet.config import check_number
 from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import atomic_path, write_text
@@ -35,7 +35,6 @@ CHECKPOINT = "checkpoint.pth"
 PREVIOUS = "checkpoint.previous.pth"
 CURVE = "curve.jsonl"
 PROGRESS = "progress.txt"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PATIENCE = 30  # updates in a row without a finite gradient; fewer may be mixed precision that looks for its scale
 _WHAT_TO_TRY = (
     "  -> no model was written; give another --tag and a lower optim_conf.lr, more scheduler_conf.warmup_steps, or a "
@@ -73,7 +72,7 @@ class PaMTrainer(Trainer):
         except (OSError, RuntimeError) as error:
             # ESPnet's own files of an epoch, which it writes in place: the copy of the epoch before is whole.
             problem = write_problem(error, output_dir)
-            if problem is None or (isinstance(error, OSError) and error.errno not in _NO_ROOM):
+            if problem is None or (isinstance(error, OSError) and error.errno not in DISK_ERRORS):
                 raise
             raise CheckpointError(problem) from error
         if first_process():

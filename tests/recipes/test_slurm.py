@@ -135,7 +135,7 @@ def test_a_recipes_own_configuration(tmp_path: Path, fake: dict[str, str]) -> No
     assert first.startswith("--account=my lab -p cpu --parsable")
     assert second.startswith("--account=my lab -p gpu --gpus=1 --qos fast --parsable")
     refused = slurm(tmp_path / "work", fake, "--mem", "4G", "x.log", "true", config=config)
-    assert refused.returncode == 1 and "nothing said about mem" in refused.stderr and len(calls(fake)) == 2
+    assert refused.returncode == 1 and "no line about mem" in refused.stderr and len(calls(fake)) == 2
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_recipes_own_configuration(tmp_path: Path, fake: dict[str, str]) -> No
         ("option gpu\n", "slurm.conf:1: cannot read 'option gpu'"),
         ("\ncommand 'sbatch\n", "slurm.conf:2: No closing quotation"),
         ("default time=1\n", "default time=... without a line option time"),
-        ("option gpu=1 --gpus=1\n", "nothing said about gpu=2"),
+        ("option gpu=1 --gpus=1\n", "no line about gpu=2"),
     ],
 )
 def test_mistakes_in_a_configuration(tmp_path: Path, fake: dict[str, str], text: str, said: str) -> None:
