@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from humanfriendly import format_size, format_timespan
 
 from pam_espnet.config import used_encoders
 from pam_espnet.data.batching import BatchingOptions, plan_pass
@@ -73,29 +74,30 @@ def estimate(config: Mapping[str, Any], train: Path | None, valid: Path | None, 
     parts = parameters(config, lm, encoders, complete=not unknown)
     lines = ["Estimate from the configuration; time from rates measured elsewhere (pam_espnet/train/estimate.py)", ""]
     lines.append(f"{'parameters':34}{'frozen':>16}{'trained':>14}{'weights':>10}")
-    lines += [f"  {name:32}{frozen:16,}{own:14,}{size_text(size):>10}" for name, (frozen, own, size) in parts.items()]
+    lines += [f"  {name:32}{frozen:16,}{own:14,}{format_size(size):>10}" for name, (frozen, own, size) in parts.items()]
     lines += [f"  unknown: {line}" for line in unknown]
     largest = max(batches(config, train, max(1, ngpu)), key=lambda batch: batch.positions)
     memory = step_bytes(config, lm, encoders, parts, largest, cached)
     where = f"each of {ngpu} GPUs" if ngpu else "this process"
     lines += ["", f"memory of {where}, for {largest.seconds:.0f} s and {largest.positions:.0f} positions in a step"]
-    lines += [f"  {name:62}{size_text(size):>10}" for name, size in memory.items()]
-    lines += [f"  {'together; libraries and fragments come on top':62}{size_text(sum(memory.values())):>10}", ""]
+    lines += [f"  {name:62}{format_size(size):>10}" for name, size in memory.items()]
+    lines += [f"  {'together; libraries and fragments come on top':62}{format_size(sum(memory.values())):>10}", ""]
     hours = sum(Passport.load(path).seconds for path in (train, valid) if path) / 3600
     per_second = sum(2 * e.params * e.spec.frame_rate for e in encoders.values())  # two operations per parameter
     encoder_rate = _GPU["encoders"] if ngpu else _CPU[torch.float32]
     if cached:
         per_hour = sum(4 * 3600 * e.spec.frame_rate * e.spec.num_layers * e.spec.width for e in encoders.values())
-        spent = duration(per_second * 3600 * hours / encoder_rate / max(1, ngpu))
-        whole = f", {size_text(per_hour * hours)} and {spent} for these {hours:.1f} hours" if hours else ""
-        lines.append(f"feature cache: {size_text(per_hour)} per hour of audio{whole}")
+        spent = format_timespan(per_second * 3600 * hours / encoder_rate / max(1, ngpu), max_units=2)
+        whole = f", {format_size(per_hour * hours)} and {spent} for these {hours:.1f} hours" if hours else ""
+        lines.append(f"feature cache: {format_size(per_hour)} per hour of audio{whole}")
     if lm is None:
         return "\n".join([*lines, "time: unknown, as the LLM is"]) + "\n"
     plan = batches(config, train, 1)
     step = step_seconds(config, lm, plan, ngpu, 0.0 if cached else per_second / encoder_rate)
     steps = int(config.get("max_epoch") or 1) * int(config.get("num_iters_per_epoch") or len(plan))
     machine = "an H200" if ngpu == 1 else f"{ngpu} H200, extrapolated from 1 and 8," if ngpu else "two CPU cores"
-    lines.append(f"time: {steps} steps, {duration(steps * step)}, at {machine} as measured; scale it to other machines")
+    spent = format_timespan(steps * step, max_units=2)
+    lines.append(f"time: {steps} steps, {spent}, at {machine} as measured; scale it to other machines")
     return "\n".join([*lines, "      (warm start, validation and decoding are not in it)"]) + "\n"
 
 
@@ -240,19 +242,3 @@ def _checkpointing(config: Mapping[str, Any]) -> bool:
 
 def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:100]
-
-
-def size_text(number: float) -> str:
-    """``1234567890`` -> ``"1.23 GB"``."""
-    for factor, unit in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}"
-    return f"{number:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """``5400`` -> ``"1.5 h"``."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size or (unit == "h" and seconds >= size):
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
