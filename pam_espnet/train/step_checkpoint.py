@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from pam_espnet.cli import DISK_ERRORS
 from pam_espnet.errors import CheckpointError
 from pam_espnet.fileio import MODEL_FILE, load_strict, read_json, read_trained, save_trained, sha256_file, write_json
 from pam_espnet.train.training_state import Training, random_state, set_random_state
@@ -187,6 +189,18 @@ def write_problem(error: BaseException, path: Path) -> str | None:
         f"{path}: cannot be written ({error}); {free:.0f} MB are free there\n"
         "  -> free disk space, then run the same command again: it continues from the last whole checkpoint"
     )
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """What a full or read-only disk causes in the block becomes a CheckpointError about ``path``."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        problem = write_problem(error, path)
+        if problem is None or (isinstance(error, OSError) and error.errno not in DISK_ERRORS):
+            raise
+        raise CheckpointError(problem) from error
 
 
 def _processes() -> int:

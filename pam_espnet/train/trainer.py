@@ -24,11 +24,10 @@ from espnet2.train.reporter import aggregate
 from espnet2.train.trainer import Trainer, TrainerOptions
 from espnet2.utils.build_dataclass import build_dataclass
 
-from pam_espnet.cli import DISK_ERRORS
 from pam_espnet.config import check_number
 from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import atomic_path, write_text
-from pam_espnet.train.step_checkpoint import DIRECTORY, ResumableEpoch, first_process, write_problem
+from pam_espnet.train.step_checkpoint import DIRECTORY, ResumableEpoch, disk_errors, first_process
 from pam_espnet.train.training_state import Training
 
 CHECKPOINT = "checkpoint.pth"
@@ -67,14 +66,8 @@ class PaMTrainer(Trainer):
             CheckpointError: a file could not be written, say on a full disk; names it and what to do.
         """
         output_dir = Path(trainer_options.output_dir)
-        try:
+        with disk_errors(output_dir):  # ESPnet writes its files in place; the copy of the epoch before is whole
             super().run(trainer_options=trainer_options, **others)
-        except (OSError, RuntimeError) as error:
-            # ESPnet's own files of an epoch, which it writes in place: the copy of the epoch before is whole.
-            problem = write_problem(error, output_dir)
-            if problem is None or (isinstance(error, OSError) and error.errno not in DISK_ERRORS):
-                raise
-            raise CheckpointError(problem) from error
         if first_process():
             shutil.rmtree(output_dir / DIRECTORY, ignore_errors=True)
 

@@ -38,6 +38,7 @@ from pam_espnet.frontend.fusion.routing import router_loss
 from pam_espnet.llm.prompt_layout import answer_ids
 from pam_espnet.model import ESPnetPaMModel, build_model
 from pam_espnet.train.experiment import read_options
+from pam_espnet.train.step_checkpoint import disk_errors
 from pam_espnet.train.task import PaMTask, parameter_groups, tokenizer_of
 from pam_espnet.train.warm_losses import token_errors, warm_loss
 
@@ -180,6 +181,11 @@ def fit(
                 unaligned += skipped
                 if count == 0:
                     continue
+                if not torch.isfinite(total):
+                    raise ConfigError(
+                        f"the warm start diverged at step {step + 1} of {options.steps}: loss {total.item()}, learning "
+                        f"rate {options.lr:.3g}\n  -> give another --tag and a lower warm_start_conf.lr"
+                    )
                 if mixture and step % options.held_out_every == 0:
                     _step(model, next(held_out), options.losses, only, optimizer, mixture)
                 step += 1
@@ -309,13 +315,14 @@ def run(args: argparse.Namespace) -> Path:
         count = write_token_ids(answers, tokenizer_of(args), tokens)
         logging.info(f"{tokens}: {count} token types in {len(answers)} training answers")
     scales = {**(args.lr_scale_conf or {}), **options.lr_scales}
-    return fit(
-        build_model(vars(args)),
-        factories["train"],
-        factories["valid"],
-        options,
-        output_dir,
-        device="cuda" if args.ngpu > 0 else "cpu",
-        lr_scales={prefix: factor for prefix, factor in scales.items() if not prefix.startswith("decoder")},
-        router_pairs=pairs,
-    )
+    with disk_errors(output_dir):
+        return fit(
+            build_model(vars(args)),
+            factories["train"],
+            factories["valid"],
+            options,
+            output_dir,
+            device="cuda" if args.ngpu > 0 else "cpu",
+            lr_scales={prefix: factor for prefix, factor in scales.items() if not prefix.startswith("decoder")},
+            router_pairs=pairs,
+        )

@@ -295,6 +295,22 @@ def test_tensors_that_are_not_finite_are_no_model(unbroken: Path, tmp_path: Path
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_a_diverged_warm_start_is_none(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    from pam_espnet.bin.pam_warm_start import main as warm_start
+
+    exp = tmp_path / "exp"
+    exp.mkdir()
+    config = {
+        **tiny_config(tiny_llm_dir, ctc_tokens=str(exp / "ctc_tokens.txt"), ctc_weight=0.1),
+        **TRAINING,
+        "warm_start_conf": {"steps": 12, "save_every": 3, "lr": 1e30},
+    }
+    write_config(config, exp / "given.yaml")
+    with pytest.raises(ConfigError, match=r"diverged at step \d+ of 12: loss (nan|inf).*\n.*lower warm_start_conf.lr"):
+        warm_start(train_args(data, exp / "given.yaml", exp))
+    assert not (exp / "warm_start.safetensors").exists()
+
+
 @pytest.mark.slow  # another process imports ESPnet
 @pytest.mark.parametrize("workers", [2, 0])
 def test_little_shared_memory(data: Path, tiny_llm_dir: Path, tmp_path: Path, workers: int) -> None:
