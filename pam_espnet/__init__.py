@@ -15,11 +15,11 @@ __version__ = "0.2.0"
 
 
 def load(path: str | Path, **options: Any) -> SpeechLLM:
-    """A model that answers, from an archive of ``pam_pack``, an unpacked one, or an experiment directory.
+    """A model that answers, from a package of ``pam_pack`` (zip file or folder) or an experiment directory.
 
     ``pam_espnet.load("mine.zip", models={"llm": "models/smollm2"}).answer([wave], ["Transcribe the speech."])``;
-    the options and errors are those of ``pam_espnet.packing.load.load``.
+    the options and errors are those of ``pam_espnet.package.load``.
     """
-    from pam_espnet.packing.load import load as load_packed
+    from pam_espnet.package import load as load_package
 
-    return load_packed(path, **options)
+    return load_package(path, **options)

@@ -1,7 +1,10 @@
-"""What command lines share: user errors without a stack trace, Ctrl-C, the log format, what to note about a run."""
+"""Parts that all command lines share: user errors without a stack trace, Ctrl-C, the log format, the options --device,
+--dtype and --threads, and the record of a run."""
 
 from __future__ import annotations
 
+import argparse
+import errno
 import logging
 import os
 import shlex
@@ -11,14 +14,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pam_espnet.errors import PamError
+from pam_espnet.config import check_number
+from pam_espnet.errors import ConfigError, PamError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+DTYPES = ("float32", "bfloat16", "int8")  # precisions of the LLM in decoding
 
 
 def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
     """Call ``main(argv)``; return the process's exit status.
 
-    A ``PamError`` is printed as its message alone (status 1); Ctrl-C gives status 130; any other exception is a
-    bug and keeps its stack trace.
+    A ``PamError``, and a file that a full or read-only disk does not take, are printed as a message alone (status 1);
+    Ctrl-C gives status 130; any other exception is a bug and keeps its stack trace.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"
@@ -28,15 +35,25 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
     except PamError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {error.filename or 'a file'}: cannot be written: {error.strerror}", file=sys.stderr)
+        print("  -> free disk space, or choose a folder that can be written; then run it again", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
 
 
 def run_record(program: str) -> dict[str, Any]:
-    """Command (its words) and commit, for result files. A recipe says what its user typed; alone, it is ``program``."""
+    """Command (its words) and commit, for result files; the command is the recipe's where a recipe started this."""
     typed = os.environ.get("PAM_COMMAND") or shlex.join([program, *sys.argv[1:]])
-    return {"command": shlex.split(typed), "commit": code_commit()}
+    try:
+        words = shlex.split(typed)
+    except ValueError:  # an apostrophe that was not quoted
+        words = typed.split()
+    return {"command": words, "commit": code_commit()}
 
 
 def code_commit() -> str | None:
@@ -53,10 +70,52 @@ def code_commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def chosen_device(name: str) -> str:
-    """``--device``: a torch device by name; auto is a GPU where there is one."""
+def add_compute_options(
+    parser: argparse.ArgumentParser, default_dtype: str = "as trained", dtypes: Sequence[str] = DTYPES
+) -> None:
+    """``--device``, ``--threads`` and (with ``dtypes``) ``--dtype``, for ``compute_device``.
+
+    Args:
+        parser: to add them to.
+        default_dtype: words for the help: the LLM's precision where --dtype is not given.
+        dtypes: allowed precisions; empty: no --dtype.
+    """
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: a GPU if there is one (auto)")
+    if dtypes:
+        note = "; int8: its weights in the search, on x86 CPUs" if "int8" in dtypes else ""
+        parser.add_argument("--dtype", choices=dtypes, help=f"precision of the LLM{note} (default: {default_dtype})")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0 = torch's choice)")
+
+
+def compute_device(args: argparse.Namespace) -> str:
+    """The torch device of ``--device``, checked; sets the number of CPU threads.
+
+    Raises:
+        ConfigError: see ``chosen_device``; a negative number of threads.
+    """
     import torch
 
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    check_number(args.threads, "--threads", at_least=0, whole=True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return chosen_device(args.device)
+
+
+def chosen_device(name: str) -> str:
+    """A torch device by name; auto is a GPU where there is one.
+
+    Raises:
+        ConfigError: a name that is no device, or a GPU that is not there; no model needs to be loaded to learn it.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (":" in name and not index.isdecimal()):
+        raise ConfigError(f"--device {name}: no such device; cpu, cuda, cuda:N or auto")
+    gpus = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= gpus:
+        last = f"the last GPU here is cuda:{gpus - 1}" if gpus else "there is no GPU here"
+        raise ConfigError(f"--device {name}: {last}; cpu, cuda, cuda:N or auto")
+    return name

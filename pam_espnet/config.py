@@ -7,6 +7,8 @@ mapping is written to the experiment directory, so that what was run can be read
 from __future__ import annotations
 
 import inspect
+import math
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +20,24 @@ LAST_COMMIT = "6d6c31d"  # of version 0.1, which had what version 0.2 removed
 
 
 def parse_yaml(text: str) -> Any:
-    """YAML, with ``1e-4`` read as the number it is (YAML 1.1 asks for ``1.0e-4`` and reads the rest as text)."""
+    """YAML, with ``1e-4`` read as a number (YAML 1.1 reads it as text) and a key given twice refused.
+
+    Raises:
+        yaml.YAMLError: not YAML.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """SafeLoader with one more resolver; a class of its own, so that PyYAML's is left as it is."""
+        """SafeLoader with these two changes; a class of its own, so that PyYAML's stays as it is."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            lines: dict[tuple[str, str], int] = {}
+            for key, _ in node.value:
+                first = lines.setdefault((key.tag, str(key.value)), key.start_mark.line + 1)
+                if first != key.start_mark.line + 1:
+                    problem = f"the key {key.value!r} was given in line {first} already"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            return super().construct_mapping(node, deep)
 
     number = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
@@ -30,18 +45,24 @@ def parse_yaml(text: str) -> Any:
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping.
+    """A YAML file that holds a mapping.
 
     Raises:
-        ConfigError: missing file, broken YAML (with its line), or not a mapping.
+        ConfigError: missing file, broken YAML or a key given twice (with its line), or not a mapping.
+        DataError: not UTF-8.
     """
     import yaml
+
+    from pam_espnet.fileio import read_text
 
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
     try:
-        value = parse_yaml(path.read_text(encoding="utf-8"))
+        value = parse_yaml(read_text(path))
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if value is None:
@@ -97,7 +118,7 @@ def resolve(files: Sequence[str | Path], changes: Sequence[str] = ()) -> dict[st
 
 
 def used_encoders(config: Mapping[str, Any]) -> list[str]:
-    """The encoders that the configured fusion listens to: all, or the one of ``single``.
+    """The encoders that the configured fusion uses: all, or the one of ``single``.
 
     Raises:
         ConfigError: none is configured.
@@ -136,6 +157,36 @@ def check_options(options: Mapping[str, Any], key: str, *readers: Callable[..., 
     known = {name for reader in readers for name in inspect.signature(reader).parameters}
     if unknown := sorted(set(options) - known):
         raise ConfigError(f"config key {key!r}: no option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+
+
+def check_number(
+    value: Any,
+    name: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    whole: bool = False,
+) -> None:
+    """Check that the option ``name`` is a finite number within the limits.
+
+    Raises:
+        ConfigError: it is not; names the option, its value and the limits.
+    """
+    limits = (
+        ("at least", at_least, operator.ge),
+        ("at most", at_most, operator.le),
+        ("above", above, operator.gt),
+        ("below", below, operator.lt),
+    )
+    given = [(word, limit, holds) for word, limit, holds in limits if limit is not None]
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and all(holds(value, limit) for _, limit, holds in given):
+        return
+    kind = "a whole number" if whole else "a number"
+    wanted = " and ".join(f"{word} {limit:g}" for word, limit, _ in given)
+    raise ConfigError(f"{name}: {value!r}; must be {kind}" + (f", {wanted}" if wanted else ""))
 
 
 def drop_removed(options: Mapping[str, Any], removed: Mapping[str, Any], key: str) -> dict[str, Any]:

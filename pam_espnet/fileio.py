@@ -1,5 +1,5 @@
-"""Files that are whole or absent: written to a temporary name beside the target, then renamed. Text, JSON, and the
-trained tensors, which are loaded strictly."""
+"""Files and folders that are whole or absent: written under a temporary name beside the target, then renamed. Text,
+JSON, keys of folders, and trained tensors, which are loaded strictly."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,11 +39,35 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def exclusive(path: str | Path) -> Iterator[None]:
-    """Hold the lock file ``path`` while the block runs; wait, and say so, while another process holds it.
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``folder``; rename it to ``folder`` when the block ends without an error.
 
-    A process of a run that was killed may live on for a while; two that write the same directory would spoil it. The
-    lock goes with the process, however it ends.
+    An older ``folder`` is replaced at the end. What a killed process left half written is removed by the next call, so
+    two processes must not make the same folder at once (see ``exclusive``).
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{folder.name}.tmp-"
+    for stale in [path for path in folder.parent.iterdir() if path.name.startswith(prefix)]:
+        shutil.rmtree(stale)
+    tmp, old = (folder.with_name(f"{prefix}{os.getpid()}-{word}") for word in ("new", "old"))
+    tmp.mkdir()
+    try:
+        yield tmp
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def exclusive(path: str | Path) -> Iterator[None]:
+    """Hold the lock file ``path`` while the block runs; wait, with a warning, while another process holds it.
+
+    A process of a killed run may still be active, and two that write the same directory would spoil it. The lock ends
+    with the process, however it ends.
     """
     import fcntl
 
@@ -56,6 +81,21 @@ def exclusive(path: str | Path) -> Iterator[None]:
         yield
 
 
+def read_text(path: str | Path) -> str:
+    """Text of a UTF-8 file, without the byte order mark that some editors write.
+
+    Raises:
+        DataError: not UTF-8; names the line.
+    """
+    content = Path(path).read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        hint = f"save it as UTF-8, for example: iconv -f latin1 -t utf-8 {path} > new"
+        raise DataError(path, f"is not UTF-8 (byte {content[error.start]:#04x})", line=line, hint=hint) from error
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8 to ``path``, atomically."""
     with atomic_path(path) as tmp:
@@ -63,7 +103,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON (keys in the order given) to ``path``, atomically."""
+    """Write ``value`` as indented JSON to ``path``, atomically."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
@@ -81,29 +121,34 @@ def sha256_file(path: str | Path, chunk: int = 1 << 20) -> str:
     return digest.hexdigest()
 
 
-def check_key(path: str | Path, key: dict[str, Any], hint: str) -> None:
-    """Write what a directory's contents depend on to ``path``, or compare it with what is written there.
+def check_key(path: str | Path, key: Mapping[str, Any], hint: str) -> None:
+    """Write what a folder's contents depend on to ``path``, or compare it with what is written there.
 
     Args:
-        path: the JSON file that holds the key.
+        path: JSON file that holds the key.
         key: JSON values, nested mappings allowed.
-        hint: what to type when the directory was made with another key.
+        hint: what to type when the folder was made with another key.
 
     Raises:
         DataError: another key is there; names the entries that differ.
     """
-    if not Path(path).exists():
-        write_json(path, key)
-        return
-    found, wanted = _flat(read_json(path)), _flat(key)
-    if changed := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
+    if Path(path).exists():
+        compare_keys(path, read_json(path), key, hint)
+    else:
+        write_json(path, dict(key))
+
+
+def compare_keys(path: str | Path, found: Mapping[str, Any], wanted: Mapping[str, Any], hint: str) -> None:
+    """Raises DataError about ``path`` where the keys ``found`` and ``wanted`` differ; names the entries."""
+    old, new = _flat(found), _flat(wanted)
+    if changed := sorted(name for name in {*old, *new} if old.get(name) != new.get(name)):
         listed = ", ".join(changed[:8]) + (", ..." if len(changed) > 8 else "")
-        raise DataError(path, f"what lies here was made with other settings or data (changed: {listed})", hint=hint)
+        raise DataError(path, f"was made with other settings or data (changed: {listed})", hint=hint)
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``; lists count as one value."""
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return {name: value}
     return {k: v for key, part in value.items() for k, v in _flat(part, f"{name}.{key}" if name else key).items()}
 
@@ -162,7 +207,7 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str | Pat
         raise CheckpointError(
             f"{source}: does not fit this model\n"
             + "\n".join(lines)
-            + "\n  -> use the config.yaml that lies beside the checkpoint, or train again"
+            + "\n  -> use the config.yaml beside the checkpoint, or train again"
         )
     model.load_state_dict(dict(state))
     parts: dict[str, int] = {}

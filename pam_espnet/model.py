@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,12 @@ from espnet2.torch_utils.device_funcs import force_gatherable
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 from torch import Tensor
 
-from pam_espnet.config import check_options
+from pam_espnet.config import check_options, drop_removed
 from pam_espnet.data.tasks import TASKS
 from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.frontend.ctc_head import EmbeddingCTC
 from pam_espnet.frontend.frontend import AudioEmbeddings, PaMFrontend
 from pam_espnet.frontend.fusion.routing import router_loss
-from pam_espnet.llm.layer_dropout import skip_probabilities
 from pam_espnet.llm.llm import LLMDecoder
 from pam_espnet.llm.prompt_layout import Placed, layout, place
 
@@ -52,9 +51,6 @@ class ESPnetPaMModel(AbsESPnetModel):
             ``exit_layers`` is drawn, so that it costs one output layer; deeper ones weigh more, in proportion to their
             depth (LayerSkip, Elhoushi et al., ACL 2024, has weights rise with depth too).
         exit_layers: blocks, from 1 to one less than the LLM has.
-        exit_layer_dropout: with ``exit_weight``: the probability, below 1, with which the deepest blocks are left out
-            of a training step, rising to it from 0 at the first (``decoder.layer_dropout``). The block that is drawn to
-            speak and the last one are always run. The answer's loss is then that of the LLM without those blocks.
     """
 
     def __init__(
@@ -67,7 +63,6 @@ class ESPnetPaMModel(AbsESPnetModel):
         ctc_weight: float = 0.0,
         exit_weight: float = 0.0,
         exit_layers: Sequence[int] = (),
-        exit_layer_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if not isinstance(exit_layers, list | tuple) or not all(isinstance(layer, int) for layer in exit_layers):
@@ -78,10 +73,6 @@ class ESPnetPaMModel(AbsESPnetModel):
             raise ConfigError(
                 f"model_conf.exit_layers: {beyond}; the LLM's blocks before its last are 1 to {decoder.num_layers - 1}"
             )
-        if not 0 <= exit_layer_dropout < 1:
-            raise ConfigError(f"model_conf.exit_layer_dropout: {exit_layer_dropout}; must be 0 to below 1")
-        if exit_layer_dropout > 0 and (exit_weight == 0 or not hasattr(decoder.transformer, "layers")):
-            raise ConfigError("model_conf.exit_layer_dropout: needs exit_weight above 0, and a Llama-type LLM")
         self.frontend = frontend
         self.decoder = decoder
         self.ctc = ctc
@@ -90,7 +81,6 @@ class ESPnetPaMModel(AbsESPnetModel):
         self.ctc_weight = ctc_weight
         self.exit_weight = exit_weight
         self.exit_layers = tuple(sorted(set(exit_layers)))
-        self.exit_layer_dropout = exit_layer_dropout
         self.register_state_dict_post_hook(_drop_frozen)
         self.register_load_state_dict_post_hook(_forgive_frozen)
 
@@ -148,8 +138,8 @@ class ESPnetPaMModel(AbsESPnetModel):
         task = batch["task"][:, 0]
         audio = self.audio_embeddings(prompts, batch["num_samples"][:, 0], batch.get("speech"), cached_features(batch))
         placed = self.place(prompts, audio, answers)
-        exit_layer, skipped = self._draw_exit()
-        nll, correct, exit_nll = self.decoder.token_losses(placed, exit_layer, skipped)
+        exit_layer = self._draw_exit()
+        nll, correct, exit_nll = self.decoder.token_losses(placed, exit_layer)
         weight = torch.tensor(float(nll.numel()), device=nll.device)
         loss = nll.mean()
         task_of_token = torch.repeat_interleave(task, torch.tensor([len(a) for a in answers], device=task.device))
@@ -176,23 +166,15 @@ class ESPnetPaMModel(AbsESPnetModel):
         # One value becomes a vector of one: what ESPnet's trainer sums over ranks must not be a scalar.
         return force_gatherable((loss, stats, weight), loss.device)
 
-    def _draw_exit(self) -> tuple[int | None, list[int]]:
-        """Of a training step: the block that is to speak, None when there is none, and the blocks that are left out.
-
-        Rank 0 draws for all: with equal work no rank waits for another, and a block that is left out has no gradient
-        anywhere, where it would otherwise be averaged with zeros.
-        """
+    def _draw_exit(self) -> int | None:
+        """The exit block of a training step, drawn by rank 0 for all ranks; None when there is none."""
         if not self.training or self.exit_weight == 0:
-            return None, []
+            return None
         drawn = torch.randint(len(self.exit_layers), (1,))
-        if self.exit_layer_dropout > 0:
-            probabilities = skip_probabilities(self.decoder.num_layers, self.exit_layer_dropout)
-            drawn = torch.cat([drawn, (torch.rand(len(probabilities)) < probabilities).long()])
         if _several_ranks():
             drawn = drawn.to(self.decoder.device)
             torch.distributed.broadcast(drawn, 0)
-        speaks = self.exit_layers[int(drawn[0])]
-        return speaks, [block for block, out in enumerate(drawn[1:].tolist(), start=1) if out and block != speaks]
+        return self.exit_layers[int(drawn)]
 
     def _task_statistics(self, nll: Tensor, correct: Tensor, task: Tensor) -> dict[str, Tensor | None]:
         """Loss and accuracy per task, the same keys on every rank.
@@ -277,6 +259,30 @@ def _model_options(ctc_tokens: str | None = None, extract_feats_in_collect_stats
     """Options of ``model_conf`` that are read here and by ESPnet; the rest goes to ESPnetPaMModel."""
 
 
+_BLOCKS = ("llm_conf", "frontend_conf", "model_conf")
+_REMOVED = {"model_conf": {"exit_layer_dropout": 0.0}}  # see config.drop_removed
+
+
+def model_options(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The mappings of ``_BLOCKS``; raises ConfigError for keys that are missing or that nobody reads."""
+    if not config.get("llm"):
+        raise ConfigError("config key 'llm' is missing: give the LLM's folder or its Hugging Face id")
+    readers: tuple[tuple[Callable[..., Any], ...], ...] = (
+        (LLMDecoder.from_pretrained, LLMDecoder),
+        (PaMFrontend,),
+        (ESPnetPaMModel, _model_options),
+    )
+    blocks = []
+    for key, known in zip(_BLOCKS, readers, strict=True):
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise ConfigError(f"config key {key!r}: must be a mapping of options, got {config[key]!r}")
+        blocks.append(drop_removed(config.get(key) or {}, _REMOVED.get(key, {}), key))
+        check_options(blocks[-1], key, *known)
+    if missing := [name for name in ("encoders", "fusion") if name not in blocks[1]]:
+        raise ConfigError(f"config key 'frontend_conf': {' and '.join(missing)} missing")
+    return blocks
+
+
 def build_model(config: Mapping[str, Any]) -> ESPnetPaMModel:
     """Build the model that ``config`` describes, with its pretrained parts, untrained ones freshly initialised.
 
@@ -287,16 +293,7 @@ def build_model(config: Mapping[str, Any]) -> ESPnetPaMModel:
     Raises:
         ConfigError: unknown keys, missing model folders, values that cannot work.
     """
-    if not config.get("llm"):
-        raise ConfigError("config key 'llm' is missing: give the LLM's folder or its Hugging Face id")
-    llm_conf, frontend_conf, model_conf = (
-        dict(config.get(key) or {}) for key in ("llm_conf", "frontend_conf", "model_conf")
-    )
-    check_options(llm_conf, "llm_conf", LLMDecoder.from_pretrained, LLMDecoder)
-    check_options(frontend_conf, "frontend_conf", PaMFrontend)
-    check_options(model_conf, "model_conf", ESPnetPaMModel, _model_options)
-    if missing := [name for name in ("encoders", "fusion") if name not in frontend_conf]:
-        raise ConfigError(f"config key 'frontend_conf': {' and '.join(missing)} missing")
+    llm_conf, frontend_conf, model_conf = model_options(config)
     decoder = LLMDecoder.from_pretrained(config["llm"], **llm_conf)
     frontend = PaMFrontend(width=decoder.width, prompt_width=decoder.width, **frontend_conf)
     tokens = model_conf.get("ctc_tokens")

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from pam_espnet.errors import DataError
-from pam_espnet.fileio import atomic_path, exclusive, read_json, sha256_file, write_json, write_text
+from pam_espnet.fileio import (
+    atomic_path,
+    check_key,
+    exclusive,
+    read_json,
+    sha256_file,
+    whole_folder,
+    write_json,
+    write_text,
+)
 
 
 def test_an_error_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
@@ -27,6 +36,34 @@ def test_an_error_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         break_off()
     assert path.read_text() == "old\n" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    with whole_folder(folder) as tmp:
+        (tmp / "a").write_text("1")
+        assert not folder.exists()
+
+    def break_off() -> None:
+        with whole_folder(folder) as tmp:
+            (tmp / "b").write_text("2")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        break_off()
+    assert [path.name for path in folder.iterdir()] == ["a"]
+    folder.with_name(".folder.tmp-1-new").mkdir()  # of a killed process
+    with whole_folder(folder) as tmp:
+        (tmp / "c").write_text("3")
+    assert [path.name for path in folder.iterdir()] == ["c"] and list(folder.parent.iterdir()) == [folder]
+
+
+def test_keys_name_the_entries_that_differ(tmp_path: Path) -> None:
+    key = {"lr": 0.1, "conf": {"a": 1, "b": [1, 2]}}
+    check_key(tmp_path / "key.json", key, "remove it")
+    check_key(tmp_path / "key.json", key, "remove it")
+    with pytest.raises(DataError, match=r"changed: conf\.b, new\)\n  -> remove it"):
+        check_key(tmp_path / "key.json", {"lr": 0.1, "conf": {"a": 1, "b": [1]}, "new": 0}, "remove it")
 
 
 def test_json_and_hash(tmp_path: Path) -> None:

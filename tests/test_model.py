@@ -204,43 +204,17 @@ def test_deeper_blocks_weigh_more_and_the_mean_is_the_option(deep_llm_dir: Path)
     assert sum(weights.values()) / 3 == pytest.approx(0.4, rel=1e-3)
 
 
-def test_layer_dropout_spares_the_block_that_speaks_and_the_last(deep_llm_dir: Path) -> None:
-    options = {"exit_weight": 0.4, "exit_layers": [2, 4], "exit_layer_dropout": 0.9}
-    model = build_model(tiny_config(deep_llm_dir, **options)).train()
-    torch.manual_seed(0)
-    drawn = [model._draw_exit() for _ in range(600)]
-    assert {speaks for speaks, _ in drawn} == {2, 4} and not any(speaks in skipped for speaks, skipped in drawn)
-    rates = [sum(block in skipped for _, skipped in drawn) / len(drawn) for block in range(1, 7)]
-    assert rates[0] == rates[5] == 0
-    expected = [0.9 * (2 ** (block / 5) - 1) * (0.5 if block in (1, 3) else 1) for block in range(1, 5)]
-    assert rates[1:5] == pytest.approx(expected, abs=0.07)  # 2 and 4 speak half of the time
-    run: list[int] = []
-    for block, layer in enumerate(model.decoder.transformer.layers, start=1):
-        layer.mlp.register_forward_hook(lambda *_, block=block: run.append(block))
-    batch = make_batch(model, ["asr", "count"])
-    counts = []
-    for _ in range(20):
-        run.clear()
-        loss, _, _ = model(**batch)
-        loss.backward()
-        counts.append(len(run) - 6)  # the prompts' vectors are computed in the first step, on all blocks
-    assert min(counts[1:]) < 0 and loss.isfinite()
-    run.clear()
-    model.eval()(**batch)
-    assert run == [1, 2, 3, 4, 5, 6]
-
-
 def test_rank_0_draws_for_all(deep_llm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"exit_weight": 0.4, "exit_layers": [2, 4], "exit_layer_dropout": 0.5}
+    options = {"exit_weight": 0.4, "exit_layers": [2, 4]}
     model = build_model(tiny_config(deep_llm_dir, **options)).train()
 
     def broadcast(tensor: torch.Tensor, source: int) -> None:
         assert source == 0
-        tensor.copy_(torch.tensor([1, 0, 0, 1, 1, 1, 0]))  # the second exit layer; blocks 3, 4 and 5
+        tensor.copy_(torch.tensor([1]))  # the second exit layer
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
-    assert model._draw_exit() == (4, [3, 5])
+    assert model._draw_exit() == 4
 
 
 @pytest.mark.parametrize(
@@ -248,8 +222,6 @@ def test_rank_0_draws_for_all(deep_llm_dir: Path, monkeypatch: pytest.MonkeyPatc
     [
         {"exit_weight": 0.3},
         {"exit_weight": 0.3, "exit_layers": [2]},
-        {"exit_layer_dropout": 0.2},
-        {"exit_weight": 0.3, "exit_layers": [1], "exit_layer_dropout": 1.0},
     ],
 )
 def test_joint_optimisation_needs_blocks_before_the_last(tiny_llm_dir: Path, options: dict[str, Any]) -> None:

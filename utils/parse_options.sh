@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
-# Options of a script from its own variables. Source it after the variables got their defaults:
+# shellcheck disable=SC2154  # usage and options are the caller's
+# Options of a script from one table, which is its help as well. Source it after setting `usage` and `options`:
 #
-#     help_message="Usage: $0 [--stage 1] [--dry_run true|false]"
-#     stage=1
-#     dry_run=false
+#     usage="Usage: $0 [options]"
+#     options="
+#     stage      N      1      first stage
+#     test_sets  NAMES  'a b'  separated by blanks
+#                              (other lines, such as this one, belong to the help alone)
+#     "
 #     . utils/parse_options.sh
 #
-# Then `--name value` and `--name=value` set the variable `name` (a dash in it stands for an underscore); only variables
-# that exist and begin with a small letter can be set. A variable whose default is true or false takes nothing else.
-# Parsing ends at `--` or at the first word that is no option; what follows stays in "$@". Values are never executed.
+# A line has a name, what its value is, the default (in single quotes where it is empty or has blanks) and the help. Each
+# name becomes a variable with its default; `--name value` and `--name=value` set it (a dash in it stands for an
+# underscore). Where the default is true or false, nothing else is taken. Parsing ends at `--` or at the first word that
+# is no option; what follows stays in "$@". Values are never executed. `table_names TABLE` prints the names of a table.
+
+table_names() { sed -n 's/^\([a-z][A-Za-z0-9_]*\) .*/\1/p' <<<"$1"; }
 
 _po_fail() {
     printf '%s: error: %s\n' "$0" "$1" >&2
@@ -16,9 +23,10 @@ _po_fail() {
     exit 1
 }
 
-# _po_distance A B: sets _po_result to the number of letters to insert, delete or replace between the two words.
-_po_distance() {
+# _po_close A B: whether B may be meant by A: its beginning or last word, or at most two letters are different.
+_po_close() {
     local i j cost best above=() row=()
+    [[ $2 != "$1"* && $2 != *"_$1" ]] || return 0
     for ((j = 0; j <= ${#2}; j++)); do above[j]=${j}; done
     for ((i = 1; i <= ${#1}; i++)); do
         row=("${i}")
@@ -32,31 +40,20 @@ _po_distance() {
         done
         above=("${row[@]}")
     done
-    _po_result=${above[${#2}]}
+    ((above[${#2}] <= 2 && above[${#2}] < ${#1}))
 }
 
-# _po_unknown NAME: ends the script, naming the options that NAME may have been meant to be.
-_po_unknown() {
-    local name close=()
-    while read -r name; do
-        case "${name}" in
-            "$1"* | *"_$1") close+=("--${name}") ;;  # its beginning or its last word is right
-            [a-z]*)
-                _po_distance "$1" "${name}"
-                ((_po_result > 2 || _po_result >= ${#1})) || close+=("--${name}")
-                ;;
-        esac
-    done < <(LC_ALL=C comm -23 <(compgen -A variable | LC_ALL=C sort) <(compgen -e | LC_ALL=C sort))
-    if [ ${#close[@]} -gt 0 ]; then
-        _po_fail "unknown option --$1" "did you mean ${close[*]} ?"
-    fi
-    _po_fail "unknown option --$1" "--help shows what there is"
-}
+mapfile -t _po_names < <(table_names "${options}")
+_po_pattern="^[a-z][A-Za-z0-9_]* +[^ ]+ +('([^']*)'|([^ ]+))( |\$)"
+while IFS= read -r _po_line; do
+    [[ ! ${_po_line} =~ ${_po_pattern} ]] || printf -v "${_po_line%% *}" '%s' "${BASH_REMATCH[2]}${BASH_REMATCH[3]}"
+done <<<"${options}"
 
 while [ $# -gt 0 ]; do
     case "$1" in
         -h | --help)
-            printf '%s\n' "${help_message:-$0 has no help_message}"
+            printf '%s\n' "${usage}"
+            sed 's/^\([a-z][A-Za-z0-9_]* \)/  --\1/; s/^    /        /' <<<"${options}"
             exit 0
             ;;
         --)
@@ -75,8 +72,14 @@ while [ $# -gt 0 ]; do
                 shift 2
             fi
             _po_name=${_po_name//-/_}
-            [[ ${_po_name} =~ ^[a-z][A-Za-z0-9_]*$ ]] || _po_fail "--${_po_name} is not the name of an option"
-            [ -n "${!_po_name+set}" ] || _po_unknown "${_po_name}"
+            if [[ " ${_po_names[*]} " != *" ${_po_name} "* || ${_po_name} == *" "* ]]; then
+                _po_value=
+                for _po_line in "${_po_names[@]}"; do
+                    ! _po_close "${_po_name}" "${_po_line}" || _po_value+="--${_po_line} "
+                done
+                [ -z "${_po_value}" ] || _po_fail "unknown option --${_po_name}" "did you mean ${_po_value}?"
+                _po_fail "unknown option --${_po_name}" "--help shows what there is"
+            fi
             if [[ ${!_po_name} =~ ^(true|false)$ && ! ${_po_value} =~ ^(true|false)$ ]]; then
                 _po_fail "--${_po_name} takes true or false, not '${_po_value}'"
             fi
@@ -86,5 +89,5 @@ while [ $# -gt 0 ]; do
         *) break ;;
     esac
 done
-unset -f _po_fail _po_distance _po_unknown
-unset -v _po_name _po_value _po_result
+unset -f _po_fail _po_close
+unset -v _po_name _po_names _po_value _po_line _po_pattern

@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", help="directory to read")
     parser.add_argument("target", help="directory to write")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--utts", type=Path, help="file whose lines begin with the wanted keys")
+    which.add_argument("--utts", type=Path, help="file whose lines begin with the wanted keys, in any order")
     which.add_argument("--first", type=int, help="this many, from the beginning")
     which.add_argument("--random", type=int, help="this many, drawn at random")
     parser.add_argument("--task", help="utterances of this task only")
@@ -34,13 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("say which part: --utts, --first, --random or --task")
     from pam_espnet.data.datadir import DataDir
     from pam_espnet.data.edit import choose, save_dir
-    from pam_espnet.data.tables import read_table
+    from pam_espnet.data.tables import read_keys
     from pam_espnet.errors import DataError
 
     data = DataDir.load(args.source)
     if Path(args.target).resolve() == Path(args.source).resolve():
         raise DataError(args.target, "is both source and target", hint="write to another directory")
-    keys = None if args.utts is None else list(read_table(args.utts, allow_empty=True))
+    keys = None if args.utts is None else read_keys(args.utts, data.text)
     part = choose(data, utterances=keys, task=args.task, first=args.first, sample=args.random, seed=args.seed)
     save_dir(part, args.target)
     print(f"{args.target}: {len(part)} of {len(data)} utterances")

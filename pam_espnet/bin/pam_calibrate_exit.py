@@ -24,7 +24,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, nargs="+", help="candidate blocks (default: upper half, every second)")
     parser.add_argument("--precision", type=float, default=0.95, help="of the tokens that leave (default: 0.95)")
     parser.add_argument("--no_maps", action="store_true", help="gates alone; blocks speak as they are")
-    parser.add_argument("--fill_maps", action="store_true", help="fit what skipped blocks remember (exit.fill: map)")
     parser.add_argument("--batch_size", type=int, default=8, help="utterances run together (default: 8)")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the LLM (float32)")
@@ -35,13 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     args = build_parser().parse_args(argv)
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
 
     import torch
 
     from pam_espnet.decode.options import AnswerOptions
     from pam_espnet.decode.speech_llm import SpeechLLM
-    from pam_espnet.early_exit.fitting import calibrate, candidate_blocks, cost_model, fit_fills, observe
+    from pam_espnet.early_exit.fitting import calibrate, candidate_blocks, cost_model, observe
     from pam_espnet.errors import ConfigError
     from pam_espnet.fileio import write_json
 
@@ -53,12 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = speech.model
     blocks = model.decoder.num_layers
     layers = list(candidate_blocks(args.layers or (), blocks))
-    seen = list(range(layers[0], blocks)) if args.fill_maps else layers
-    observed = observe(speech, args.data, seen, args.batch_size)
-    candidates = replace(observed, hidden=[observed.hidden[seen.index(layer)] for layer in layers])
-    calibration, judgement = calibrate(candidates, layers, model.decoder, args.precision, not args.no_maps)
-    fills, fill_errors = fit_fills(observed, layers, model.decoder) if args.fill_maps else (None, None)
-    calibration = replace(calibration, fills=fills)
+    observed = observe(speech, args.data, layers, args.batch_size)
+    calibration, judgement = calibrate(observed, layers, model.decoder, args.precision, not args.no_maps)
     calibration.save(args.exp / "exit.safetensors", judgement)
     verdict = "on" if judgement.worth_it else "off"
     write_json(
@@ -67,7 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             "advice": verdict,
             "layers": layers,
             "maps": not args.no_maps,
-            "fill_errors": fill_errors,
             "precision_wanted": args.precision,
             "judgement": asdict(judgement),
             "cost_model": asdict(cost_model(model.decoder)),

@@ -1,4 +1,4 @@
-"""Answer prompts about recordings in a web browser: upload or record, ask, and see which encoders were listened to.
+"""Answer prompts about recordings in a web browser: upload or record, ask, and see the weight of each encoder.
 
     python -m pam_espnet.bin.pam_demo --model mine.zip
 
@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pam_espnet.bin.pam_inference import MIN_SECONDS, add_model_options, load_model
+from pam_espnet.bin.pam_inference import add_model_options, answer, load_model
 from pam_espnet.cli import run_main
+from pam_espnet.errors import ConfigError, PamError
 
 if TYPE_CHECKING:
     from pam_espnet.decode.speech_llm import SpeechLLM
@@ -32,8 +33,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     args = build_parser().parse_args(argv)
-    from pam_espnet.errors import ConfigError
-
     try:
         import gradio  # noqa: F401  before a model is loaded for nothing
     except ImportError as error:
@@ -50,16 +49,12 @@ def respond(model: SpeechLLM, wav: str | None, prompt: str, max_seconds: float) 
         ConfigError: no recording, or no prompt.
         DataError: a recording that cannot be used.
     """
-    from pam_espnet.data.format import Settings, read_formatted
-    from pam_espnet.errors import ConfigError
-
     if not wav:
         raise ConfigError("record or upload something first")
     if not prompt.strip():
         raise ConfigError("ask something first")
-    wave = read_formatted(wav, Settings(model.model.frontend.sample_rate, "flac", max_seconds, MIN_SECONDS))
-    (answer,) = model.answer([wave], [prompt])
-    return answer.texts[0], answer.routing["encoders"]
+    found = answer(model, wav, prompt, None, max_seconds)
+    return found["answer"], found["routing"]["encoders"]
 
 
 def build_page(model: SpeechLLM, max_seconds: float) -> Any:
@@ -67,9 +62,8 @@ def build_page(model: SpeechLLM, max_seconds: float) -> Any:
     import gradio
 
     from pam_espnet.data.tasks import TASKS
-    from pam_espnet.errors import PamError
 
-    def answer(wav: str | None, prompt: str) -> tuple[str, dict[str, float]]:
+    def answer_or_explain(wav: str | None, prompt: str) -> tuple[str, dict[str, float]]:
         try:
             return respond(model, wav, prompt, max_seconds)
         except PamError as error:
@@ -77,12 +71,12 @@ def build_page(model: SpeechLLM, max_seconds: float) -> Any:
 
     prompts = [spec.default_prompt for spec in TASKS.values()]
     return gradio.Interface(
-        answer,
+        answer_or_explain,
         inputs=[
             gradio.Audio(type="filepath", label=f"Recording, at most {max_seconds:g} s"),
             gradio.Dropdown(prompts, value=prompts[0], allow_custom_value=True, label="Prompt"),
         ],
-        outputs=[gradio.Textbox(label="Answer"), gradio.Label(label="Encoders listened to")],
+        outputs=[gradio.Textbox(label="Answer"), gradio.Label(label="Weights of the encoders")],
         title="PaM-ESPnet",
         api_name="answer",
         flagging_mode="never",

@@ -2,22 +2,26 @@
 
     python -m pam_espnet.bin.pam_inference --model mine.zip dog.wav --prompt "Describe the sounds."
 
-On a terminal the answer is shown while it grows: the best one so far, which may still change its mind. The final answer
-goes to standard output, alone; of several recordings each with its file name and a tab before it, or as JSON lines. The
-recordings are treated as stage 2 treats data: any sample rate, channels averaged.
+On a terminal the answer is shown while it grows: the best one so far, which may still change. The final answer goes to
+standard output, alone; of several recordings each with its file name and a tab before it, or as JSON lines. A recording
+that cannot be used costs no other its answer: it is listed at the end, and the exit status is 1. Recordings are treated
+as stage 2 treats data: any sample rate, channels averaged.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pam_espnet.cli import chosen_device, run_main
+from pam_espnet.cli import add_compute_options, compute_device, run_main
+from pam_espnet.config import check_number
+from pam_espnet.errors import ConfigError, PamError
 
 if TYPE_CHECKING:
     from pam_espnet.decode.speech_llm import PartialAnswer, SpeechLLM
@@ -37,100 +41,85 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """What ``load_model`` reads, and ``--max_seconds``."""
-    parser.add_argument("--model", required=True, help="archive of pam_pack, unpacked one, or experiment directory")
+    """Options of ``load_model``, and ``--max_seconds``."""
+    parser.add_argument("--model", required=True, help="package (zip file or folder), or experiment directory")
     parser.add_argument(
         "--models",
         action="append",
         default=[],
         metavar="NAME=DIR",
-        help="where a pretrained model of the archive is; may be given several times "
+        help="where a pretrained model of the package is; may be given several times "
         "(default: where the recipe has it, seen from here, or the Hugging Face hub)",
     )
     parser.add_argument("--config", help="YAML with options of decoding (default: as it was packed, or decoded)")
-    parser.add_argument("--cache", help="folder in which an archive is unpacked (default: beside it)")
     parser.add_argument("--max_seconds", type=float, default=30.0, help="longest recording (default: 30)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "int8"),
-        help="precision of the LLM; int8: its weights in the search, on x86 CPUs (default: as it was decoded)",
-    )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0 = torch's choice)")
+    add_compute_options(parser, default_dtype="as it was decoded")
+
+
+def load_model(args: argparse.Namespace) -> SpeechLLM:
+    """The model of ``add_model_options``; ConfigError where they cannot work."""
+    check_number(args.max_seconds, "--max_seconds", above=MIN_SECONDS)
+    folders = dict(text.partition("=")[::2] for text in args.models)
+    if wrong := [name for name, folder in folders.items() if not (name and folder)]:
+        raise ConfigError(f"--models must look like llm=DIR, got {wrong[0]!r}")
+    device = compute_device(args)
+
+    from pam_espnet.package import load
+
+    return load(args.model, folders, args.config, device, args.dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     args = build_parser().parse_args(argv)
     from pam_espnet.data.tasks import task_spec
-    from pam_espnet.errors import ConfigError
 
     if args.prompt is None and args.task is None:
         raise ConfigError('nothing to answer: give --prompt "...", or a --task for its default prompt')
-    prompt = args.prompt if args.prompt is not None else task_spec(args.task).default_prompt
-    if not prompt.strip():
-        raise ConfigError("--prompt is empty")
     if args.task is not None:
-        task_spec(args.task)
-    for wav in args.wavs:  # before a model is loaded for nothing
-        if not Path(wav).is_file():
-            raise ConfigError(f"there is no file {wav}")
+        spec = task_spec(args.task)
+        args.prompt = spec.default_prompt if args.prompt is None else args.prompt
+    if not args.prompt.strip():
+        raise ConfigError("--prompt is empty")
+    if not any(Path(wav).is_file() for wav in args.wavs):  # before a model is loaded for nothing
+        raise ConfigError(f"there is no file {args.wavs[0]}")
+    model = load_model(args)
+    failed = []
+    for wav in args.wavs:
+        name = os.fsencode(wav).decode("utf-8", "backslashreplace")  # names of files need not be UTF-8
+        try:
+            found = answer(model, wav, args.prompt, args.task, args.max_seconds)
+        except PamError as error:
+            if len(args.wavs) == 1:
+                raise
+            failed.append(f"error: {str(error).splitlines()[0]}")
+            continue
+        if args.json:
+            print(json.dumps({"wav": name, **found}, ensure_ascii=False), flush=True)
+        else:
+            print(found["answer"] if len(args.wavs) == 1 else f"{name}\t{found['answer']}", flush=True)
+    for line in failed:
+        print(line, file=sys.stderr)
+    return 1 if failed else 0
 
+
+def answer(model: SpeechLLM, wav: str, prompt: str, task: str | None, max_seconds: float) -> dict[str, Any]:
+    """One recording's answer, n-best, scores and routing, as JSON values; PamError where there is none."""
     from pam_espnet.data.format import Settings, read_formatted
 
-    model = load_model(args)
-    settings = Settings(model.model.frontend.sample_rate, "flac", args.max_seconds, MIN_SECONDS)
-    tasks = None if args.task is None else [args.task]
-    for wav in args.wavs:
-        wave = read_formatted(wav, settings)
-        (answer,) = model.answer([wave], [prompt], tasks, on_partial=_show if sys.stderr.isatty() else None)
-        if args.json:
-            nbest = [{"text": text, "score": score} for text, score in zip(answer.texts, answer.scores, strict=True)]
-            found = {
-                "wav": wav,
-                "prompt": prompt,
-                "task": args.task,
-                "seconds_audio": round(len(wave) / settings.sample_rate, 4),
-                "answer": answer.texts[0],
-                "hypotheses": nbest,
-                "answer_log_probs": answer.answer_log_probs,
-                "routing": answer.routing,
-            }
-            print(json.dumps(found, ensure_ascii=False), flush=True)
-        else:
-            print(answer.texts[0] if len(args.wavs) == 1 else f"{wav}\t{answer.texts[0]}", flush=True)
-    return 0
-
-
-def model_folders(given: Sequence[str]) -> dict[str, str]:
-    """``["llm=DIR"]`` -> ``{"llm": "DIR"}``; ConfigError for what looks otherwise."""
-    from pam_espnet.errors import ConfigError
-
-    found = {}
-    for text in given:
-        name, _, folder = text.partition("=")
-        if not (name and folder):
-            raise ConfigError(f"--models must look like llm=DIR, got {text!r}")
-        found[name] = folder
-    return found
-
-
-def load_model(args: argparse.Namespace) -> SpeechLLM:
-    """By the options of ``add_model_options``; ConfigError where they cannot work."""
-    from pam_espnet.errors import ConfigError
-
-    if args.max_seconds <= MIN_SECONDS:
-        raise ConfigError(f"--max_seconds must be more than {MIN_SECONDS}, got {args.max_seconds}")
-    models = model_folders(args.models)
-
-    import torch
-
-    from pam_espnet.packing.load import load
-
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = chosen_device(args.device)
-    return load(args.model, models, args.config, device, args.dtype, args.cache)
+    settings = Settings(model.model.frontend.sample_rate, "flac", max_seconds, MIN_SECONDS)
+    wave = read_formatted(wav, settings)
+    show = _show if sys.stderr.isatty() else None
+    (found,) = model.answer([wave], [prompt], None if task is None else [task], on_partial=show)
+    return {
+        "prompt": prompt,
+        "task": task,
+        "seconds_audio": round(len(wave) / settings.sample_rate, 4),
+        "answer": found.texts[0],
+        "hypotheses": [{"text": text, "score": score} for text, score in zip(found.texts, found.scores, strict=True)],
+        "answer_log_probs": found.answer_log_probs,
+        "routing": found.routing,
+    }
 
 
 def _show(partials: list[PartialAnswer]) -> None:

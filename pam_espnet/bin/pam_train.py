@@ -1,10 +1,11 @@
 """Train a prompt-aware speech LLM with ESPnet's trainer.
 
-Takes all options of ESPnet's training commands (--config, --output_dir, --train_data_path_and_name_and_type,
---ngpu, --max_epoch, ...) and those of this project: --llm, --llm_conf, --frontend_conf, --model_conf,
---batching_conf, --lr_scale_conf, --init_trained, --checkpoint_steps. --help_all lists every one of them (slow: it
-loads ESPnet). A killed run resumes (--resume true), at the last of its checkpoints, which --checkpoint_steps makes
-every so many batches. At the end the averaged model is exported as model.safetensors.
+The configuration is merged from --config and --set and checked before anything is computed. A killed run continues
+when it is called again, from the last of its checkpoints (checkpoint_steps makes one every so many batches). At the end
+the averaged model is written as <exp>/model.safetensors.
+
+Every option of ESPnet's trainer is a key of the configuration (--set max_epoch=3). Options that are not listed here are
+ESPnet's own and go to it as they are (--ngpu 2, --resume false); --help_all lists them (slow: it loads ESPnet).
 """
 
 from __future__ import annotations
@@ -13,32 +14,41 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 from pam_espnet.cli import run_main
+from pam_espnet.train.experiment import Experiment, experiment_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    from pam_espnet.fileio import exclusive
-    from pam_espnet.train.export import export_trained
-    from pam_espnet.train.task import PaMTask
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--help_all" in words:
+        from pam_espnet.train.task import PaMTask
 
-    if "--help_all" in argv:
         PaMTask.get_parser().print_help()
         return 0
-    args = PaMTask.get_parser().parse_args(argv)
-    first = (args.dist_rank or 0) == 0 and all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID"))
+    args, espnet = experiment_parser(__doc__).parse_known_args(words)
+    from pam_espnet.fileio import exclusive
+
+    experiment = Experiment.of(args)
+    first = "0" == os.environ.get("RANK", "0") == os.environ.get("SLURM_PROCID", "0") and not _later_rank(espnet)
     # Other ranks share the first one's output directory; only the first writes there.
-    with exclusive(Path(args.output_dir) / ".lock") if first else nullcontext():
-        PaMTask.main(cmd=argv)
-        if first and not args.dry_run and not args.collect_stats:
-            export_trained(Path(args.output_dir), args.best_model_criterion)
+    with exclusive(experiment.exp / ".lock") if first else nullcontext():
+        if first:
+            experiment.begin()
+        from pam_espnet.train.export import export_trained
+        from pam_espnet.train.task import PaMTask
+
+        command = [*experiment.arguments(), *espnet]
+        options = PaMTask.get_parser().parse_args(command)
+        PaMTask.main(cmd=command)
+        if first and not options.dry_run and not options.collect_stats:
+            export_trained(experiment.exp, options.best_model_criterion)
     return 0
+
+
+def _later_rank(espnet: Sequence[str]) -> bool:
+    return "--dist_rank" in espnet and espnet[espnet.index("--dist_rank") + 1] != "0"
 
 
 if __name__ == "__main__":

@@ -1,30 +1,38 @@
 """Reading audio: one utterance as a mono float32 wave, and resampling it.
 
-libsndfile (soundfile) reads what it can; PyAV (ffmpeg) the formats it does not know, and MP3. Shape letter: N samples.
+libsndfile (soundfile) reads what it can; PyAV (ffmpeg) reads MP3 and what libsndfile does not know. Suffixes do not
+matter. Shape letters: N samples, C channels.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
 
+from pam_espnet.data.audio_header import REPAIR_HINT, counts_mp3_frames, cut_short, ogg_streams, whole_file
 from pam_espnet.errors import DataError
+
+if TYPE_CHECKING:
+    import av
 
 _QUALITY = "HQ"
 RESAMPLER = f"soxr {soxr.__version__} {_QUALITY}"
-# PyAV is asked for these only: ffmpeg would decode a damaged FLAC or WAV up to the damage without an error.
-PYAV_SUFFIXES = frozenset((".g722", ".m4a", ".mp3", ".mp4", ".aac", ".webm", ".mka", ".mkv", ".wma", ".amr", ".opus"))
-STREAMED = 0x7FFFFF00  # bytes; a program that writes into a pipe promises so many, or more, and knows no better
-REPAIR_HINT = "copy, download or convert it again (FLAC and WAV always work), or remove the utterance"
 MAX_OVERSHOOT = 0.5  # seconds a segment may end after its recording; rounded time stamps often do
+MAX_MISSING = 0.25  # seconds that compressed audio may end before the duration in its header; encoders pad
+CANCELLED = 0.1  # the sum of the channels relative to the loudest one (RMS): less means that they cancel each other
+BLOCK = 1 << 20  # samples read at once, so that a damaged header cannot ask for all memory
+# Formats that ffmpeg may try, and those whose header states a duration. It knows others, which open further files.
+STATING = ("aiff", "ape", "asf", "caf", "flv", "matroska", "mov", "rm", "tak", "tta", "wv")
+OTHERS = ("aac", "ac3", "amr", "amrnb", "amrwb", "avi", "dts", "eac3", "flac", "g722", "gsm", "loas", "mp3", "mpeg")
+FFMPEG_FORMATS = (*STATING, *OTHERS, "mpegts", "nistsphere", "nut", "ogg", "wav")
 
 
 def read_audio(
@@ -39,54 +47,151 @@ def read_audio(
         end: last second of the piece; None for the end.
 
     Returns:
-        (wave (N,) float32, mean of the channels, [-1, 1] for integer formats; sample rate in Hz).
+        (wave (N,) float32, mean of the channels, [-1, 1] for integer formats; sample rate in Hz, the first one where
+        it changes within the recording).
 
     Raises:
-        DataError: missing, unreadable or truncated file, a segment outside the recording, a pipe that is not
-            allowed or fails; carries the library's own message.
+        DataError: missing, unreadable or truncated file, channels that cancel each other, a segment outside the
+            recording, a pipe that is not allowed or fails; contains the library's own message.
     """
     name = str(path)
-    if name.endswith("|"):
-        source: str | io.BytesIO = io.BytesIO(_run_pipe(name, allow_pipes))
-    elif Path(name).is_file():
-        source = name
-    else:
-        raise DataError(name, "no such audio file", hint="relative paths start at the current directory")
     try:
-        piece = _read_soundfile(name, source, start, end)
+        with _open(name, allow_pipes) as file:
+            return _read(name, file, start, end)
+    except OSError as error:
+        raise DataError(name, f"cannot be read: {error.strerror or error}", hint=REPAIR_HINT) from error
+
+
+def _open(name: str, allow_pipes: bool) -> BinaryIO:
+    if name.endswith("|"):
+        return io.BytesIO(_run_pipe(name, allow_pipes))
+    if not Path(name).is_file():
+        raise DataError(name, "no such audio file", hint="relative paths start at the current directory")
+    return open(name, "rb", buffering=0)
+
+
+def _read(name: str, file: BinaryIO, start: float | None, end: float | None) -> tuple[np.ndarray, int]:
+    """``read_audio`` of an open file."""
+    magic, reason = file.read(4), ""
+    try:
+        if magic != b"OggS":
+            piece = _read_soundfile(name, whole_file(name, file), start, end)
+        else:
+            file.seek(0)
+            streams = ogg_streams(name, file.read())
+            if len(streams) == 1:
+                piece = _read_soundfile(name, io.BytesIO(streams[0]), start, end)
+            else:
+                runs = [_read_soundfile(name, io.BytesIO(stream)) for stream in streams]
+                piece = _cut(name, *_join([run for run in runs if run]), start, end)
     except (soundfile.LibsndfileError, soundfile.SoundFileRuntimeError) as error:
-        if Path(name).suffix.lower() not in PYAV_SUFFIXES:
-            reason = str(getattr(error, "error_string", "") or error)  # without the path, which is named already
+        reason = str(getattr(error, "error_string", "") or error).rstrip(".")  # without the path
+        if magic == b"fLaC":  # ffmpeg would decode it up to the damage without an error
             raise DataError(name, f"cannot be read: {reason}", hint=REPAIR_HINT) from error
         piece = None
-    if piece is None:
-        wave, rate = _read_pyav(name, source)
-        first, last = _bounds(name, len(wave), rate, start, end)
-        piece = wave[first:last], rate
-    wave, rate = piece
-    return np.ascontiguousarray(wave.mean(axis=1, dtype=np.float32)), rate
+    return piece or _cut(name, *_read_pyav(name, file, reason), start, end)
 
 
 def _read_soundfile(
-    name: str, source: str | io.BytesIO, start: float | None, end: float | None
+    name: str, file: BinaryIO, start: float | None = None, end: float | None = None
 ) -> tuple[np.ndarray, int] | None:
-    """(N, channels) float32 and the sample rate in Hz; None for MP3, whose number of samples libsndfile guesses."""
-    with soundfile.SoundFile(source) as file:
-        if file.format in ("MP3", "MPEG"):
+    """(N,) float32 and the sample rate in Hz; None where libsndfile does not know the number of samples."""
+    file.seek(0)
+    # by its descriptor: soundfile takes a format from a name's suffix, and encodes the name as UTF-8
+    source = file if isinstance(file, io.BytesIO) else file.fileno()
+    with soundfile.SoundFile(source, closefd=False) as sound:
+        if sound.format in ("MP3", "MPEG") or sound.frames >= 1 << 48:  # an estimate, a FLAC stream that states none
             return None
-        # libsndfile mends the length in a WAV header and says so only there.
-        mended = re.search(r"^\s*data\s*:\s*(\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
-        if mended and int(mended[2]) < int(mended[1]) < STREAMED:
-            message = f"is cut short: it has {mended[2]} of the {mended[1]} bytes that its header promises"
-            raise DataError(name, message, hint=REPAIR_HINT)
-        first, last = _bounds(name, file.frames, file.samplerate, start, end)
+        first, last = _bounds(name, sound.frames, sound.samplerate, start, end)
         if first:
-            file.seek(first)
-        wave = file.read(last - first, dtype="float32", always_2d=True)
-        if len(wave) < last - first:
-            message = f"is cut short: {len(wave)} of {last - first} samples could be read"
-            raise DataError(name, message, hint=REPAIR_HINT)
-        return wave, file.samplerate
+            sound.seek(first)
+        blocks = [np.zeros((0, sound.channels), dtype=np.float32)]
+        left = last - first
+        while left > 0 and len(block := sound.read(min(left, BLOCK), dtype="float32", always_2d=True)):
+            blocks.append(block)
+            left -= len(block)
+        if left > 0:
+            raise cut_short(name, f"{last - first - left} of {last - first} samples could be read")
+        return _mono(name, np.concatenate(blocks)), sound.samplerate
+
+
+def _read_pyav(name: str, file: BinaryIO, reason: str) -> tuple[np.ndarray, int]:
+    """(N,) float32 and the sample rate in Hz, through ffmpeg's decoders; ``reason``: why libsndfile did not read it."""
+    import av
+
+    states = (*STATING, "mp3") if counts_mp3_frames(file) else STATING
+    file.seek(0)
+    runs: list[tuple[int, int, list[np.ndarray]]] = []  # (channels, Hz, pieces (n, C)) that follow each other
+    stated = reached = 0.0  # seconds
+    try:
+        with av.open(
+            file if isinstance(file, io.BytesIO) else name,
+            "r",
+            # raw G.722 has no header to recognise it by
+            format="g722" if name.lower().endswith(".g722") else None,
+            container_options={"format_whitelist": ",".join(FFMPEG_FORMATS)},
+        ) as container:
+            if not container.streams.audio:
+                raise DataError(name, "has no audio stream", hint="list another file")
+            audio = container.streams.audio[0]
+            if container.duration and not set(states).isdisjoint(container.format.name.split(",")):
+                stated = container.duration / av.time_base
+            for packet in container.demux():
+                if packet.pts is not None and packet.dts is not None:
+                    reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                for frame in packet.decode() if packet.stream is audio else ():
+                    assert isinstance(frame, av.AudioFrame)
+                    samples = _samples(frame)
+                    if not runs or runs[-1][:2] != (samples.shape[1], frame.sample_rate):
+                        runs.append((samples.shape[1], frame.sample_rate, []))
+                    runs[-1][2].append(samples)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        message = str(getattr(error, "strerror", None) or error)
+        message = f"{reason}; ffmpeg: {message}" if reason else message
+        raise DataError(name, f"cannot be read: {message}", hint=REPAIR_HINT) from error
+    if stated - reached > MAX_MISSING:
+        raise cut_short(name, f"it has {reached:.2f} of the {stated:.2f} s that its header states")
+    if not runs:
+        raise DataError(name, "cannot be read: there is no audio in it", hint=REPAIR_HINT)
+    if len(runs) > 1 and len(runs[0][2]) == 1:  # ffmpeg may give the first frame the rate that it saw last in probing
+        runs[0] = (runs[0][0], runs[1][1], runs[0][2])
+    return _join([(_mono(name, np.concatenate(pieces)), rate) for _, rate, pieces in runs])
+
+
+def _samples(frame: av.AudioFrame) -> np.ndarray:
+    """A decoded frame (n, C) float32, integers scaled to [-1, 1]."""
+    samples: np.ndarray = frame.to_ndarray()
+    samples = samples.T if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels)
+    if samples.dtype == np.uint8:
+        return (samples.astype(np.float32) - 128) / 128
+    if np.issubdtype(samples.dtype, np.integer):
+        return samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
+    return samples.astype(np.float32, copy=False)
+
+
+def _mono(name: str, wave: np.ndarray) -> np.ndarray:
+    """The mean (N,) of the channels (N, C)."""
+    with np.errstate(invalid="ignore"):  # samples that are not finite are looked for later
+        mean = wave.mean(axis=1, dtype=np.float32)
+        if wave.shape[1] > 1 and len(wave):
+            loudest = float(np.sqrt(np.mean(np.square(wave, dtype=np.float64), axis=0)).max())
+            total = float(np.sqrt(np.mean(np.square(mean, dtype=np.float64)))) * wave.shape[1]
+            if total < CANCELLED * loudest:
+                hint = "list a copy with one of the channels: some cables and players invert the other one"
+                raise DataError(name, "the channels cancel each other: their mean is nearly silent", hint=hint)
+    return mean
+
+
+def _join(runs: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, int]:
+    """Waves (n,) that follow each other as one (N,) at the rate of the first."""
+    rate = runs[0][1]
+    return np.concatenate([resample(wave, found, rate) for wave, found in runs]), rate
+
+
+def _cut(name: str, wave: np.ndarray, rate: int, start: float | None, end: float | None) -> tuple[np.ndarray, int]:
+    """A segment, given in seconds, of a whole recording (N,)."""
+    first, last = _bounds(name, len(wave), rate, start, end)
+    return wave[first:last], rate
 
 
 def _bounds(name: str, frames: int, rate: int, start: float | None, end: float | None) -> tuple[int, int]:
@@ -97,34 +202,6 @@ def _bounds(name: str, frames: int, rate: int, start: float | None, end: float |
         message = f"the segment {start} to {end} s is outside the recording ({frames / rate:.3f} s)"
         raise DataError(name, message, hint="correct start and end in segments")
     return first, min(last, frames)
-
-
-def _read_pyav(name: str, source: str | io.BytesIO) -> tuple[np.ndarray, int]:
-    """(N, channels) float32 and the sample rate in Hz, through ffmpeg's decoders."""
-    import av
-
-    if isinstance(source, io.BytesIO):
-        source.seek(0)
-    # raw G.722 has no header to recognise it by, so its format is named
-    container_format = "g722" if name.lower().endswith(".g722") else None
-    pieces: list[np.ndarray] = []
-    rate = 0
-    try:
-        with av.open(source, mode="r", format=container_format) as container:
-            if not container.streams.audio:
-                raise DataError(name, "has no audio stream", hint="list another file")
-            # planar float: one row per channel, whatever the codec gives
-            to_float = av.AudioResampler(format="fltp")
-            for frame in container.decode(audio=0):
-                rate = frame.sample_rate
-                pieces.extend(part.to_ndarray() for part in to_float.resample(frame))
-            if rate:
-                pieces.extend(part.to_ndarray() for part in to_float.resample(None))
-    except (av.FFmpegError, OSError) as error:
-        raise DataError(name, f"cannot be read: {error}", hint=REPAIR_HINT) from error
-    if not pieces:
-        raise DataError(name, "cannot be read: there is no audio in it", hint=REPAIR_HINT)
-    return np.concatenate(pieces, axis=1).T, rate
 
 
 def _run_pipe(value: str, allow_pipes: bool) -> bytes:

@@ -16,18 +16,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pam_espnet.data.tables import Problem, Scan, difference_problems, raise_problems, scan_table, write_table
+from pam_espnet.data.tables import Problem, Scan, raise_problems, scan_table, write_table
 from pam_espnet.data.tasks import TASKS
 from pam_espnet.errors import DataError
 
 UTTERANCE_TABLES = ("text", "prompt", "utt2task", "utt2spk")
 OPTIONAL_TABLES = ("segments", "references")
 MAX_KEY_BYTES = 200  # a key becomes a file name; file systems stop at 255 bytes
+_SHOWN = 100  # characters of a value in an error message
 
 
 @dataclass(frozen=True)
@@ -103,16 +105,9 @@ class DataDir:
         segments = _keep(self.segments, wanted)
         recordings = {segment.recording for segment in segments.values()} if segments is not None else wanted
         references = _keep(self.references, wanted)
-        return DataDir(
-            path=self.path,
-            wav={key: self.wav[key] for key in sorted(recordings)},
-            text={key: self.text[key] for key in sorted(wanted)},
-            prompt={key: self.prompt[key] for key in sorted(wanted)},
-            utt2task={key: self.utt2task[key] for key in sorted(wanted)},
-            utt2spk={key: self.utt2spk[key] for key in sorted(wanted)},
-            segments=segments,
-            references=references or None,
-        )
+        tables = {name: {key: getattr(self, name)[key] for key in sorted(wanted)} for name in UTTERANCE_TABLES}
+        wav = {key: self.wav[key] for key in sorted(recordings)}
+        return DataDir(self.path, wav=wav, **tables, segments=segments, references=references or None)
 
     def save(self, path: str | Path | None = None) -> None:
         """Write all tables to ``path`` (default: where it was read); optional tables it lacks are removed there."""
@@ -147,58 +142,40 @@ def validate(path: str | Path, *, allow_pipes: bool = False) -> DataDir:
     """
     data, problems = inspect(path)
     wav = scan_table(Path(path) / "wav.scp")
-    for key, value in wav.values.items():
-        if trouble := audio_problem(value, allow_pipes):
-            problems.append(Problem(wav.path, wav.lines[key], f"{key!r}: {trouble[0]}", trouble[1]))
-    raise_problems(path, problems)
+    raise_problems(path, problems + audio_problems(wav, allow_pipes))
     return data
 
 
-def audio_problem(value: str, allow_pipes: bool) -> tuple[str, str] | None:
-    """(what is wrong, remedy) of a ``wav.scp`` value that is an unwanted command or no file; None when it is good."""
-    if value.endswith("|"):
-        hint = "run the command once and list the file it makes, or pass --allow-pipes if you trust it"
-        return None if allow_pipes else ("the value is a command (it ends in '|')", hint)
-    if not Path(value).exists():
-        hint = "relative paths start at the current directory; go there, or correct the path"
-        return f"no such audio file: {value}", hint
-    if not Path(value).is_file():
-        return f"{value} is not a file", "list one audio file per key"
-    return None
+def audio_problems(wav: Scan, allow_pipes: bool) -> list[Problem]:
+    """Values of ``wav.scp`` that are no file, and commands unless they are allowed."""
+    problems = []
+    for recording, value in wav.values.items():
+        if value.endswith("|"):
+            message = "the value is a command (it ends in '|')"
+            hint = "run the command once and list the file it makes, or pass --allow-pipes if you trust it"
+            if allow_pipes:
+                continue
+        elif not os.path.exists(value):  # False also for what is too long to be a path
+            message = f"no such audio file: {value if len(value) <= _SHOWN else value[:_SHOWN] + '...'}"
+            hint = "correct the path (relative ones start at the current directory); a command has to end in '|'"
+        elif not os.path.isfile(value):
+            message, hint = f"{value} is not a file", "list one audio file per key"
+        else:
+            continue
+        problems.append(Problem(wav.path, wav.lines[recording], message, hint, key=recording))
+    return problems
 
 
 def inspect(path: str | Path) -> tuple[DataDir, list[Problem]]:
     """Read a directory as far as it can be read, and list every problem of its tables."""
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         hint = "name a directory that holds " + ", ".join(("wav.scp", *UTTERANCE_TABLES))
         raise DataError(path, "no such data directory", hint=hint)
     scans = scan_tables(path)
     problems = [problem for scan in scans.values() for problem in scan.problems]
-    # a table that is missing altogether is one problem, not one per key
-    usable = {name: scan for name, scan in scans.items() if scan.values}
-    text = usable.get("text")
-    if text is not None:
-        for key in text.values:
-            if message := key_problem(key):
-                problems.append(Problem(text.path, text.lines[key], message, "rename the utterance in every table"))
-        # with segments, wav.scp is keyed by recording
-        apart = {"text", "references"} | ({"wav.scp"} if "segments" in scans else set())
-        others = [name for name in usable if name not in apart]
-        for name in others:
-            problems += sorted(difference_problems(text, usable[name]), key=lambda p: (p.path.name, p.line or 0))
-        if "references" in usable:
-            problems += difference_problems(text, usable["references"], subset=True)
-    segments = _parse_segments(scans["segments"], usable.get("wav.scp"), problems) if "segments" in scans else None
-    references = _parse_references(scans["references"], problems) if "references" in scans else None
-    tasks = scans["utt2task"]
-    for key, task in tasks.values.items():
-        if task not in TASKS:
-            message, hint = f"{key!r}: unknown task {task!r}", f"known tasks: {', '.join(TASKS)}"
-            problems.append(Problem(tasks.path, tasks.lines[key], message, hint))
-    values = {name: scan.values for name, scan in scans.items()}
-    tables = {name: values[name] for name in UTTERANCE_TABLES}
-    return DataDir(path, wav=values["wav.scp"], **tables, segments=segments, references=references), problems
+    data, unusable = check_tables(path, scans)
+    return data, problems + unusable
 
 
 def scan_tables(path: Path) -> dict[str, Scan]:
@@ -207,70 +184,95 @@ def scan_tables(path: Path) -> dict[str, Scan]:
     return {name: scan_table(path / name) for name in names}
 
 
+def check_tables(path: Path, scans: dict[str, Scan]) -> tuple[DataDir, list[Problem]]:
+    """The directory that some tables are, and what is wrong from one table to another; each problem has its key.
+
+    A table without any usable line is one problem of its own, not one for each key.
+    """
+    problems: list[Problem] = []
+
+    def wrong(table: str, key: str, message: str, hint: str) -> None:
+        problems.append(Problem(scans[table].path, scans[table].lines.get(key), message, hint, key))
+
+    values = {name: scan.values for name, scan in scans.items()}
+    text, wav = values["text"], values["wav.scp"]
+    for key in text:
+        if message := key_problem(key):
+            wrong("text", key, message, "rename the utterance in every table")
+    # with segments, wav.scp is keyed by recording
+    keyed = [name for name in (*UTTERANCE_TABLES, "segments" if "segments" in scans else "wav.scp") if values[name]]
+    pairs = [pair for name in keyed for pair in ((name, "text"), ("text", name))]
+    if text:
+        for have, lack in [*pairs, ("references", "text")]:
+            for key in sorted(values.get(have, {}).keys() - values[lack].keys()):
+                hint = f"add {key!r} to {lack}, or let utils/fix_data_dir.py drop it from the other tables"
+                wrong(have, key, f"not in {lack}", hint)
+    for key, task in values["utt2task"].items():
+        if task not in TASKS:
+            wrong("utt2task", key, f"unknown task {task!r}", f"known tasks: {', '.join(TASKS)}")
+
+    segments: dict[str, Segment] = {}
+    for key, value in values.get("segments", {}).items():
+        try:
+            segments[key] = parse_segment(value)
+        except ValueError as error:
+            wrong("segments", key, str(error), "write '<utterance> <recording> <start seconds> <end seconds>'")
+            continue
+        if wav and segments[key].recording not in wav:
+            message = f"recording {segments[key].recording!r} is not in wav.scp"
+            wrong("segments", key, message, f"add it to {path / 'wav.scp'}")
+    used = {segment.recording for segment in segments.values()} if "segments" in scans else wav.keys()
+    for key in sorted(wav.keys() - used):
+        wrong("wav.scp", key, "no segment uses this recording", "remove it, or let utils/fix_data_dir.py do so")
+
+    references: dict[str, list[str]] = {}
+    for key, value in values.get("references", {}).items():
+        try:
+            references[key] = parse_references(value)
+        except ValueError as error:
+            hint = 'write a JSON list on one line: ["a dog barks", "barking of a dog"]'
+            wrong("references", key, str(error), hint)
+    data = DataDir(
+        path,
+        wav=wav,
+        **{name: values[name] for name in UTTERANCE_TABLES},
+        segments=segments if "segments" in scans else None,
+        references=references if "references" in scans else None,
+    )
+    return data, problems
+
+
 def key_problem(key: str) -> str:
     """Why an utterance key cannot be used, or ""; keys become file names."""
     if "/" in key or "\\" in key or key.startswith((".", "-")):
-        return f"key {key!r} contains a slash or begins with '.' or '-', so it cannot be a file name"
+        return "contains a slash or begins with '.' or '-', so it cannot be a file name"
     if len(key.encode()) > MAX_KEY_BYTES:
-        return f"key {key[:40]!r}... is longer than {MAX_KEY_BYTES} bytes"
+        return f"longer than {MAX_KEY_BYTES} bytes, so it cannot be a file name"
     return ""
 
 
-def _parse_segments(scan: Scan, wav: Scan | None, problems: list[Problem]) -> dict[str, Segment]:
-    segments = {}
-    for key, value in scan.values.items():
-        segment, message = parse_segment(value)
-        if segment is None:
-            hint = "write '<utterance> <recording> <start seconds> <end seconds>'"
-            problems.append(Problem(scan.path, scan.lines[key], f"{key!r}: {message}", hint))
-            continue
-        segments[key] = segment
-        if wav is not None and segment.recording not in wav.values:
-            message, hint = f"{key!r}: recording {segment.recording!r} is not in wav.scp", f"add it to {wav.path}"
-            problems.append(Problem(scan.path, scan.lines[key], message, hint))
-    if wav is not None:
-        for key in wav.values.keys() - {segment.recording for segment in segments.values()}:
-            hint = "remove the recording, or let utils/fix_data_dir.py do it"
-            problems.append(Problem(wav.path, wav.lines[key], f"no segment uses recording {key!r}", hint))
-    return segments
-
-
-def parse_segment(value: str) -> tuple[Segment | None, str]:
-    """A ``segments`` value as a ``Segment``, or None and what is wrong with it."""
+def parse_segment(value: str) -> Segment:
+    """A ``segments`` value, times in seconds; a ValueError says what is wrong with it."""
     fields = value.split()
     if len(fields) != 3:
-        return None, f"expected recording, start and end, found {len(fields)} fields"
+        raise ValueError(f"expected recording, start and end, found {len(fields)} fields")
     try:
         start, end = float(fields[1]), float(fields[2])
     except ValueError:
-        return None, f"start {fields[1]!r} or end {fields[2]!r} is not a number"
-    if not (math.isfinite(start) and math.isfinite(end)):
-        return None, "start or end is not finite"
-    if start < 0 or end <= start:
-        return None, f"needs 0 <= start < end, found start {start} and end {end}"
-    return Segment(fields[0], start, end), ""
+        raise ValueError(f"start {fields[1]!r} or end {fields[2]!r} is not a number") from None
+    if not 0 <= start < end < math.inf:  # nor are they NaN
+        raise ValueError(f"needs 0 <= start < end, found start {start} and end {end}")
+    return Segment(fields[0], start, end)
 
 
-def _parse_references(scan: Scan, problems: list[Problem]) -> dict[str, list[str]]:
-    references = {}
-    for key, value in scan.values.items():
-        answers, message = parse_references(value)
-        if answers is None:
-            hint = 'write a JSON list on one line: ["a dog barks", "barking of a dog"]'
-            problems.append(Problem(scan.path, scan.lines[key], f"{key!r}: {message}", hint))
-        else:
-            references[key] = answers
-    return references
-
-
-def parse_references(value: str) -> tuple[list[str] | None, str]:
-    """A ``references`` value as a list of answers, or None and what is wrong with it."""
+def parse_references(value: str) -> list[str]:
+    """A ``references`` value; a ValueError says what is wrong with it."""
     try:
         answers = json.loads(value)
     except json.JSONDecodeError as error:
-        return None, f"not JSON ({error.msg} at column {error.colno})"
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(answers, list) or not answers:
-        return None, "not a list of strings"
+        raise ValueError("not a list of strings")
     if not all(isinstance(answer, str) and answer.strip() for answer in answers):
-        return None, "the list has something else than non-empty strings"
-    return answers, ""
+        raise ValueError("the list has something else than non-empty strings")
+    return answers

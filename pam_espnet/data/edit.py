@@ -1,4 +1,4 @@
-"""Changing data directories: repair, split, combine, choose a subset. Everything returns what it did or made.
+"""Changing data directories: repair, combine, choose a subset. Everything returns what it did or made.
 
 Formatted directories (``dump/raw/<set>``) keep their passport and ``utt2num_samples`` through all of it.
 """
@@ -8,24 +8,21 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Iterable
-from itertools import pairwise
 from pathlib import Path
 
 from pam_espnet.data.datadir import (
     OPTIONAL_TABLES,
     UTTERANCE_TABLES,
     DataDir,
-    audio_problem,
-    key_problem,
-    parse_references,
-    parse_segment,
+    audio_problems,
+    check_tables,
     scan_tables,
 )
 from pam_espnet.data.format import MISSING
 from pam_espnet.data.leakage import MIX_SOURCES, MIX_SPEAKERS
 from pam_espnet.data.passport import PASSPORT_NAME, Passport
-from pam_espnet.data.tables import Problem, raise_problems, read_table, write_table
-from pam_espnet.data.tasks import TASKS, task_spec
+from pam_espnet.data.tables import Scan, raise_problems, read_table, write_table
+from pam_espnet.data.tasks import task_spec
 from pam_espnet.errors import DataError
 from pam_espnet.fileio import write_text
 
@@ -66,32 +63,33 @@ def fix(path: str | Path, *, task: str | None = None) -> tuple[list[str], Path |
     path = Path(path)
     scans = scan_tables(path)
     raise_problems(path, [conflict for scan in scans.values() for conflict in scan.conflicts])
-    tables = {name: scan.values for name, scan in scans.items()}
-    report = _fill_missing(tables, task)
+    report = _fill_missing(scans, task)
     for name, scan in scans.items():
-        if not tables[name]:
+        if not scan.values:
             raise_problems(path, scan.problems)
-        report += _describe(name, scan.problems)
-    segments = None
-    if "segments" in tables:
-        parsed = {utt: parse_segment(value) for utt, value in tables["segments"].items()}
-        segments = {utt: segment for utt, (segment, _) in parsed.items() if segment is not None}
-    data = DataDir(
-        path,
-        wav=tables["wav.scp"],
-        **{name: tables[name] for name in UTTERANCE_TABLES},
-        segments=segments,
-        references=_fix_references(tables, report),
-    )
+        unsorted = [problem for problem in scan.problems if problem.message.startswith("not sorted")]
+        report += [f"repaired {name}:{p.line}: {p.message}" for p in scan.problems if p not in unsorted]
+        report += [f"sorted {name}"] if unsorted else []
+    data, problems = check_tables(path, scans)
+    problems += audio_problems(scans["wav.scp"], allow_pipes=True)
+    recordings: dict[str, str] = {}  # dropped ones, and why
+    utterances: dict[str, str] = {}
+    for problem in problems:
+        reasons = recordings if problem.path.name == "wav.scp" and data.segments is not None else utterances
+        if problem.path.name != "references":
+            reasons.setdefault(problem.key, problem.message)
+        else:
+            report.append(f"dropped the references of {problem.key}: {problem.message}")
     keep = []
-    for utt in sorted(set().union(*(tables[name] for name in tables if name not in ("wav.scp", "references")))):
-        if reason := _drop_reason(utt, data, tables):
-            report.append(f"dropped {utt}: {reason}")
+    for utt in data.utterances:
+        if reason := utterances.get(utt) or (data.segments and recordings.get(data.segments[utt].recording)):
+            utterances[utt] = reason
         else:
             keep.append(utt)
+    report += [f"dropped {utt}: {utterances[utt]}" for utt in sorted(utterances)]
     kept = data.subset(keep)
-    unused = data.wav.keys() - kept.wav.keys() if segments is not None else set()
-    report += [f"dropped recording {key}: no utterance uses it" for key in sorted(unused)]
+    unused = sorted(data.wav.keys() - kept.wav.keys()) if data.segments is not None else []
+    report += [f"dropped recording {key}: {recordings.get(key, 'no utterance uses it')}" for key in unused]
     if not report:
         return [], None
     backup = _back_up(path, report)
@@ -99,62 +97,22 @@ def fix(path: str | Path, *, task: str | None = None) -> tuple[list[str], Path |
     return report, backup
 
 
-def _fill_missing(tables: dict[str, dict[str, str]], task: str | None) -> list[str]:
+def _fill_missing(scans: dict[str, Scan], task: str | None) -> list[str]:
     """Fill tables that are missing or empty, as far as a convention says with what; what was done, as lines."""
-    report = []
-    utterances = tables["text"]
-    if utterances and not tables["utt2spk"]:
-        tables["utt2spk"] = {utt: utt for utt in utterances}
-        report.append("wrote utt2spk: every utterance is its own speaker")
-    if utterances and task is not None:
+    text = scans["text"].values
+    if not text:
+        return []
+    fill = {} if scans["utt2spk"].values else {"utt2spk": {utt: utt for utt in text}}
+    report = ["wrote utt2spk: every utterance is its own speaker"] if fill else []
+    if task is not None:
         spec = task_spec(task)
         for name, value in (("utt2task", spec.name), ("prompt", spec.default_prompt)):
-            if not tables[name]:
-                tables[name] = dict.fromkeys(utterances, value)
+            if not scans[name].values:
+                fill[name] = dict.fromkeys(text, value)
                 report.append(f"wrote {name}: {value!r} for every utterance")
+    for name, values in fill.items():
+        scans[name] = Scan(scans[name].path, values)
     return report
-
-
-def _describe(name: str, problems: list[Problem]) -> list[str]:
-    """The repairs of one table, one line each; sorting is told once."""
-    other = [p for p in problems if not p.message.startswith("not sorted") and p.line is not None]
-    lines = [f"repaired {name}:{p.line}: {p.message}" for p in other]
-    if any(p.message.startswith("not sorted") for p in problems):
-        lines.append(f"sorted {name}")
-    return lines
-
-
-def _fix_references(tables: dict[str, dict[str, str]], report: list[str]) -> dict[str, list[str]] | None:
-    if "references" not in tables:
-        return None
-    references = {}
-    for utt, value in tables["references"].items():
-        answers, message = parse_references(value)
-        if answers is None:
-            report.append(f"dropped the references of {utt}: {message}")
-        elif utt not in tables["text"]:
-            report.append(f"dropped the references of {utt}: not in text")
-        else:
-            references[utt] = answers
-    return references
-
-
-def _drop_reason(utt: str, data: DataDir, tables: dict[str, dict[str, str]]) -> str:
-    """Why an utterance cannot stay, or ""."""
-    if message := key_problem(utt):
-        return message
-    names = [*UTTERANCE_TABLES, "wav.scp" if data.segments is None else "segments"]
-    if absent := [name for name in names if utt not in tables[name]]:
-        return "not in " + ", ".join(absent)
-    if data.utt2task[utt] not in TASKS:
-        return f"unknown task {data.utt2task[utt]!r}"
-    if data.segments is not None:
-        if utt not in data.segments:
-            return "segments: " + parse_segment(tables["segments"][utt])[1]
-        if data.segments[utt].recording not in data.wav:
-            return f"recording {data.segments[utt].recording!r} is not in wav.scp"
-    trouble = audio_problem(data.source(utt)[0], allow_pipes=True)
-    return trouble[0] if trouble else ""
 
 
 def _back_up(path: Path, report: list[str]) -> Path:
@@ -168,32 +126,6 @@ def _back_up(path: Path, report: list[str]) -> Path:
             shutil.copy2(path / name, backup / name)
     write_text(backup / "report.txt", "\n".join(report) + "\n")
     return backup
-
-
-def split(data: DataDir, parts: int, *, per_speaker: bool = False) -> list[DataDir]:
-    """Split into ``parts`` directories of almost equal size, every utterance in exactly one.
-
-    By utterance, the parts are consecutive runs of the sorted keys. Per speaker, a speaker's utterances stay
-    together: the speaker with most utterances goes first, each to the smallest part so far.
-
-    Raises:
-        DataError: fewer utterances (or speakers) than parts.
-    """
-    utterances = data.utterances
-    speakers: dict[str, list[str]] = {}
-    for utt in utterances:
-        speakers.setdefault(data.utt2spk[utt], []).append(utt)
-    units, unit = (len(speakers), "speakers") if per_speaker else (len(utterances), "utterances")
-    if not 1 <= parts <= units:
-        message = f"cannot be split into {parts} parts: it has {units} {unit}"
-        raise DataError(data.path, message, hint=f"ask for 1 to {units} parts")
-    if not per_speaker:
-        bounds = [len(utterances) * i // parts for i in range(parts + 1)]
-        return [data.subset(utterances[a:b]) for a, b in pairwise(bounds)]
-    shares: list[list[str]] = [[] for _ in range(parts)]
-    for _, own in sorted(speakers.items(), key=lambda item: (-len(item[1]), item[0])):
-        min(shares, key=len).extend(own)
-    return [data.subset(share) for share in shares]
 
 
 def combine(sources: list[DataDir], target: str | Path, *, distinct_speakers: bool = False) -> DataDir:

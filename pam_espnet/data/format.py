@@ -31,6 +31,7 @@ AUDIO_FORMATS = ("flac", "wav")
 JOURNAL_NAME = ".passport.jsonl"
 MISSING = "missing"  # optional table of a source: utterances that belong to the set and have no audio, with the reason
 SILENCE_PEAK = 1e-4  # -80 dB of full scale: three steps of a 16-bit file
+MAX_BEYOND = 0.03  # of the samples beyond full scale; a loud MP3 has fewer, float samples in another scale nearly all
 SHOWN_SKIPS = 20
 MAX_SKIPPED = 0.5  # more than this fraction means a wrong path or format, not a few bad files
 
@@ -234,6 +235,9 @@ def skip_reason(wave: np.ndarray, rate: int, settings: Settings) -> str | None:
     if seconds < settings.min_seconds:
         return f"too short: {seconds:.3f} s is less than {settings.min_seconds:g} s"
     peak = float(np.abs(wave).max())
+    if (beyond := float(np.mean(np.abs(wave) > 1))) > MAX_BEYOND:
+        scale = ", as in int16 scale (divide them by 32768)" if peak > 100 else ""
+        return f"beyond full scale: {beyond:.0%} of the samples are outside [-1, 1], up to {peak:.3g}{scale}"
     if peak == 0:
         return "digital silence: all samples are zero"
     if peak < SILENCE_PEAK:

@@ -1,11 +1,15 @@
-"""Who must not be heard in training: the readers of LibriSpeech's test sets, from which LibriCount is mixed.
+"""Speakers and utterances of test sets in training data, through every table that names them.
 
-    mix_speakers   <utterance> <speaker> <speaker> ...     optional table of a data directory: the voices of a mixture
-    mix_sources    <utterance> <utterance of LibriSpeech> ...   optional: the recordings a mixture was made from
+    utt2spk        <utterance> <speaker>
+    mix_speakers   <utterance> <speaker> <speaker> ...           optional: the voices of a mixture
+    mix_sources    <utterance> <utterance of LibriSpeech> ...    optional: the recordings a mixture was made from
+
+LibriCount is mixed from LibriSpeech's test-clean, so training on it spoils LibriSpeech's scores.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from pam_espnet.errors import DataError
 MIX_SPEAKERS = "mix_speakers"
 MIX_SOURCES = "mix_sources"
 _SHOWN = 5
+_LIBRISPEECH = re.compile(r"^(\d+)-\d+(-\d+)?$")  # reader-chapter or reader-chapter-utterance
 
 
 def readers_of_tests(speakers: Mapping[str, Speaker]) -> dict[str, str]:
@@ -23,33 +28,15 @@ def readers_of_tests(speakers: Mapping[str, Speaker]) -> dict[str, str]:
     return {speaker: line.subset for speaker, line in speakers.items() if line.subset in TEST_SUBSETS}
 
 
-def barred_voices(data_dir: str | Path, barred: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(utterance, speaker) for every barred speaker in a data directory, through any of its three tables.
-
-    Args:
-        data_dir: holds ``utt2spk``, and ``mix_speakers`` and ``mix_sources`` where it has mixtures. Speakers are
-            LibriSpeech's numbers; other names (of other corpora) are nobody's.
-        barred: {speaker: why}.
-    """
-    data_dir = Path(data_dir)
-    found: set[tuple[str, str]] = set()
-    for name in ("utt2spk", MIX_SPEAKERS, MIX_SOURCES):
-        if name != "utt2spk" and not (data_dir / name).exists():
-            continue
-        for utterance, value in read_table(data_dir / name, allow_empty=name != "utt2spk").items():
-            # an utterance of LibriSpeech begins with its speaker's number
-            found |= {(utterance, speaker) for word in value.split() if (speaker := word.split("-")[0]) in barred}
-    return sorted(found)
-
-
 def voices_of(data_dir: str | Path) -> dict[str, set[str]]:
-    """{utterance: who is heard in it}, by ``utt2spk``, ``mix_speakers`` and ``mix_sources``."""
-    data_dir = Path(data_dir)
-    voices = {utterance: {speaker} for utterance, speaker in read_table(data_dir / "utt2spk").items()}
-    for name in (MIX_SPEAKERS, MIX_SOURCES):
-        if (data_dir / name).exists():
-            for utterance, value in read_table(data_dir / name, allow_empty=True).items():
-                voices.setdefault(utterance, set()).update(word.split("-")[0] for word in value.split())
+    """{utterance: its speakers}, from the three tables; LibriSpeech's READER-CHAPTER-... counts as READER."""
+    voices: dict[str, set[str]] = {}
+    for name in ("utt2spk", MIX_SPEAKERS, MIX_SOURCES):
+        path = Path(data_dir) / name
+        if name == "utt2spk" or path.exists():
+            for utterance, value in read_table(path, allow_empty=name != "utt2spk").items():
+                names = (_LIBRISPEECH.sub(r"\1", word) for word in value.split())
+                voices.setdefault(utterance, set()).update(names)
     return voices
 
 
@@ -59,22 +46,23 @@ def refuse_shared(train_dir: str | Path, test_dirs: Sequence[str | Path]) -> Non
     Raises:
         DataError: one is; names utterances, speakers and the test set.
     """
-    heard = voices_of(train_dir)
+    trained = voices_of(train_dir)
     for test_dir in test_dirs:
         tested = voices_of(test_dir)
-        if common := sorted(heard.keys() & tested.keys()):
+        if common := sorted(trained.keys() & tested.keys()):
             message = f"{len(common)} of its utterances are in {test_dir}: {', '.join(common[:_SHOWN])}"
             raise DataError(train_dir, message, hint="train on none of them, or do not score on that set")
         refuse_barred(train_dir, {speaker: Path(test_dir).name for speaker in set().union(*tested.values())})
 
 
 def refuse_barred(data_dir: str | Path, barred: Mapping[str, str]) -> None:
-    """Check that no barred speaker is heard in a directory that is to be trained on.
+    """Check that no barred speaker, {speaker: test set}, is in a directory that is to be trained on.
 
     Raises:
         DataError: one is; names utterances, speakers and the test set.
     """
-    found = barred_voices(data_dir, barred)
+    voices = voices_of(data_dir)
+    found = sorted((utterance, name) for utterance, names in voices.items() for name in names & barred.keys())
     if not found:
         return
     listed = "".join(f"\n  {utterance}: speaker {name} of {barred[name]}" for utterance, name in found[:_SHOWN])

@@ -11,25 +11,26 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pam_espnet.data.rendering import seeded
+from pam_espnet.data.tables import read_lines
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.errors import DataError
 
 
-def read_prompts(path: str | Path, fields: Collection[str] = ()) -> list[str]:
+def read_prompts(path: str | Path, fields: Collection[str] | None = ()) -> list[str]:
     """The wordings of a prompt file.
 
     Args:
         path: the file.
-        fields: names that every wording must have as ``{name}``, and no others.
+        fields: names that every wording must have as ``{name}``, and no others; None: those of the first wording.
 
     Raises:
-        DataError: no such file, no wording in it, one that is there twice, or fields that do not fit.
+        DataError: no such file, not UTF-8, no wording in it, one that is there twice, or fields that do not fit.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(path, "no such prompt file", hint="write it: one wording per line, the one for scoring first")
     prompts: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         prompt = " ".join(line.split())
         if not prompt or prompt.startswith("#"):
             continue
@@ -37,8 +38,11 @@ def read_prompts(path: str | Path, fields: Collection[str] = ()) -> list[str]:
             raise DataError(path, f"{prompt!r} is there twice", line=number, hint="remove one of the two lines")
         try:
             found = {name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None}
+            if wrong := [name for name in found if not name.isidentifier()]:
+                raise ValueError(f"{{{wrong[0]}}} is no {{field}}")
         except ValueError as error:
-            raise DataError(path, f"{prompt!r}: {error}", line=number, hint="write {{ for a brace") from error
+            raise DataError(path, f"{prompt!r}: {error}", line=number, hint="write {{ and }} for braces") from error
+        fields = sorted(found) if fields is None else fields
         if found != set(fields):
             wanted = " and ".join(f"{{{name}}}" for name in fields) or "no {field}"
             raise DataError(path, f"{prompt!r} must have {wanted}", line=number, hint="correct the line")
@@ -48,21 +52,10 @@ def read_prompts(path: str | Path, fields: Collection[str] = ()) -> list[str]:
     return prompts
 
 
-def file_fields(path: str | Path) -> list[str]:
-    """The fields of the first wording in ``path``, which its others must share; [] where there is none to read."""
-    path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    first = next((line for line in lines if line.strip() and not line.startswith("#")), "")
-    return sorted({name for _, name, _, _ in string.Formatter().parse(first) if name})
-
-
 class Wordings:
     """All wordings of one question, to ask another one of them than a data directory has.
 
     A prompt is recognised by the wording it was made from; what stood in its fields is carried over.
-
-    Args:
-        path: a prompt file.
 
     Raises:
         DataError: as ``read_prompts``.
@@ -70,7 +63,7 @@ class Wordings:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.prompts = read_prompts(path, file_fields(path))
+        self.prompts = read_prompts(path, fields=None)
         self._patterns = [_pattern(prompt) for prompt in self.prompts]
 
     def __len__(self) -> int:
@@ -94,15 +87,11 @@ class Wordings:
 
     def draw(self, prompt: str, key: str, seed: int, epoch: int) -> str:
         """Any wording of what ``prompt`` asks: one for each utterance ``key``, epoch and seed."""
-        number = int(seeded(seed, f"prompt {epoch} {key}").integers(len(self.prompts)))
-        return self.ask(prompt, number)
+        return self.ask(prompt, _draw(len(self), f"prompt {epoch} {key}", seed))
 
 
 def read_wordings(files: Mapping[str, str | Path]) -> dict[str, Wordings]:
-    """{task: its wordings}.
-
-    Args:
-        files: task -> prompt file.
+    """{task: prompt file} -> {task: its wordings}.
 
     Raises:
         ConfigError: an unknown task.
@@ -122,6 +111,10 @@ def _pattern(prompt: str) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
+def _draw(count: int, name: str, seed: int) -> int:
+    return int(seeded(seed, name).integers(count))
+
+
 def draw_prompt(prompts: list[str], key: str, seed: int) -> str:
     """The wording that belongs to ``key``: any of ``prompts``, the same whenever ``seed`` is."""
-    return prompts[int(seeded(seed, f"prompt {key}").integers(len(prompts)))]
+    return prompts[_draw(len(prompts), f"prompt {key}", seed)]

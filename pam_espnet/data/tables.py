@@ -1,12 +1,13 @@
 """Kaldi tables: text files of ``key value`` lines, in bytewise (``LC_ALL=C``) order, every key once.
 
-Knows nothing about what the keys and values mean. ``read_table`` stops at the first mistake; ``scan_table`` goes on
-and lists every mistake with its line, for the tools that report or repair a whole directory.
+``read_table`` stops at the first mistake; ``scan_table`` lists every mistake with its line, for the tools that report
+or repair a whole directory. ``read_lines`` reads any other text file of a user.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,20 +15,23 @@ from pam_espnet.errors import DataError
 from pam_espnet.fileio import write_text
 
 SORT_HINT = "python utils/fix_data_dir.py <data directory> sorts the tables (LC_ALL=C order) and keeps a backup"
+BYTE_ORDER_MARK = "\ufeff"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in a data file: where (``line`` counts from 1), what, and what to do about it."""
+    """One mistake in a data file: line (from 1), what, remedy, and the key that cannot be used because of it."""
 
     path: Path
     line: int | None
     message: str
     hint: str
+    key: str = ""
 
     def error(self) -> DataError:
         """The same as an exception."""
-        return DataError(self.path, self.message, line=self.line, hint=self.hint)
+        message = f"{self.key!r}: {self.message}" if self.key else self.message
+        return DataError(self.path, message, line=self.line, hint=self.hint)
 
 
 @dataclass
@@ -38,14 +42,13 @@ class Scan:
     values: dict[str, str] = field(default_factory=dict)
     lines: dict[str, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    # keys that occur again with another value: no program can know which of them is right
-    conflicts: list[Problem] = field(default_factory=list)
+    conflicts: list[Problem] = field(default_factory=list)  # those of the problems that no program can repair
 
-    def add(self, line: int | None, message: str, hint: str) -> Problem:
+    def add(self, line: int | None, message: str, hint: str, *, conflict: bool = False) -> None:
         """Note a problem of this file."""
-        problem = Problem(self.path, line, message, hint)
-        self.problems.append(problem)
-        return problem
+        self.problems.append(Problem(self.path, line, message, hint))
+        if conflict:
+            self.conflicts.append(self.problems[-1])
 
 
 def raise_problems(path: str | Path, problems: list[Problem], limit: int = 100) -> None:
@@ -57,6 +60,48 @@ def raise_problems(path: str | Path, problems: list[Problem], limit: int = 100) 
     lines = [f"\n{problem.error()}" for problem in problems[:limit]]
     more = f"\n... and {len(problems) - limit} more" if len(problems) > limit else ""
     raise DataError(path, f"{len(problems)} problems:" + "".join(lines) + more)
+
+
+def _undecodable(path: Path, raw: bytes, error: UnicodeDecodeError) -> tuple[str, str]:
+    """(what is wrong, remedy) of a line that is not UTF-8; what Windows calls Unicode is UTF-16."""
+    encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin1"
+    message = f"not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1})"
+    return message, f"convert it: iconv -f {encoding} -t utf8 {path} > {path}.utf8"
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a user's text file: UTF-8 with or without byte order mark, line ends of any system.
+
+    Raises:
+        DataError: it cannot be read, or a line is not UTF-8.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(path, f"cannot be read ({error.strerror})", hint="check path and permissions") from error
+    lines = []
+    for number, raw in enumerate(re.split(rb"\r\n|\r|\n", content.removeprefix(BYTE_ORDER_MARK.encode())), 1):
+        try:
+            lines.append(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            message, hint = _undecodable(path, raw, error)
+            raise DataError(path, message, line=number, hint=hint) from error
+    return lines
+
+
+def read_keys(path: str | Path, known: Mapping[str, object]) -> list[str]:
+    """The first word of every line of a list, in any order; empty lines are skipped, and comments.
+
+    Args:
+        path: the list.
+        known: what begins with ``#`` is a comment unless it is a key of these.
+
+    Raises:
+        DataError: as ``read_lines``.
+    """
+    words = [line.split()[0] for line in read_lines(path) if line.strip()]
+    return [word for word in words if word in known or not word.startswith("#")]
 
 
 def scan_table(path: str | Path, *, allow_empty: bool = False) -> Scan:
@@ -90,7 +135,7 @@ def scan_table(path: str | Path, *, allow_empty: bool = False) -> Scan:
                 scan.add(number, f"duplicate key {key!r}, first on line {first}", "remove one of the two lines")
             else:
                 message = f"duplicate key {key!r} with another value than on line {first}"
-                scan.conflicts.append(scan.add(number, message, "decide which line is right and remove the other"))
+                scan.add(number, message, "decide which line is right and remove the other", conflict=True)
             continue
         # code point order of str is the bytewise order of its UTF-8, so no encoding is needed to compare
         if key < previous:
@@ -105,16 +150,19 @@ def _parse_line(scan: Scan, number: int, raw: bytes, allow_empty: bool) -> tuple
     try:
         line = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        message = f"not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1})"
-        scan.add(number, message, f"convert it: iconv -f latin1 -t utf8 {scan.path} > {scan.path}.utf8")
+        scan.add(number, *_undecodable(scan.path, raw, error))
         return None
-    if line.startswith("\ufeff"):
-        hint = f"save it as UTF-8 without one: sed -i '1s/^\\xef\\xbb\\xbf//' {scan.path}"
+    if line.startswith(BYTE_ORDER_MARK):
+        hint = f"save it as UTF-8 without one: sed -i 's/^\\xef\\xbb\\xbf//' {scan.path}"
         scan.add(number, "begins with a byte order mark", hint)
-        line = line.removeprefix("\ufeff")
-    if "\r" in line:
-        scan.add(number, "contains a carriage return", f"convert it to Unix line ends: sed -i 's/\\r//g' {scan.path}")
-        line = line.replace("\r", "")
+        line = line.removeprefix(BYTE_ORDER_MARK)
+    line, returns = line.rstrip("\r"), line.endswith("\r")
+    if "\r" in line:  # an end of a line, or part of a value
+        hint = f"where they end lines: tr '\\r' '\\n' < {scan.path} > {scan.path}.unix; else remove them"
+        scan.add(number, "has carriage returns within the line", hint, conflict=True)
+        return None
+    if returns:
+        scan.add(number, "ends in a carriage return", f"convert it to Unix line ends: sed -i 's/\\r*$//' {scan.path}")
     if "\0" in line:
         scan.add(number, "contains a NUL byte", "the file was damaged while it was written; write it again")
         return None
@@ -133,15 +181,11 @@ def _parse_line(scan: Scan, number: int, raw: bytes, allow_empty: bool) -> tuple
 
 
 def read_table(path: str | Path, *, allow_empty: bool = False) -> dict[str, str]:
-    """Read a table into ``{key: value}``, in the order of the file.
-
-    Args:
-        path: the table; keys end at the first white space, values lose white space around them.
-        allow_empty: whether values may be empty.
+    """Read a table into ``{key: value}``, in the order of the file; values lose white space around them.
 
     Raises:
-        DataError: missing or empty file, empty key, empty value where not allowed, duplicate or unsorted key, not
-            UTF-8, carriage returns; names the file, the line and the remedy.
+        DataError: missing or empty file, empty key, empty value unless ``allow_empty``, duplicate or unsorted key, not
+            UTF-8, byte order mark, carriage returns; names the file, the line and the remedy.
     """
     scan = scan_table(path, allow_empty=allow_empty)
     if scan.problems:
@@ -163,19 +207,10 @@ def write_table(path: str | Path, table: Mapping[str, str]) -> None:
     lines = []
     for key in sorted(table):
         value = table[key]
-        if not key or key.split() != [key] or "\0" in key or key.startswith("\ufeff"):
+        if not key or key.split() != [key] or "\0" in key or key.startswith(BYTE_ORDER_MARK):
             raise DataError(path, f"key {key!r} is empty or contains white space", hint="rename the key")
         if value != value.strip() or any(mark in value for mark in "\r\n\0"):
             hint = "pass the value through pam_espnet.data.tables.one_line"
             raise DataError(path, f"the value of {key!r} has line ends or white space around it: {value!r}", hint=hint)
         lines.append(f"{key} {value}\n" if value else f"{key}\n")
     write_text(path, "".join(lines))
-
-
-def difference_problems(left: Scan, right: Scan, subset: bool = False) -> Iterable[Problem]:
-    """Problems about keys that ``right`` has and ``left`` lacks, and (unless ``subset``) the other way round."""
-    pairs = [(right, left)] if subset else [(right, left), (left, right)]
-    for have, lack in pairs:
-        for key in have.values.keys() - lack.values.keys():
-            hint = f"add {key!r} to {lack.path.name}, or let utils/fix_data_dir.py drop it from the other tables"
-            yield Problem(have.path, have.lines[key], f"key {key!r} is not in {lack.path.name}", hint)

@@ -6,7 +6,6 @@
     answer_sets:              task -> the only answers there are
       count: ["0", "1", "2", "3", "4"]
     task_vocabulary: false    only token types of the training answers (those of the warm start's head)
-    compile: false            torch.compile for the LLM's blocks: a minute of warm-up for a few per cent of each step
     exit:                     early exit, see decoder.exits.ExitOptions
       mode: never
     draft:                    tokens that the LLM verifies instead of finding them one by one, see search.drafting
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pam_espnet.config import drop_removed
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.engine.exits import ExitOptions
 from pam_espnet.errors import ConfigError
@@ -43,7 +43,6 @@ class AnswerOptions:
         tokens_per_second: tokens allowed per second of audio, or 0.
         answer_sets: task -> its answers.
         task_vocabulary: whether the output layer is cut to the token types of the training answers.
-        compile: whether the LLM's blocks are compiled before the first answer.
         exit: when a token may be taken from a block before the last.
         draft: who guesses tokens ahead; the answers do not change.
         ctc: the warm start's CTC head beside the LLM, in the tasks that it was fitted to.
@@ -54,7 +53,6 @@ class AnswerOptions:
     tokens_per_second: float = 0.0
     answer_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     task_vocabulary: bool = False
-    compile: bool = False
     exit: ExitOptions = field(default_factory=ExitOptions)
     draft: DraftOptions = field(default_factory=DraftOptions)
     ctc: JointOptions = field(default_factory=JointOptions)
@@ -66,9 +64,8 @@ class AnswerOptions:
         rate = self.tokens_per_second
         if not isinstance(rate, int | float) or not 0 <= rate < math.inf:
             raise ConfigError(f"tokens_per_second: {rate!r}; must be a number, 0 turns it off")
-        for name in ("task_vocabulary", "compile"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}: {getattr(self, name)!r}; must be true or false")
+        if not isinstance(self.task_vocabulary, bool):
+            raise ConfigError(f"task_vocabulary: {self.task_vocabulary!r}; must be true or false")
         if not isinstance(self.answer_sets, Mapping):
             raise ConfigError(f"answer_sets: {self.answer_sets!r}; must be a mapping of tasks to their answers")
         for task, answers in self.answer_sets.items():
@@ -83,8 +80,6 @@ class AnswerOptions:
             raise ConfigError("draft: the whole LLM verifies; set exit.mode to never, or draft.kind to none")
         if self.ctc.weight > 0 and self.draft.kind != "none":
             raise ConfigError("ctc.weight: the LLM alone verifies drafts; set draft.kind to none, or weight to 0")
-        if self.ctc.weight > 0 and self.exit.mode != "never" and self.exit.fill == "deferred":
-            raise ConfigError("ctc.weight: exit.fill deferred corrects the LLM's scores alone; choose another fill")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any], source: str | Path = "decoding options") -> AnswerOptions:
@@ -93,6 +88,9 @@ class AnswerOptions:
         Raises:
             ConfigError: a key that nothing reads, or a value out of range; ``source`` is named.
         """
+        options = drop_removed(options, {"compile": False}, "")
+        if isinstance(options.get("exit"), Mapping):
+            options["exit"] = drop_removed(options["exit"], {"fill": "propagate"}, "exit")
         fields = [key for key in cls.__dataclass_fields__ if key != "beam"]
         own = {key: options[key] for key in fields if options.get(key) is not None}
         beam = {key: value for key, value in options.items() if key not in fields}

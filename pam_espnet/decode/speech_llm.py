@@ -6,7 +6,7 @@ Dimension letters: B utterances, N samples, U adapter frames, P prefix positions
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,17 +19,18 @@ from torch import Tensor
 from pam_espnet.config import load_yaml
 from pam_espnet.data.tables import one_line
 from pam_espnet.decode.options import AnswerOptions
+from pam_espnet.decode.waveforms import as_waveform
 from pam_espnet.engine.view import DecoderView
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import MODEL_FILE, load_strict, read_trained
 from pam_espnet.frontend.frontend import AudioEmbeddings
-from pam_espnet.llm.prompt_layout import answer_ids, layout
+from pam_espnet.llm.prompt_layout import answer_ids
 from pam_espnet.model import ESPnetPaMModel, build_model
 from pam_espnet.search.answer_scores import answer_log_probs
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
 from pam_espnet.search.ctc import CTCScorer
-from pam_espnet.search.drafters import NgramLookup, NoDraft, WholeAnswer
+from pam_espnet.search.drafters import NoDraft, WholeAnswer
 from pam_espnet.search.drafting import DraftCount, Drafter, draft_search
 from pam_espnet.search.hypothesis import Partial
 
@@ -90,8 +91,7 @@ class SpeechLLM:
         device: str = "cpu",
         warm_losses: Mapping[str, str] | None = None,
     ) -> None:
-        moves = model.decoder.device != torch.device(device)  # ``to`` would have blocks that were released read again
-        self.model = (model.to(device) if moves else model).eval()
+        self.model = model.to(device).eval()
         self.options = options
         self.device = device
         self.vocabulary_tasks = warm_losses
@@ -99,7 +99,6 @@ class SpeechLLM:
         if options.task_vocabulary and model.ctc is None:
             raise ConfigError("task_vocabulary: this model was trained without the warm start's list of tokens")
         vocabulary = model.ctc.token_ids.tolist() if options.task_vocabulary and model.ctc is not None else None
-        model.decoder.compile_decoding = options.compile
         self.decoder = DecoderView(model.decoder, vocabulary, options.exit)
         # Answers of a set are compared at full depth, whatever the search does.
         self._judge = self.decoder if options.exit.mode == "never" else DecoderView(model.decoder, vocabulary)
@@ -113,8 +112,6 @@ class SpeechLLM:
         fused = model.decoder.fused_blocks()  # now, or the first batch would be charged for it
         if fused is not None and vocabulary is None:
             fused.pack_output()
-        if options.compile and fused is None:
-            raise ConfigError("compile: only Llama-type LLMs with fused_decoding can be compiled; set compile: false")
         self._answer_sets = {
             task: [self.decoder.places(answer_ids(model.decoder.tokenizer, answer)[:-1]) for answer in answers]
             for task, answers in options.answer_sets.items()
@@ -155,16 +152,6 @@ class SpeechLLM:
         warm_start = config.get("warm_start_conf") or {}
         return cls(model, options, device, warm_start.get("losses"))
 
-    def release_memory(self, prompts: Collection[str]) -> None:
-        """Give back what decoding ``prompts`` does not need: the LLM's own blocks, beside the packed ones that answer.
-
-        Other prompts are still answered, but each new one has those blocks read again. With early exit they stay.
-        """
-        for prompt in sorted(set(prompts)):
-            self.model.decoder.prompt_vector(prompt)
-        if self.options.exit.mode == "never":
-            self.model.decoder.release_own_blocks()
-
     @torch.no_grad()
     def listen(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> AudioEmbeddings:
         """What the LLM is given of waveforms, each (N,) float32 at the frontend's sample rate, one prompt for each."""
@@ -187,7 +174,7 @@ class SpeechLLM:
         """Answer one prompt per waveform.
 
         Args:
-            waves: each (N,) float32 at the frontend's sample rate.
+            waves: each (N,) at the frontend's sample rate, float in [-1, 1] or int16, int32, uint8.
             prompts: as many.
             tasks: as many names; without them no answer set applies.
             audio: what ``listen`` made of them, where they are answered more than once.
@@ -196,15 +183,14 @@ class SpeechLLM:
             score_answers: also say how likely each answer is, where a task has a set of them; costs a few steps.
 
         Raises:
-            ConfigError: not as many of each, a waveform without samples, a task whose answers the vocabulary lacks, or
-                options that leave no answer.
+            ConfigError: not as many of each, a waveform that cannot be one (see ``as_waveform``), a task whose answers
+                the vocabulary lacks, or options that leave no answer.
         """
         if len(waves) != len(prompts) or (tasks is not None and len(tasks) != len(waves)):
             asked = "" if tasks is None else f", {len(tasks)} tasks"
             given = f"{len(waves)} waveforms, {len(prompts)} prompts{asked}"
             raise ConfigError(f"answer: as many prompts and tasks as waveforms, not {given}")
-        if empty := [place for place, wave in enumerate(waves) if len(wave) == 0]:
-            raise ConfigError(f"answer: waveform {empty[0]} has no samples")
+        waves = [as_waveform(wave, f"answer: waveform {index}") for index, wave in enumerate(waves)]
         if not waves:
             return []
         audio = self.listen(waves, prompts) if audio is None else audio
@@ -225,7 +211,7 @@ class SpeechLLM:
         if self.options.draft.kind == "none":
             nbest = beam_search(self.decoder, *prefix, caps, show, constraints, self._ctc_scorer(tasks, audio))
         else:
-            drafters, most = self.drafters(tasks, prompts, audio), self.options.draft.most
+            drafters, most = self.drafters(tasks, audio), self.options.draft.most
             nbest, drafts = draft_search(self.decoder, *prefix, drafters, most, caps, show, constraints)
         log_probs = self._answer_log_probs(tasks, placed.embeds, placed.prefix_lengths) if score_answers else {}
         answers = []
@@ -251,15 +237,11 @@ class SpeechLLM:
         return answers
 
     @torch.no_grad()
-    def drafters(self, tasks: Sequence[str], prompts: Sequence[str], audio: AudioEmbeddings) -> list[Drafter]:
-        """One for each utterance, by ``options.draft.kind``."""
-        kind, model = self.options.draft.kind, self.model
-        if kind == "ngram":
-            layouts = [layout(model.decoder.tokenizer, prompt, model.decoder.system) for prompt in prompts]
-            lookup = NgramLookup([self.decoder.places(one.prompt_ids, strict=False) for one in layouts])
-            return [lookup] * len(tasks)
+    def drafters(self, tasks: Sequence[str], audio: AudioEmbeddings) -> list[Drafter]:
+        """One for each utterance: the CTC head's answer, in tasks that it was fitted to."""
+        model = self.model
         heard: list[list[int]] = [[] for _ in tasks]
-        own = [b for b, task in enumerate(tasks) if kind == "ctc" and task in self.ctc_tasks]
+        own = [b for b, task in enumerate(tasks) if task in self.ctc_tasks]
         if own and model.ctc is not None:
             for b, tokens in zip(own, model.ctc.greedy(audio.embeddings[own], audio.lengths[own]), strict=True):
                 heard[b] = self.decoder.places(tokens)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +21,6 @@ from pam_espnet.errors import ConfigError
 from pam_espnet.llm.llm import LLMDecoder
 
 RIDGES = (0.01, 0.1, 1.0)
-FILL_RIDGES = (1e-3, 1e-2, 1e-1)
 FEWEST_TOKENS = 200  # on either half; with fewer the judgement would be a guess
 
 
@@ -131,63 +129,6 @@ def calibrate(
     calibration = Calibration(tuple(layers), torch.stack(maps) if use_maps else None, torch.stack(gates), None)
     verdict = judge(calibration, rest.hidden, rest_tokens, norm, head, cost_model(decoder), precision)
     return Calibration(calibration.layers, calibration.maps, calibration.gates, verdict.threshold), verdict
-
-
-def fit_fills(
-    observed: Observed, layers: Sequence[int], decoder: LLMDecoder
-) -> tuple[tuple[Tensor, ...], dict[int, dict[str, float]]]:
-    """Maps from each candidate block's states to the keys and values of the blocks behind it, from even utterances.
-
-    Args:
-        observed: at every block from the first of ``layers`` to the last but one.
-        layers: candidate blocks.
-        decoder: whose blocks remember.
-
-    Returns:
-        ``Calibration.fills``; and of each candidate the errors of "propagate" and "map" on the odd utterances: length
-        of the difference over length of the keys, likewise of the values, mean over both and over the blocks.
-
-    Raises:
-        ConfigError: an LLM that cannot leave early.
-    """
-    fused = decoder.fused_blocks()
-    if fused is None:
-        raise ConfigError("--fill_maps: only Llama-type LLMs with fused_decoding can leave before the last block")
-    blocks = decoder.num_layers
-    states = dict(zip(range(blocks - len(observed.hidden), blocks), observed.hidden, strict=True))
-    fills: list[Tensor] = []
-    errors: dict[int, dict[str, float]] = {}
-    for layer in layers:
-        unit = _on(decoder, fused.unit)(states[layer])
-        found = []
-        for skipped in range(layer, blocks):
-            wanted = _on(decoder, partial(fused.memory, skipped))(states[skipped])
-            found.append(_fit_fill(unit, wanted, fused.propagation(skipped).float().cpu(), observed.utterance))
-        matrices, propagated, mapped = zip(*found, strict=True)
-        fills.append(torch.stack(matrices, dim=1))
-        mean = {"propagate": sum(propagated) / len(found), "map": sum(mapped) / len(found)}
-        errors[layer] = mean
-        logging.info(f"block {layer}: error of keys and values {mean['propagate']:.3f}, with maps {mean['map']:.3f}")
-    return tuple(fills), errors
-
-
-def _fit_fill(unit: Tensor, wanted: Tensor, start: Tensor, utterance: Tensor) -> tuple[Tensor, float, float]:
-    """A map for one block, the error of ``start`` and its own; the ridge by a held-out third of the fitted half."""
-    fit = utterance % 2 == 0
-    inner = fit & ((utterance // 2) % 3 > 0)
-    outer = fit & ~inner
-    scores = {
-        ridge: _error(fit_map(unit[inner], wanted[inner], ridge, start), unit[outer], wanted[outer])
-        for ridge in FILL_RIDGES
-    }
-    matrix = fit_map(unit[fit], wanted[fit], min(scores, key=scores.__getitem__), start)
-    return matrix, _error(start, unit[~fit], wanted[~fit]), _error(matrix, unit[~fit], wanted[~fit])
-
-
-def _error(matrix: Tensor, unit: Tensor, wanted: Tensor) -> float:
-    difference = apply_map(matrix, unit) - wanted
-    wrong, whole = (one.unflatten(1, (2, -1)).square().sum(dim=(0, 2)) for one in (difference, wanted))  # (2,)
-    return float((wrong / whole).sqrt().mean())
 
 
 def _on(decoder: LLMDecoder, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

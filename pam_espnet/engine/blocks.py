@@ -2,9 +2,8 @@
 
 Training goes through transformers' own modules. Decoding multiplies the same weights many times with few rows, where
 the overhead of small operations counts: three LoRA products and seven projections become four products per block,
-with weights packed for them (``decoder.packed``). This copy of the blocks and of the output layer comes on top of the
-LLM, whose own blocks can give their memory back then (``decoder.own_weights``). In int8 it takes a quarter of their
-float32 memory.
+with weights packed for them (``engine.packed``). This copy of the blocks and of the output layer comes on top of the
+LLM. In int8 it takes a quarter of their float32 memory.
 
 It knows weights and rows; it knows no cache, no beams, no text.
 
@@ -14,7 +13,6 @@ E size of a head, F feed-forward width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -67,7 +65,6 @@ class FusedLlama:
         self.blocks = [_fuse(layer, int8) for layer in transformer.layers]
         self._output_layer = lm.get_output_embeddings()
         self._layers = transformer.layers
-        self._run_project, self._run_finish = self._project, self._finish
         self._memories: dict[int, Linear] = {}  # of early exit: the keys' and values' part of qkv, packed when needed
 
     @cached_property
@@ -79,14 +76,6 @@ class FusedLlama:
         """Pack the output layer now; otherwise the first that asks for logits waits for it."""
         self.output  # noqa: B018
 
-    def compile(self) -> None:
-        """Compile what a block computes before and after attention, once for all blocks and any number of rows.
-
-        On CUDA the compiled parts are replayed as CUDA graphs, one per number of rows; this was not measured.
-        """
-        on_cuda = self.final_norm.is_cuda
-        self._run_project, self._run_finish = (_compiled(part, on_cuda) for part in (self._project, self._finish))
-
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (R,1,E) for positions (R,); the first half of the sines is negated, see ``_turn``."""
         like = torch.empty(0, dtype=self.dtype, device=positions.device)
@@ -96,9 +85,7 @@ class FusedLlama:
 
     def project(self, index: int, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Block ``index``: rows (R,D) -> queries (R,A,E), keys (R,J,E), values (R,J,E)."""
-        return self._run_project(self.blocks[index], x, *rotary)
-
-    def _project(self, block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        block, (cos, sin) = self.blocks[index], rotary
         queries = self.kv_heads * self.groups
         heads = block.qkv(self.norm(x, block.norm)).unflatten(-1, (-1, self.head))
         turning, value = heads.split([queries + self.kv_heads, self.kv_heads], dim=1)
@@ -111,7 +98,8 @@ class FusedLlama:
     def memory(self, index: int, x: Tensor) -> Tensor:
         """Block ``index``: rows (R,D) -> what it would remember of them (R,2*J*E), keys before norm and rotation."""
         if index not in self._memories:
-            self._memories[index] = pack(*self._memory_weights(index), self.int8)
+            attention = self._layers[index].self_attn
+            self._memories[index] = pack(*_stack(attention.k_proj, attention.v_proj), self.int8)
         return self._memories[index](self.norm(x, self.blocks[index].norm))
 
     def turned(self, index: int, memory: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -120,20 +108,13 @@ class FusedLlama:
         norm = self.blocks[index].k_norm
         return self._turn(key if norm is None else self.norm(key, norm), *rotary), value
 
-    def _memory_weights(self, index: int) -> tuple[Tensor, Tensor | None]:
-        """The keys' and values' part (2J * E, D) of ``qkv`` and of its bias, as floats."""
-        attention = self._layers[index].self_attn
-        return _stack(attention.k_proj, attention.v_proj)
-
     def _turn(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         # The halves change places; one of them changes sign, too, which the sines have done already.
         return torch.addcmul(heads * cos, heads.roll(self.head // 2, -1), sin)
 
     def finish(self, index: int, x: Tensor, attended: Tensor) -> Tensor:
         """Block ``index`` after attention: its input (R,D) and the heads' results (R,A*E) -> its output (R,D)."""
-        return self._run_finish(self.blocks[index], x, attended)
-
-    def _finish(self, block: Block, x: Tensor, attended: Tensor) -> Tensor:
+        block = self.blocks[index]
         x = x + block.out(attended)
         gate, up = block.gate_up(self.norm(x, block.mid_norm)).chunk(2, dim=-1)
         return x + block.down(F.silu(gate) * up)
@@ -146,29 +127,6 @@ class FusedLlama:
         """RMS norm of rows (...,D), by default the final one."""
         weight = self.final_norm if weight is None else weight
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
-
-    def unit(self, x: Tensor) -> Tensor:
-        """RMS norm of rows (...,D) without a weight, what the norms of all blocks have in common."""
-        return F.rms_norm(x, (x.shape[-1],), None, self.eps)
-
-    def propagation(self, index: int) -> Tensor:
-        """Block ``index``: ``memory`` as a matrix (D+1,2*J*E) on the rows of ``unit``, the last row a constant."""
-        memory, bias = self._memory_weights(index)
-        weight = memory.T * self.blocks[index].norm[:, None]
-        bias = weight.new_zeros(weight.shape[1]) if bias is None else bias
-        return torch.cat([weight, bias[None]])
-
-
-def _compiled(function: Callable[..., Any], on_cuda: bool) -> Callable[..., Any]:
-    if not on_cuda:
-        return torch.compile(function, dynamic=True)
-    graphed = torch.compile(function, dynamic=True, mode="reduce-overhead")
-
-    def run(*args: Any) -> Any:
-        found = graphed(*args)  # in memory that the next replay writes to
-        return found.clone() if isinstance(found, Tensor) else tuple(one.clone() for one in found)
-
-    return run
 
 
 def _fuse(layer: Any, int8: bool) -> Block:

@@ -4,13 +4,12 @@ A *map* brings a block's hidden state towards the last block's (least squares wi
 linear short-cuts of Yom Din et al., "Jump to Conclusions", LREC-COLING 2024). The identity is the setting of early
 exit as a natural capability (Shan et al., arXiv 2412.01455). A *gate* is a logistic regression on the state itself (a
 map may erase what gives doubts away) that says whether the block's most likely token is the last block's. No gradient
-reaches the LLM, no output layer is added. *Fills* are maps from the state that leaves to the keys and values of the
-blocks that are skipped, for ``exit.fill: map``; their ridge pulls towards CALM's propagation of that state.
+reaches the LLM, no output layer is added.
 
 Everything is fitted on some utterances and judged on others; what the judge does not believe to be worth it is
 answered with "off".
 
-N tokens, C candidate blocks, S blocks skipped behind a candidate, D width, J key/value heads, E size of a head.
+N tokens, C candidate blocks, D width.
 """
 
 from __future__ import annotations
@@ -93,34 +92,23 @@ class Calibration:
         maps: (C, D+1, D), the last row a constant; None leaves hidden states as they are.
         gates: (C, D+1), the last entry a constant.
         threshold: the gates' probability at which to leave; None: at none, which is "off".
-        fills: of each candidate (D+1, S, 2*J*E), the last row a constant, for states after an RMS norm without a
-            weight; None where none were fitted.
     """
 
     layers: tuple[int, ...]
     maps: Tensor | None
     gates: Tensor
     threshold: float | None
-    fills: tuple[Tensor, ...] | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Calibration:
         """The same on another device and in the precision of the states that it will meet."""
         maps = None if self.maps is None else self.maps.to(device, dtype)
-        fills = None if self.fills is None else tuple(one.to(device, dtype) for one in self.fills)
-        return Calibration(self.layers, maps, self.gates.to(device, dtype), self.threshold, fills)
+        return Calibration(self.layers, maps, self.gates.to(device, dtype), self.threshold)
 
     def mapped(self, layer: int, hidden: Tensor) -> Tensor:
         """A block's hidden states (...,D), brought towards the last block's."""
         if self.maps is None:
             return hidden
         return apply_map(self.maps[self.layers.index(layer)].to(hidden), hidden)
-
-    def filled(self, layer: int, unit: Tensor) -> Tensor | None:
-        """What the blocks behind ``layer`` are to remember (...,S,2*J*E) of its states ``unit`` (...,D)."""
-        if self.fills is None:
-            return None
-        matrix = self.fills[self.layers.index(layer)]
-        return torch.addmm(matrix[-1].flatten(), unit, matrix[:-1].flatten(1)).unflatten(-1, matrix.shape[1:])
 
     def probability(self, layer: int, normed: Tensor) -> Tensor:
         """That the block's token is the last block's: its states after the final norm, not mapped (...,D) -> (...,)."""
@@ -132,8 +120,6 @@ class Calibration:
         tensors = {"gates": self.gates.contiguous()}
         if self.maps is not None:
             tensors["maps"] = self.maps.contiguous()
-        if self.fills is not None:
-            tensors |= {f"fill_{layer}": fill for layer, fill in zip(self.layers, self.fills, strict=True)}
         described = {"layers": list(self.layers), "threshold": self.threshold, "judgement": asdict(judgement)}
         with atomic_path(path) as tmp:
             save_file(tensors, tmp, metadata={"calibration": json.dumps(described)})
@@ -149,10 +135,9 @@ class Calibration:
             with safe_open(str(path), "pt") as file:
                 described = json.loads((file.metadata() or {})["calibration"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Version 0.1 could also hold fill_<block>, maps of keys and values, which are no longer read.
             layers = tuple(described["layers"])
-            has_fills = any(name.startswith("fill_") for name in tensors)
-            fills = tuple(tensors[f"fill_{layer}"] for layer in layers) if has_fills else None
-            found = cls(layers, tensors.get("maps"), tensors["gates"], described["threshold"], fills)
+            found = cls(layers, tensors.get("maps"), tensors["gates"], described["threshold"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             hint = "make it: python -m pam_espnet.bin.pam_calibrate_exit"
             raise CheckpointError(f"{path}: no calibration of early exit ({error})\n  -> {hint}") from error
@@ -166,15 +151,13 @@ def apply_map(matrix: Tensor, hidden: Tensor) -> Tensor:
     return hidden @ matrix[:-1] + matrix[-1]
 
 
-def fit_map(hidden: Tensor, last: Tensor, ridge: float, start: Tensor | None = None) -> Tensor:
-    """(D+1, W) such that ``[hidden, 1] @ map`` is close to ``last``, (N,D) -> (N,W).
+def fit_map(hidden: Tensor, last: Tensor, ridge: float) -> Tensor:
+    """(D+1,D) such that ``[hidden, 1] @ map`` is close to ``last``, both (N,D).
 
-    ``ridge`` times the mean square of a hidden value pulls the map towards ``start`` (D+1, W), without one towards the
-    identity; the constant is free.
+    ``ridge`` times the mean square of a hidden value pulls the map towards the identity; the constant is free.
     """
     count, width = hidden.shape
-    if start is None:
-        start = torch.eye(width + 1, width)
+    start = torch.eye(width + 1, width)
     inputs = torch.cat([hidden, torch.ones(count, 1, dtype=hidden.dtype)], dim=1).double()
     missing = last.double() - inputs @ start.double()
     penalty = torch.full((width + 1,), ridge * float(hidden.double().square().mean()) * count, dtype=torch.double)

@@ -11,15 +11,10 @@ entropy     one minus the entropy of the softmax over its largest value, log V, 
 gate        the probability of a fitted gate (``decoder.calibration``), which needs no output layer
 patience    so many candidate blocks in a row name the same token (Zhou et al., PABEE, NeurIPS 2020); no threshold
 
-Later steps attend to the blocks that were skipped too. What those remember is a choice of its own:
+Later steps attend to the blocks that were skipped too: those remember what they would have made of the state that left
+(Schuster et al., CALM, NeurIPS 2022).
 
-propagate   what they would have made of the state that left (Schuster et al., CALM, NeurIPS 2022)
-map         a fitted map of that state to each block's keys and values (``decoder.calibration``), at the same cost
-deferred    nothing yet: the state waits, and goes through the blocks it lacks when its utterance next goes beyond them,
-            or before an answer may end. Its token's probability is corrected then, so that every score that is returned
-            is the whole LLM's; what was cut from the beam meanwhile stays cut. Not faster on a CPU.
-
-R rows, B utterances, S skipped blocks, D width, V vocabulary, J key/value heads, E size of a head.
+R rows, B utterances, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,7 +30,6 @@ from pam_espnet.engine.calibration import Calibration
 from pam_espnet.errors import ConfigError
 
 MODES = ("never", "fixed", "confidence", "entropy", "gate", "patience")
-FILLS = ("propagate", "map", "deferred")
 
 
 @dataclass(frozen=True)
@@ -50,8 +44,6 @@ class ExitOptions:
         patience: number of neighbouring candidates that must agree.
         calibration: file of ``bin/pam_calibrate_exit.py``; needed by gate. In the other modes its map, where it has
             one for the block, is applied all the same.
-        fill: what skipped blocks remember: propagate, deferred, or map, for which the calibration must have been made
-            with --fill_maps and know all of ``layers``.
     """
 
     mode: str = "never"
@@ -59,7 +51,6 @@ class ExitOptions:
     threshold: float | None = None
     patience: int = 2
     calibration: str | None = None
-    fill: str = "propagate"
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
@@ -68,10 +59,6 @@ class ExitOptions:
         object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
         if self.mode not in MODES:
             raise ConfigError(f"exit.mode: {self.mode!r}; choose one of {', '.join(MODES)}")
-        if self.fill not in FILLS:
-            raise ConfigError(f"exit.fill: {self.fill!r}; choose one of {', '.join(FILLS)}")
-        if self.fill == "map" and self.calibration is None:
-            raise ConfigError("exit.fill: map needs calibration")
         if self.mode == "gate":
             if self.calibration is None or self.layers:
                 raise ConfigError("exit: gate needs calibration, and takes its layers from there")
@@ -99,8 +86,7 @@ class ExitPolicy:
         calibration: what ``options.calibration`` holds.
 
     Raises:
-        ConfigError: a candidate block that the LLM does not have, or its last one, or one whose skipped blocks are to
-            be filled by maps that there are not.
+        ConfigError: a candidate block that the LLM does not have, or its last one.
     """
 
     def __init__(
@@ -121,10 +107,6 @@ class ExitPolicy:
             self.threshold = calibration.threshold if options.threshold is None else options.threshold
         if self.layers and max(self.layers) >= num_layers:
             raise ConfigError(f"exit.layers: {max(self.layers)}; must be below {num_layers}, the LLM's last block")
-        if options.fill == "map":
-            fitted = () if calibration is None or calibration.fills is None else calibration.layers
-            if missing := sorted(set(self.layers) - set(fitted)):
-                raise ConfigError(f"exit.fill: {options.calibration} has no maps for {missing}; use --fill_maps")
         self._named = torch.empty(0, dtype=torch.long)  # (B,) token that each utterance's last candidate named
         self._agreed = torch.empty(0, dtype=torch.long)  # (B,) how many candidates in a row have named it
 
@@ -133,30 +115,11 @@ class ExitPolicy:
         self._named = torch.full((utterances,), -1, device=device)
         self._agreed = torch.zeros(utterances, dtype=torch.long, device=device)
 
-    @property
-    def deferred(self) -> bool:
-        """Whether what leaves waits to be completed."""
-        return self.options.fill == "deferred"
-
     def spoken(self, layer: int, hidden: Tensor) -> Tensor:
         """What a block's hidden states (...,D) are read as: mapped towards the last block's where there is a map."""
         if self.calibration is None or layer not in self.calibration.layers:
             return hidden
         return self.calibration.mapped(layer, hidden)
-
-    def memory(self, layer: int, unit: Tensor) -> Tensor | None:
-        """What the blocks behind ``layer`` are to remember of rows that leave there.
-
-        Args:
-            layer: the block.
-            unit: (R,D) its output after an RMS norm without a weight.
-
-        Returns:
-            (R,S,2*J*E) keys before norm and rotation, and values; None: what they make of the state themselves.
-        """
-        if self.options.fill != "map" or self.calibration is None:
-            return None
-        return self.calibration.filled(layer, unit)
 
     def leave(self, layer: int, utterances: Tensor, hidden: Tensor) -> Tensor:
         """Who leaves at a candidate block.

@@ -6,20 +6,19 @@ float32, bfloat16  on an x86 CPU oneDNN's, which want the weights in blocks of t
                    A row's result is the same, to the last bit, however many rows run with it (torch's own float32
                    product on a CPU is not: it changes kernels with the number of rows).
 int8               symmetric, one scale per output channel, activations in float32: FBGEMM's product of two 8-bit
-                   matrices, to which every activation row is given as two: its values in 127ths of the row's largest,
-                   and what that leaves in steps 254 times finer. Integers are summed exactly, so a row's result is the
-                   same, to the last bit, whatever its neighbours are. (A difference in a row's last bits, such as
-                   attention has, may round the other way and come out as one of the finer steps.)
+                   matrices. Every activation row is rounded to steps of its largest value / 8001 and given as two rows
+                   of 7 bits, so that on CPUs without VNNI, where pairs of products are added in 16 bits, no pair
+                   exceeds 32,767. Integers are summed exactly, so a row's result is the same, to the last bit,
+                   whatever its neighbours are. (A difference in a row's last bits, such as attention has, may round
+                   the other way and come out as one step.)
 
 R rows, I input and O output features.
 """
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -27,8 +26,10 @@ from torch.nn import functional as F
 
 from pam_espnet.errors import ConfigError
 
-STEPS = 127  # of an 8-bit value on either side of zero
-OFFSET = 128  # of FBGEMM's unsigned activations
+WEIGHT_STEPS = 127  # of a weight on either side of zero
+STEPS = 63  # of an activation row's 7-bit value on either side of zero
+OFFSET = 64  # of FBGEMM's unsigned activations, which are then at most 127
+BASE = 2 * STEPS + 1  # one row counts in these, the other has the remainder
 
 
 class Linear(Protocol):
@@ -38,34 +39,6 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rows (R,I) -> (R,O), in the dtype of the rows."""
-
-
-class _Opaque:
-    """A product with packed weights; for torch.compile it is an operator that is not looked into."""
-
-    def __init__(self, width: int) -> None:
-        self.width = width  # O
-        self.key = torch.tensor(next(_numbers))  # a tensor, so that compiled code serves every layer of a shape
-        _layers[int(self.key)] = self
-
-    def product(self, x: Tensor) -> Tensor:
-        """Rows (R,I) -> (R,O)."""
-        raise NotImplementedError
-
-    def _multiply(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return torch.ops.pam_espnet.product(x, self.key, self.width)
-        return self.product(x)
-
-
-_numbers = itertools.count()
-_layers: WeakValueDictionary[int, _Opaque] = WeakValueDictionary()
-_library = torch.library.Library("pam_espnet", "DEF")
-_library.define("product(Tensor x, Tensor key, int width) -> Tensor")
-_library.impl("product", lambda x, key, width: _layers[int(key)].product(x), "CPU")
-torch.library.register_fake(
-    "pam_espnet::product", lambda x, key, width: x.new_empty(x.shape[0], width), lib=_library
-)
 
 
 class Plain:
@@ -80,11 +53,10 @@ class Plain:
         return F.linear(x, self.weight, self.bias)
 
 
-class Blocked(_Opaque):
+class Blocked:
     """Floats in oneDNN's blocks; a copy of the weights."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(len(weight))
         rows = 4  # a hint: the layout serves any number
         self.weight: Any = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
         self.bias = bias
@@ -92,20 +64,15 @@ class Blocked(_Opaque):
 
     def __call__(self, x: Tensor) -> Tensor:
         """See ``Linear``."""
-        return self._multiply(x)
-
-    def product(self, x: Tensor) -> Tensor:
-        """See ``_Opaque``."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-class Int8(_Opaque):
+class Int8:
     """Whole numbers from -127 to 127 and a scale per output channel."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(len(weight))
         weight = weight.float()
-        scales = (weight.abs().amax(dim=1) / STEPS).clamp_min(torch.finfo(torch.float32).tiny)
+        scales = (weight.abs().amax(dim=1) / WEIGHT_STEPS).clamp_min(torch.finfo(torch.float32).tiny)
         whole = (weight / scales[:, None]).round().to(torch.int8)
         zeros = torch.zeros(len(scales), dtype=torch.long)
         engine, torch.backends.quantized.engine = torch.backends.quantized.engine, "fbgemm"
@@ -121,17 +88,17 @@ class Int8(_Opaque):
 
     def __call__(self, x: Tensor) -> Tensor:
         """See ``Linear``."""
-        step = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_min_(1e-30).mul_(1 / STEPS)  # (R,1)
-        steps = x / step
-        coarse = steps.round()
-        fine = steps.sub_(coarse).mul_(2 * STEPS)
-        both = self._multiply(torch.cat([coarse, fine]))
-        found = both[: len(x)].add_(both[len(x) :], alpha=1 / (2 * STEPS)).mul_(step)
+        largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_min_(1e-30)  # (R,1)
+        step = largest.mul_(1 / (STEPS * BASE))
+        found = self.product((x / step).round_()).mul_(step)
         return found if self.bias is None else found.add_(self.bias)
 
     def product(self, x: Tensor) -> Tensor:
-        """See ``_Opaque``; ``x`` in steps, from -127 to 127."""
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, OFFSET, self.packed)
+        """Whole numbers (R,I) from -8001 to 8001 times the whole weights, (R,O); exact up to float32's last bit."""
+        high = (x / BASE).round_()
+        rows = torch.cat([high, x - BASE * high])  # (2R,I), each from -63 to 63
+        found = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, OFFSET, self.packed)
+        return found[len(x) :].add_(found[: len(x)], alpha=BASE)
 
 
 def pack(weight: Tensor, bias: Tensor | None = None, int8: bool = False) -> Linear:

@@ -107,16 +107,15 @@ def prefill(
     return hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1], state
 
 
-def fuse(lm: Any, int8: bool = False, compiled: bool = False) -> FusedLlama | None:
+def fuse(lm: Any, int8: bool = False) -> FusedLlama | None:
     """The fused form of ``lm``, or None for an LLM that is not of this kind.
 
     A self-check compares one forward pass with transformers' own, so that a family member with a twist that is not
     known here is left to transformers instead of being decoded wrongly. With ``int8`` the blocks are checked as floats
-    first, then rounded, and checked again for what rounding must not exceed. ``compiled`` has torch.compile at the
-    blocks, which the check that follows warms up.
+    first, then rounded, and checked again for what rounding must not exceed.
 
     Raises:
-        ConfigError: int8 for an LLM that rounding breaks, or on a machine that cannot do it; compilation that fails.
+        ConfigError: int8 for an LLM that rounding breaks, or on a machine that cannot do it.
     """
     config = lm.config
     ropes = f"{getattr(config, 'rope_scaling', None)} {getattr(config, 'rope_parameters', None)}"
@@ -140,22 +139,7 @@ def fuse(lm: Any, int8: bool = False, compiled: bool = False) -> FusedLlama | No
         fused = FusedLlama(lm, int8=True)
         if not (difference := self_check(fused, lm)) <= INT8_TOLERANCE:
             raise ConfigError(f"dtype int8: rounded weights change this LLM's states by {difference:.2g}; use float32")
-    if compiled:
-        _compile(fused, lm, difference)
     return fused
-
-
-def _compile(fused: FusedLlama, lm: Any, difference: float) -> None:
-    """Compile, warm up, and hold the compiled blocks to the ``difference`` from transformers that they had before."""
-    fused.compile()
-    try:
-        changed = abs(self_check(fused, lm) - difference)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        hint = "a CPU needs a C++ compiler (apt install g++) and Python's headers; or set compile: false"
-        raise ConfigError(f"compile: torch.compile failed: {reason}\n  -> {hint}") from error
-    if not changed <= TOLERANCE.get(fused.dtype, COARSE_TOLERANCE):
-        raise ConfigError(f"compile: compiled blocks differ by {changed:.2g} more; set compile: false")
 
 
 def _is_plain(module: torch.nn.Module) -> bool:

@@ -21,10 +21,29 @@ from torch.nn import functional as F
 
 from pam_espnet.engine.blocks import FusedLlama
 from pam_espnet.engine.exits import ExitPolicy
-from pam_espnet.engine.pending import Nodes, Pending, no_nodes
 
 GROWTH = 1.5  # of the memory when it is full
 DEAD = 2  # compact when there are so many times more slots behind the prefix than the living need
+
+
+@dataclass
+class Nodes:
+    """Some nodes, those of an utterance neighbours and the utterances in their order.
+
+    Attributes:
+        x: (N,D) output of the last block that they went through.
+        utterance: (N,).
+        slots: (N,) where their keys and values are written.
+        rows: (N,) their rows.
+    """
+
+    x: Tensor
+    utterance: Tensor
+    slots: Tensor
+    rows: Tensor
+
+    def __getitem__(self, chosen: Tensor) -> Nodes:
+        return Nodes(self.x[chosen], self.utterance[chosen], self.slots[chosen], self.rows[chosen])
 
 
 @dataclass(frozen=True)
@@ -72,8 +91,6 @@ class TreeState:
         self.positions = lengths.clone()  # (R,) of the next token
         self.depths = torch.full_like(lengths, len(keys))  # (R,) block from which each row's last result came
         self.policy: ExitPolicy | None = None  # when steps may leave before the last block
-        self.pending = Pending()
-        self._completed = no_nodes(keys[0].new_empty(0, model.width))
 
     def select(self, rows: Tensor) -> None:
         """Keep ``rows`` (R',), repeats and drops allowed, in any order.
@@ -85,7 +102,6 @@ class TreeState:
         utterances, self.utterance = self.utterance[rows].unique_consecutive(return_inverse=True)
         if not torch.equal(utterances, torch.arange(len(self.keys[0]), device=rows.device)):
             self._move(lambda memory: memory[utterances])
-        self.pending.follow(utterances, self.utterance, self.visible)
         self._compact()
 
     def chain(self, embeds: Tensor, lengths: Tensor) -> Tensor:
@@ -108,7 +124,7 @@ class TreeState:
         """Append one token to every row.
 
         ``policy`` may let utterances leave before the last block. The keys and values of the blocks they skip are made
-        from the hidden state they left with, or wait until their utterance goes on.
+        from the hidden state they left with.
 
         Args:
             embeds: (R,D).
@@ -131,45 +147,18 @@ class TreeState:
         policy = self.policy if before is None else None
         if policy is not None:
             policy.begin(count, embeds.device)
-        going = torch.ones(count, dtype=torch.bool, device=embeds.device)
-        way = Nodes(embeds.to(self.model.dtype), self.utterance, slots, rows, torch.ones_like(rows, dtype=torch.bool))
-        done = self._run(way, going, policy)
+        way = Nodes(embeds.to(self.model.dtype), self.utterance, slots, rows)
+        done = self._run(way, policy)
         self.positions = self.positions + 1
         return self.model.norm(done)
 
-    def finish(self, utterances: Tensor) -> None:
-        """Run what waits of ``utterances`` (B,) bool through the blocks that it lacks; ``completed`` has it then."""
-        self._run(no_nodes(self._completed.x[:0]), utterances, None)
-        self.depths[utterances[self.utterance]] = len(self.model.blocks)
-
-    def completed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What nodes that waited say at the last block, since this was asked last.
-
-        Returns:
-            rows (N,), how many tokens back on each row's path (N,), hidden states (N,D) after the final norm; a node is
-            named once for every row that descends from it.
-        """
-        nodes, self._completed = self._completed, no_nodes(self._completed.x[:0])
-        descends = self.visible[:, nodes.slots] & (self.utterance[:, None] == nodes.utterance)  # (R,N)
-        rows, which = descends.nonzero(as_tuple=True)
-        slots = torch.arange(self.visible.shape[1], device=rows.device)
-        back = (self.visible[rows] & (slots > nodes.slots[which, None])).sum(1)
-        return rows, back, self.model.norm(nodes.x)[which]
-
-    def _run(self, way: Nodes, going: Tensor, policy: ExitPolicy | None) -> Tensor:
-        """Nodes through the blocks, with what waits of the utterances that are ``going`` (B,) bool.
-
-        Returns:
-            (R,D) what the new nodes say, not normed.
-        """
-        model, last, done = self.model, len(self.model.blocks), torch.empty_like(way.x)
+    def _run(self, way: Nodes, policy: ExitPolicy | None) -> Tensor:
+        """Nodes of all rows through the blocks -> (R,D) what they say, not normed."""
+        model, done = self.model, torch.empty_like(way.x)
         grid: Grid | None = None
-        mixed = False  # whether nodes from earlier steps are on the way
-        for index in range(last):
-            if (waited := self.pending.take(index, going)) is not None:
-                way, grid, mixed = way.joined(waited), None, True
-            if not len(way):
-                continue
+        for index in range(len(self.model.blocks)):
+            if not len(way.x):
+                break
             if grid is None:
                 grid = self._grid(way)
             query, key, value = model.project(index, way.x, grid.rotary)
@@ -178,22 +167,15 @@ class TreeState:
             if policy is None or index + 1 not in policy.layers:
                 continue
             asked, sizes = way.utterance.unique_consecutive(return_counts=True)
-            leaves = torch.zeros_like(going)
+            leaves = torch.zeros(len(self.keys[0]), dtype=torch.bool, device=asked.device)
             leaves[asked] = policy.leave(index + 1, asked, way.x[sizes.cumsum(0) - sizes])  # asked of the best row
             if not leaves.any():
                 continue
             leaving = leaves[way.utterance]
-            left, way, grid, going = way[leaving], way[~leaving], None, going & ~leaves
-            speaks = left[left.new]
-            done[speaks.rows] = policy.spoken(index + 1, speaks.x)
-            self.depths[speaks.rows] = index + 1
-            if policy.deferred:
-                self.pending.add(index + 1, left)
-            else:
-                self._fill(index + 1, left)
-        if mixed:
-            self._completed = self._completed.joined(way[~way.new])
-            way = way[way.new]
+            left, way, grid = way[leaving], way[~leaving], None
+            done[left.rows] = policy.spoken(index + 1, left.x)
+            self.depths[left.rows] = index + 1
+            self._fill(index + 1, left)
         done[way.rows] = way.x
         return done
 
@@ -214,9 +196,8 @@ class TreeState:
     def _fill(self, layer: int, left: Nodes) -> None:
         """Keys and values in the blocks behind ``layer`` of nodes that left there."""
         rotary = self.model.rotary(self.positions[left.rows])
-        maps = None if self.policy is None else self.policy.memory(layer, self.model.unit(left.x))
         for skipped in range(layer, len(self.model.blocks)):
-            memory = self.model.memory(skipped, left.x) if maps is None else maps[:, skipped - layer]
+            memory = self.model.memory(skipped, left.x)
             self._write(skipped, left, *self.model.turned(skipped, memory, rotary))
 
     def _write(self, index: int, nodes: Nodes, key: Tensor, value: Tensor) -> None:
@@ -263,7 +244,6 @@ class TreeState:
         head = torch.arange(self.prefix_slots, device=order.device).expand(len(order), -1)
         order = torch.cat([head, order + self.prefix_slots], dim=1)
         self.visible = self.visible.gather(1, order[self.utterance])
-        self.pending.compact(order)
         self._move(lambda memory: memory.take_along_dim(order[:, None, :, None], dim=2))
         self.used = self.prefix_slots + most
 

@@ -135,22 +135,6 @@ class DecoderView:
     def _embed(self, places: Tensor) -> Tensor:
         return self.decoder.embed(places if self.ids is None else self.ids[places])
 
-    @property
-    def deferred(self) -> bool:
-        """Whether rows that leave early are completed later; what ``search.beam.DeferringDecoder`` asks for."""
-        return self._policy is not None and self._policy.deferred
-
-    @torch.no_grad()
-    def finish(self, utterances: Tensor, state: TreeState) -> None:
-        """Complete what waits of ``utterances`` (B,) bool."""
-        state.finish(utterances)
-
-    @torch.no_grad()
-    def completed(self, state: TreeState) -> tuple[Tensor, Tensor, Tensor]:
-        """As ``TreeState.completed``, with logits (N,W)."""
-        rows, back, hidden = state.completed()
-        return rows, back, self.logits(hidden)
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states after the final norm (R,D) -> float32 logits (R,W)."""
         return self.decoder.search_logits(hidden) if self.ids is None else self._output(hidden).float()

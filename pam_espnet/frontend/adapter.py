@@ -20,7 +20,7 @@ def mix_layers(states: Tensor, frames: Tensor, weights: Tensor, layer_widths: Se
 
     Args:
         states: (B,H,T,D).
-        frames: (B,); anything finite may stand beyond.
+        frames: (B,); states beyond them are ignored, but must be finite.
         weights: (B,H), at least zero; normalised here to w(h | encoder). A row of zeros gives zeros.
         layer_widths: the columns in use per layer (H numbers); the rest of D is padding and stays zero.
 
@@ -29,7 +29,7 @@ def mix_layers(states: Tensor, frames: Tensor, weights: Tensor, layer_widths: Se
     """
     with torch.autocast(states.device.type, enabled=False):
         conditional = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-20)
-        # Layers differ in scale by orders of magnitude; unnormalised, the loudest would win whatever the weights.
+        # Layers differ in scale by orders of magnitude; unnormalised, the largest would win whatever the weights.
         normed = _normalise(states.float(), layer_widths)
         mixed = torch.einsum("bh,bhtd->btd", conditional, normed)
     return mixed.masked_fill(padding_mask(frames.to(mixed.device), mixed.shape[1])[..., None], 0.0)
@@ -44,7 +44,7 @@ def _normalise(states: Tensor, layer_widths: Sequence[int]) -> Tensor:
 
 
 def stacking(encoder_rate: float, frame_rate: float, name: str) -> tuple[int, int]:
-    """How many encoder frames make one adapter frame, and how often each is repeated; one of the two is 1.
+    """Number of encoder frames in one adapter frame, and of repetitions of each; one of the two is 1.
 
     Args:
         encoder_rate: Hz.
@@ -52,7 +52,7 @@ def stacking(encoder_rate: float, frame_rate: float, name: str) -> tuple[int, in
         name: of the encoder, for the message.
 
     Raises:
-        ConfigError: neither rate is a whole multiple of the other; names rates that would do.
+        ConfigError: neither rate is a whole multiple of the other; names rates that fit.
     """
     for high, low, up in ((encoder_rate, frame_rate, False), (frame_rate, encoder_rate, True)):
         factor = round(high / low)
@@ -62,7 +62,7 @@ def stacking(encoder_rate: float, frame_rate: float, name: str) -> tuple[int, in
     fitting = [f"{encoder_rate / factor:.6g}" for factor in range(max(1, nearest - 2), nearest + 3)]
     raise ConfigError(
         f"frame_rate: {frame_rate:g} Hz does not fit encoder {name!r} with {encoder_rate:g} Hz: one must be a whole "
-        f"multiple of the other. For this encoder {', '.join(fitting)} Hz would do; all encoders share one rate"
+        f"multiple of the other. For this encoder {', '.join(fitting)} Hz would fit; all encoders share one rate"
     )
 
 
@@ -74,9 +74,9 @@ class FrameStackingAdapter(nn.Module):
         width_out: D of the LLM.
         encoder_rate: Hz.
         frame_rate: Hz of the result.
-        hidden_width: of the MLP; None for ``width_out``.
-        output_norm: layer normalisation of the result, so that no encoder drowns the others by its scale.
         name: of the encoder, for messages.
+        hidden_width: of the MLP; None for ``width_out``.
+        output_norm: layer normalisation of the result, so that no encoder dominates the others by its scale.
 
     Raises:
         ConfigError: the rates do not fit, or an option is out of its range.
@@ -92,15 +92,15 @@ class FrameStackingAdapter(nn.Module):
         width_out: int,
         encoder_rate: float,
         frame_rate: float,
+        name: str,
         hidden_width: int | None = None,
         output_norm: bool = True,
-        name: str = "encoder",
     ) -> None:
         super().__init__()
         self.stack, self.repeat = stacking(encoder_rate, frame_rate, name)
         hidden = width_out if hidden_width is None else hidden_width
         if hidden < 1:
-            raise ConfigError("adapter_conf: hidden_width must be at least 1")
+            raise ConfigError(f"adapter_conf.hidden_width: {hidden}; must be at least 1")
         first, second = nn.Linear(self.stack * width_in, hidden), nn.Linear(hidden, width_out)
         self.mlp = nn.Sequential(first, nn.GELU(), second)
         self.norm = nn.LayerNorm(width_out, eps=self.norm_eps) if output_norm else nn.Identity()

@@ -1,8 +1,10 @@
-"""Encoders meet the feature cache: what the cache is keyed by, and how one utterance is encoded for it."""
+"""Cached hidden states of a configured encoder: the cache's key, and how one utterance is encoded for it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import torch
 from pam_espnet.data.feature_cache import FeatureCache, cache_features
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import exclusive, write_json
+from pam_espnet.frontend.encoder_spec import EncoderSpec
 from pam_espnet.frontend.encoders.registry import build_encoder
-from pam_espnet.frontend.frontend import EncoderSpec
 
 
 def cache_encoder(
@@ -44,7 +46,7 @@ def cache_encoder(
         hidden, frames = encoder(batch, torch.tensor([len(wave)], device=device))
         return hidden[0, :, : int(frames[0])].cpu().numpy()
 
-    # The path is left out: the same weights in another folder give the same features.
+    # Without the path: the same weights in another folder give the same features.
     options = {key: value for key, value in encoders[name].items() if key != "path"}
     key = {"encoder": options, "spec": spec.to_dict(), "weights_sha256": encoder.weights_sha256()}
     out = root / name / Path(data_dir).name
@@ -52,3 +54,38 @@ def cache_encoder(
         cache = cache_features(encode, key, data_dir, out, rebuild=rebuild)
     write_json(root / name / "spec.json", spec.to_dict())
     return cache
+
+
+def cache_encoders(
+    names: Sequence[str],
+    frontend_conf: Mapping[str, Any],
+    data_dirs: Sequence[str | Path],
+    root: Path,
+    *,
+    rebuild: bool = False,
+    device: str = "cpu",
+    jobs: int = 1,
+) -> Iterator[FeatureCache]:
+    """Cache the hidden states of several encoders, ``jobs`` at a time, each in a process with one thread (small models
+    gain little from a second one) and, where there are several GPUs, on one of its own. Raises as ``cache_encoder``."""
+    if jobs <= 1 or len(names) == 1:
+        for name in names:
+            for data in data_dirs:
+                yield cache_encoder(name, frontend_conf, data, root, rebuild=rebuild, device=device)
+        return
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    with ProcessPoolExecutor(min(jobs, len(names)), multiprocessing.get_context("spawn")) as pool:
+        devices = [f"cuda:{number % gpus}" if gpus else device for number in range(len(names))]
+        tasks = [
+            pool.submit(_cache_one, name, frontend_conf, data_dirs, root, rebuild, own)
+            for name, own in zip(names, devices, strict=True)
+        ]
+        for task in tasks:
+            yield from task.result()
+
+
+def _cache_one(
+    name: str, conf: Mapping[str, Any], data_dirs: Sequence[str | Path], root: Path, rebuild: bool, device: str
+) -> list[FeatureCache]:
+    torch.set_num_threads(1)
+    return [cache_encoder(name, conf, data, root, rebuild=rebuild, device=device) for data in data_dirs]

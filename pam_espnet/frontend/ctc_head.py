@@ -2,12 +2,12 @@
 
 The classes are the LLM's own input embeddings of the token types that occur in the training transcripts, plus a
 learned blank; a frame's score for a token is the cosine between the frame and that embedding over a learned
-temperature. An adapter fitted this way puts audio where the LLM's words are before the LLM has been run once.
-The head draws no conclusion about the LLM: it is handed rows of a matrix.
+temperature. An adapter fitted this way maps audio to the LLM's word embeddings before the LLM has been run once. The
+head knows no LLM: it is given rows of a matrix.
 
 CTC: Graves et al., ICML 2006. Cosine classes follow ``torch.nn.functional.cosine_similarity``.
 
-Dimension letters: B utterances, U adapter frames, L tokens, D width, C classes (token types + 1 blank).
+Dimension letters: B utterances, U adapter frames, D width, C classes (token types + 1 blank).
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ class EmbeddingCTC(nn.Module):
         self._class_of = {token: i + 1 for i, token in enumerate(token_ids)}
 
     def log_probs(self, frames: Tensor) -> Tensor:
-        """Log-probabilities (B, U, C) of audio embeddings (B, U, D); class 0 is the blank."""
+        """Log-probabilities (B,U,C) of audio embeddings (B,U,D); class 0 is the blank."""
         classes = torch.cat([F.normalize(self.blank, dim=0)[None], self.rows])
         cosine = F.normalize(frames.float(), dim=-1) @ classes.T
         return torch.log_softmax(cosine / self.log_temperature.exp(), dim=-1)
 
     def classes(self, tokens: Sequence[int]) -> list[int] | None:
         """Class indices of an answer's tokens, or None when one of them is outside the head's vocabulary."""
-        found = [self._class_of.get(int(token)) for token in tokens]
-        return None if any(c is None for c in found) else [c for c in found if c is not None]
+        found = [self._class_of.get(int(token), BLANK) for token in tokens]
+        return None if BLANK in found else found
 
     def loss(self, frames: Tensor, lengths: Tensor, answers: Sequence[Sequence[int]]) -> tuple[Tensor, int, int]:
         """Summed CTC loss of the answers that can be aligned.
 
         Args:
-            frames: audio embeddings (B, U, D).
+            frames: audio embeddings (B,U,D).
             lengths: valid frames (B,).
             answers: token ids of each utterance, without the end token.
 
@@ -70,26 +70,26 @@ class EmbeddingCTC(nn.Module):
             the summed negative log-likelihood, the number of target tokens it sums over, and the number of
             utterances left out (a token outside the head's vocabulary, or fewer frames than CTC needs).
         """
-        rows, targets = [], []
+        targets = {}
         for b, answer in enumerate(answers):
             found = self.classes(answer)
+            # CTC needs a frame for each token, and one for a blank between equal neighbours.
             if found and len(found) + sum(x == y for x, y in pairwise(found)) <= int(lengths[b]):
-                rows.append(b)
-                targets.append(found)
-        skipped = len(answers) - len(rows)
-        if not rows:
-            return frames.sum() * 0.0, 0, skipped
+                targets[b] = found
+        if not targets:
+            return frames.sum() * 0.0, 0, len(answers)
+        rows = list(targets)
+        flat = torch.tensor([c for target in targets.values() for c in target], device=frames.device)
+        target_lengths = torch.tensor([len(target) for target in targets.values()], device=frames.device)
         log_probs = self.log_probs(frames[rows]).transpose(0, 1)
-        flat = torch.tensor([c for target in targets for c in target], device=frames.device)
-        target_lengths = torch.tensor([len(target) for target in targets], device=frames.device)
         total = F.ctc_loss(log_probs, flat, lengths[rows], target_lengths, blank=BLANK, reduction="sum")
-        return total, int(flat.numel()), skipped
+        return total, flat.numel(), len(answers) - len(rows)
 
     def pooled_scores(self, frames: Tensor, lengths: Tensor) -> Tensor:
-        """How much each token type is heard anywhere in an utterance: (B, C-1) in the order of ``token_ids``.
+        """Scores (B,C-1) of each token type anywhere in an utterance, in the order of ``token_ids``.
 
         The cosines of CTC over their temperature, log-mean-exp over the valid frames: near the maximum for a short
-        sound, near the mean for one that goes on (pooling for weak labels; Wang, Li and Metze, ICASSP 2019, compare).
+        sound, near the mean for a long one (pooling for weak labels; Wang, Li and Metze, ICASSP 2019, compare).
         """
         cosine = F.normalize(frames.float(), dim=-1) @ self.rows.T / self.log_temperature.exp()
         valid = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None].to(frames.device)
@@ -99,21 +99,20 @@ class EmbeddingCTC(nn.Module):
     def bag_loss(self, frames: Tensor, lengths: Tensor, answers: Sequence[Sequence[int]]) -> tuple[Tensor, int, int]:
         """Summed cross-entropy of the answers' token types, in any order and at any time.
 
-        For answers that do not follow the audio in time, where CTC learns little more than its blank: what a caption
-        names must be heard somewhere. Arguments and results are those of ``loss``.
+        For answers that do not follow the audio in time, where CTC learns little more than its blank: each word of a
+        caption must score high somewhere. Arguments and results are those of ``loss``.
         """
         found = [self.classes(sorted(set(answer))) for answer in answers]
         rows = [b for b, classes in enumerate(found) if classes]
         if not rows:
             return frames.sum() * 0.0, 0, len(answers)
         log_probs = F.log_softmax(self.pooled_scores(frames[rows], lengths[rows]), dim=-1)
-        places = [(row, c - 1) for row, b in enumerate(rows) for c in found[b] or []]
-        index = torch.tensor(places, device=frames.device)
-        return -log_probs[index[:, 0], index[:, 1]].sum(), len(places), len(answers) - len(rows)
+        pairs = torch.tensor([(row, c - 1) for row, b in enumerate(rows) for c in found[b] or []], device=frames.device)
+        return -log_probs[pairs[:, 0], pairs[:, 1]].sum(), len(pairs), len(answers) - len(rows)
 
     @torch.no_grad()
-    def heard(self, frames: Tensor, lengths: Tensor, counts: Sequence[int]) -> list[set[int]]:
-        """The ``counts[b]`` token ids that are heard most in each utterance; all, where there are fewer."""
+    def detect(self, frames: Tensor, lengths: Tensor, counts: Sequence[int]) -> list[set[int]]:
+        """The ``counts[b]`` token ids of the highest pooled scores in each utterance; all, where there are fewer."""
         scores = self.pooled_scores(frames, lengths)
         best = [row.topk(min(count, len(row))).indices for row, count in zip(scores, counts, strict=True)]
         return [set(self.token_ids[indices].tolist()) for indices in best]

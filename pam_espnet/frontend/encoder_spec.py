@@ -1,4 +1,4 @@
-"""What is known of an encoder without loading it; stored with cached features and in configurations.
+"""Sizes and rates of an encoder, known without loading it; stored with cached features and in configurations.
 
 Dimension letters: H hidden layers, D width.
 """
@@ -16,17 +16,16 @@ from pam_espnet.frontend.encoders.base import AbsEncoder
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What the frontend must know of an encoder to use its cached features without loading it.
+    """What the frontend must know of an encoder to use its cached features.
 
     Attributes:
         name: in the configuration.
-        sample_rate: Hz.
-        frame_rate: Hz.
+        sample_rate, frame_rate: Hz.
         width: D.
         num_layers: H.
         layers: which hidden states of the model these are.
-        layer_widths: how many of the D columns of each layer are in use (a convolutional network has layers of
-            different widths; the encoder fills them up with zeros). Left out: all D.
+        layer_widths: number of the D columns in use in each layer (layers of a convolutional network differ; the
+            encoder fills them up with zeros). Left out: all D.
     """
 
     name: str
@@ -46,27 +45,24 @@ class EncoderSpec:
 
     @classmethod
     def of(cls, name: str, encoder: AbsEncoder) -> EncoderSpec:
-        """The spec of a loaded encoder; it may have an attribute ``layer_widths``."""
+        """The spec of a loaded encoder."""
         rates = int(encoder.sample_rate), float(encoder.frame_rate)
         widths = tuple(getattr(encoder, "layer_widths", ()))
         return cls(name, *rates, encoder.width, encoder.num_layers, tuple(encoder.layers), widths)
 
     @classmethod
     def from_dict(cls, name: str, values: Mapping[str, Any]) -> EncoderSpec:
-        """From what ``to_dict`` gave, maybe by way of YAML or JSON.
+        """The inverse of ``to_dict``.
 
         Raises:
             ConfigError: keys missing or unknown.
         """
-        expected = {field.name for field in dataclasses.fields(cls)} - {"name"}
-        given: dict[str, Any] = {key: value for key, value in values.items() if key != "name"}
-        if not expected - {"layer_widths"} <= set(given) <= expected:
-            raise ConfigError(f"specs.{name}: keys {sorted(given)}, expected {sorted(expected)}")
-        given.update({key: tuple(given[key]) for key in ("layers", "layer_widths") if key in given})
-        return cls(name=name, **given)
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        try:
+            return cls(**{**given, "name": name})
+        except TypeError as error:
+            raise ConfigError(f"specs.{name}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, for YAML and JSON."""
-        values = dataclasses.asdict(self)
-        values.update(layers=list(self.layers), layer_widths=list(self.layer_widths))
-        return values
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

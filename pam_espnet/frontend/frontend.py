@@ -5,27 +5,28 @@ prompt-vector width.
 
 route(prompt) -> run the encoders that have weight -> layer normalisation and mix over each encoder's layers ->
 adapter per encoder -> fusion. An utterance's embeddings depend on its own audio and prompt alone, their number on
-its sample count alone. The frontend knows no LLM: the prompt vector is handed in.
+its sample count alone. The frontend knows no LLM: the prompt vector is an input.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
 from espnet2.asr.frontend.abs_frontend import AbsFrontend
 from torch import Tensor, nn
 
+from pam_espnet.config import check_options
 from pam_espnet.errors import ConfigError
 from pam_espnet.frontend.adapter import FrameStackingAdapter, mix_layers
 from pam_espnet.frontend.encoder_spec import EncoderSpec
 from pam_espnet.frontend.encoders.base import AbsEncoder, padding_mask
-from pam_espnet.frontend.encoders.registry import build_encoder
+from pam_espnet.frontend.encoders.registry import build_encoder, encoder_target
 from pam_espnet.frontend.fusion.registry import build_fusion
 from pam_espnet.frontend.fusion.routing import Routing, keep_encoder, skip_encoders
 from pam_espnet.frontend.masking import MaskOptions, draw_spans, hide
@@ -35,7 +36,7 @@ Hidden = tuple[Tensor, Tensor]  # hidden states (B,H,T,D) and frames (B,)
 
 @dataclass
 class AudioEmbeddings:
-    """What takes the audio's place in the LLM's input.
+    """The audio in the LLM's input.
 
     Attributes:
         embeddings: (B,U,D), zero beyond each utterance's length.
@@ -67,11 +68,11 @@ class PaMFrontend(AbsFrontend):
         skip_threshold: at inference an encoder with less weight than this for a prompt is not run for it, and the
             others share its weight; 0 runs all. In training all encoders take part, or one that once fell below
             the threshold could never come back. Fusions that combine all encoders by definition skip none.
-        mask_conf: options of ``masking.MaskOptions``: what of the hidden states is hidden in training.
+        mask_conf: options of ``masking.MaskOptions``: masks on hidden states in training.
         initial_rms: root mean square of the audio embeddings before training, a learnable gain behind the fusion.
-            LLMs' token embeddings are small (0.1 is typical); audio that is ten times louder than text is not
-            listened to but endured. Adapters and fusion work at unit scale, or the fusion's networks, which step as
-            far as any others, would drown streams of a tenth.
+            LLMs' token embeddings are small (0.1 is typical), and audio must not be ten times larger than text.
+            Adapters and fusion work at unit scale: the fusion's networks take steps of the same size as others, too
+            large for streams of a tenth.
         specs: name -> EncoderSpec (or its dict). Encoders with a spec are loaded only when a waveform has to be
             encoded; the others are loaded at once.
 
@@ -95,16 +96,19 @@ class PaMFrontend(AbsFrontend):
         specs: Mapping[str, EncoderSpec | Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        _check(encoders, adapter_conf or {}, frame_rate, skip_threshold, initial_rms, specs or {})
+        fusion_conf, adapter_conf, specs = fusion_conf or {}, adapter_conf or {}, specs or {}
+        _check(encoders, adapter_conf, mask_conf or {}, specs)
+        if frame_rate <= 0 or initial_rms <= 0 or not 0 <= skip_threshold < 1:
+            raise ConfigError("frontend_conf: needs frame_rate > 0 (Hz), initial_rms > 0, 0 <= skip_threshold < 1")
         self.names = tuple(encoders)
         self.width, self.frame_rate, self.sample_rate = width, frame_rate, sample_rate
         self.skip_threshold = skip_threshold
-        self.masks = _masks(mask_conf or {})
+        self.masks = MaskOptions(**(mask_conf or {}))
         self._encoder_conf = {name: dict(options) for name, options in encoders.items()}
         self._encoders: dict[str, AbsEncoder] = {}  # a plain dict: nn.Module does not look into it
         self.specs: dict[str, EncoderSpec] = {}
         for name in self.names:
-            known = (specs or {}).get(name)
+            known = specs.get(name)
             if isinstance(known, Mapping):
                 known = EncoderSpec.from_dict(name, known)
             self.specs[name] = known or EncoderSpec.of(name, self.encoder(name))
@@ -115,15 +119,14 @@ class PaMFrontend(AbsFrontend):
                 )
         counts = [self.specs[name].num_layers for name in self.names]
         self.fusion = build_fusion(
-            fusion, num_layers=counts, width=width, prompt_width=prompt_width, names=self.names, **(fusion_conf or {})
+            fusion, num_layers=counts, width=width, prompt_width=prompt_width, names=self.names, **fusion_conf
         )
-        adapters = {}
+        self.adapters = nn.ModuleDict()
         for name in self.fusion.used:
             spec = self.specs[name]
-            adapters[name] = FrameStackingAdapter(
-                spec.width, width, spec.frame_rate, frame_rate, **(adapter_conf or {}), name=name
+            self.adapters[name] = FrameStackingAdapter(
+                spec.width, width, spec.frame_rate, frame_rate, name, **adapter_conf
             )
-        self.adapters = nn.ModuleDict(adapters)
         self.gain = nn.Parameter(torch.tensor(float(initial_rms)))
 
     # Encoders
@@ -166,10 +169,7 @@ class PaMFrontend(AbsFrontend):
         Returns:
             name -> (hidden states (B,H,T,D), frames (B,)).
         """
-        with torch.no_grad(), torch.autocast(wave.device.type, enabled=False):
-            return {
-                name: self.encoder(name)(wave.float(), lengths) for name in (self.names if names is None else names)
-            }
+        return {name: self.encoder(name)(wave, lengths) for name in (self.names if names is None else names)}
 
     # Routing
 
@@ -214,8 +214,7 @@ class PaMFrontend(AbsFrontend):
             wave: (B,N) in [-1, 1]; needed for the encoders that ``features`` does not cover.
             features: name -> (hidden states (B,T,H*D) layer by layer as the cache stores them, or (B,H,T,D);
                 frames (B,)).
-            only: give all weight to this encoder (if the fusion uses it) and leave the others out; the warm start's
-                way of letting each encoder learn by itself.
+            only: give all weight to this encoder (if the fusion uses it); the warm start fits each one separately.
 
         Raises:
             ConfigError: an encoder has weight but neither features nor a waveform, or features of another shape.
@@ -260,36 +259,26 @@ class PaMFrontend(AbsFrontend):
         return states, frames
 
 
-def _masks(conf: Mapping[str, Any]) -> MaskOptions:
-    try:
-        return MaskOptions(**conf)
-    except TypeError as error:
-        raise ConfigError(f"mask_conf: {error}") from error
-
-
 def _check(
     encoders: Mapping[str, Mapping[str, Any]],
     adapter_conf: Mapping[str, Any],
-    frame_rate: float,
-    skip_threshold: float,
-    initial_rms: float,
+    mask_conf: Mapping[str, Any],
     specs: Mapping[str, Any],
 ) -> None:
+    """Refuse names and options that cannot work, before anything is loaded."""
     if not encoders:
         raise ConfigError("encoders: none given")
     for name, options in encoders.items():
         # names are keys of checkpoints and parts of paths
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or hasattr(nn.ModuleDict, name):
             raise ConfigError(f"encoders: {name!r} cannot be a name; use letters, digits, '-' and '_'")
-        if "type" not in options:
-            raise ConfigError(f"encoders.{name}: key 'type' is missing")
-    unknown = sorted(set(specs) - set(encoders))
-    if unknown:
+        if not isinstance(options, Mapping) or not isinstance(options.get("type"), str):
+            raise ConfigError(f"encoders.{name}: must be a mapping with a key 'type', a name or an import path")
+        try:
+            encoder_target(options["type"])
+        except ConfigError as error:
+            raise ConfigError(f"encoders.{name}: {error}") from error
+    if unknown := sorted(set(specs) - set(encoders)):
         raise ConfigError(f"specs: {', '.join(unknown)} not among the encoders {', '.join(encoders)}")
-    set_here = {"width_in", "width_out", "encoder_rate", "frame_rate", "name"}
-    allowed = sorted(set(inspect.signature(FrameStackingAdapter).parameters) - set_here)
-    unknown = sorted(set(adapter_conf) - set(allowed))
-    if unknown:
-        raise ConfigError(f"adapter_conf: no option {', '.join(unknown)}; it takes {', '.join(allowed)}")
-    if frame_rate <= 0 or initial_rms <= 0 or not 0 <= skip_threshold < 1:
-        raise ConfigError("frame_rate (Hz) and initial_rms must be above 0, skip_threshold at least 0 and below 1")
+    check_options(adapter_conf, "frontend_conf.adapter_conf", partial(FrameStackingAdapter, 1, 1, 1.0, 1.0, "any"))
+    check_options(mask_conf, "frontend_conf.mask_conf", MaskOptions)

@@ -1,8 +1,8 @@
-"""Masks on encoder frames in training: short spans of time and single values are hidden.
+"""Masks on encoder frames in training: short spans of time and single values are set to zero.
 
-With a quarter of an hour of speech the adapters learn the training transcripts by heart within seconds; hiding part
-of the input is what keeps them listening. Time masks follow SpecAugment (Park et al., Interspeech 2019), applied to
-hidden states because the encoders are frozen and run once.
+With a quarter of an hour of speech the adapters memorise the training transcripts; masking part of the input delays
+that. Time masks follow SpecAugment (Park et al., Interspeech 2019), applied to hidden states because the encoders are
+frozen and run once.
 
 Dimension letters: B utterances, T encoder frames, D width.
 """
@@ -21,12 +21,12 @@ from pam_espnet.errors import ConfigError
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """What is hidden in training; the defaults hide nothing.
+    """Amount of masking in training; none by default.
 
     Attributes:
         span: longest time mask, seconds; each is drawn uniformly from 0 to it.
-        every: one time mask per so many seconds of audio (rounded up).
-        dropout: probability of hiding a single value.
+        every: one time mask per this many seconds of audio (rounded up).
+        dropout: probability of masking a single value.
     """
 
     span: float = 0.0
@@ -39,7 +39,7 @@ class MaskOptions:
 
 
 def draw_spans(seconds: Tensor, options: MaskOptions) -> Tensor:
-    """Time masks (B, masks, 2) as start and end in seconds; the same for all encoders, or one would tell the other.
+    """Time masks (B, masks, 2) as start and end in seconds; the same for all encoders, so that none fills in another.
 
     Args:
         seconds: duration of each utterance (B,).

@@ -8,8 +8,7 @@ B utterances, R rows (utterances or hypotheses), P positions, D width, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +18,8 @@ from torch.nn import functional as F
 from pam_espnet.engine import stepping
 from pam_espnet.engine.blocks import FusedLlama
 from pam_espnet.engine.exits import ExitPolicy
-from pam_espnet.engine.own_weights import OwnWeights
 from pam_espnet.engine.stepping import DecoderState
 from pam_espnet.errors import ConfigError
-from pam_espnet.llm.layer_dropout import blocks_skipped
 from pam_espnet.llm.lora import add_lora, lora_off, lora_precision, set_lora_training
 from pam_espnet.llm.pretrained import choose_dtype, hub_source, load_tokenizer
 from pam_espnet.llm.prompt_layout import Placed, end_of_turn_id, layout
@@ -103,9 +100,7 @@ class LLMDecoder(nn.Module):
         self.eos_ids = _eos_ids(self.end_id, tokenizer, lm)
         self.fused_decoding = fused_decoding
         self.int8_decoding = int8_decoding
-        self.compile_decoding = False  # torch.compile for the fused blocks
         self._fused: tuple[Any, FusedLlama | None] | None = None  # and what it was made from
-        self._own: OwnWeights | None = None  # where the LLM can be read again
         self._prompt_vectors: dict[str, Tensor] = {}
         self.register_load_state_dict_post_hook(_forget_prompt_vectors)
         self.train(self.training)
@@ -147,17 +142,11 @@ class LLMDecoder(nn.Module):
         source = hub_source(path_or_id, revision, local_files_only)
         tokenizer = load_tokenizer(path_or_id, revision, local_files_only, chat_template)
 
-        def load() -> Any:
-            try:
-                return AutoModelForCausalLM.from_pretrained(
-                    path_or_id, dtype=chosen, attn_implementation=attention, **source
-                )
-            except (OSError, ValueError, ImportError) as error:
-                raise ConfigError(f"cannot load the LLM {path_or_id!r}: {error}") from error
-
-        decoder = cls(load(), tokenizer, lora=lora, **options)
-        decoder._own = OwnWeights(decoder.lm, load)
-        return decoder
+        try:
+            lm = AutoModelForCausalLM.from_pretrained(path_or_id, dtype=chosen, attn_implementation=attention, **source)
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(f"cannot load the LLM {path_or_id!r}: {error}") from error
+        return cls(lm, tokenizer, lora=lora, **options)
 
     # ---- module behaviour -------------------------------------------------------------------------------------
 
@@ -175,7 +164,6 @@ class LLMDecoder(nn.Module):
         """Devices change, dtypes do not: a trainer's ``model.to(dtype)`` must not blow a bfloat16 LLM up."""
         self._prompt_vectors.clear()  # they live on the old device
         self._fused = None
-        self._restore_own_blocks()
         return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
 
     @property
@@ -212,8 +200,6 @@ class LLMDecoder(nn.Module):
         return self._outputs(embeds, mask, positions).last_hidden_state
 
     def _outputs(self, embeds: Tensor, mask: Tensor, positions: Tensor | None = None, **options: Any) -> Any:
-        if self._own is not None and self._own.released:
-            raise RuntimeError("the LLM's own blocks were released for decoding; load it again for anything else")
         if positions is None:
             positions = torch.arange(embeds.size(1), device=embeds.device).expand(embeds.shape[:2])
         with lora_precision(self.lm):
@@ -242,19 +228,15 @@ class LLMDecoder(nn.Module):
                 return norm
         raise ConfigError(f"{type(self.transformer).__name__} has no final norm under a known name {_NORM_NAMES}")
 
-    def token_losses(
-        self, placed: Placed, exit_layer: int | None = None, skipped: Collection[int] = ()
-    ) -> TokenLosses:
+    def token_losses(self, placed: Placed, exit_layer: int | None = None) -> TokenLosses:
         """Negative log-likelihood of each answer token; logits are computed only where there is a target.
 
         Args:
             placed: the batch.
             exit_layer: a block (from 1) whose output is to name the tokens too, through the shared final norm and
                 output layer.
-            skipped: blocks (from 1) that are left out; needs an LLM whose blocks are ``layers``.
         """
-        with blocks_skipped(self.transformer, skipped):
-            outputs = self._outputs(placed.embeds, placed.mask, output_hidden_states=exit_layer is not None)
+        outputs = self._outputs(placed.embeds, placed.mask, output_hidden_states=exit_layer is not None)
         logits = self.logits(outputs.last_hidden_state.flatten(0, 1)[placed.target_index])  # (targets,V)
         nll = F.cross_entropy(logits, placed.target_ids, reduction="none")
         correct = logits.detach().argmax(-1) == placed.target_ids
@@ -273,7 +255,7 @@ class LLMDecoder(nn.Module):
         if prompt not in self._prompt_vectors:
             parts = layout(self.tokenizer, prompt, self.system)
             ids = parts.head_ids + (parts.prompt_ids if self.prompt_position == "prompt" else parts.tail_ids)
-            with self._own.lent() if self._own is not None else nullcontext(), lora_off(self.lm):
+            with lora_off(self.lm):
                 embeds = self.embed(torch.tensor([ids], device=self.device))
                 hidden = self(embeds, torch.ones_like(embeds[..., 0], dtype=torch.bool))
             self._prompt_vectors[prompt] = hidden[0, -1].float()
@@ -304,8 +286,6 @@ class LLMDecoder(nn.Module):
         With a ``policy`` the state's steps may leave before the last block; fused blocks only.
         """
         fused = self.fused_blocks()
-        if policy is not None:  # fills are made from the LLM's own projections
-            self._restore_own_blocks()
         return stepping.prefill(self.lm, fused, prefix.to(self.dtype), lengths, policy)
 
     @torch.no_grad()
@@ -339,12 +319,10 @@ class LLMDecoder(nn.Module):
             ConfigError: ``int8_decoding`` of an LLM that transformers must run.
         """
         if not self.fused_decoding:
-            self._restore_own_blocks()
             return None
         if self._fused is None or self._fused[0] != self._made_from():
             self._fused = None  # frees the old copy before the new one is made
-            self._restore_own_blocks()
-            fused = stepping.fuse(self.lm, self.int8_decoding, self.compile_decoding)
+            fused = stepping.fuse(self.lm, self.int8_decoding)
             self._fused = (self._made_from(), fused)
         if self.int8_decoding and self._fused[1] is None:
             raise ConfigError(f"dtype int8: {type(self.lm).__name__} has blocks that cannot be fused; use float32")
@@ -354,30 +332,7 @@ class LLMDecoder(nn.Module):
         """What fused blocks depend on. Optimizers and load_state_dict raise a tensor's version; a write to ``.data``
         does not, but moves the storage."""
         weights = [(weight.data_ptr(), weight._version) for weight in self.lm.parameters()]
-        return weights, self.int8_decoding, self.compile_decoding
-
-    def release_own_blocks(self) -> bool:
-        """Give back the memory of the LLM's own blocks: from now on it decodes at full depth and knows its prompts.
-
-        A new prompt has them read again for the moment (``decoder.own_weights``); other weights, another precision, a
-        move to a device and early exit have them read again for good. Training needs a decoder that kept them.
-
-        Returns:
-            whether it was done: there is nothing to give back where transformers runs the blocks, or where the LLM was
-            not loaded by ``from_pretrained``.
-        """
-        fused = self.fused_blocks()
-        if self._own is None or fused is None:
-            return False
-        self._own.release()
-        self._fused = (self._made_from(), fused)
-        return True
-
-    def _restore_own_blocks(self) -> None:
-        if self._own is not None and self._own.released:
-            self._own.restore()
-            if self._fused is not None:
-                self._fused = (self._made_from(), self._fused[1])
+        return weights, self.int8_decoding
 
 
 def _forget_prompt_vectors(decoder: LLMDecoder, _: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError
 
 DEFAULTS: dict[str, Any] = {"r": 16, "alpha": 32, "dropout": 0.05, "target_modules": "all-linear"}
@@ -23,7 +24,7 @@ def add_lora(model: Any, options: Mapping[str, Any]) -> None:
             (a list of name endings, a regular expression, or "all-linear": all but the output layer).
 
     Raises:
-        ConfigError: an unknown option, or target_modules that match nothing.
+        ConfigError: an unknown option, one out of its range, or a name of target_modules that matches nothing.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -31,11 +32,22 @@ def add_lora(model: Any, options: Mapping[str, Any]) -> None:
     if unknown:
         raise ConfigError(f"lora: unknown option(s) {', '.join(unknown)}; known: {', '.join(DEFAULTS)}")
     chosen = {**DEFAULTS, **options}
-    targets = chosen["target_modules"]
+    rank, alpha, dropout, targets = (chosen[name] for name in ("r", "alpha", "dropout", "target_modules"))
+    check_number(rank, "lora.r", at_least=1, whole=True)
+    check_number(alpha, "lora.alpha", above=0)
+    check_number(dropout, "lora.dropout", at_least=0, below=1)
+    if not isinstance(targets, str):  # peft is content when one of them matches
+        ends = {name.split(".", start)[-1] for name, _ in model.named_modules() for start in range(name.count(".") + 1)}
+        if missing := [name for name in targets if name not in ends]:
+            linear = {name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+            raise ConfigError(
+                f"lora.target_modules: the LLM has no module {', '.join(map(repr, missing))}; its linear layers are "
+                f"{', '.join(sorted(linear))}"
+            )
     config = LoraConfig(
-        r=int(chosen["r"]),
-        lora_alpha=chosen["alpha"],
-        lora_dropout=float(chosen["dropout"]),
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )

@@ -67,11 +67,13 @@ def layout(tokenizer: Any, prompt: str, system: str | None = "") -> PromptLayout
     start = tail.find(shown)
     if start < 0:
         raise ConfigError(f"the chat template changes the prompt {prompt!r}; give another `chat_template`")
-    return PromptLayout(
-        head_ids=_ids(tokenizer, head),
-        tail_ids=_ids(tokenizer, tail),
-        prompt_ids=_ids(tokenizer, tail[: start + len(shown)]),
-    )
+    end = start + len(shown)
+    prompt_ids, tail_ids = _ids(tokenizer, tail[:end]), _ids(tokenizer, tail)
+    text_ids = _text_ids(tokenizer, shown)
+    if text_ids != _ids(tokenizer, shown):  # the prompt has words that look like control tokens
+        prompt_ids = [*_ids(tokenizer, tail[:start]), *text_ids]
+        tail_ids = [*prompt_ids, *_ids(tokenizer, tail[end:])]
+    return PromptLayout(head_ids=_ids(tokenizer, head), tail_ids=tail_ids, prompt_ids=prompt_ids)
 
 
 def end_of_turn_id(tokenizer: Any) -> int:
@@ -93,7 +95,7 @@ def end_of_turn_id(tokenizer: Any) -> int:
 
 def answer_ids(tokenizer: Any, text: str, end_id: int | None = None) -> list[int]:
     """Token ids of an answer and the token that ends it (``end_id``, by default ``end_of_turn_id(tokenizer)``)."""
-    return [*_ids(tokenizer, text), end_of_turn_id(tokenizer) if end_id is None else end_id]
+    return [*_text_ids(tokenizer, text), end_of_turn_id(tokenizer) if end_id is None else end_id]
 
 
 def place(
@@ -141,6 +143,11 @@ def place(
         target_ids=torch.cat(targets) if targets else none,
         target_index=torch.cat(index) if index else none,
     )
+
+
+def _text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a user's text: what looks like a control token in it, such as ``<|im_end|>``, is ordinary text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -20,10 +20,9 @@ from pam_espnet.errors import DataError
 from pam_espnet.fileio import read_json, sha256_file, write_json, write_text
 from pam_espnet.score.result import METRICS
 from pam_espnet.score.routing import TaskRouting, read_routing
-from pam_espnet.score.scoring import SCORES, SPEED_CONDITIONS
+from pam_espnet.score.scoring import DECODE_PREFIX, SCORES, SPEED_CONDITIONS
 from pam_espnet.score.wordings import read_spread
 
-DECODE_PREFIX = "decode_"
 CHECKPOINT = "model.safetensors"
 SELECTION = "selection.json"  # where the epoch was chosen by validation scores
 

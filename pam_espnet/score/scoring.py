@@ -16,7 +16,7 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from pam_espnet.score.wer import normaliser_record, score_wer
 
 SCORES = "scores.json"
 UTT_SCORES = "utt_scores.jsonl"
+DECODE_PREFIX = "decode_"
+WORDINGS = "prompts"  # folder of a decode directory: the set in other wordings, by their number
 
 # What a speed depends on, kept beside it.
 SPEED_CONDITIONS = ("batch_size", "shards", "device", "threads", "dtype")
@@ -167,8 +169,39 @@ def score_directory(
     return scores
 
 
-def subset_folder(decode_dir: Path, ids: Path) -> Path:
-    """Where the scores of the utterances named by ``ids`` go."""
+def decoded_sets(
+    exp: Path, data_dirs: Sequence[Path], decode_names: Sequence[str], prompts: Path | None = None
+) -> list[tuple[Path, Path]]:
+    """(decode directory, data directory) of every set in every decoding of an experiment.
+
+    Args:
+        exp: experiment directory.
+        data_dirs: formatted sets; a set has the name of its folder.
+        decode_names: of ``<exp>/decode_<name>``.
+        prompts: folder of ``<set>/<number>``, the sets in other wordings; those that were decoded, to
+            ``<exp>/decode_<name>/<set>/prompts/<number>``, are in the list too.
+
+    Raises:
+        DataError: a set was not decoded, or two have one name.
+    """
+    if twice := [name for name, count in Counter(path.name for path in data_dirs).items() if count > 1]:
+        raise DataError(exp, f"two sets have the name {twice[0]!r}", hint="name each set once, by its own name")
+    pairs = []
+    for name in decode_names:
+        for data_dir in data_dirs:
+            decode_dir = exp / f"{DECODE_PREFIX}{name}" / data_dir.name
+            if not (decode_dir / "text").is_file():
+                raise DataError(decode_dir, "no such decoding", hint="decode this set first: ./run.sh --stage 4")
+            pairs.append((decode_dir, data_dir))
+            reworded = sorted(decode_dir.glob(f"{WORDINGS}/*/stats.json")) if prompts else []
+            pairs += [(path.parent, prompts / data_dir.name / path.parent.name) for path in reworded if prompts]
+    return pairs
+
+
+def subset_folder(decode_dir: Path, ids: Path | None) -> Path:
+    """Where the scores go of the utterances named by the file ``ids``; of all of them: ``decode_dir``."""
+    if ids is None:
+        return decode_dir
     return decode_dir.parent.with_name(f"{decode_dir.parent.name}.{ids.stem}") / decode_dir.name
 
 

@@ -1,7 +1,7 @@
 """How much scores depend on the wording of the question: those of one test set over all wordings it was decoded with.
 
-    exp/<tag>/decode_<name>/<set>/scores.json                the first wording, which results are reported with
-    exp/<tag>/decode_<name>/<set>/prompts/<n>/scores.json    the n-th wording, from 2
+exp/<tag>/decode_<name>/<set>/scores.json                the first wording, which results are reported with
+exp/<tag>/decode_<name>/<set>/prompts/<n>/scores.json    the n-th wording, from 2
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import Any
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.fileio import read_json
 from pam_espnet.score.result import MAIN_METRICS
-from pam_espnet.score.scoring import SCORES
-
-FOLDER = "prompts"
+from pam_espnet.score.scoring import SCORES, WORDINGS
 
 
 def read_spread(decode_dir: Path) -> list[dict[str, Any]]:
@@ -28,9 +26,9 @@ def read_spread(decode_dir: Path) -> list[dict[str, Any]]:
         for each task ``{"task", "metric", "mean", "min", "max", "wordings": [{"number", "example", "value"}]}``, where
         ``example`` is the prompt of one utterance.
     """
-    others = sorted((path.parent for path in decode_dir.glob(f"{FOLDER}/*/{SCORES}")), key=lambda path: int(path.name))
+    others = sorted((int(path.parent.name), path.parent) for path in decode_dir.glob(f"{WORDINGS}/*/{SCORES}"))
     found: dict[str, list[dict[str, Any]]] = {}
-    for number, folder in [(1, decode_dir), *((int(path.name), path) for path in others)] if others else []:
+    for number, folder in [(1, decode_dir), *others] if others else []:
         examples = _examples(folder / "nbest.jsonl")
         for task, metrics in read_json(folder / SCORES)["tasks"].items():
             value = metrics[MAIN_METRICS[task_spec(task).metric][0]]["value"]

@@ -10,7 +10,7 @@ V vocabulary, C candidates per row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,19 +45,6 @@ class SteppingDecoder(Protocol):
         """Append tokens (R,) to the R rows of ``state`` -> logits (R,V) of the next token."""
 
 
-@runtime_checkable
-class DeferringDecoder(SteppingDecoder, Protocol):
-    """One whose rows may leave early and be completed later, by itself in a step that goes on, or when asked to."""
-
-    deferred: bool
-
-    def finish(self, utterances: Tensor, state: Any) -> None:
-        """Complete what waits of ``utterances`` (B,) bool."""
-
-    def completed(self, state: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """What has been completed since this was asked last: rows (N,), tokens back (N,), logits (N,V) of the next."""
-
-
 @torch.no_grad()
 def beam_search(
     decoder: SteppingDecoder,
@@ -82,7 +69,7 @@ def beam_search(
             stays the upper bound.
         on_partial: called after every step with how far the utterances are that took it.
         constraints: on the answers; they count per utterance where they fired.
-        joint: a second model whose scores are added to the LLM's; not with rows that are completed later.
+        joint: a second model whose scores are added to the LLM's.
 
     Returns:
         for each utterance its n-best hypotheses, best first.
@@ -90,12 +77,9 @@ def beam_search(
     eos_ids = options.eos_ids if options.eos_ids is not None else decoder.eos_ids
     beams = new_beams(options, eos_ids, len(prefix_lengths), max_new_tokens)
     active = list(beams)
-    deferring = decoder if isinstance(decoder, DeferringDecoder) and decoder.deferred else None
     if active:
         logits, state = decoder.prefill(prefix, prefix_lengths)
     while active:
-        if deferring is not None:
-            _settle(deferring, logits, state, active, options, eos_ids, constraints)
         depths = state.depths.tolist() if hasattr(state, "depths") else [0] * len(logits)
         candidates = _candidates(logits, depths, active, options, eos_ids, constraints, joint)
         rows: list[int] = []
@@ -114,41 +98,6 @@ def beam_search(
             state.select(torch.tensor(rows, device=logits.device))
             logits = decoder.step(torch.tensor(tokens, device=logits.device), state)
     return [beam.nbest() for beam in beams]
-
-
-def _settle(
-    decoder: DeferringDecoder,
-    logits: Tensor,
-    state: Any,
-    active: Sequence[UtteranceBeam],
-    options: BeamOptions,
-    eos_ids: Sequence[int],
-    constraints: Sequence[Constraint],
-) -> None:
-    """Bring scores and ``logits`` (R,V) up to what has been completed; no answer ends on a token that has not been."""
-    _correct(decoder, logits, state, active, options)
-    fired = [one.fired.copy() for one in constraints]
-    candidates = _candidates(logits, [0] * len(logits), active, options, eos_ids, constraints)
-    for one, count in zip(constraints, fired, strict=True):  # these candidates were a question, not a step
-        one.fired = count
-    ends = [beam.ends(choices) for beam, choices in zip(active, candidates, strict=True)]
-    if any(ends):
-        decoder.finish(torch.tensor(ends, device=logits.device), state)
-        _correct(decoder, logits, state, active, options)
-
-
-def _correct(
-    decoder: DeferringDecoder, logits: Tensor, state: Any, active: Sequence[UtteranceBeam], options: BeamOptions
-) -> None:
-    rows, back, found = decoder.completed(state)
-    log_probs = torch.log_softmax(found.float() / options.temperature, dim=-1)
-    running = [(beam, place) for beam in active for place in range(len(beam.running))]
-    for row, steps, values, own in zip(rows.tolist(), back.tolist(), log_probs, found, strict=True):
-        beam, place = running[row]
-        if steps == 0:
-            logits[row] = own
-        else:
-            beam.correct(place, steps, float(values[beam.running[place].tokens[-steps]]))
 
 
 def _candidates(

@@ -1,4 +1,4 @@
-"""Where drafts come from: another answer to the same question, or what was said before.
+"""Where drafts come from: another answer to the same question.
 
 Pure Python over token ids: no tensors, no LLM, no text. Early exit is no drafter here: a guess from block k of H,
 through an output layer that weighs as much as h blocks, costs (k + h) / (H + h) of the pass that it may save, so it
@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pam_espnet.config import LAST_COMMIT
 from pam_espnet.errors import ConfigError
 
-KINDS = ("none", "ctc", "ngram")
+KINDS = ("none", "ctc")
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class DraftOptions:
     """Who drafts.
 
     Attributes:
-        kind: none; ctc, the head that the warm start leaves, for tasks that it was fitted to with CTC (the others get
-            no drafts); or ngram, what followed the last tokens where they stood before.
+        kind: none; or ctc, the head that the warm start leaves, for tasks that it was fitted to with CTC (the others
+            get no drafts).
         most: tokens per draft.
     """
 
@@ -30,6 +31,8 @@ class DraftOptions:
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
+        if self.kind == "ngram":
+            raise ConfigError(f"draft.kind: ngram is no longer supported; the last commit that had it is {LAST_COMMIT}")
         if self.kind not in KINDS:
             raise ConfigError(f"draft.kind: {self.kind!r}; choose one of {', '.join(KINDS)}")
         if not isinstance(self.most, int) or self.most < 1:
@@ -82,37 +85,3 @@ class WholeAnswer:
 
         best = min(range(len(draft) + 1), key=fit) if answer else 0
         return draft[best : best + most]
-
-
-class NgramLookup:
-    """What followed the last n tokens where they stood before, in the prompt or in the answer; the latest place counts.
-
-    The longest n that is found is taken. Looking tokens up in what was read: Yang et al., "Inference with Reference"
-    (arXiv 2304.04487).
-
-    Args:
-        prompts: tokens of each utterance's prompt; a negative one stands for a token that cannot be said.
-        size: the longest n.
-
-    Raises:
-        ConfigError: size below 1.
-    """
-
-    name = "ngram"
-
-    def __init__(self, prompts: Sequence[Sequence[int]], size: int = 3) -> None:
-        if size < 1:
-            raise ConfigError(f"n-gram draft: n must be at least 1, not {size}")
-        self.prompts = prompts
-        self.size = size
-
-    def propose(self, utterance: int, answer: Sequence[int], most: int) -> Sequence[int]:
-        """See ``search.drafting.Drafter``."""
-        past = [*self.prompts[utterance], *answer]
-        for size in range(min(self.size, len(past) - 1), 0, -1):
-            wanted = past[-size:]
-            for start in range(len(past) - size - 1, -1, -1):
-                if past[start : start + size] == wanted:
-                    found = past[start + size : start + size + most]
-                    return found[: next((at for at, token in enumerate(found) if token < 0), len(found))]
-        return ()

@@ -7,7 +7,7 @@ nothing here can depend on its neighbours. Pure Python: no tensors, no LLM.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from pam_espnet.search.options import BeamOptions
 
@@ -113,18 +113,6 @@ class UtteranceBeam:
         self.running = running
         self.done = not running or (len(self.finished) == size and self._cannot_improve(running[0].score, length))
         return parents
-
-    def ends(self, candidates: Sequence[Candidate]) -> bool:
-        """Whether ``advance`` would finish an answer."""
-        best = candidates[: self.options.beam_size]
-        return self.length + 1 == self.max_new_tokens or any(one.token in self.eos_ids for one in best)
-
-    def correct(self, place: int, back: int, log_prob: float) -> None:
-        """A running hypothesis's token, so many before the next one, has another log-probability."""
-        hypothesis = self.running[place]
-        log_probs = [*hypothesis.log_probs]
-        log_probs[len(log_probs) - back] = log_prob
-        self.running[place] = replace(hypothesis, log_probs=log_probs, score=sum(log_probs))
 
     def nbest(self) -> list[Hypothesis]:
         """The best finished hypotheses, best first."""

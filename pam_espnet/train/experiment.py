@@ -1,46 +1,223 @@
-"""An experiment directory belongs to one configuration and one set of data.
+"""An experiment: its data, its merged configuration, and what must hold before anything is computed for it.
 
-Stages skip what is done; a directory that went on under another learning rate or other recordings would hold a model
-that its own configuration does not describe.
+    exp/<tag>/key.json     what it depends on; written once, compared by every later command
+    exp/<tag>/train.yaml   the merged configuration, as ESPnet reads it
+
+A directory that went on under another learning rate or other recordings would hold a model that its own configuration
+does not describe.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import difflib
+import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pam_espnet.config import add_specs, merge, resolve, used_encoders, write_config
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import Passport
 from pam_espnet.data.prompts import read_wordings
+from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import check_key, sha256_file
 
 # What may change without changing the model.
 _FREE = ("resources", "num_workers", "log_interval", "checkpoint_steps")
+_STREAMS = ("text,text,text", "prompt,prompt,text", "utt2task,task,text", "utt2num_samples,num_samples,text_int")
 
 
-def begin_experiment(exp_dir: str | Path, config: Mapping[str, Any], data_dirs: Sequence[str | Path]) -> None:
-    """Note in ``<exp_dir>/key.json`` what the experiment depends on, or compare it with what is noted.
+def experiment_parser(description: str | None, needed: Sequence[str] = ("train", "valid", "exp")) -> Any:
+    """The options that all commands of training share; those in ``needed`` must be given."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for name, text in (
+        ("train", "formatted training set, dump/raw/<set>"),
+        ("valid", "formatted validation set"),
+        ("feats", "root of the feature cache, dump/feats; left out: encoders are run on waveforms"),
+        ("exp", "experiment directory"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR", required=name in needed, help=text)
+    parser.add_argument(
+        "--config", nargs="+", required=True, metavar="FILE", help="YAML files; later ones are laid over earlier ones"
+    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY.SUB=VALUE", help="changes on top (YAML values)")
+    return parser
 
-    Args:
-        exp_dir: experiment directory.
-        config: its merged configuration; the files of ``prompt_files`` count by what is in them.
-        data_dirs: formatted data directories it trains on; their audio, texts, prompts and tasks count.
+
+def merged_config(files: Sequence[str | Path], changes: Sequence[str] = ()) -> dict[str, Any]:
+    """Configuration files and changes in one mapping; of fusion ``single`` with its encoder alone.
 
     Raises:
-        DataError: the directory was begun with another configuration or other data; names what differs. Also a prompt
-            file that cannot be used.
+        ConfigError: a file that is none, or a ``fusion_conf.encoder`` that is not configured.
     """
-    data = {}
-    for path in data_dirs:
-        tables = DataDir.load(path)
-        data[Path(path).name] = {
-            "audio_sha256": Passport.load(path).audio_digest(tables.utterances),
-            "tables_sha256": tables.digest(),
-        }
-    key = {"config": {name: value for name, value in config.items() if name not in _FREE}, "data": data}
-    if files := config.get("prompt_files"):
-        read_wordings(files)  # says what is wrong with them, before anything is made
-        key["prompt_files_sha256"] = {task: sha256_file(path) for task, path in files.items()}
-    hint = f"give another --tag, or remove {exp_dir} to train it anew"
-    check_key(Path(exp_dir) / "key.json", key, hint)
+    config = resolve(files, changes)
+    frontend = config.get("frontend_conf") or {}
+    own = dict(frontend.get("fusion_conf") or {})
+    if frontend.get("fusion") != "single" or "encoder" not in own:
+        return config
+    name, known = own.pop("encoder"), dict(frontend.get("encoders") or {})
+    if name not in known:
+        raise ConfigError(f"fusion single:{name}: no such encoder; frontend_conf.encoders has {', '.join(known)}")
+    others: dict[str, Any] = dict.fromkeys(known)  # null removes them
+    del others[name]
+    return merge(config, {"frontend_conf": {"encoders": others, "fusion_conf": own or None}})
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What an experiment is made of.
+
+    Attributes:
+        exp: its directory.
+        train, valid: formatted data directories.
+        feats: root of the feature cache; None: trained on waveforms.
+        config: the merged configuration.
+    """
+
+    exp: Path
+    train: Path
+    valid: Path
+    feats: Path | None
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Experiment:
+        """From the options of ``experiment_parser``."""
+        return cls(args.exp, args.train, args.valid, args.feats, merged_config(args.config, args.set))
+
+    def begin(self) -> None:
+        """Check the configuration and note what the experiment depends on; later, compare it with what is noted.
+
+        Raises:
+            ConfigError: the configuration cannot work.
+            DataError: the directory was begun with another configuration or other data; names what differs. Also data
+                or prompt files that cannot be used.
+        """
+        data = {}
+        for path in (self.train, self.valid):
+            tables = DataDir.load(path)
+            data[path.name] = {
+                "audio_sha256": Passport.load(path).audio_digest(tables.utterances),
+                "tables_sha256": tables.digest(),
+            }
+        key = {"config": {name: value for name, value in self.config.items() if name not in _FREE}, "data": data}
+        if files := self.config.get("prompt_files"):
+            read_wordings(files)
+            key["prompt_files_sha256"] = {task: sha256_file(path) for task, path in files.items()}
+        if not (self.exp / "key.json").exists():
+            check_config(self.config)
+        check_key(self.exp / "key.json", key, f"give another --tag, or remove {self.exp} to train it anew")
+
+    def arguments(self) -> list[str]:
+        """Write ``train.yaml``; ESPnet's own options that name it, the directory and every stream of the data.
+
+        Raises:
+            ConfigError: a part of the feature cache is not there.
+        """
+        config = self.config if self.feats is None else add_specs(self.config, self.feats)
+        write_config(config, self.exp / "train.yaml")
+        words = ["--config", str(self.exp / "train.yaml"), "--output_dir", str(self.exp), "--resume", "true"]
+        for mode, raw in (("train", self.train), ("valid", self.valid)):
+            streams = [f"{raw}/{stream}" for stream in _STREAMS]
+            if self.feats is None:
+                streams.append(f"{raw}/wav.scp,speech,sound")
+            else:
+                for name in used_encoders(config):
+                    scp = self.feats / name / raw.name / "feats.scp"
+                    if not scp.is_file():
+                        raise ConfigError(f"{scp}: no such file\n  -> make it with pam_cache_features, or omit --feats")
+                    streams.append(f"{scp},feats_{name},kaldi_ark")
+            for stream in streams:
+                words += [f"--{mode}_data_path_and_name_and_type", stream]
+        return words
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Find what would end training later, without loading a weight: keys that nobody reads, options out of range,
+    model folders that are not there, LoRA targets that the LLM does not have.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    from pam_espnet.data.batching import BatchingOptions
+    from pam_espnet.frontend.encoders.base import model_folder_or_id
+    from pam_espnet.frontend.encoders.registry import encoder_class
+    from pam_espnet.frontend.fusion.registry import build_fusion
+    from pam_espnet.frontend.masking import MaskOptions
+    from pam_espnet.model import model_options
+    from pam_espnet.train.task import PaMTask
+    from pam_espnet.train.warm_start import WarmStartOptions
+
+    known = vars(PaMTask.get_parser().parse_args([]))
+    for key in config:
+        if key not in known:
+            close = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(key, known, 1))
+            raise ConfigError(f"config key {key!r}: nothing reads it{close}")
+    model_options(config)
+    read_options(BatchingOptions, config, "batching_conf")
+    read_options(WarmStartOptions, config, "warm_start_conf")
+    frontend = config["frontend_conf"]
+    read_options(MaskOptions, frontend, "mask_conf")
+    names, counts = used_encoders(config), []
+    for name in names:
+        options = dict(frontend["encoders"][name])
+        cls = encoder_class(options.pop("type", "(none)"))
+        try:
+            inspect.signature(cls).bind(**options)
+        except TypeError as error:
+            raise ConfigError(f"frontend_conf.encoders.{name}: {error}; it takes {inspect.signature(cls)}") from error
+        if options.get("path"):
+            model_folder_or_id(options["path"])
+        counts.append(len(options.get("layers") or [0]))
+    own = frontend.get("fusion_conf") or {}
+    build_fusion(frontend["fusion"], num_layers=counts, width=8, prompt_width=8, names=names, **own)
+    # Of an id whose config.json was never fetched nothing can be known yet; loading it checks the same.
+    with contextlib.suppress(OSError):
+        bare_llm(config)
+
+
+def read_options[T](cls: type[T], config: Mapping[str, Any], key: str) -> T:
+    """``cls`` from the mapping ``config[key]``, which may be missing.
+
+    Raises:
+        ConfigError: an option that it does not have.
+    """
+    try:
+        return cls(**(config.get(key) or {}))
+    except TypeError as error:
+        raise ConfigError(f"config key {key!r}: {error}") from error
+
+
+def bare_llm(config: Mapping[str, Any], cuda: bool = False) -> Any:
+    """The LLM with its LoRA on torch's meta device: shapes without weights, from its ``config.json``.
+
+    Args:
+        config: keys ``llm`` and ``llm_conf``.
+        cuda: whether a GPU will train; precision "auto" is bfloat16 there.
+
+    Raises:
+        ConfigError: no such folder, or LoRA options that do not fit it.
+        OSError: an id whose configuration is not on this machine.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from pam_espnet.llm.lora import add_lora
+    from pam_espnet.llm.pretrained import choose_dtype, hub_source
+
+    conf = dict(config.get("llm_conf") or {})
+    name = conf.get("dtype", "auto")
+    # The GPU is perhaps another machine's; those that train LLMs compute bfloat16.
+    dtype = torch.bfloat16 if name == "auto" and cuda else choose_dtype(name)
+    source = hub_source(config["llm"], conf.get("revision"), conf.get("local_files_only", False))
+    with torch.device("meta"):
+        own = AutoConfig.from_pretrained(config["llm"], **source)
+        lm = AutoModelForCausalLM.from_config(own, dtype=dtype).requires_grad_(False)
+        if conf.get("lora") is not None:
+            add_lora(lm, conf["lora"])
+    return lm

@@ -73,7 +73,7 @@ def token_errors(
                 wrong, tokens = Levenshtein.distance(answers[b], model.ctc.greedy(one, length)[0]), len(answers[b])
             else:
                 types = set(answers[b])
-                wrong, tokens = len(types - model.ctc.heard(one, length, [len(types)])[0]), len(types)
+                wrong, tokens = len(types - model.ctc.detect(one, length, [len(types)])[0]), len(types)
             errors, seen = found_errors.get(task, (0, 0))
             found_errors[task] = errors + wrong, seen + tokens
     return found_errors

@@ -221,8 +221,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     decoder = load(args).to(args.device)
-    if args.way == "fused":
-        decoder.release_own_blocks()  # as pam_decode does
     way = make(args, decoder)
     print(json.dumps({"ready": args.way}), file=REPLIES, flush=True)
     for line in sys.stdin:

@@ -8,7 +8,6 @@ with one thread they are the wall clock of an idle machine. Ways, whose tokens a
     prefix       the first token of greedy alone: the part of the time that no draft can save
     ctc          the CTC head's best path, verified together with the prefix (draft.kind: ctc)
     ctc_apart    the same, verified in a pass of its own behind the prefix
-    ngram        what followed the last tokens before (draft.kind: ngram)
     oracle       greedy's own answers as drafts: what drafts that are always right would be worth
 
 Rounds of the ways alternate, so that a machine that slows down slows them all; medians over the rounds are reported.
@@ -25,7 +24,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +81,7 @@ def main() -> None:
             audio = speech.model.audio_embeddings(prompts, lengths, batch)
             placed = speech.model.place(prompts, audio, None)
         tasks = [data.utt2task[key] for key in keys]
-        return {"prefix": (placed.embeds, placed.prefix_lengths), "about": (tasks, prompts, audio), "keys": keys}
+        return {"prefix": (placed.embeds, placed.prefix_lengths), "about": (tasks, audio), "keys": keys}
 
     answers: dict[str, list[int]] = {}  # greedy's
 
@@ -100,7 +98,6 @@ def main() -> None:
             if kind == "oracle":
                 drafters: Any = [WholeAnswer([answers[key] for key in batch["keys"]], kind)] * len(batch["keys"])
             else:
-                speech.options = replace(options, draft=DraftOptions(kind, args.most))
                 drafters = speech.drafters(*batch["about"])
             return draft_search(view, *batch["prefix"], search, drafters, args.most, with_prefix=with_prefix)
 
@@ -111,7 +108,6 @@ def main() -> None:
         "prefix": lambda batch: greedy(batch, 1),
         "ctc": drafted("ctc"),
         "ctc_apart": drafted("ctc", with_prefix=False),
-        "ngram": drafted("ngram"),
         "oracle": drafted("oracle"),
     }
     rows = []

@@ -2,10 +2,9 @@
 
     plain     the answer's loss from the last block
     joint     and from one drawn block, through the shared output layer (model_conf.exit_weight)
-    dropout   the same with blocks left out (model_conf.exit_layer_dropout)
 
 A step is the LLM's forward and backward pass with LoRA on all projections, on random audio embeddings and running text;
-encoders and adapters, which cost the same in all three, are not part of it. Rounds of the three alternate, so that a
+encoders and adapters, which cost the same in both, are not part of it. Rounds of the two alternate, so that a
 machine that slows down slows them all; medians are reported.
 
     python tests/benchmarks/joint_step.py --llm egs/mini/pam1/downloads/models/smollm2-135m-instruct
@@ -31,7 +30,6 @@ def main() -> None:
     parser.add_argument("--audio", type=int, default=40, help="audio embeddings per utterance (40)")
     parser.add_argument("--answer", type=int, default=20, help="tokens per answer (20)")
     parser.add_argument("--layers", type=int, nargs="+", help="exit_layers (the upper half, every fourth block)")
-    parser.add_argument("--dropout", type=float, default=0.2, help="exit_layer_dropout (0.2)")
     parser.add_argument("--rounds", type=int, default=8, help="timings of each (8)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     parser.add_argument("--dtype", default="float32", help="precision of the LLM (float32)")
@@ -41,7 +39,6 @@ def main() -> None:
 
     import torch
 
-    from pam_espnet.llm.layer_dropout import skip_probabilities
     from pam_espnet.llm.llm import LLMDecoder
     from pam_espnet.llm.prompt_layout import layout, place
 
@@ -64,23 +61,17 @@ def main() -> None:
         [torch.tensor(ids[start : start + args.answer]) for start in range(args.batch)],
         decoder.embed,
     )
-    left_out: list[int] = []
 
     def step(way: str, draw: int) -> None:
         speaks = None if way == "plain" else layers[draw % len(layers)]
-        skipped: list[int] = []
-        if way == "dropout":
-            drawn = torch.rand(blocks) < skip_probabilities(blocks, args.dropout)
-            skipped = [block for block, out in enumerate(drawn.tolist(), start=1) if out and block != speaks]
-            left_out.append(len(skipped))
-        losses = decoder.token_losses(placed, speaks, skipped)
+        losses = decoder.token_losses(placed, speaks)
         loss = losses.nll.mean()
         if losses.exit_nll is not None:
             loss = loss + 0.3 * losses.exit_nll.mean()
         loss.backward()
         decoder.zero_grad(set_to_none=True)
 
-    ways = ("plain", "joint", "dropout")
+    ways = ("plain", "joint")
     wall: dict[str, list[float]] = {way: [] for way in ways}
     cpu: dict[str, list[float]] = {way: [] for way in ways}
     for draw in range(-1, args.rounds):
@@ -101,12 +92,11 @@ def main() -> None:
         }
         rows.append(row)
         print(f"{way:8s} {row['seconds']:.2f} s per step, {row['cost']:.2f}x of plain (CPU {row['cpu_cost']:.2f}x)")
-    print(f"blocks left out per step with dropout: {statistics.mean(left_out):.1f} of {blocks}; exit layers {layers}")
+    print(f"exit layers {layers}")
     if args.output:
         record = {
             "options": {key: str(value) for key, value in vars(args).items()},
             "layers": layers,
-            "left_out": statistics.mean(left_out),
             "torch": torch.__version__,
             "rows": rows,
         }

@@ -10,14 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import ctc_fusion, decode, decode_ways
-from tiny_model import tiny_config, write_data
+from benchmarks import decode, decode_ways
 from torch.nn import functional as F
 
-from pam_espnet.config import write_config
-from pam_espnet.fileio import save_trained
 from pam_espnet.llm.llm import LLMDecoder
-from pam_espnet.model import build_model
 
 
 def way(name: str, llm: Path) -> decode_ways.Way:
@@ -86,30 +82,3 @@ def test_points_are_added_and_written(
         run("--beam", "2")
 
 
-def test_what_ctc_is_worth(
-    tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Every way is decoded once; a second run only reads what the first has written."""
-    exp = tmp_path / "exp"
-    exp.mkdir()
-    (exp / "ctc_tokens.txt").write_text("".join(f"{token}\n" for token in range(3, 60)))
-    config = tiny_config(tiny_llm_dir, ctc_tokens=str(exp / "ctc_tokens.txt"), ctc_weight=0.1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_trained(build_model(config).state_dict(), exp / "model.safetensors")
-    write_config(config, exp / "config.yaml")
-    dev, test = (write_data(tmp_path, name, size=size) for name, size in (("dev", 3), ("test", 1)))
-    output = tmp_path / "ctc.json"
-    args = ["--exp", str(exp), "--dev", str(dev), "--test", str(test), "--output", str(output), "--weights", "0.4"]
-    monkeypatch.setattr(sys, "argv", ["ctc_fusion.py", *args])
-    monkeypatch.setattr(ctc_fusion, "BATCH", 2)
-    ctc_fusion.main()
-    record = json.loads(output.read_text())
-    ways = ["ctc_greedy", "search", "search_tasks", "llm sum", "llm mean", "llm+ctc 0.4 sum", "llm+ctc 0.4 mean"]
-    assert list(record["rates"]["dev"]) == ways and record["chosen"].startswith("llm+ctc 0.4")
-    assert all(len(record["texts"][f"{dev} {way}"]) == 3 for way in ways)
-    assert f"chosen on {dev}" in capsys.readouterr().out
-    monkeypatch.setattr(ctc_fusion, "batches", lambda todo: [todo] if todo else [])
-    monkeypatch.setattr(ctc_fusion.Bench, "plain", None)
-    ctc_fusion.main()
-    assert json.loads(output.read_text()) == record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from pam_espnet.bin.pam_inference import main
 from pam_espnet.data.tasks import TASKS
@@ -130,7 +132,54 @@ def test_errors(exp: Path, tmp_path: Path, samples: np.ndarray | None, more: lis
         ask(exp, wav, *more)
 
 
-def test_what_is_no_audio_is_said(exp: Path, tmp_path: Path) -> None:
+def test_what_is_no_audio_is_refused(exp: Path, tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_text("not audio")
     with pytest.raises(DataError, match="cannot be read"):
         ask(exp, tmp_path / "a.wav", "--task", "asr")
+
+
+def test_one_bad_recording_costs_no_other_its_answer(
+    exp: Path, wave: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soundfile.write(tmp_path / "a.wav", wave, 16000)
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
+    (tmp_path / "text.wav").write_text("not audio")
+    wavs = [str(tmp_path / name) for name in ("a.wav", "empty.wav", "gone.wav", "text.wav", "a.wav")]
+    for more in ((), ("--json",)):
+        assert main([*wavs, "--model", str(exp), "--config", str(exp / "decode.yaml"), "--task", "count", *more]) == 1
+        out, err = capsys.readouterr()
+        assert len(out.splitlines()) == 2 and len(set(out.splitlines())) == 1
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 3
+        for line, reason in zip(errors, ("empty.wav: empty", "gone.wav: no such", "text.wav: cannot be"), strict=True):
+            assert reason in line
+
+
+def test_a_file_name_need_not_be_utf8(
+    exp: Path, wave: np.ndarray, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """A Latin-1 name, as old zip files give it; sound, and in another format that ffmpeg reads."""
+    soundfile.write(tmp_path / "a.wav", wave, 16000)
+    soundfile.write(tmp_path / "a.mp3", wave, 16000)
+    (tmp_path / "a.txt").write_text("not audio")
+    wavs = []
+    for suffix in ("wav", "mp3", "txt"):
+        wavs.append(os.fsdecode(os.fsencode(tmp_path) + f"/caf\xe9.{suffix}".encode("latin-1")))
+        (tmp_path / f"a.{suffix}").rename(wavs[-1])
+    for more in ((), ("--json",)):
+        assert main([*wavs, "--model", str(exp), "--config", str(exp / "decode.yaml"), "--task", "count", *more]) == 1
+        out, err = capsysbinary.readouterr()
+        backslash = b"\\\\" if more else b"\\"  # JSON doubles it
+        assert b"caf" + backslash + b"xe9.wav" in out and b"caf" + backslash + b"xe9.mp3" in out
+        assert len(out.splitlines()) == 2 and b"cannot be read" in err
+
+
+@pytest.mark.parametrize("device", ["cuda", "gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_a_model_is_loaded(
+    exp: Path, wave: np.ndarray, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr("pam_espnet.package.load", None)
+    soundfile.write(tmp_path / "a.wav", wave, 16000)
+    with pytest.raises(ConfigError, match=f"--device {device}: .*; cpu, cuda, cuda:N or auto"):
+        ask(exp, tmp_path / "a.wav", "--task", "asr", "--device", device)

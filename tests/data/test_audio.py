@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import soundfile
-from make_data import RATE, noise
+from make_data import BARE_MP3, RATE, encode, noise, sine
 
 from pam_espnet.data.audio import RESAMPLER, read_audio, resample, to_pcm16
 from pam_espnet.errors import DataError
-
-
-def encode(path: Path, wave: np.ndarray, codec: str, container_format: str) -> None:
-    """Write ``wave`` (N,) through ffmpeg, as the formats libsndfile cannot write."""
-    with av.open(str(path), "w", format=container_format) as container:
-        stream = container.add_stream(codec, rate=RATE, layout="mono")
-        frame = av.AudioFrame.from_ndarray(to_pcm16(wave)[0][None], format="s16", layout="mono")
-        frame.sample_rate, frame.time_base = RATE, Fraction(1, RATE)
-        convert = av.AudioResampler(stream.format.name, "mono", RATE, frame_size=stream.frame_size or None)
-        for part in [*convert.resample(frame), *convert.resample(None), None]:
-            container.mux(stream.encode(part))
 
 
 @pytest.mark.parametrize(("suffix", "subtype"), [("wav", "PCM_16"), ("flac", "PCM_16"), ("wav", "PCM_24")])
@@ -147,13 +136,70 @@ def test_clipping_is_counted() -> None:
     assert clipped == 3  # +1.0 has no int16 value, -1.0 has
 
 
-def test_a_wav_that_was_cut_is_not_taken_for_a_shorter_one(tmp_path: Path) -> None:
-    whole = tmp_path / "whole.wav"
-    soundfile.write(whole, np.random.default_rng(0).normal(0, 0.1, 8000), 16000)
-    data = whole.read_bytes()
-    (tmp_path / "cut.wav").write_bytes(data[:9000])
-    with pytest.raises(DataError, match="cut short: it has 8956 of the 16000 bytes"):
-        read_audio(tmp_path / "cut.wav")
-    at = data.index(b"data") + 4  # a program that writes into a pipe cannot know the length
-    (tmp_path / "streamed.wav").write_bytes(data[:4] + b"\xff" * 4 + data[8:at] + b"\xff" * 4 + data[at + 4 :])
-    assert len(read_audio(tmp_path / "streamed.wav")[0]) == 8000
+@pytest.mark.parametrize("name", ["a.m4b", "a.mov", "a.3gp", "no-suffix", "named.wav", "named.raw", "named.mp3"])
+def test_suffix_does_not_matter(tmp_path: Path, name: str) -> None:
+    encode(tmp_path / "a.m4a", sine(1.0), "aac", "ipod")
+    expected = read_audio(tmp_path / "a.m4a")[0]
+    (tmp_path / "a.m4a").rename(tmp_path / name)
+    np.testing.assert_array_equal(read_audio(tmp_path / name)[0], expected)
+    soundfile.write(tmp_path / name, sine(0.5), RATE, format="WAV")
+    assert len(read_audio(tmp_path / name)[0]) == RATE // 2
+
+
+def test_file_names_and_tags_that_are_not_utf8(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.wav"))
+    soundfile.write(tmp_path / "a.wav", sine(0.5), RATE)
+    (tmp_path / "a.wav").rename(path)
+    assert len(read_audio(path)[0]) == RATE // 2
+    encode(tmp_path / "a.mp3", sine(0.5), "libmp3lame", "mp3")
+    tagged = path.with_suffix(".mp3")
+    tagged.write_bytes((tmp_path / "a.mp3").read_bytes() + b"TAG" + b"caf\xe9".ljust(125, b"\0"))
+    assert len(read_audio(tagged)[0]) == pytest.approx(RATE // 2, abs=200)
+
+
+def test_lists_of_files_are_not_followed(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", sine(0.5), RATE)
+    (tmp_path / "list.mp3").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\na.wav\n#EXT-X-ENDLIST\n")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_audio(tmp_path / "list.mp3")
+
+
+@pytest.mark.parametrize(
+    ("codec", "container_format", "second"),
+    [
+        ("libmp3lame", "mp3", (1, 44100)),
+        ("libmp3lame", "mp3", (2, 44100)),
+        ("libmp3lame", "mp3", (1, 22050)),
+        ("aac", "adts", (2, 44100)),
+        ("aac", "adts", (1, 24000)),
+        ("libopus", "ogg", (2, 48000)),
+    ],
+)
+def test_channels_and_rate_may_change_within_a_stream(
+    tmp_path: Path, codec: str, container_format: str, second: tuple[int, int]
+) -> None:
+    bare = BARE_MP3 if codec == "libmp3lame" else {}
+    rate = 48000 if codec == "libopus" else 44100
+    first = encode(tmp_path / "1", sine(1.0, rate), codec, container_format, rate=rate, options=bare)
+    channels, other = second
+    wave = np.stack([sine(1.0, other)] * channels)
+    joined = tmp_path / "joined"
+    joined.write_bytes(first + encode(tmp_path / "2", wave, codec, container_format, rate=other, options=bare))
+    read, found = read_audio(joined)
+    assert found == rate and len(read) / rate == pytest.approx(2.0, abs=0.2)
+    for half in (read[: rate // 2], read[-rate // 2 :]):
+        assert np.sqrt(np.mean(half**2)) == pytest.approx(0.3 / np.sqrt(2), rel=0.1)
+    assert len(read_audio(joined, start=0.5, end=1.5)[0]) == rate
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.95])
+def test_channels_that_cancel_are_refused(tmp_path: Path, gain: float) -> None:
+    wave = sine(0.5)
+    soundfile.write(tmp_path / "a.wav", np.stack([wave, -gain * wave], axis=1), RATE)
+    with pytest.raises(DataError, match="the channels cancel each other"):
+        read_audio(tmp_path / "a.wav")
+    for other in (np.zeros_like(wave), -0.5 * wave, noise(0.5)):
+        soundfile.write(tmp_path / "a.wav", np.stack([wave, other], axis=1), RATE)
+        assert np.abs(read_audio(tmp_path / "a.wav")[0]).max() > 0.05
+    soundfile.write(tmp_path / "a.wav", np.eye(8)[np.zeros(8000, int)] * wave[:, None], RATE)  # one of eight in use
+    assert len(read_audio(tmp_path / "a.wav")[0]) == 8000

@@ -11,6 +11,7 @@ import soundfile
 from make_data import RATE, add_segments, make_data, noise
 
 import pam_espnet.data.format as format_module
+from pam_espnet.bin.pam_format import main
 from pam_espnet.data.audio import pcm16_sha256, read_audio
 from pam_espnet.data.datadir import validate
 from pam_espnet.data.format import format_data_dir
@@ -76,7 +77,7 @@ def test_segments_become_files(tmp_path: Path) -> None:
 
 
 def test_skips_are_listed_with_the_reason(tmp_path: Path) -> None:
-    source = make_data(tmp_path / "data", utterances=20, prefix="u")
+    source = make_data(tmp_path / "data", utterances=24, prefix="u")
     waves = {
         "u1": noise(1.1),
         "u2": noise(0.05),
@@ -85,7 +86,9 @@ def test_skips_are_listed_with_the_reason(tmp_path: Path) -> None:
         "u5": np.where(np.arange(4800) == 7, np.nan, noise(0.3)),
         "u6": np.where(np.arange(4800) == 7, np.inf, noise(0.3)),
         "u7": np.zeros(0),
-        "u10": 20 * noise(0.3),
+        "u10": 3 * noise(0.3),
+        "u11": np.stack([noise(0.3), -noise(0.3)], axis=1),
+        "u12": 32768 * noise(0.3),
     }
     for utt, wave in waves.items():
         soundfile.write(source / "wav" / f"{utt}.wav", wave, RATE, subtype="FLOAT")
@@ -107,10 +110,13 @@ def test_skips_are_listed_with_the_reason(tmp_path: Path) -> None:
         "u7": "empty",
         "u8": "unreadable",
         "u9": "unreadable",
+        "u11": "unreadable",
+        "u12": "beyond full scale",
     }
     assert "Format not recognised" in passport.skipped["u8"] and "no such audio file" in passport.skipped["u9"]
+    assert "the channels cancel each other" in passport.skipped["u11"] and "int16 scale" in passport.skipped["u12"]
     assert passport.utterances["u10"]["clipped"] > 0
-    assert "1 have clipped samples" in passport.summary() and "2 unreadable" in passport.summary()
+    assert "1 have clipped samples" in passport.summary() and "3 unreadable" in passport.summary()
     assert set(validate(tmp_path / "dump").text) == set(passport.utterances)
 
 
@@ -206,3 +212,24 @@ def test_damaged_passport(tmp_path: Path) -> None:
         (tmp_path / "passport.json").write_text(content)
         with pytest.raises(DataError, match="is not a passport"):
             Passport.load(tmp_path)
+
+
+def test_all_directories_are_checked_before_the_first_is_formatted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = [str(make_data(tmp_path / "data" / name)) for name in ("train", "dev")]
+    targets = [str(tmp_path / "raw" / name) for name in ("train", "dev")]
+    command = ["--data", *sources, "--out", *targets, "--jobs", "1", "--max-seconds", "5"]
+    recording = Path(sources[1], "wav", "utt2.wav")
+    content = recording.read_bytes()
+    recording.unlink()
+    with pytest.raises(DataError, match="no such audio file"):
+        main(command)
+    assert not Path(targets[0]).exists()
+    recording.write_bytes(content)
+    assert main(command) == 0
+    assert [len(Passport.load(target).utterances) for target in targets] == [4, 4]
+    assert capsys.readouterr().out.count("4 utterances") == 2
+    with pytest.raises(SystemExit):
+        main(["--data", *sources, "--out", targets[0]])
+    assert "name one for each" in capsys.readouterr().err

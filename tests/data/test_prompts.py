@@ -22,17 +22,34 @@ def test_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeffSay it.\r\nWrite it.\r\n".encode(),  # as Windows' Notepad saves it
+        "\ufeff# wordings\nSay it.\nWrite it.".encode(),
+        b"# wordings\rSay it.\rWrite it.\r",
+    ],
+)
+def test_files_of_other_systems_are_read(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.txt").write_bytes(content)
+    assert read_prompts(tmp_path / "x.txt") == Wordings(tmp_path / "x.txt").prompts == ["Say it.", "Write it."]
+
+
+@pytest.mark.parametrize(
     ("content", "fields", "said"),
     [
+        ("Say it.\n\nÉcoutez.\n".encode("latin-1"), (), "x.txt:3: not UTF-8 (byte 0xc9 at column 1)\n  -> convert"),
+        ("Say it.\n".encode("utf-16"), (), "iconv -f utf-16"),
         ("# only this\n", (), "has no wording"),
         ("a\nb\na\n", (), "x.txt:3: 'a' is there twice"),
         ("Are there many?\n", ("number",), "must have {number}"),
         ("Say {what}.\n", (), "must have no {field}"),
         ("Say {it.\n", (), "x.txt:1: "),
+        ('Answer as JSON {"text": ...}\n', (), "x.txt:1: "),
+        ("Is it {0}?\n", None, "x.txt:1: 'Is it {0}?': {0} is no {field}"),
     ],
 )
-def test_mistakes(tmp_path: Path, content: str, fields: tuple[str, ...], said: str) -> None:
-    (tmp_path / "x.txt").write_text(content)
+def test_mistakes(tmp_path: Path, content: str | bytes, fields: tuple[str, ...] | None, said: str) -> None:
+    (tmp_path / "x.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError) as caught:
         read_prompts(tmp_path / "x.txt", fields)
     assert said in str(caught.value) and caught.value.hint

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pam_espnet.data.tables import one_line, read_table, scan_table, write_table
+from pam_espnet.data.tables import one_line, read_keys, read_table, scan_table, write_table
 from pam_espnet.errors import DataError
 
 _character = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
@@ -58,6 +58,9 @@ def test_values_keep_inner_white_space(tmp_path: Path) -> None:
         (b"a 1\nb caf\xe9\n", 2, "not UTF-8 (byte 0xe9 at column 6)", "iconv"),
         (b"a 1\r\nb 2\r\n", 1, "carriage return", "sed"),
         (b"\xef\xbb\xbfa 1\n", 1, "byte order mark", "sed"),
+        (b"a 1\nb 2\r3\n", 2, "carriage returns within the line", "else remove them"),
+        (b"a 1\rb 2\r", 1, "carriage returns within the line", "tr "),
+        ("a 1\n".encode("utf-16"), 1, "not UTF-8", "iconv -f utf-16"),
         (b"a 1\nb 2\0\n", 2, "NUL byte", "write it again"),
     ],
 )
@@ -77,6 +80,16 @@ def test_scan_lists_all_problems_and_keeps_the_good_lines(tmp_path: Path) -> Non
     scan = scan_table(tmp_path / "text")
     assert [problem.line for problem in scan.problems] == [2, 3, 4, 5]
     assert scan.values == {"b": "1", "a": "2", "e": "5"}
+
+
+def test_lists_of_keys_are_read_in_any_order_and_from_any_system(tmp_path: Path) -> None:
+    (tmp_path / "list").write_bytes("\ufeff# both\r\nb x\r\n\r\n#1 y\ra\n".encode())
+    assert read_keys(tmp_path / "list", {"a": 0, "#1": 0}) == ["b", "#1", "a"]  # a key may look like a comment
+    (tmp_path / "list").write_bytes(b"a\n\xe9\n")
+    with pytest.raises(DataError, match="list:2: not UTF-8"):
+        read_keys(tmp_path / "list", {})
+    with pytest.raises(DataError, match="cannot be read"):
+        read_keys(tmp_path / "absent", {})
 
 
 @pytest.mark.parametrize("key", ["", "a b", "a\tb", "\u2003", "a\0"])

@@ -77,13 +77,6 @@ def test_int8_is_named_in_the_statistics(exp: Path, data: Path, tmp_path: Path) 
         decode(exp, data, tmp_path, "--dtype", "float32", "--limit", "3")
 
 
-def test_compile_needs_fused_blocks(tiny_llm_dir: Path) -> None:
-    config = tiny_config(tiny_llm_dir)
-    config["llm_conf"]["fused_decoding"] = False
-    with pytest.raises(ConfigError, match="compile: only Llama-type"):
-        SpeechLLM(build_model(config), AnswerOptions(compile=True))
-
-
 def test_what_is_asked_of_it_must_fit_together(tiny_llm_dir: Path) -> None:
     speech, wave = SpeechLLM(build_model(tiny_config(tiny_llm_dir)), AnswerOptions()), np.ones(8000, np.float32)
     assert speech.answer([], []) == []
@@ -247,7 +240,7 @@ def test_drafts_change_no_answer_and_are_counted(
     save_trained(build_model(config).state_dict(), tmp_path / "model.safetensors")
     write_config(config, tmp_path / "config.yaml")
     entries = {}
-    for kind in ("none", "ctc", "ngram"):
+    for kind in ("none", "ctc"):
         draft = {"kind": kind, "most": 5}
         options = {"beam_size": 1, "max_new_tokens": 16, "task_vocabulary": vocabulary, "draft": draft}
         write_config(options, tmp_path / "decode.yaml")
@@ -260,7 +253,7 @@ def test_drafts_change_no_answer_and_are_counted(
             if kind == "none":
                 assert "draft" not in entry
                 continue
-            assert entry["draft"]["drafter"] == (kind if kind == "ngram" or entry["task"] == "asr" else "none")
+            assert entry["draft"]["drafter"] == ("ctc" if entry["task"] == "asr" else "none")
             assert entry["draft"]["passes"] + entry["draft"]["accepted"] == len(entry["hypotheses"][0]["tokens"])
             found = drafts.setdefault(entry["draft"]["drafter"], {"utterances": 0, "tokens": 0})
             found["utterances"] += 1
@@ -269,7 +262,6 @@ def test_drafts_change_no_answer_and_are_counted(
                 found[name] = found.get(name, 0) + entry["draft"][name]
         assert read_json(tmp_path / kind / "stats.json").get("drafts", {}) == drafts
     assert sum(entry["draft"]["proposed"] for entry in entries["ctc"]) > 0
-    assert sum(entry["draft"]["accepted"] for entry in entries["ngram"]) > 0
 
 
 @pytest.mark.parametrize(
@@ -289,9 +281,9 @@ def test_drafts_change_no_answer_and_are_counted(
         ({"exit": [3]}, "decode.yaml"),
         ({"draft": [3]}, "decode.yaml"),
         ({"draft": {"kind": "exit"}}, "draft.kind"),
-        ({"draft": {"kind": "ngram"}}, "beam_size"),
+        ({"draft": {"kind": "ctc"}}, "beam_size"),
         ({"beam_size": 1, "draft": {"kind": "ctc"}}, "warm start"),
-        ({"beam_size": 1, "draft": {"kind": "ngram"}, "exit": {"mode": "fixed", "layers": [1]}}, "exit.mode"),
+        ({"beam_size": 1, "draft": {"kind": "ctc"}, "exit": {"mode": "fixed", "layers": [1]}}, "exit.mode"),
         ({"answer_sets": {"count": []}}, "answer_sets.count"),
         ({"answer_sets": {"counting": ["1"]}}, "counting"),
         ({"task_vocabulary": True}, "task_vocabulary"),

@@ -7,18 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_model import tiny_config, write_data
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pam_espnet.bin.pam_calibrate_exit import main as calibrate
 from pam_espnet.bin.pam_decode import main as decode
 from pam_espnet.config import write_config
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.speech_llm import SpeechLLM
-from pam_espnet.early_exit.fitting import Observed, cost_model, fit_fills, observe
-from pam_espnet.engine.calibration import Calibration
+from pam_espnet.early_exit.fitting import cost_model, observe
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import read_json, save_trained
-from pam_espnet.llm.llm import LLMDecoder
 from pam_espnet.model import build_model
 
 
@@ -47,7 +44,7 @@ def test_states_are_those_that_name_the_answers(exp: Path, data: Path, tiny_llm_
     assert torch.allclose(observed.hidden[0], again.hidden[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("more", [[], ["--no_maps"], ["--fill_maps"]])
+@pytest.mark.parametrize("more", [[], ["--no_maps"]])
 def test_calibrate_and_decode(exp: Path, data: Path, more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert calibrate(["--exp", str(exp), "--data", str(data), "--layers", "1", "--precision", "0.6", *more]) == 0
     said, record = capsys.readouterr().out, read_json(exp / "exit.json")
@@ -55,39 +52,11 @@ def test_calibrate_and_decode(exp: Path, data: Path, more: list[str], capsys: py
     assert (record["judgement"]["speedup"] >= 1.05) == (record["advice"] == "on")
     assert record["maps"] == (more != ["--no_maps"]) and record["layers"] == [1]
     gate = {"mode": "gate", "calibration": str(exp / "exit.safetensors"), "threshold": 0.0}
-    if more == ["--fill_maps"]:
-        gate["fill"] = "map"
-        assert record["fill_errors"]["1"] == pytest.approx({"propagate": 0.0, "map": 0.0}, abs=1e-5)
     write_config({"beam_size": 2, "max_new_tokens": 6, "exit": gate}, exp / "decode.yaml")
     args = ["--exp", str(exp), "--data", str(data), "--out", str(exp / "out"), "--config", str(exp / "decode.yaml")]
     assert decode([*args, "--limit", "4"]) == 0
     lines = (exp / "out" / "nbest.jsonl").read_text()
     assert '"depths": [2, 1' in lines  # at threshold zero every token after the first leaves at block 1
-
-
-def test_fills_come_closer_than_propagation(tiny_llm_dir: Path) -> None:
-    config = AutoConfig.from_pretrained(tiny_llm_dir)
-    config.num_hidden_layers, config.initializer_range = 4, 0.2
-    torch.manual_seed(1)
-    lm = AutoModelForCausalLM.from_config(config).float().eval()
-    decoder = LLMDecoder(lm, AutoTokenizer.from_pretrained(tiny_llm_dir)).eval()
-    with torch.no_grad():
-        states = lm(input_ids=torch.randint(0, 300, (200, 8)), output_hidden_states=True).hidden_states
-    states = [one.flatten(0, 1) for one in states]
-    observed = Observed(states[1:4], states[4], torch.arange(200).repeat_interleave(8))
-    fills, errors = fit_fills(observed, [1, 3], decoder)
-    assert [tuple(fill.shape) for fill in fills] == [(33, 3, 32), (33, 1, 32)]
-    assert 0.1 < errors[1]["map"] < 0.8 * errors[1]["propagate"]
-    assert errors[3] == pytest.approx({"propagate": 0.0, "map": 0.0}, abs=1e-5)  # the next block reads what left
-    # what the maps say of a state is close to what the blocks remember of the states that they would have read
-    fused = decoder.fused_blocks()
-    assert fused is not None
-    calibration = Calibration((1, 3), None, torch.zeros(2, 33), None, fills)
-    found = calibration.filled(1, fused.unit(states[1]))
-    assert found is not None
-    for skipped in (1, 2, 3):
-        wanted = fused.memory(skipped, states[skipped])
-        assert (found[:, skipped - 1] - wanted).norm() < (fused.memory(skipped, states[1]) - wanted).norm() + 1e-3
 
 
 def test_the_cost_model_knows_the_llm(tiny_llm_dir: Path) -> None:

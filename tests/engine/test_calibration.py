@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,14 +37,6 @@ def test_a_map_undoes_a_rotation_and_a_heavy_ridge_leaves_things_alone() -> None
     assert torch.allclose(mapped, last[2000:], atol=1e-3)
     heavy = fit_map(hidden, last, 1e6)
     assert torch.allclose(heavy[:-1], torch.eye(WIDTH), atol=1e-3)
-
-
-def test_a_map_to_other_values_starts_where_it_is_told() -> None:
-    last, table, _ = world()
-    wanted, start = last @ table.T + 0.2, torch.randn(WIDTH + 1, VOCAB)
-    matrix = fit_map(last[:2000], wanted[:2000], 1e-6, start)
-    assert torch.allclose(last[2000:] @ matrix[:-1] + matrix[-1], wanted[2000:], atol=1e-2)
-    assert torch.allclose(fit_map(last, wanted, 1e6, start)[:-1], start[:-1], atol=1e-3)
 
 
 def test_a_gate_learns_where_a_block_is_right() -> None:
@@ -99,11 +90,6 @@ def test_saved_and_read_again(tmp_path: Path) -> None:
     again = Calibration.load(tmp_path / "exit.safetensors", WIDTH)
     assert again.layers == (2,) and again.threshold == calibration.threshold
     assert again.maps is not None and calibration.maps is not None and torch.equal(again.maps, calibration.maps)
-    assert again.fills is None
-    fills = (torch.randn(WIDTH + 1, 3, 10),)
-    replace(calibration, fills=fills).save(tmp_path / "filled", verdict)
-    filled = Calibration.load(tmp_path / "filled", WIDTH).filled(2, torch.ones(4, WIDTH))
-    assert filled is not None and torch.allclose(filled, fills[0].sum(0).expand(4, 3, 10), atol=1e-5)
     states = torch.randn(5, WIDTH)
     assert torch.equal(again.probability(2, states), calibration.probability(2, states))
     with pytest.raises(CheckpointError, match="width 16"):

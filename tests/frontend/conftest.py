@@ -45,15 +45,6 @@ def tiny_pyannote_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _write(tmp_path_factory.mktemp("models") / "pyannote", PyanNet(**network), {"network": network})
 
 
-@pytest.fixture(scope="session")
-def tiny_ge2e_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The speaker encoder with three LSTM layers of 8: 8 wide, 4 hidden states."""
-    from pam_espnet.frontend.encoders.ge2e import GE2E
-
-    network = {"width": 8, "num_layers": 3}
-    return _write(tmp_path_factory.mktemp("models") / "ge2e", GE2E(**network), {"network": network}, spread=3.0)
-
-
 def _random_transformer(model: Any, folder: Path) -> Path:
     """Save ``model`` with random weights that let every layer matter; the usual deviation of 0.02 leaves little."""
     import torch

@@ -29,7 +29,7 @@ def test_rates_that_do_not_fit_name_the_encoder_and_rates_that_do(encoder_rate, 
 
 
 def test_stacking_concatenates_neighbours_and_pads_the_last_group_with_zeros():
-    adapter = FrameStackingAdapter(2, 5, 50, 25)
+    adapter = FrameStackingAdapter(2, 5, 50, 25, "any")
     seen = []
     adapter.mlp[0].register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
     hidden = torch.arange(1.0, 7).reshape(1, 3, 2)
@@ -38,14 +38,14 @@ def test_stacking_concatenates_neighbours_and_pads_the_last_group_with_zeros():
 
 
 def test_repetition_for_a_slow_encoder():
-    adapter = FrameStackingAdapter(3, 4, 5, 10)
+    adapter = FrameStackingAdapter(3, 4, 5, 10, "any")
     out = adapter(torch.randn(2, 3, 3), 6)
     torch.testing.assert_close(out[:, 0::2], out[:, 1::2], atol=0, rtol=0)
     assert not torch.allclose(out[:, 0], out[:, 2])
 
 
 def test_longer_input_is_cut_and_shorter_padded():
-    adapter = FrameStackingAdapter(3, 4, 50, 12.5)
+    adapter = FrameStackingAdapter(3, 4, 50, 12.5, "any")
     hidden = torch.randn(2, 40, 3)
     torch.testing.assert_close(adapter(hidden, 7), adapter(hidden[:, :28], 7))
     padded = torch.cat([hidden, torch.zeros(2, 8, 3)], dim=1)
@@ -55,18 +55,18 @@ def test_longer_input_is_cut_and_shorter_padded():
 @pytest.mark.parametrize("output_norm", [True, False])
 def test_starts_at_unit_scale(output_norm):
     torch.manual_seed(0)
-    adapter = FrameStackingAdapter(64, 96, 50, 12.5, output_norm=output_norm)
+    adapter = FrameStackingAdapter(64, 96, 50, 12.5, "any", output_norm=output_norm)
     rms = adapter(torch.randn(2, 400, 64), 100).square().mean().sqrt()
     assert rms.item() == pytest.approx(1.0, rel=0.1)
 
 
 def test_hidden_width_is_used():
-    assert FrameStackingAdapter(3, 4, 50, 25, hidden_width=7).mlp[0].out_features == 7
+    assert FrameStackingAdapter(3, 4, 50, 25, "any", hidden_width=7).mlp[0].out_features == 7
 
 
 def test_silent_frames_do_not_blow_up_the_gradient():
     torch.manual_seed(0)
-    adapter = FrameStackingAdapter(8, 16, 50, 25)
+    adapter = FrameStackingAdapter(8, 16, 50, 25, "any")
     grads = []
     for hidden in (torch.randn(1, 40, 8), torch.zeros(1, 40, 8)):
         adapter.zero_grad()
@@ -78,7 +78,7 @@ def test_silent_frames_do_not_blow_up_the_gradient():
 @pytest.mark.parametrize("options", [{"hidden_width": 0}])
 def test_bad_options(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
-        FrameStackingAdapter(3, 4, 50, 25, **options)
+        FrameStackingAdapter(3, 4, 50, 25, "any", **options)
 
 
 def test_mix_is_the_weighted_sum_of_normalised_layers():

@@ -66,7 +66,7 @@ def test_a_bag_does_not_ask_where_or_how_often(head: EmbeddingCTC) -> None:
     assert (count, skipped) == (2, 0)  # types, not tokens
     assert total.item() == pytest.approx(head.bag_loss(frames.flip(1), lengths, [[9, 5]])[0].item(), rel=1e-5)
     assert total < head.bag_loss(frames, lengths, [[5, 40]])[0]
-    assert head.heard(frames, lengths, [2]) == [{5, 9}]
+    assert head.detect(frames, lengths, [2]) == [{5, 9}]
 
 
 def test_bags_of_a_batch_ignore_padding_and_count_what_they_cannot_name(head: EmbeddingCTC) -> None:

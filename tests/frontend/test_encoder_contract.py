@@ -30,7 +30,6 @@ CASES: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "ast": ("ast", "tiny_ast_dir", None, {}),
     "yamnet": ("yamnet", "tiny_yamnet_dir", None, {}),
     "pyannote": ("pyannote", "tiny_pyannote_dir", None, {}),
-    "ge2e": ("ge2e", "tiny_ge2e_dir", None, {}),
 }
 SAMPLES = (16000, 1, 23999, 399, 8000, 16001, 640)
 

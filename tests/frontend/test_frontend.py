@@ -182,7 +182,8 @@ def test_encoders_without_weight_are_not_run_and_the_result_is_the_renormalised_
 
 
 def test_an_encoder_is_run_when_one_prompt_of_the_batch_needs_it():
-    frontend = decided(make(skip_threshold=0.1, fusion_conf={"num_experts": 2, "temperature": 0.01}), 0, 2).eval()
+    frontend = decided(make(skip_threshold=0.1, fusion_conf={"num_experts": 2}), 0, 2).eval()
+    torch.nn.init.orthogonal_(frontend.fusion.router[3].weight, gain=100.0)
     prompt = torch.randn(64, PROMPT)
     expert = frontend.route(prompt).expert
     rows = [int((expert == index).nonzero()[0]) for index in range(2)]
@@ -289,7 +290,9 @@ def test_narrow_layers_come_from_the_encoder():
         ({"encoders": {"a.b": {"type": TYPE, "path": "x"}}}, r"a\.b"),
         ({"encoders": {"keys": {"type": TYPE, "path": "x"}}}, "keys"),
         ({"encoders": {"a": {"path": "x"}}}, "'type'"),
+        ({"encoders": {"a": "whisper"}}, "'type'"),
         ({"encoders": {"a": {"type": "nothing", "path": "x"}}}, r"encoders\.a.*nothing"),
+        ({"encoders": {"a": {"type": "ge2e", "path": "x"}}}, r"encoders\.a.*ge2e.*6d6c31d"),
         ({"encoders": {"a": {"type": TYPE, "path": "x", "rate": 8000}}}, "'a'.*8000 Hz"),
         ({"frame_rate": 20.0}, "'fast'"),
         ({"frame_rate": 0.0}, "frame_rate"),
@@ -320,7 +323,7 @@ def test_import_is_light():
 
 
 @pytest.mark.parametrize("fusion", ["pam", "static", "average", "concat"])
-def test_only_one_encoder_is_run_and_heard(fusion):
+def test_only_one_encoder_is_run_and_has_weight(fusion):
     frontend = make(fusion).eval()
     num_samples, prompt, wave = batch(0.7, 0.4)
     audio = frontend(num_samples, prompt, wave, only="mid")

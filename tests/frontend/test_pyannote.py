@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pam_espnet.frontend.encoders.converted import average_to_grid
 from pam_espnet.frontend.encoders.pyannote import (
     CELL,
     NATIVE_HOP,
@@ -15,6 +14,7 @@ from pam_espnet.frontend.encoders.pyannote import (
     MaskedInstanceNorm,
     PyanNet,
     PyannoteEncoder,
+    average_to_grid,
 )
 
 
@@ -72,14 +72,7 @@ def test_grid_takes_frames_by_their_centres() -> None:
     """Every native frame counts in exactly the cell that holds its centre; cells past the last frame repeat it."""
     num_frames, num_cells = 57, 25
     states = torch.arange(num_frames, dtype=torch.float32)[None, :, None]
-    grid = average_to_grid(
-        states,
-        torch.tensor([num_frames]),
-        hop=NATIVE_HOP,
-        centre=RECEPTIVE_FIELD // 2,
-        cell=CELL,
-        num_cells=num_cells,
-    )
+    grid = average_to_grid(states, torch.tensor([num_frames]), num_cells)
     cells: dict[int, list[int]] = {}
     for frame in range(num_frames):
         cells.setdefault((RECEPTIVE_FIELD // 2 + NATIVE_HOP * frame) // CELL, []).append(frame)

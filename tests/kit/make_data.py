@@ -5,15 +5,47 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import av
 import numpy as np
 import soundfile
 
 RATE = 16000
+BARE_MP3 = {"id3v2_version": "0", "write_xing": "0"}  # without tags and without a count of frames
 
 
 def noise(seconds: float, rate: int = RATE, seed: int = 0) -> np.ndarray:
     """Quiet noise (N,), float32."""
     return (0.1 * np.random.default_rng(seed).standard_normal(round(seconds * rate))).astype(np.float32)
+
+
+def sine(seconds: float, rate: int = RATE) -> np.ndarray:
+    """300 Hz with an amplitude of 0.3 (N,), float32."""
+    return (0.3 * np.sin(2 * np.pi * 300 * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def encode(
+    path: Path,
+    wave: np.ndarray,
+    codec: str,
+    container_format: str,
+    *,
+    rate: int = RATE,
+    bit_rate: int | None = None,
+    options: dict[str, str] | None = None,
+) -> bytes:
+    """Write ``wave`` (N,) or (C, N) through ffmpeg, as the formats that libsndfile cannot write; return the bytes."""
+    wave = np.ascontiguousarray(np.atleast_2d(wave), dtype=np.float32)
+    layout = {1: "mono", 2: "stereo"}[len(wave)]
+    with av.open(str(path), "w", format=container_format, options=options or {}) as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout)
+        if bit_rate is not None:
+            stream.bit_rate = bit_rate
+        frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout=layout)
+        frame.sample_rate = rate
+        convert = av.AudioResampler(stream.format.name, layout, rate, frame_size=stream.frame_size or None)
+        for part in [*convert.resample(frame), *convert.resample(None), None]:
+            container.mux(stream.encode(part))
+    return path.read_bytes()
 
 
 def write_lines(path: Path, table: Mapping[str, str]) -> None:

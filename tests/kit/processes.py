@@ -34,6 +34,7 @@ def _main(log: Path, arguments: list[str]) -> None:
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     from pam_espnet.bin.pam_train import main
 
@@ -43,12 +44,12 @@ def _main(log: Path, arguments: list[str]) -> None:
 def train(root: Path, llm: Path, output: Path, ranks: int, **changes: Any) -> Training:
     """Train with ``ranks`` processes; the trained tensors and the curve."""
     output.mkdir()
-    write_config({**tiny_config(llm), **TRAINING, **changes}, output / "train.yaml")
+    write_config({**tiny_config(llm), **TRAINING, **changes}, output / "given.yaml")
     shared = [
         "--dist_backend", "gloo", "--dist_init_method", f"file://{output}/init", "--dist_world_size", str(ranks),
         "--multiprocessing_distributed", "false",
     ]  # fmt: skip
-    arguments = train_args(root, output / "train.yaml", output)
+    arguments = train_args(root, output / "given.yaml", output)
     logs, processes = [], []
     for rank in range(ranks):
         logs.append(output / f"rank{rank}.log")

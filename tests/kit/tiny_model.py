@@ -65,16 +65,8 @@ def write_data(root: Path, name: str, size: int = 6, seed: int = 0) -> Path:
     return target
 
 
-def train_args(root: Path, config: Path, output: Path, features: dict[str, Path] | None = None) -> list[str]:
-    """Arguments of pam_train for data written by ``write_data`` as "train" and "dev"."""
-    args = ["--config", str(config), "--output_dir", str(output), "--num_workers", "0"]
-    for mode, name in (("train", "train"), ("valid", "dev")):
-        dump = root / "dump" / name
-        streams = ["text,text,text", "prompt,prompt,text", "utt2task,task,text", "utt2num_samples,num_samples,text_int"]
-        if features is None:
-            streams.append("wav.scp,speech,sound")
-        for stream in streams:
-            args += [f"--{mode}_data_path_and_name_and_type", f"{dump}/{stream}"]
-        for encoder, folder in (features or {}).items():
-            args += [f"--{mode}_data_path_and_name_and_type", f"{folder}/{name}/feats.scp,feats_{encoder},kaldi_ark"]
-    return args
+def train_args(root: Path, config: Path, output: Path, features: Path | None = None) -> list[str]:
+    """Arguments of pam_train for data written by ``write_data`` as "train" and "dev"; ``features``: a cache's root."""
+    args = ["--train", str(root / "dump/train"), "--valid", str(root / "dump/dev"), "--exp", str(output)]
+    args += ["--config", str(config), "--num_workers", "0"]
+    return args if features is None else [*args, "--feats", str(features)]

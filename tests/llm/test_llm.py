@@ -8,13 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pam_espnet.engine.exits import ExitOptions
-from pam_espnet.engine.view import DecoderView
 from pam_espnet.errors import ConfigError
 from pam_espnet.llm.llm import LLMDecoder
 from pam_espnet.llm.prompt_layout import Placed, answer_ids, layout, place
-from pam_espnet.search.beam import beam_search
-from pam_espnet.search.options import BeamOptions
 
 LORA = {"r": 2, "alpha": 4, "dropout": 0.5}
 
@@ -261,59 +257,3 @@ def test_decoding_follows_the_weights(tiny_llm_dir: Path, audio: Tensor) -> None
     assert fused.fused_blocks() is not blocks
 
 
-def test_released_blocks_decode_the_same_in_less_memory(tiny_llm_dir: Path) -> None:
-    decoder = load(tiny_llm_dir, lora=LORA).eval()
-    stir_lora(decoder)
-    prefix, lengths = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(3)), torch.tensor([4, 6])
-    known, new = decoder.prompt_vector("Describe the sounds."), load(tiny_llm_dir).prompt_vector("Who speaks?")
-    expected, _ = decoder.prefill(prefix, lengths)
-    fused, size = decoder.fused_blocks(), sum(p.nbytes for p in decoder.lm.parameters())
-
-    assert decoder.release_own_blocks()
-    blocks = decoder.transformer.layers
-    kept = sum(p.nbytes for p in decoder.lm.parameters())
-    assert kept < size - 0.9 * sum(p.nbytes for name, p in load(tiny_llm_dir).lm.base_model.layers.named_parameters())
-    assert torch.equal(decoder.prefill(prefix, lengths)[0], expected)
-    assert torch.equal(decoder.prompt_vector("Describe the sounds."), known)
-    assert torch.equal(decoder.prompt_vector("Who speaks?"), new)  # read again for the moment
-    assert decoder.fused_blocks() is fused and blocks[0].mlp.down_proj.base_layer.weight.numel() == 0
-    with pytest.raises(RuntimeError, match="released"):
-        decoder(prefix, torch.ones(2, 6, dtype=torch.bool))
-
-
-def test_released_blocks_come_back_when_a_weight_changes(tiny_llm_dir: Path) -> None:
-    decoder, other = (load(tiny_llm_dir, lora=LORA).eval() for _ in range(2))
-    prefix, lengths = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(4)), torch.tensor([5])
-    decoder.prefill(prefix, lengths)
-    assert decoder.release_own_blocks()
-    stir_lora(decoder)
-    for mine, theirs in zip(other.parameters(), decoder.parameters(), strict=True):
-        if mine.requires_grad:  # LoRA, its first matrices are random
-            mine.data = theirs.data.clone()
-    assert torch.equal(decoder.prefill(prefix, lengths)[0], other.prefill(prefix, lengths)[0])
-    assert not decoder._own.released  # type: ignore[union-attr]
-    decoder.release_own_blocks()
-    decoder.to("cpu")
-    assert torch.equal(decoder.prefill(prefix, lengths)[0], other.prefill(prefix, lengths)[0])
-
-
-def test_early_exit_has_released_blocks_read_again(tiny_llm_dir: Path) -> None:
-    decoder = load(tiny_llm_dir).eval()
-    prefix, lengths = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(5)), torch.tensor([5])
-    answers = []
-    for release in (False, True):
-        if release:
-            assert decoder.release_own_blocks()
-        view = DecoderView(decoder, exits=ExitOptions("fixed", (1,)))
-        answers.append(beam_search(view, prefix, lengths, BeamOptions(max_new_tokens=5)))
-    assert answers[0] == answers[1]
-    decoder.release_own_blocks()
-    decoder.fused_decoding = False
-    expected, _ = load(tiny_llm_dir).prefill(prefix, lengths)
-    assert torch.allclose(decoder.prefill(prefix, lengths)[0], expected, atol=1e-4)
-
-
-def test_nothing_is_released_where_transformers_runs_the_blocks(tiny_llm_dir: Path) -> None:
-    decoder = load(tiny_llm_dir, fused_decoding=False)
-    assert not decoder.release_own_blocks()
-    assert all(p.numel() for p in decoder.lm.parameters())

@@ -216,14 +216,14 @@ def test_check_of_directories(here: tuple[SimpleNamespace, Path], tmp_path: Path
     for name in ("train_fold0", "test_count"):
         with pytest.raises(DataError, match=r"speaker 8[23] of test-clean(.|\n)*train-clean and train-other"):
             local.check_leak.main([*check, str(tmp_path / "data" / name)])
-    barred = {"82": "test-clean"}
     for table in ("utt2spk", leakage.MIX_SPEAKERS, leakage.MIX_SOURCES):
         folder = tmp_path / table
         folder.mkdir()
-        (folder / "utt2spk").write_text("u1 61\nu2 x-82\n")
+        (folder / "utt2spk").write_text("u1 61\nu2 82-xYz\n")  # the second is no reader, but a clip of AudioCaps
         value = "82-1-0000" if table == leakage.MIX_SOURCES else "82"
-        (folder / table).write_text(f"u1 {value}\nu2 61 63\n" if table != "utt2spk" else f"u1 {value}\nu2 61\n")
-        assert leakage.barred_voices(folder, barred) == [("u1", "82")]
+        (folder / table).write_text(f"u1 {value}\nu2 61 63\n" if table != "utt2spk" else f"u1 {value}\nu2 82-xYz\n")
+        with pytest.raises(DataError, match="there:\n  u1: speaker 82 of test-clean\n  ->"):
+            leakage.refuse_barred(folder, {"82": "test-clean"})
 
 
 # ---- what can be wrong with LibriCount ------------------------------------------------------------------------------

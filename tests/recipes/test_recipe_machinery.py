@@ -7,13 +7,38 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.parent for path in ROOT.glob("egs/*/*/run.sh") if path.parent.parent.name != "TEMPLATE")
-CONFIGS = [
-    pytest.param(recipe, fusion.stem, size.stem, id=f"{recipe.parent.name}-{fusion.stem}-{size.stem}")
+TEMPLATE = ROOT / "egs/TEMPLATE/pam1"
+
+
+def fusions(recipe: Path) -> list[str]:
+    """All that --fusion takes: files of the recipe and of the template, and each of its encoders alone."""
+    files = {path.stem for folder in (recipe, TEMPLATE) for path in folder.glob("conf/fusion/*.yaml")} - {"single"}
+    encoders = yaml.safe_load((recipe / "conf/train.yaml").read_text())["frontend_conf"]["encoders"]
+    return sorted({name.replace("single_", "single:") for name in files} | {f"single:{name}" for name in encoders})
+
+
+def overlay(recipe: Path, fusion: str) -> tuple[Path, list[str]]:
+    """The configuration file and the changes that pam.sh takes for a fusion."""
+    name = fusion.replace(":", "_")
+    for folder in (recipe, TEMPLATE):
+        if (path := folder / f"conf/fusion/{name}.yaml").is_file():
+            return path, []
+    return TEMPLATE / "conf/fusion/single.yaml", [f"frontend_conf.fusion_conf.encoder={name.removeprefix('single_')}"]
+
+
+FUSIONS = [
+    pytest.param(recipe, fusion, id=f"{recipe.parent.name}-{fusion}")
     for recipe in RECIPES
-    for fusion in sorted(recipe.glob("conf/fusion/*.yaml"))
+    for fusion in fusions(recipe)
+]
+CONFIGS = [
+    pytest.param(recipe, fusion, size.stem, id=f"{recipe.parent.name}-{fusion}-{size.stem}")
+    for recipe in RECIPES
+    for fusion in fusions(recipe)
     for size in sorted(recipe.glob("conf/size/*.yaml"))
 ]
 # What may be laid over conf/train.yaml besides: for another machine, for another LLM.
@@ -49,8 +74,12 @@ def test_dry_run_prints_all_stages_and_writes_nothing(recipe: Path, fusion: str,
     assert done.returncode == 0, done.stderr
     for stage in range(1, 6):
         assert f"stage {stage} " in done.stdout
-    assert f"exp/{fusion}_{size}" in done.stdout
-    assert "pam_espnet.bin.pam_estimate --config" in done.stdout
+    file, changes = overlay(recipe, fusion)
+    assert f"exp/{fusion.replace(':', '_')}_{size}" in done.stdout and all(change in done.stdout for change in changes)
+    assert str(file.relative_to(recipe if file.is_relative_to(recipe) else ROOT)) in done.stdout
+    starts = ("pam_format --data", "pam_estimate --train", "pam_warm_start --train", "pam_train --train", "pam_score")
+    for module in starts:
+        assert f"pam_espnet.bin.{module}" in done.stdout
     assert sorted(recipe.iterdir()) == before
 
 
@@ -89,21 +118,23 @@ def test_mistakes_are_named(args: list[str], said: str) -> None:
 def test_every_configuration_is_one_that_training_accepts(
     recipe: Path, fusion: str, size: str, tmp_path: Path
 ) -> None:
-    check_configuration(recipe, ["train.yaml", f"fusion/{fusion}.yaml", f"size/{size}.yaml"], tmp_path)
+    file, changes = overlay(recipe, fusion)
+    check_configuration(recipe, [Path("conf/train.yaml"), file, Path(f"conf/size/{size}.yaml")], changes, tmp_path)
 
 
-@pytest.mark.parametrize(("recipe", "overlay"), OVERLAYS)
-def test_every_overlay_is_one_that_training_accepts(recipe: Path, overlay: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "name"), OVERLAYS)
+def test_every_further_file_is_one_that_training_accepts(recipe: Path, name: str, tmp_path: Path) -> None:
     size = sorted(recipe.glob("conf/size/*.yaml"))[0].name
-    check_configuration(recipe, ["train.yaml", overlay, "fusion/pam.yaml", f"size/{size}"], tmp_path)
-    configs = f"conf/train.yaml conf/{overlay}"
+    files = [Path(f"conf/{file}") for file in ("train.yaml", name, "fusion/pam.yaml", f"size/{size}")]
+    check_configuration(recipe, files, [], tmp_path)
+    configs = f"conf/train.yaml conf/{name}"
     done = call(recipe, "--dry_run", "true", "--train_config", configs)
     assert done.returncode == 0 and configs in done.stdout, done.stderr
 
 
-def check_configuration(recipe: Path, names: list[str], tmp_path: Path) -> None:
+def check_configuration(recipe: Path, files: list[Path], changes: list[str], tmp_path: Path) -> None:
     """ESPnet's parser knows every key, every block of options fits its reader, and the encoders' rates go together."""
-    from pam_espnet.config import check_options, load_yaml, resolve, used_encoders, write_config
+    from pam_espnet.config import check_options, load_yaml, used_encoders, write_config
     from pam_espnet.data.batching import BatchingOptions
     from pam_espnet.data.prompts import read_wordings
     from pam_espnet.decode.options import AnswerOptions
@@ -114,11 +145,11 @@ def check_configuration(recipe: Path, names: list[str], tmp_path: Path) -> None:
     from pam_espnet.frontend.masking import MaskOptions
     from pam_espnet.llm.llm import LLMDecoder
     from pam_espnet.model import ESPnetPaMModel
+    from pam_espnet.train.experiment import merged_config
     from pam_espnet.train.task import PaMTask
     from pam_espnet.train.warm_start import WarmStartOptions
 
-    conf = recipe / "conf"
-    config = resolve([conf / name for name in names])
+    config = merged_config([recipe / file for file in files], changes)
     write_config(config, tmp_path / "train.yaml")
     args = PaMTask.get_parser().parse_args(["--config", str(tmp_path / "train.yaml"), "--output_dir", str(tmp_path)])
     BatchingOptions(**args.batching_conf)
@@ -140,29 +171,22 @@ def check_configuration(recipe: Path, names: list[str], tmp_path: Path) -> None:
         inspect.signature(encoder_class(kind)).bind(**own)
         stacking(RATES[kind], frontend["frame_rate"], name)
     assert set(args.lr_scale_conf) <= {"decoder", "frontend.fusion.experts", "frontend.fusion.project"}
-    for decode in conf.glob("decode*.yaml"):
+    for decode in recipe.glob("conf/decode*.yaml"):
         AnswerOptions.from_dict(load_yaml(decode), decode)
 
 
 # Frames per second that each type of encoder emits (as published models are configured), Hz.
-RATES = {"whisper": 50.0, "hf_wave": 50.0, "ast": 10.0, "yamnet": 6.25, "pyannote": 25.0, "ge2e": 25.0}
+RATES = {"whisper": 50.0, "hf_wave": 50.0, "ast": 10.0, "yamnet": 6.25, "pyannote": 25.0}
 
 
-@pytest.mark.parametrize(
-    ("recipe", "fusion"),
-    [
-        pytest.param(recipe, path.stem, id=f"{recipe.parent.name}-{path.stem}")
-        for recipe in RECIPES
-        for path in sorted(recipe.glob("conf/fusion/*.yaml"))
-    ],
-)
+@pytest.mark.parametrize(("recipe", "fusion"), FUSIONS)
 def test_a_model_is_built_of_every_fusion(recipe: Path, fusion: str, tiny_llm_dir: Path, tmp_path: Path) -> None:
     """With tiny parts instead of the ones that a configuration names."""
-    from pam_espnet.config import resolve
     from pam_espnet.model import build_model
+    from pam_espnet.train.experiment import merged_config
 
-    conf = recipe / "conf"
-    config = resolve([conf / "train.yaml", conf / "fusion" / f"{fusion}.yaml"])
+    file, changes = overlay(recipe, fusion)
+    config = merged_config([recipe / "conf/train.yaml", file], changes)
     config["llm"] = str(tiny_llm_dir)
     encoders = config["frontend_conf"]["encoders"]
     config["frontend_conf"]["encoders"] = {name: {"type": "tiny_encoder:TinyEncoder"} for name in encoders}
@@ -188,12 +212,13 @@ def test_a_comparison_runs_every_fusion_once_and_puts_them_side_by_side(script: 
     before = sorted(recipe.iterdir())
     done = subprocess.run([str(script), "--dry_run", "true"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    fusions = sorted(path.stem for path in recipe.glob("conf/fusion/*.yaml"))
-    assert sorted(line[4:] for line in done.stdout.splitlines() if line.startswith("=== ")) == fusions
-    assert done.stdout.count("stage 5 (score)") == len(fusions)
+    names = fusions(recipe)
+    assert sorted(line[4:] for line in done.stdout.splitlines() if line.startswith("=== ")) == names
+    assert done.stdout.count("stage 5 (score)") == len(names)
     assert done.stdout.count("--audio zero") == 2  # decoding and joining, of the first fusion alone
     report = done.stdout.splitlines()[-1]
-    assert "pam_report --compare exp/pam_" in report and all(f"exp/{fusion}_" in report for fusion in fusions)
+    assert "pam_score --compare exp/pam_" in report
+    assert all(f" exp/{name.replace(':', '_')}_" in report for name in names)
     assert sorted(recipe.iterdir()) == before
 
 

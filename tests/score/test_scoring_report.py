@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pam_espnet.bin import pam_report, pam_score
+from pam_espnet.bin import pam_score
 from pam_espnet.cli import run_main
 from pam_espnet.data.passport import Passport
 from pam_espnet.data.tables import write_table
@@ -55,7 +55,10 @@ def make_decoding(path: Path, text: dict[str, str], audio: str = "on", experts: 
             "encoders": {"whisper": 0.7, "yamnet": 0.3},
             "layers": {"whisper": [0.5, 0.2], "yamnet": [0.3]},
         }
-        lines.append(json.dumps({"utt": key, "task": TASK[key[0]], "hypotheses": [], "routing": routing}) + "\n")
+        lines.append(
+            json.dumps({"utt": key, "task": TASK[key[0]], "prompt": "Well?", "hypotheses": [], "routing": routing})
+            + "\n"
+        )
     write_text(path / "nbest.jsonl", "".join(lines))
     return path
 
@@ -290,26 +293,50 @@ def test_pictures_of_long_runs_and_many_layers(tmp_path: Path) -> None:
     assert row.describe() == "large 0.99, small 0.01"
 
 
+def test_one_command_scores_every_set_of_every_decoding_and_reports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = [make_data(tmp_path / "dump/raw" / name) for name in ("one", "two")]
+    exp = tmp_path / "exp/x"
+    for name in ("beam", "beam_audio_off"):
+        for data in sets:
+            make_decoding(exp / f"decode_{name}" / data.name, GOOD)
+    make_decoding(exp / "decode_beam/one/prompts/2", BAD)
+    make_data(tmp_path / "dump/prompts/one/2")
+    args = ["--exp", str(exp), "--data", *map(str, sets), "--resamples", "20"]
+    args += ["--decode_name", "beam", "beam_audio_off", "--prompts", str(tmp_path / "dump/prompts")]
+    assert run_main(pam_score.main, args) == 0
+    assert len(list(exp.glob("decode_*/*/scores.json"))) == 4
+    assert (exp / "decode_beam/one/prompts/2/scores.json").exists()
+    assert read_json(exp / "results.json")["wordings"][0]["set"] == "one"
+    shown = capsys.readouterr().out
+    assert "decode_beam_audio_off/two/scores.json:\n" in shown and (exp / "RESULTS.txt").read_text() in shown
+    (exp / "RESULTS.md").unlink()
+    assert run_main(pam_score.main, ["--exp", str(exp)]) == 0 and (exp / "RESULTS.md").exists()  # the report alone
+    assert run_main(pam_score.main, ["--exp", str(exp), "--data", str(sets[0]), str(tmp_path / "other/one")]) == 1
+    assert "two sets have the name 'one'" in capsys.readouterr().err
+    assert run_main(pam_score.main, ["--exp", str(exp), "--data", str(tmp_path / "dump/raw/three")]) == 1
+    assert "decode_beam/three: no such decoding\n  -> decode this set first" in capsys.readouterr().err
+
+
 def test_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_data(tmp_path / "data")
     decoding = make_decoding(tmp_path / "x/decode_beam/test", GOOD)
     assert run_main(pam_score.main, ["--decode_dir", str(decoding), "--data_dir", str(data), "--resamples", "20"]) == 0
     assert "CIDEr-D" in capsys.readouterr().out
-    assert run_main(pam_report.main, ["--exp", str(tmp_path / "x")]) == 0
     output = tmp_path / "RESULTS.md"
-    assert run_main(pam_report.main, ["--compare", str(tmp_path / "x"), "--output", str(output)]) == 0
+    assert run_main(pam_score.main, ["--compare", str(tmp_path / "x"), "--output", str(output)]) == 0
     assert output.read_text(encoding="utf-8").startswith("# Results\n")
     assert run_main(pam_score.main, ["--decode_dir", str(tmp_path), "--data_dir", str(data)]) == 1
     assert "no such file" in capsys.readouterr().err
-    for wrong in (["--compare", "x"], ["--exp", "x", "--output", "y.md"], []):
+    for wrong in (["--compare", "x"], ["--exp", "x", "--output", "y.md"], [], ["--decode_dir", "x"]):
         with pytest.raises(SystemExit):
-            pam_report.main(wrong)
+            pam_score.main(wrong)
 
 
-@pytest.mark.parametrize("module", ["pam_score", "pam_report"])
-def test_help_imports_nothing_heavy(module: str, repo_root: Path) -> None:
+def test_help_imports_nothing_heavy(repo_root: Path) -> None:
     code = (
-        f"import sys; from pam_espnet.bin import {module} as m; m.build_parser().format_help(); "
-        "sys.exit(bool({'numpy', 'jiwer', 'matplotlib', 'torch'} & set(sys.modules)))"
+        "import sys; from pam_espnet.bin import pam_score as m; m.build_parser().format_help(); "
+        "sys.exit(bool({'numpy', 'jiwer', 'matplotlib', 'torch', 'scipy'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=repo_root)

@@ -158,8 +158,7 @@ def test_what_does_not_go_together_is_refused(tiny_llm_dir: Path) -> None:
     for options, said in (
         ({"ctc": {"weight": 1.0}}, "below 1"),
         ({"ctc": {"weight": 0.3, "candidates": 0}}, "at least 1"),
-        ({"ctc": {"weight": 0.3}, "beam_size": 1, "draft": {"kind": "ngram"}}, "verifies drafts"),
-        ({"ctc": {"weight": 0.3}, "exit": {"mode": "fixed", "layers": [1], "fill": "deferred"}}, "deferred"),
+        ({"ctc": {"weight": 0.3}, "beam_size": 1, "draft": {"kind": "ctc"}}, "verifies drafts"),
         ({"ctc": {"height": 0.3}}, "height"),
     ):
         with pytest.raises(ConfigError, match=said):

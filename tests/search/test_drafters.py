@@ -1,10 +1,10 @@
-"""Where a draft goes on after the LLM has said something else, and what an n-gram brings back."""
+"""Where a draft goes on after the LLM has said something else."""
 
 from __future__ import annotations
 
 import pytest
 
-from pam_espnet.search.drafters import NgramLookup, NoDraft, WholeAnswer
+from pam_espnet.search.drafters import NoDraft, WholeAnswer
 
 DRAFT = "the cat sat on the mat"
 
@@ -46,12 +46,5 @@ def test_a_growing_answer_gives_what_a_new_one_does() -> None:
     assert propose("the", draft="") == ""
 
 
-def test_ngrams() -> None:
-    lookup = NgramLookup([[1, 2, 3, 4], [], [5, -7, 6]], size=2)
-    assert list(lookup.propose(0, [8, 2], 9)) == [3, 4, 8, 2]  # the prompt, and on into the answer
-    assert list(lookup.propose(0, [2], 1)) == [3]
-    assert list(lookup.propose(0, [2, 7, 3, 2], 9)) == [7, 3, 2]  # the latest place
-    assert list(lookup.propose(0, [2, 3, 9, 7, 3, 8, 2, 3], 2)) == [9, 7]  # the longest n-gram before the latest one
-    assert list(lookup.propose(1, [], 9)) == list(lookup.propose(1, [4], 9)) == []
-    assert list(lookup.propose(2, [5], 9)) == []  # what followed cannot be said
+def test_no_draft() -> None:
     assert list(NoDraft().propose(0, [1], 9)) == []

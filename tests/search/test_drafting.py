@@ -18,7 +18,7 @@ from pam_espnet.engine.view import DecoderView
 from pam_espnet.errors import ConfigError
 from pam_espnet.llm.llm import LLMDecoder
 from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
-from pam_espnet.search.drafters import DraftOptions, NgramLookup, NoDraft, WholeAnswer
+from pam_espnet.search.drafters import DraftOptions, NoDraft, WholeAnswer
 from pam_espnet.search.drafting import DraftCount, Drafter, draft_search
 from pam_espnet.search.hypothesis import Hypothesis
 from pam_espnet.search.options import BeamOptions
@@ -197,23 +197,11 @@ def test_drafters_of_a_batch_differ(decoder: LLMDecoder, prefix: Tensor) -> None
     view = DecoderView(decoder)
     options = BeamOptions(beam_size=1, max_new_tokens=30, eos_ids=greedy_ends(decoder, prefix))
     expected = search(view, prefix, ROWS, options)
-    lookup = NgramLookup([[] for _ in ROWS])
-    drafters = [lookup, NoDraft(), WholeAnswer([[1, 2, 3]] * len(ROWS), "odd")] * 2
+    drafters = [NoDraft(), WholeAnswer([[1, 2, 3]] * len(ROWS), "odd")] * 3
     found, counts = drafted(view, prefix, ROWS, options, drafters)
     same(found, expected)
-    assert [count.drafter for count in counts] == ["ngram", "none", "odd"] * 2
-    assert counts[1].proposed == 0 and counts[1].passes == len(expected[1][0].tokens)
-
-
-def test_a_loop_is_foreseen(decoder: LLMDecoder, prefix: Tensor) -> None:
-    """Small LLMs repeat themselves; what they said before is then the draft."""
-    view = DecoderView(decoder)
-    options = BeamOptions(beam_size=1, max_new_tokens=60, eos_ids=())
-    expected = search(view, prefix, ROWS, options)
-    found, counts = drafted(view, prefix, ROWS, options, [NgramLookup([[] for _ in ROWS])] * len(ROWS), most=8)
-    same(found, expected)
-    assert max(count.accepted for count in counts) > 10
-    assert all(count.accepted + count.passes == 60 for count in counts)
+    assert [count.drafter for count in counts] == ["none", "odd"] * 3
+    assert counts[0].proposed == 0 and counts[0].passes == len(expected[0][0].tokens)
 
 
 def test_answer_sets(decoder: LLMDecoder, prefix: Tensor) -> None:
@@ -258,5 +246,3 @@ def test_what_cannot_be(decoder: LLMDecoder, prefix: Tensor, tiny_llm_dir: Path)
     for wrong, message in (({"kind": "exit"}, "kind"), ({"most": 0}, "most"), ({"most": 2.5}, "most")):
         with pytest.raises(ConfigError, match=message):
             DraftOptions(**wrong)
-    with pytest.raises(ConfigError, match="n must be"):
-        NgramLookup([[]], 0)

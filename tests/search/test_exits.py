@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,33 +130,23 @@ def test_skipped_blocks_remember_what_the_last_one_said(decoder: LLMDecoder, pre
 
 @pytest.fixture(scope="module")
 def calibration(decoder: LLMDecoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random gates that open now and then, random maps, and fills that are not propagation's."""
+    """Random gates that open now and then, random maps."""
     torch.manual_seed(7)
-    fused = decoder.fused_blocks()
-    assert fused is not None
     width, layers = decoder.width, (1, 2, 3)
     maps = torch.eye(width + 1, width) + 0.02 * torch.randn(3, width + 1, width)
     gates = 0.4 * torch.randn(3, width + 1)
-    fills = tuple(torch.stack([fused.propagation(j) for j in range(layer, BLOCKS)], 1) for layer in layers)
-    fills = tuple(fill + 0.1 * torch.randn_like(fill) for fill in fills)
     path = tmp_path_factory.mktemp("exit") / "exit.safetensors"
-    Calibration(layers, maps, gates, 0.6, fills).save(path, Judgement(0.6, 0.5, 0.9, 2.0, 1.2))
+    Calibration(layers, maps, gates, 0.6).save(path, Judgement(0.6, 0.5, 0.9, 2.0, 1.2))
     return path
 
 
 def everyone(calibration: Path) -> list[ExitOptions]:
-    """Every mode, and every fill."""
+    """Every mode, with and without maps."""
     file = str(calibration)
-    gates = [ExitOptions("gate", calibration=file), ExitOptions("gate", calibration=file, fill="map")]
-    return [
-        *SOME,
-        *gates,
-        ExitOptions("confidence", (1, 2, 3), 0.14, calibration=file, fill="map"),
-        ExitOptions("confidence", (1, 2, 3), 0.14, fill="deferred"),
-    ]
+    return [*SOME, ExitOptions("gate", calibration=file), ExitOptions("confidence", (1, 2, 3), 0.14, calibration=file)]
 
 
-@pytest.mark.parametrize("kind", range(len(SOME) + 4))
+@pytest.mark.parametrize("kind", range(len(SOME) + 2))
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data(), st.sampled_from([1, 8, 32]), st.sampled_from([1, 4]))
 def test_neighbours_do_not_matter(
@@ -179,59 +168,6 @@ def test_neighbours_do_not_matter(
         assert [one.score for one in nbest] == pytest.approx([one.score for one in alone[row]], abs=1e-5)
 
 
-def test_maps_fill_what_is_skipped(decoder: LLMDecoder, prefix: Tensor, calibration: Path, tmp_path: Path) -> None:
-    """Fills that are propagation as a matrix give propagation's answers; others give others."""
-    options = BeamOptions(beam_size=3, nbest=3, max_new_tokens=8, eos_ids=())
-    fused, stored = decoder.fused_blocks(), Calibration.load(calibration, decoder.width)
-    assert fused is not None
-    same = tuple(torch.stack([fused.propagation(j) for j in range(layer, BLOCKS)], 1) for layer in stored.layers)
-    replace(stored, maps=None, fills=same).save(tmp_path / "same", Judgement(0.6, 0.5, 0.9, 2.0, 1.2))
-    replace(stored, maps=None).save(tmp_path / "other", Judgement(0.6, 0.5, 0.9, 2.0, 1.2))
-    found = {}
-    for name, fill in (("same", "propagate"), ("same", "map"), ("other", "map")):
-        exits = ExitOptions("confidence", (1, 2, 3), 0.14, calibration=str(tmp_path / name), fill=fill)
-        nbests = search(DecoderView(decoder, exits=exits), prefix, ROWS, options)
-        found[name, fill] = [one for nbest in nbests for one in nbest]
-    expected, mapped, others = found.values()
-    assert [(one.tokens, one.depths) for one in mapped] == [(one.tokens, one.depths) for one in expected]
-    assert [one.score for one in mapped] == pytest.approx([one.score for one in expected], abs=1e-4)
-    assert [one.score for one in others] != pytest.approx([one.score for one in mapped], abs=1e-3)
-
-
-@pytest.mark.parametrize("exits", SOME, ids=lambda exits: exits.mode)
-@pytest.mark.parametrize("beam_size", [1, 4])
-def test_deferred_scores_are_the_whole_llms(
-    decoder: LLMDecoder, prefix: Tensor, exits: ExitOptions, beam_size: int
-) -> None:
-    view = DecoderView(decoder, exits=replace(exits, fill="deferred"))
-    options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=9, length_penalty=0.5, eos_ids=EOS)
-    early = 0
-    for row, nbest in enumerate(search(view, prefix, ROWS, options)):
-        assert nbest
-        for one in nbest:
-            embeds = torch.cat([prefix[row, : LENGTHS[row]], decoder.embed(torch.tensor(one.tokens))])[None]
-            with torch.no_grad():
-                log_probs = decoder.lm(inputs_embeds=embeds).logits[0, LENGTHS[row] - 1 : -1].log_softmax(-1)
-            own = log_probs.gather(1, torch.tensor(one.tokens)[:, None])[:, 0].tolist()
-            assert one.log_probs == pytest.approx(own, abs=1e-4)
-            assert one.score == pytest.approx(sum(own) / len(own) ** 0.5, abs=1e-4)
-            early += sum(depth < BLOCKS for depth in one.depths)
-            assert one.depths[-1] == BLOCKS  # no answer ends on a guess
-    assert early > 0
-
-
-def test_deferred_runs_each_node_through_each_block_once(
-    decoder: LLMDecoder, prefix: Tensor, rows_run: list[list[int]]
-) -> None:
-    decoder.fused_blocks()  # made, and checked, before anything is counted
-    for exits in SOME:
-        rows_run.clear()
-        view = DecoderView(decoder, exits=replace(exits, fill="deferred"))
-        search(view, prefix, ROWS, BeamOptions(beam_size=1, max_new_tokens=9, eos_ids=()))
-        nodes = len(ROWS) * 8
-        assert list(map(sum, rows_run)) == [sum(LENGTHS) + nodes] * (BLOCKS - 1) + [len(ROWS) + nodes]
-
-
 def test_rows_that_left_cost_nothing_more(decoder: LLMDecoder, prefix: Tensor, rows_run: list[list[int]]) -> None:
     """Rows run through each block are those that the depths tell of, whatever leaves where."""
     decoder.fused_blocks()  # made, and checked, before anything is counted
@@ -247,7 +183,7 @@ def test_rows_that_left_cost_nothing_more(decoder: LLMDecoder, prefix: Tensor, r
         assert run == expected and run[-1] < run[0]
 
 
-@pytest.mark.parametrize("kind", range(1, len(SOME) + 4))
+@pytest.mark.parametrize("kind", range(1, len(SOME) + 2))
 def test_tokens_leave_at_several_depths(decoder: LLMDecoder, prefix: Tensor, calibration: Path, kind: int) -> None:
     exits = everyone(calibration)[kind]
     view = DecoderView(decoder, exits=exits)
@@ -291,21 +227,11 @@ def test_measures() -> None:
         ({"mode": "gate"}, "needs calibration"),
         ({"mode": "fixed", "layers": (1,), "threshold": 0.5}, "fixed has none"),
         ({"mode": "patience", "layers": (1, 2), "patience": 2.0}, "patience"),
-        ({"mode": "fixed", "layers": (1,), "fill": "guess"}, "fill"),
-        ({"mode": "fixed", "layers": (1,), "fill": "map"}, "map needs calibration"),
     ],
 )
 def test_bad_options(decoder: LLMDecoder, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DecoderView(decoder, exits=ExitOptions(**options))
-
-
-def test_maps_must_be_there(decoder: LLMDecoder, calibration: Path, tmp_path: Path) -> None:
-    bare = tmp_path / "bare.safetensors"
-    stored = Calibration.load(calibration, decoder.width)
-    replace(stored, layers=(1, 2), fills=None).save(bare, Judgement(0.6, 0.5, 0.9, 2.0, 1.2))
-    with pytest.raises(ConfigError, match=r"no maps for \[1\]; use --fill_maps"):
-        DecoderView(decoder, exits=ExitOptions("fixed", (1,), calibration=str(bare), fill="map"))
 
 
 def test_one_view_does_not_change_another(decoder: LLMDecoder, prefix: Tensor) -> None:

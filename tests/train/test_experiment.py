@@ -1,36 +1,142 @@
-"""An experiment directory belongs to one configuration and one set of data."""
+"""An experiment: its merged configuration, what is found before anything is computed, what it may be continued with."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tiny_model import write_data
+from tiny_model import tiny_config, train_args, write_data
 
+from pam_espnet.bin import pam_cache_features, pam_estimate, pam_train, pam_warm_start
+from pam_espnet.config import load_yaml, write_config
 from pam_espnet.data.tables import read_table, write_table
-from pam_espnet.errors import DataError
-from pam_espnet.train.experiment import begin_experiment
+from pam_espnet.errors import ConfigError, DataError
+from pam_espnet.train.experiment import Experiment, check_config, merged_config
 
 
-def test_the_same_again_is_fine_and_anything_else_is_named(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_data(root, "train", size=1)
+    write_data(root, "dev", size=1, seed=1)
+    return root
+
+
+def test_the_same_again_is_fine_and_anything_else_is_named(tiny_llm_dir: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path, "train", size=1)
-    config = {"optim_conf": {"lr": 0.1}, "max_epoch": 3, "resources": {"disk_gb": 1}}
-    begin_experiment(tmp_path / "exp", config, [data])
-    begin_experiment(tmp_path / "exp", {**config, "resources": {"disk_gb": 9}}, [data])
+    config = {**tiny_config(tiny_llm_dir), "optim_conf": {"lr": 0.1}, "max_epoch": 3, "resources": {"disk_gb": 1}}
+
+    def begin(name: str, **changes: Any) -> None:
+        Experiment(tmp_path / name, data, data, None, {**config, **changes}).begin()
+
+    begin("exp")
+    begin("exp", resources={"disk_gb": 9})
     with pytest.raises(DataError, match=r"optim_conf\.lr.*\n.*--tag"):
-        begin_experiment(tmp_path / "exp", {**config, "optim_conf": {"lr": 0.2}}, [data])
+        begin("exp", optim_conf={"lr": 0.2})
     with pytest.raises(DataError, match="max_epoch"):
-        begin_experiment(tmp_path / "exp", {"optim_conf": {"lr": 0.1}}, [data])
+        begin("exp", max_epoch=4)
     wordings = tmp_path / "asr.txt"
-    asked = {**config, "prompt_files": {"asr": str(wordings)}}
+    asked = {"prompt_files": {"asr": str(wordings)}}
     with pytest.raises(DataError, match="no such prompt file"):
-        begin_experiment(tmp_path / "asked", asked, [data])
+        begin("asked", **asked)
     wordings.write_text("Transcribe the speech.\n")
-    begin_experiment(tmp_path / "asked", asked, [data])
+    begin("asked", **asked)
     wordings.write_text("Write the words down.\n")
     with pytest.raises(DataError, match=r"prompt_files_sha256\.asr"):
-        begin_experiment(tmp_path / "asked", asked, [data])
+        begin("asked", **asked)
     text = read_table(data / "text")
     write_table(data / "text", {**text, next(iter(text)): "something else"})
     with pytest.raises(DataError, match=r"data\.train\.tables"):
-        begin_experiment(tmp_path / "exp", config, [data])
+        begin("exp")
+
+
+def test_an_encoder_alone_is_what_its_own_file_was(tmp_path: Path) -> None:
+    """The configuration of ``single:two`` is the one that version 0.1 had in conf/fusion/single_two.yaml."""
+    write_config({"frontend_conf": {"encoders": {"one": {"a": 1}, "two": {"b": 2}}}}, tmp_path / "train.yaml")
+    write_config({"frontend_conf": {"fusion": "single"}}, tmp_path / "single.yaml")
+    files = [tmp_path / "train.yaml", tmp_path / "single.yaml"]
+    alone = merged_config(files, ["frontend_conf.fusion_conf.encoder=two"])
+    assert alone == {"frontend_conf": {"encoders": {"two": {"b": 2}}, "fusion": "single"}}
+    with pytest.raises(ConfigError, match="single:three: no such encoder; frontend_conf.encoders has one, two"):
+        merged_config(files, ["frontend_conf.fusion_conf.encoder=three"])
+
+
+def put(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    *outer, last = key.split("/")
+    for part in outer:
+        config = config.setdefault(part, {})
+    config[last] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("max_epochs", 3, "'max_epochs': nothing reads it; did you mean 'max_epoch'"),
+        ("llm", "downloads/models/none", "stage 1"),
+        ("llm_conf/lorra", {}, "lorra"),
+        ("llm_conf/lora/target_modules", ["q_proj", "v_porj"], "no module 'v_porj'; its linear layers are .*v_proj"),
+        ("llm_conf/lora/r", 0, "lora.r: 0"),
+        ("llm_conf/lora/dropout", 1.5, "lora.dropout: 1.5"),
+        ("llm_conf/lora/alpha", "32", "lora.alpha: '32'"),
+        ("frontend_conf/encoders/two/path", "downloads/none/here", "no model folder downloads/none/here"),
+        ("frontend_conf/encoders/two/type", "whispper", "unknown encoder 'whispper'"),
+        ("frontend_conf/encoders/two/layerz", [1], "encoders.two: .*layerz"),
+        ("frontend_conf/fusion", "pan", "unknown 'pan'"),
+        ("frontend_conf/mask_conf", {"spam": 1}, "mask_conf.*spam"),
+        ("model_conf/exit_wait", 1, "exit_wait"),
+        ("model_conf", 3, "'model_conf': must be a mapping"),
+        ("batching_conf", {"size": 4}, "batching_conf.*size"),
+        ("warm_start_conf", {"steps": 0}, "warm_start_conf"),
+    ],
+)
+def test_what_would_end_training_later_is_found_first(tiny_llm_dir: Path, key: str, value: Any, said: str) -> None:
+    config = tiny_config(tiny_llm_dir)
+    check_config(config)
+    put(config, key, value)
+    with pytest.raises(ConfigError, match=said):
+        check_config(config)
+
+
+@pytest.mark.parametrize("command", [pam_estimate, pam_cache_features, pam_warm_start, pam_train])
+def test_every_command_checks_before_it_computes(
+    command: Any, data: Path, tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tiny_llm_dir)
+    config["llm_conf"]["lora"]["target_modules"] = ["q_proj", "v_porj"]
+    write_config(config, tmp_path / "given.yaml")
+    words = train_args(data, tmp_path / "given.yaml", tmp_path / "exp", tmp_path / "feats")
+    words = [word for word in words if word not in ("--num_workers", "0")]
+    with pytest.raises(ConfigError, match="v_porj"):
+        command.main(words)
+    assert not (tmp_path / "feats").exists() and not list((tmp_path / "exp").glob("[!.]*"))
+
+
+def test_changes_reach_espnet_and_another_learning_rate_is_refused(
+    data: Path, tiny_llm_dir: Path, tmp_path: Path
+) -> None:
+    write_config({**tiny_config(tiny_llm_dir), "optim": "sgd"}, tmp_path / "given.yaml")
+    best = "best_model_criterion=[[valid,loss_answer,min]]"
+    words = [*train_args(data, tmp_path / "given.yaml", tmp_path / "exp"), "--set", best, "max_epoch=1"]
+    assert pam_train.main([*words, "optim_conf.lr=0.1", "--log_interval", "7"]) == 0
+    config = load_yaml(tmp_path / "exp/config.yaml")
+    assert (config["max_epoch"], config["log_interval"], config["optim_conf"]["lr"]) == (1, 7, 0.1)
+    before = (tmp_path / "exp/train.yaml").read_bytes()
+    with pytest.raises(DataError, match=r"changed: config\.optim_conf\.lr"):
+        pam_train.main([*words, "optim_conf.lr=0.2"])
+    assert (tmp_path / "exp/train.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["pam_train", "pam_warm_start", "pam_cache_features", "pam_estimate"])
+def test_help_imports_nothing_heavy(name: str) -> None:
+    code = (
+        f"import sys\nfrom pam_espnet.bin.{name} import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'espnet2', 'transformers', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "--train DIR" in done.stdout and "--set" in done.stdout

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_model import tiny_config, train_args
 
-from pam_espnet.config import write_config
+from pam_espnet.config import load_yaml, write_config
 from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import read_trained
 
@@ -29,13 +29,14 @@ TRAINING = {
 }
 
 
-def run(root: Path, llm: Path, output: Path, features: dict[str, Path] | None = None, **changes: Any) -> Path:
+def run(root: Path, llm: Path, output: Path, features: Path | None = None, **changes: Any) -> Path:
     from pam_espnet.bin.pam_train import main
 
     config = {**tiny_config(llm), **TRAINING, **changes}
     output.mkdir(parents=True, exist_ok=True)
-    write_config(config, output / "train.yaml")
-    assert main([*train_args(root, output / "train.yaml", output, features), "--resume", "true"]) == 0
+    write_config(config, output / "given.yaml")
+    (output / "key.json").unlink(missing_ok=True)  # it would refuse the changes with which tests stop a run
+    assert main(train_args(root, output / "given.yaml", output, features)) == 0
     return output
 
 
@@ -125,18 +126,18 @@ def test_another_model_does_not_resume(unbroken: Path, data: Path, tiny_llm_dir:
 def test_cached_features_give_the_loss_of_waveforms(
     unbroken: Path, data: Path, tiny_llm_dir: Path, tmp_path: Path
 ) -> None:
-    from pam_espnet.config import add_specs
-    from pam_espnet.frontend.caching import cache_encoder
+    from pam_espnet.bin.pam_cache_features import main as cache_features
 
-    config = tiny_config(tiny_llm_dir)
-    features = {}
-    for name in ("one", "two"):
-        for part in ("train", "dev"):
-            cache_encoder(name, config["frontend_conf"], data / "dump" / part, tmp_path / "feats")
-        features[name] = tmp_path / "feats" / name
-    with_specs = add_specs(config, tmp_path / "feats")
-    assert set(with_specs["frontend_conf"]["specs"]) == {"one", "two"}
-    exp = run(data, tiny_llm_dir, tmp_path / "exp", features, frontend_conf=with_specs["frontend_conf"])
+    exp = tmp_path / "exp"
+    exp.mkdir()
+    write_config({**tiny_config(tiny_llm_dir), **TRAINING}, exp / "given.yaml")
+    features = train_args(data, exp / "given.yaml", exp, tmp_path / "feats")
+    features = [word for word in features if word not in ("--num_workers", "0")]
+    with pytest.raises(ConfigError, match="make it with pam_cache_features"):
+        run(data, tiny_llm_dir, exp, tmp_path / "feats")
+    assert cache_features(features) == 0
+    run(data, tiny_llm_dir, exp, tmp_path / "feats")
+    assert set(load_yaml(exp / "config.yaml")["frontend_conf"]["specs"]) == {"one", "two"}
     for live, cached in zip(curve(unbroken), curve(exp), strict=True):
         assert cached["loss"] == pytest.approx(live["loss"], abs=2e-4)
 
@@ -164,8 +165,8 @@ def test_warm_start_then_training(data: Path, tiny_llm_dir: Path, tmp_path: Path
         "max_epoch": 1,
         "warm_start_conf": {"steps": 12, "save_every": 3, "report_every": 4},
     }
-    write_config(config, exp / "train.yaml")
-    args = train_args(data, exp / "train.yaml", exp)
+    write_config(config, exp / "given.yaml")
+    args = train_args(data, exp / "given.yaml", exp)
     assert warm_start(args) == 0
     lines = [json.loads(line) for line in (exp / "warm_start.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8, 12, 12] and lines[2]["loss"] < lines[0]["loss"]
@@ -176,7 +177,7 @@ def test_warm_start_then_training(data: Path, tiny_llm_dir: Path, tmp_path: Path
 
     from pam_espnet.bin.pam_train import main as train
 
-    assert train([*args, "--init_trained", str(exp / "warm_start.safetensors"), "--resume", "true"]) == 0
+    assert train([*args, "--init_trained", str(exp / "warm_start.safetensors")]) == 0
     trained = read_trained(exp / "model.safetensors")
     assert trained["ctc.blank"].shape == warm["ctc.blank"].shape
     assert all("loss_ctc" in entry for entry in curve(exp))
@@ -229,8 +230,8 @@ def test_warm_start_with_held_out_mixture_resumes_to_the_same_weights(
                 "losses": {"asr": "ctc", "count": "bag", "caption": "bag"}, "max_utterances": 4,
             },
         }  # fmt: skip
-        write_config(config, exp / "train.yaml")
-        assert warm_start(train_args(data, exp / "train.yaml", exp)) == 0
+        write_config(config, exp / "given.yaml")
+        assert warm_start(train_args(data, exp / "given.yaml", exp)) == 0
         return exp / "warm_start.safetensors"
 
     whole = read_trained(start("whole"))

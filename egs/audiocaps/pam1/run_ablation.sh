@@ -5,6 +5,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 exec ../../TEMPLATE/pam1/fusions.sh \
     --size v1 \
-    --fusions "pam single_whisper single_wavlm single_wav2vec2 single_ast average concat static" \
+    --fusions "pam single:whisper single:wavlm single:wav2vec2 single:ast average concat static" \
     --title "AudioCaps SIZE.0: ways to combine encoders" \
     "$@"

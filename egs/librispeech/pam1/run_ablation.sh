@@ -6,6 +6,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 exec ../../TEMPLATE/pam1/fusions.sh \
     --size clean100 \
-    --fusions "pam single_whisper single_wavlm single_wav2vec2 average concat static" \
+    --fusions "pam single:whisper single:wavlm single:wav2vec2 average concat static" \
     --title "LibriSpeech SIZE: ways to combine encoders" \
     "$@"

@@ -2,8 +2,8 @@
 # One prompt-aware speech LLM for three tasks, on small real models and real recordings; see README.md.
 #   ./run.sh                                          everything, quick size
 #   ./run.sh --size full                              the larger corpus and a longer training
-#   ./run.sh --fusion average --stage 3               a control on the same data: single_whisper, single_yamnet,
-#                                                     single_pyannote, average, concat, static
+#   ./run.sh --fusion average --stage 3               a control on the same data: single:whisper, single:yamnet,
+#                                                     single:pyannote, average, concat, static
 #   ./run.sh --stage 4 --stop_stage 5                 decode and score again
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -7,6 +7,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 exec ../../TEMPLATE/pam1/fusions.sh \
     --size quick \
-    --fusions "pam single_whisper single_yamnet single_pyannote average concat static" \
+    --fusions "pam single:whisper single:yamnet single:pyannote average concat static" \
     --title "Mini corpus, size SIZE: ways to combine encoders" \
     "$@"

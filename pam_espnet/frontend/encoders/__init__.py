@@ -1,1 +1,1 @@
-"""Frozen audio encoders, one file each; ``registry.py`` names them."""
+"""Frozen audio encoders, one file each; their names are in ``registry.py``."""

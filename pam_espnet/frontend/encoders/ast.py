@@ -4,7 +4,7 @@ Dimension letters: B utterances, N samples, S spectrogram frames, F frequency bi
 Q patches over frequency, T encoder frames, D width.
 
 The network reads spectrograms of one fixed length (10.24 s as a rule): its positions are learnt, and what is missing is
-filled with zeros that its attention sees. So every window here has that length, whoever the neighbours are. A clip that
+filled with zeros that its attention sees. So every window here has that length, whatever the neighbours. A clip that
 fits into one window gives what transformers gives; a longer one, which transformers would cut, is read window by
 window, each beginning where the last one's patches end.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pam_espnet.errors import ConfigError
-from pam_espnet.frontend.encoders.base import AbsEncoder, load_pretrained, model_folder_or_id
+from pam_espnet.frontend.encoders.base import AbsEncoder, load_extractor, load_pretrained
 
 _WINDOW, _HOP = 400, 160  # samples of a spectrogram frame: 25 ms every 10 ms
 _RATE = 16000
@@ -51,10 +51,7 @@ class ASTEncoder(AbsEncoder):
         super().__init__()
         self.model = load_pretrained(ASTModel, path)
         config = self.model.config
-        try:
-            extractor = ASTFeatureExtractor.from_pretrained(model_folder_or_id(path))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"path: {path} has no preprocessor_config.json that can be read: {error}") from error
+        extractor = load_extractor(ASTFeatureExtractor, path)
         if extractor.sampling_rate != _RATE or extractor.num_mel_bins != config.num_mel_bins:
             raise ConfigError(
                 f"path: {path} reads {extractor.num_mel_bins} mel bins at {extractor.sampling_rate} Hz; expected are "
@@ -77,7 +74,7 @@ class ASTEncoder(AbsEncoder):
 
     def output_lengths(self, num_samples: Tensor) -> Tensor:
         """Frames (B,): one for each step of the patches begun."""
-        return (num_samples + self._samples - 1) // self._samples
+        return -(-num_samples // self._samples)
 
     def hidden_states(self, wave: Tensor, lengths: Tensor) -> Sequence[Tensor]:
         """Hidden states 0..max(layers), each (B,T,D)."""

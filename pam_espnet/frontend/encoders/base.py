@@ -3,8 +3,8 @@
 Dimension letters: B utterances, N samples, T encoder frames, H hidden layers, D width.
 
 A new encoder subclasses :class:`AbsEncoder`, builds its network in ``__init__``, ends with ``self.finish(...)`` and
-implements two methods, ``output_lengths`` and ``hidden_states``. What all encoders share is done here: frozen weights,
-choice of layers, silence beyond each utterance's end going in and zeros coming out.
+implements two methods, ``output_lengths`` and ``hidden_states``. The base class freezes the weights, chooses layers and
+sets everything beyond each utterance's end to zero, in the waveform and in the hidden states.
 
 The promise: an utterance's hidden states do not depend on its neighbours in the batch (padded = unpadded). The base
 class cannot keep it alone: ``hidden_states`` has to mask after every convolution, normalise and attend within each
@@ -16,9 +16,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,6 @@ from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import read_json
 
 MODEL_STAGE = "./run.sh --stage 1 --stop_stage 1"
-_weightless: ContextVar[bool] = ContextVar("weightless", default=False)
 
 
 class AbsEncoder(torch.nn.Module, ABC):
@@ -41,6 +38,7 @@ class AbsEncoder(torch.nn.Module, ABC):
         width: D, the width of every hidden state.
         layers: which hidden states of the model are emitted (0 = what enters the first block).
         num_layers: H, how many are emitted.
+        layer_widths: optional, see ``EncoderSpec``.
     """
 
     sample_rate: int
@@ -58,8 +56,7 @@ class AbsEncoder(torch.nn.Module, ABC):
             layers: indices of the hidden states to emit, in this order; None for all of them.
             available: how many hidden states the model has.
             width: D.
-            frame_rate: Hz.
-            sample_rate: Hz.
+            frame_rate, sample_rate: Hz.
 
         Raises:
             ConfigError: an index out of range or given twice.
@@ -77,18 +74,18 @@ class AbsEncoder(torch.nn.Module, ABC):
 
     @abstractmethod
     def output_lengths(self, num_samples: Tensor) -> Tensor:
-        """Frames (B,) that come out of clips of ``num_samples`` (B,); both integers, at least 1."""
+        """Frames (B,) of clips of ``num_samples`` (B,); both integers, at least 1."""
 
     @abstractmethod
     def hidden_states(self, wave: Tensor, lengths: Tensor) -> Sequence[Tensor]:
         """All hidden states, or those up to ``max(self.layers)``, each (B,T,D).
 
+        T must be at least the largest of ``output_lengths(lengths)``; the caller drops what is beyond an utterance's
+        own frames.
+
         Args:
             wave: (B,N) float32 in [-1, 1], zero beyond each utterance's length.
             lengths: (B,) samples, on the same device.
-
-        T must be at least the largest of ``output_lengths(lengths)``; what lies beyond an utterance's own frames is
-        thrown away by the caller.
         """
 
     @torch.no_grad()
@@ -96,7 +93,7 @@ class AbsEncoder(torch.nn.Module, ABC):
         """Hidden states (B,H,T,D) of the chosen layers, zero beyond each utterance's frames, and the frames (B,).
 
         Args:
-            wave: (B,N) float32 in [-1, 1]; anything may stand beyond an utterance's length.
+            wave: (B,N) float32 in [-1, 1]; anything beyond an utterance's length.
             lengths: (B,) samples.
         """
         if wave.dim() != 2 or lengths.shape != wave.shape[:1]:
@@ -137,7 +134,7 @@ def model_folder(path: str | Path) -> Path:
     """The local folder of a converted model.
 
     Raises:
-        ConfigError: no such folder; says which recipe stage makes it.
+        ConfigError: no such folder; names the recipe's stage that makes it.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -162,16 +159,6 @@ def model_folder_or_id(path: str | Path) -> str:
     return str(model_folder(path))
 
 
-@contextmanager
-def without_weights() -> Iterator[None]:
-    """Within it ``load_pretrained`` reads no weights: models have their shapes alone, on torch's meta device."""
-    token = _weightless.set(True)
-    try:
-        yield
-    finally:
-        _weightless.reset(token)
-
-
 def load_pretrained(cls: Any, path: str | Path, **options: Any) -> Any:
     """``cls.from_pretrained`` of a transformers class, in float32, with every weight it needs.
 
@@ -188,8 +175,6 @@ def load_pretrained(cls: Any, path: str | Path, **options: Any) -> Any:
     from transformers.utils import logging
 
     source = model_folder_or_id(path)
-    if _weightless.get():
-        return _of_config(cls, source)
     # Its own report would list every weight that is rightly left out (a decoder, a pre-training head) as a warning.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -208,16 +193,16 @@ def load_pretrained(cls: Any, path: str | Path, **options: Any) -> Any:
     return model
 
 
-def _of_config(cls: Any, source: str) -> Any:
-    """A transformers model by its ``config.json`` alone, on the meta device."""
-    from transformers import AutoConfig
+def load_extractor(cls: Any, path: str | Path) -> Any:
+    """``cls.from_pretrained`` of a transformers feature extractor, for its sampling rate and normalisation.
 
+    Raises:
+        ConfigError: the model has no readable preprocessor_config.json.
+    """
     try:
-        config = AutoConfig.from_pretrained(source)
+        return cls.from_pretrained(model_folder_or_id(path))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"path: no configuration of {source}: {error}") from error
-    with torch.device("meta"):
-        return cls.from_config(config) if hasattr(cls, "from_config") else cls._from_config(config)
+        raise ConfigError(f"path: {path} has no preprocessor_config.json that can be read: {error}") from error
 
 
 def load_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -236,4 +221,19 @@ def load_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: incomplete model folder ({error})\n  -> delete it and make it again: {MODEL_STAGE}"
+        ) from error
+
+
+def load_weights(net: torch.nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Fill ``net`` from ``tensors`` of the folder ``path``.
+
+    Raises:
+        CheckpointError: names or shapes differ; lists them.
+    """
+    try:
+        net.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path}/model.safetensors does not fit {type(net).__name__}: {error}\n"
+            f"  -> delete the folder and make it again: {MODEL_STAGE}"
         ) from error

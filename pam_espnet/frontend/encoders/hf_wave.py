@@ -3,7 +3,7 @@
 Dimension letters: B utterances, N samples, T encoder frames, D width.
 
 These networks differ in what padding does to them. Where every frame depends on its own samples and on frames that an
-attention mask can shut out, a batch runs at once. The others (a group norm over time in the feature extractor, as in
+attention mask can exclude, a batch runs at once. The others (a group norm over time in the feature extractor, as in
 the base sizes; stacked positional convolutions, as in data2vec) would let an utterance's neighbours change it: they
 run once per distinct length, unpadded. Sort batches by length where that matters.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pam_espnet.errors import ConfigError
-from pam_espnet.frontend.encoders.base import AbsEncoder, load_pretrained, model_folder_or_id, padding_mask
+from pam_espnet.frontend.encoders.base import AbsEncoder, load_extractor, load_pretrained, padding_mask
 
 # Families in which an attention mask makes padding harmless, given layer norms in the feature extractor.
 _MASKABLE = ("wav2vec2", "hubert", "wavlm")
@@ -52,10 +52,7 @@ class HFWaveEncoder(AbsEncoder):
         if getattr(config, "add_adapter", False):
             # Convolutions for fine-tuning that lower the frame rate of the last hidden state alone.
             config.add_adapter, self.model.adapter = False, None
-        try:
-            extractor = AutoFeatureExtractor.from_pretrained(model_folder_or_id(path))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"path: {path} has no preprocessor_config.json that can be read: {error}") from error
+        extractor = load_extractor(AutoFeatureExtractor, path)
         self._normalize = bool(extractor.do_normalize)
         self._maskable = (
             config.model_type in _MASKABLE

@@ -1,4 +1,4 @@
-"""pyannote segmentation 3.0: who speaks when, up to two of three voices at once (Plaquet & Bredin, Interspeech 2023).
+"""pyannote segmentation 3.0: up to two of three voices at once over time (Plaquet & Bredin, Interspeech 2023).
 
 SincNet (Ravanelli & Bengio, 2018) on the waveform, four bidirectional LSTM layers, two linear layers, and seven
 "powerset" classes: silence, each of three speakers alone, each pair of them. Trained on windows of 10 s; here it runs
@@ -10,6 +10,7 @@ Dimension letters: B utterances, N samples, S frames of the network, T encoder f
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -17,8 +18,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from pam_espnet.frontend.encoders.base import AbsEncoder, load_folder, padding_mask
-from pam_espnet.frontend.encoders.converted import average_to_grid, load_weights
+from pam_espnet.frontend.encoders.base import AbsEncoder, load_folder, load_weights, padding_mask
 
 SAMPLE_RATE = 16000  # Hz
 KERNEL, STRIDE, POOL = 251, 10, 3  # of the sinc filters (samples) and of the pooling behind each convolution
@@ -40,7 +40,7 @@ class MaskedInstanceNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
-        """(B,C,S) and (B,) -> (B,C,S); what stands beyond an utterance's end has no meaning."""
+        """(B,C,S) and (B,) -> (B,C,S); values beyond an utterance's end have no meaning."""
         beyond = padding_mask(lengths, hidden.shape[2])[:, None]
         count = lengths[:, None, None]
         centred = hidden - hidden.masked_fill(beyond, 0.0).sum(2, keepdim=True) / count
@@ -72,8 +72,7 @@ class PyanNet(nn.Module):
         super().__init__()
         self.wave_norm = MaskedInstanceNorm(1)
         self.sinc = nn.Conv1d(1, num_filters, KERNEL, stride=STRIDE, bias=False)
-        self.convs = nn.ModuleList([nn.Conv1d(num_filters, channels, CONV_KERNEL)])
-        self.convs.append(nn.Conv1d(channels, channels, CONV_KERNEL))
+        self.convs = nn.ModuleList(nn.Conv1d(wide, channels, CONV_KERNEL) for wide in (num_filters, channels))
         self.norms = nn.ModuleList(MaskedInstanceNorm(wide) for wide in (num_filters, channels, channels))
         sizes = [channels] + [2 * lstm_width] * (num_lstm_layers - 1)
         self.lstms = nn.ModuleList(nn.LSTM(size, lstm_width, batch_first=True, bidirectional=True) for size in sizes)
@@ -104,18 +103,39 @@ class PyanNet(nn.Module):
 
     def states(self, wave: Tensor, lengths: Tensor) -> Iterator[Tensor]:
         """SincNet, each LSTM layer, both linear layers, class posteriors: (B,S,·) each, computed as asked for."""
-        hidden = self.sincnet(wave, lengths)
-        yield hidden
+        yield (hidden := self.sincnet(wave, lengths))
         # Packed, so that the backward direction starts at each utterance's own end.
         frames = self.frame_lengths(lengths).cpu()
         packed = pack_padded_sequence(hidden, frames, batch_first=True, enforce_sorted=False)
         for lstm in self.lstms:
             packed, _ = lstm(packed)
-            hidden, _ = pad_packed_sequence(packed, batch_first=True)
-            yield hidden
+            yield (hidden := pad_packed_sequence(packed, batch_first=True)[0])
         for linear in self.linears:
             yield (hidden := functional.leaky_relu(linear(hidden)))
         yield self.classifier(hidden).softmax(-1)
+
+
+def average_to_grid(states: Tensor, lengths: Tensor, num_cells: int) -> Tensor:
+    """(B,S,D) of native frames -> (B,T,D), T = ``num_cells``: the mean of the frames whose centres lie in each cell.
+
+    Cell t is [t, t + 1) * ``CELL`` samples, so its frames depend on its index alone and not on an utterance's
+    neighbours. A cell without a frame of its utterance (only at the end of a clip) repeats the nearest one.
+
+    Args:
+        states: (B,S,D).
+        lengths: (B,) native frames of each utterance, at least 1.
+        num_cells: T.
+    """
+    edges = torch.arange(num_cells + 1, device=states.device) * CELL - RECEPTIVE_FIELD // 2
+    first = (-(-edges // NATIVE_HOP)).clamp_min(0)  # first frame at or after each edge
+    start = torch.minimum(first[None, :-1], lengths[:, None] - 1)
+    stop = torch.maximum(torch.minimum(first[None, 1:], lengths[:, None]), start + 1)
+    total = torch.zeros_like(states[:, :1]).repeat(1, num_cells, 1)
+    for offset in range(math.ceil(CELL / NATIVE_HOP)):
+        index = (start + offset)[:, :, None]
+        picked = states.gather(1, index.clamp_max(states.shape[1] - 1).expand(-1, -1, states.shape[2]))
+        total += picked.masked_fill(index >= stop[:, :, None], 0.0)
+    return total / (stop - start)[:, :, None]
 
 
 class PyannoteEncoder(AbsEncoder):
@@ -126,8 +146,8 @@ class PyannoteEncoder(AbsEncoder):
     samples, 62 ms) are padded with silence.
 
     Args:
-        path: local folder with ``config.json`` (the arguments of :class:`PyanNet`) and ``model.safetensors``, as
-            ``pam_espnet.convert.pyannote_segmentation`` writes it.
+        path: local folder with ``config.json`` (the arguments of :class:`PyanNet`) and ``model.safetensors``, as the
+            mini recipe makes it (``local/pyannote_segmentation.py``).
         layers: hidden states to emit, 0 to 7; None for all.
 
     Raises:
@@ -146,7 +166,7 @@ class PyannoteEncoder(AbsEncoder):
 
     def output_lengths(self, num_samples: Tensor) -> Tensor:
         """One frame for each begun 640 samples."""
-        return (num_samples + CELL - 1) // CELL
+        return -(-num_samples // CELL)
 
     def hidden_states(self, wave: Tensor, lengths: Tensor) -> list[Tensor]:
         """(B,T,D) per layer; see the base class."""
@@ -156,8 +176,6 @@ class PyannoteEncoder(AbsEncoder):
         num_cells = int(self.output_lengths(lengths).max())
         emitted = []
         for state in itertools.islice(self.net.states(wave, seen), max(self.layers) + 1):
-            cells = average_to_grid(
-                state, frames, hop=NATIVE_HOP, centre=RECEPTIVE_FIELD // 2, cell=CELL, num_cells=num_cells
-            )
+            cells = average_to_grid(state, frames, num_cells)
             emitted.append(functional.pad(cells, (0, self.width - cells.shape[2])))
         return emitted

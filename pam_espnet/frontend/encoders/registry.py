@@ -6,6 +6,7 @@ import importlib
 import inspect
 from typing import Any
 
+from pam_espnet.config import LAST_COMMIT
 from pam_espnet.errors import ConfigError
 from pam_espnet.frontend.encoders.base import AbsEncoder
 
@@ -18,8 +19,25 @@ ENCODERS: dict[str, str] = {
     "ast": f"{_HERE}.ast:ASTEncoder",
     "yamnet": f"{_HERE}.yamnet:YAMNetEncoder",
     "pyannote": f"{_HERE}.pyannote:PyannoteEncoder",
-    "ge2e": f"{_HERE}.ge2e:GE2EEncoder",
 }
+
+
+def encoder_target(type: str) -> str:
+    """The import path behind a registered name, or ``type`` itself where it is one.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if ":" in type:
+        return type
+    if type == "ge2e":
+        raise ConfigError(f"type: encoder 'ge2e' is no longer supported; the last commit that had it is {LAST_COMMIT}")
+    if type not in ENCODERS:
+        raise ConfigError(
+            f"type: unknown encoder {type!r}; known are {', '.join(sorted(ENCODERS))}, "
+            "or an import path such as my_module:MyEncoder"
+        )
+    return ENCODERS[type]
 
 
 def encoder_class(type: str) -> type[AbsEncoder]:
@@ -28,12 +46,7 @@ def encoder_class(type: str) -> type[AbsEncoder]:
     Raises:
         ConfigError: unknown name, or an import path that leads nowhere or to something that is no encoder.
     """
-    target = type if ":" in type else ENCODERS.get(type)
-    if target is None:
-        raise ConfigError(
-            f"type: unknown encoder {type!r}; known are {', '.join(sorted(ENCODERS))}, "
-            "or an import path such as my_module:MyEncoder"
-        )
+    target = encoder_target(type)
     module, _, name = target.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
@@ -49,7 +62,7 @@ def build_encoder(type: str, **options: Any) -> AbsEncoder:
 
     Args:
         type: a key of ``ENCODERS``, or ``module:Class``.
-        options: what its ``__init__`` takes: ``path`` (a local model folder), ``layers`` and its own.
+        options: of its ``__init__``: ``path`` (a local model folder), ``layers`` and its own.
 
     Raises:
         ConfigError: unknown type or option, missing model folder, layer out of range.

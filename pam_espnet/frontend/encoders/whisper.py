@@ -75,15 +75,8 @@ class WhisperEncoder(AbsEncoder):
         )
         config = self.model.config
         self._longest = int(config.max_source_positions) * _FRAME
-        filters = mel_filter_bank(
-            num_frequency_bins=_FFT // 2 + 1,
-            num_mel_filters=config.num_mel_bins,
-            min_frequency=0.0,
-            max_frequency=_SAMPLE_RATE / 2,
-            sampling_rate=_SAMPLE_RATE,
-            norm="slaney",
-            mel_scale="slaney",
-        )
+        bins, top = _FFT // 2 + 1, _SAMPLE_RATE / 2
+        filters = mel_filter_bank(bins, config.num_mel_bins, 0.0, top, _SAMPLE_RATE, norm="slaney", mel_scale="slaney")
         self.register_buffer("_filters", torch.from_numpy(filters.T).float(), persistent=False)
         self.register_buffer("_hann", torch.hann_window(_FFT), persistent=False)
         self.finish(
@@ -96,7 +89,7 @@ class WhisperEncoder(AbsEncoder):
 
     def output_lengths(self, num_samples: Tensor) -> Tensor:
         """Frames (B,) of clips of ``num_samples`` (B,): one for each 20 ms begun."""
-        return (num_samples + _FRAME - 1) // _FRAME
+        return -(-num_samples // _FRAME)
 
     def hidden_states(self, wave: Tensor, lengths: Tensor) -> Sequence[Tensor]:
         """Hidden states 0..max(layers), each (B,T,D).

@@ -1,7 +1,7 @@
 """YAMNet: sound events, after Google's AudioSet tagger (TensorFlow Models, research/audioset/yamnet).
 
 The published network tags patches of 0.96 s. Here it runs fully convolutionally over the whole clip and emits the
-output of each of its 14 blocks; the layer that names the 521 classes is not used and not loaded.
+output of each of its 14 blocks; the classifier of 521 classes is not loaded.
 
 Dimension letters: B utterances, N samples, S mel frames, T encoder frames, F frequency bins, C channels, D width.
 """
@@ -9,6 +9,7 @@ Dimension letters: B utterances, N samples, S mel frames, T encoder frames, F fr
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,8 +17,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from pam_espnet.errors import ConfigError
-from pam_espnet.frontend.encoders.base import AbsEncoder, load_folder, padding_mask
-from pam_espnet.frontend.encoders.converted import htk_mel_filters, load_weights
+from pam_espnet.frontend.encoders.base import AbsEncoder, load_folder, load_weights, padding_mask
 
 CHANNELS = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
 STRIDES = (2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
@@ -44,6 +44,8 @@ class YAMNet(nn.Module):
     window: Tensor
 
     def __init__(self, channels: Sequence[int] = CHANNELS, strides: Sequence[int] = STRIDES) -> None:
+        from transformers.audio_utils import mel_filter_bank
+
         super().__init__()
         self.channels, self.strides = tuple(channels), tuple(strides)
         self.first = nn.Conv2d(1, channels[0], 3, stride=strides[0])
@@ -52,8 +54,10 @@ class YAMNet(nn.Module):
             for wide, stride in zip(channels[:-1], strides[1:], strict=True)
         )
         self.pointwise = nn.ModuleList(nn.Conv2d(wide, out, 1) for wide, out in itertools.pairwise(channels))
-        mel_filters = htk_mel_filters(NUM_MELS, FFT_SIZE, LOW, HIGH, SAMPLE_RATE)
-        self.register_buffer("mel_filters", mel_filters, persistent=False)
+        filters = mel_filter_bank(  # (257,64): TensorFlow's triangles, of height 1 and straight in mel
+            FFT_SIZE // 2 + 1, NUM_MELS, LOW, HIGH, SAMPLE_RATE, mel_scale="htk", triangularize_in_mel_space=True
+        )
+        self.register_buffer("mel_filters", torch.from_numpy(filters).float(), persistent=False)
         self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
 
     def log_mel(self, wave: Tensor) -> Tensor:
@@ -68,28 +72,28 @@ class YAMNet(nn.Module):
             log_mel: (B,S,F), S a multiple of ``PERIOD``.
             lengths: (B,) own mel frames, multiples of ``PERIOD``.
         """
-        hidden = _silence(log_mel[:, None], lengths)
+        hidden = _zero_beyond(log_mel[:, None], lengths)
         hidden = functional.relu(self.first(_pad_same(hidden, self.strides[0])))
         lengths = lengths // self.strides[0]
-        yield (hidden := _silence(hidden, lengths))
+        yield (hidden := _zero_beyond(hidden, lengths))
         for depthwise, pointwise, stride in zip(self.depthwise, self.pointwise, self.strides[1:], strict=True):
             hidden = functional.relu(depthwise(_pad_same(hidden, stride)))
             hidden = functional.relu(pointwise(hidden))
             lengths = lengths // stride
             # Zero is what the next block's padding would hold if the utterance were alone.
-            yield (hidden := _silence(hidden, lengths))
+            yield (hidden := _zero_beyond(hidden, lengths))
 
 
 class YAMNetEncoder(AbsEncoder):
     """The 14 blocks of YAMNet at 6.25 Hz, each 1024 wide.
 
     A block's C channels times its F frequency bins is 1024 or 2048: averaging neighbouring bins until the product is
-    1024 gives all blocks one width without padding, and keeps from the early blocks, which have few channels, where in
-    the spectrum something happens. Faster blocks are averaged over time, the slower last two (3.125 Hz) repeated.
+    1024 gives all blocks one width without padding, and keeps of the early blocks, which have few channels, at which
+    frequencies something happens. Faster blocks are averaged over time, the slower last two (3.125 Hz) repeated.
 
     Args:
-        path: local folder with ``config.json`` (``channels``, ``strides``) and ``model.safetensors``, as
-            ``pam_espnet.convert.yamnet_onnx`` writes it.
+        path: local folder with ``config.json`` (``channels``, ``strides``) and ``model.safetensors``, as the mini
+            recipe makes it (``local/yamnet_onnx.py``).
         layers: blocks to emit, 0 to 13; None for all.
 
     Raises:
@@ -102,9 +106,7 @@ class YAMNetEncoder(AbsEncoder):
         config, tensors = load_folder(path)
         self.net = YAMNet(config["channels"], config["strides"])
         load_weights(self.net, tensors, path)
-        total = 1
-        for stride in self.net.strides:
-            total *= stride
+        total = math.prod(self.net.strides)
         if total != PERIOD:
             raise ConfigError(f"{path}/config.json: the strides multiply to {total}, YAMNet's to {PERIOD}")
         rate = SAMPLE_RATE / (HOP * MEL_FRAMES_PER_FRAME)
@@ -112,13 +114,13 @@ class YAMNetEncoder(AbsEncoder):
 
     def output_lengths(self, num_samples: Tensor) -> Tensor:
         """One frame for each begun 2560 samples."""
-        return _ceil_div(num_samples, HOP * MEL_FRAMES_PER_FRAME)
+        return -(-num_samples // (HOP * MEL_FRAMES_PER_FRAME))
 
     def hidden_states(self, wave: Tensor, lengths: Tensor) -> list[Tensor]:
         """(B,T,D) per block; see the base class."""
         # Zeros behind a clip turn into log-mel silence. With a whole number of periods every stride meets an even
         # size, for which TensorFlow's SAME padding is always the same.
-        periods = _ceil_div(lengths, HOP * PERIOD)
+        periods = -(-lengths // (HOP * PERIOD))
         num_samples = int(periods.max()) * HOP * PERIOD + WINDOW - HOP
         log_mel = self.net.log_mel(functional.pad(wave, (0, num_samples - wave.shape[1])))
         blocks = itertools.islice(self.net.blocks(log_mel, periods * PERIOD), max(self.layers) + 1)
@@ -138,10 +140,6 @@ def _pad_same(hidden: Tensor, stride: int) -> Tensor:
     return functional.pad(hidden, (0, 1, 0, 1) if stride == 2 else (1, 1, 1, 1))
 
 
-def _silence(hidden: Tensor, lengths: Tensor) -> Tensor:
+def _zero_beyond(hidden: Tensor, lengths: Tensor) -> Tensor:
     """(B,C,S,F) with zeros at and beyond each utterance's length."""
     return hidden.masked_fill(padding_mask(lengths, hidden.shape[2])[:, None, :, None], 0.0)
-
-
-def _ceil_div(value: Tensor, divisor: int) -> Tensor:
-    return (value + divisor - 1) // divisor

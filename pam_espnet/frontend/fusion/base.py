@@ -1,10 +1,10 @@
-"""The contract every fusion meets, and the two sums they share.
+"""The contract every fusion meets, and what several of them share.
 
 Dimension letters: B utterances, U adapter frames, M encoders, E experts, H layers, D width, P prompt-vector width.
 
-A fusion works in two steps. ``route`` looks at the prompt alone, so that it is known before any audio is encoded
-which encoders are worth running. ``forward`` then combines the adapted streams of those encoders. A fusion knows
-nothing of encoders, waveforms or the LLM: it sees names, layer counts and tensors.
+A fusion works in two steps. ``route`` reads the prompt alone, so that it is known before any audio is encoded which
+encoders are worth running. ``forward`` then combines the adapted streams of those encoders. A fusion knows nothing of
+encoders, waveforms or the LLM: it gets names, layer counts and tensors.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,52 +20,62 @@ from torch import Tensor, nn
 from pam_espnet.frontend.fusion.routing import Routing
 
 
-class AbsFusion(nn.Module, ABC):
-    """Combines the adapted streams of M encoders into one.
+@dataclass(frozen=True)
+class FusionInputs:
+    """What every fusion is built for.
 
     Attributes:
-        names: the encoders in the order of ``num_layers``, of the streams and of the routing.
-        used: those whose stream this fusion can ever need.
-        learns_encoder_weights: whether encoders compete for weight. Only then does a skip threshold mean anything:
-            an encoder that a fusion combines by definition (average, concat, single) is never skipped.
-
-    Args:
         num_layers: H_m for each encoder.
         width: D of the streams and of the result.
         prompt_width: P.
         names: one per encoder.
     """
 
+    num_layers: tuple[int, ...]
+    width: int
+    prompt_width: int
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.num_layers or len(self.num_layers) != len(self.names):
+            raise ValueError(f"{len(self.num_layers)} layer counts for the encoders {list(self.names)}")
+
+
+class AbsFusion(nn.Module, ABC):
+    """Combines the adapted streams of M encoders into one.
+
+    Attributes:
+        num_layers: H_m for each encoder, in the order of the streams and of the routing.
+        used: names of the encoders whose stream this fusion can ever need.
+        learns_encoder_weights: whether encoders compete for weight. Only then does a skip threshold mean anything:
+            an encoder that a fusion combines by definition (average, concat, single) is never skipped.
+    """
+
     learns_encoder_weights = False
 
-    def __init__(self, num_layers: Sequence[int], width: int, prompt_width: int, names: Sequence[str]) -> None:
+    def __init__(self, inputs: FusionInputs) -> None:
         super().__init__()
-        if not num_layers or len(num_layers) != len(names):
-            raise ValueError(f"{len(num_layers)} layer counts for the encoders {list(names)}")
-        self.num_layers = tuple(num_layers)
-        self.width = width
-        self.prompt_width = prompt_width
-        self.names = tuple(names)
-        self.used = self.names
+        self.num_layers = inputs.num_layers
+        self.used = inputs.names
 
     @abstractmethod
     def route(self, prompt_vector: Tensor) -> Routing:
-        """Decide from the prompt vectors (B,P), float32, before any audio is seen."""
+        """The routing for prompt vectors (B,P), float32, before any audio is encoded."""
 
     @abstractmethod
     def forward(self, embeddings: Sequence[Tensor | None], routing: Routing) -> Tensor:
-        """Combine M streams (B,U,D) into one (B,U,D); None stands for an encoder of weight zero in the whole batch."""
+        """Combine M streams (B,U,D) into one (B,U,D); None for an encoder of weight zero in the whole batch."""
 
     def mixture_parameters(self) -> list[nn.Parameter]:
-        """What decides how much of which encoder and layer is heard, apart from the networks behind it."""
+        """The weights of encoders and layers, apart from the networks behind them."""
         return [parameter for name, parameter in self.named_parameters() if name.startswith("layer_logits")]
 
-    def unrouted(self, prompt_vector: Tensor, layer_weights: list[Tensor]) -> Routing:
-        """The routing of a fusion without a router: one expert with probability one, and the same layer weights
-        (H_m,) per encoder for every utterance."""
-        ones = torch.ones(len(prompt_vector), 1, device=prompt_vector.device)
-        expert = torch.zeros(len(prompt_vector), dtype=torch.long, device=prompt_vector.device)
-        return Routing(None, ones, expert, ones, [weights.expand(len(prompt_vector), -1) for weights in layer_weights])
+
+def unrouted(prompt_vector: Tensor, layer_weights: list[Tensor]) -> Routing:
+    """The routing without a router: one expert with probability one, the same layer weights (H_m,) for all prompts."""
+    ones = torch.ones(len(prompt_vector), 1, device=prompt_vector.device)
+    expert = torch.zeros(len(prompt_vector), dtype=torch.long, device=prompt_vector.device)
+    return Routing(None, ones, expert, ones, [weights.expand(len(prompt_vector), -1) for weights in layer_weights])
 
 
 def weighted_sum(embeddings: Sequence[Tensor | None], encoder_weights: Tensor) -> Tensor:

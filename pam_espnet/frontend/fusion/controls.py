@@ -1,4 +1,4 @@
-"""The fusions that PaM is measured against: single, average, concat, static. None of them looks at the prompt.
+"""The fusions that PaM is measured against: single, average, concat, static. None of them reads the prompt.
 
 Dimension letters: B utterances, U adapter frames, M encoders, H layers, D width, P prompt-vector width.
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pam_espnet.errors import ConfigError
-from pam_espnet.frontend.fusion.base import AbsFusion, balanced_logits, weighted_sum
+from pam_espnet.frontend.fusion.base import AbsFusion, FusionInputs, balanced_logits, unrouted, weighted_sum
 from pam_espnet.frontend.fusion.experts import ResidualExperts
 from pam_espnet.frontend.fusion.routing import Routing
 
@@ -21,13 +21,13 @@ from pam_espnet.frontend.fusion.routing import Routing
 class AverageFusion(AbsFusion):
     """The mean of all streams."""
 
-    def __init__(self, num_layers: Sequence[int], width: int, prompt_width: int, names: Sequence[str]) -> None:
-        super().__init__(num_layers, width, prompt_width, names)
-        self.layer_logits = nn.ParameterList(torch.zeros(count) for count in num_layers)
+    def __init__(self, inputs: FusionInputs) -> None:
+        super().__init__(inputs)
+        self.layer_logits = nn.ParameterList(torch.zeros(count) for count in inputs.num_layers)
 
     def route(self, prompt_vector: Tensor) -> Routing:
         """See AbsFusion: 1/M for every encoder."""
-        return self.unrouted(prompt_vector, [logits.softmax(0) / len(self.names) for logits in self.layer_logits])
+        return unrouted(prompt_vector, [logits.softmax(0) / len(self.num_layers) for logits in self.layer_logits])
 
     def forward(self, embeddings: Sequence[Tensor | None], routing: Routing) -> Tensor:
         """See AbsFusion."""
@@ -40,11 +40,12 @@ class ConcatFusion(AverageFusion):
     The routing reports 1/M per encoder: how much the linear layer takes of each is not a single number.
     """
 
-    def __init__(self, num_layers: Sequence[int], width: int, prompt_width: int, names: Sequence[str]) -> None:
-        super().__init__(num_layers, width, prompt_width, names)
-        self.project = nn.Linear(len(names) * width, width)
+    def __init__(self, inputs: FusionInputs) -> None:
+        super().__init__(inputs)
+        count, width = len(inputs.names), inputs.width
+        self.project = nn.Linear(count * width, width)
         with torch.no_grad():
-            self.project.weight.copy_((torch.eye(width) / len(names)).repeat(1, len(names)))
+            self.project.weight.copy_((torch.eye(width) / count).repeat(1, count))
             self.project.bias.zero_()
 
     def forward(self, embeddings: Sequence[Tensor | None], routing: Routing) -> Tensor:
@@ -58,35 +59,28 @@ class SingleFusion(AbsFusion):
     """One encoder alone; the others get weight zero and are never run.
 
     Args:
-        num_layers, width, prompt_width, names: see AbsFusion.
+        inputs: see FusionInputs.
         encoder: its name; may be left out where there is only one.
 
     Raises:
         ConfigError: no such encoder.
     """
 
-    def __init__(
-        self,
-        num_layers: Sequence[int],
-        width: int,
-        prompt_width: int,
-        names: Sequence[str],
-        encoder: str | None = None,
-    ) -> None:
-        super().__init__(num_layers, width, prompt_width, names)
-        if encoder is None and len(names) == 1:
-            encoder = names[0]
-        if encoder is None or encoder not in names:
-            raise ConfigError(f"fusion_conf.encoder: {encoder!r}; single needs one of {', '.join(names)}")
+    def __init__(self, inputs: FusionInputs, encoder: str | None = None) -> None:
+        super().__init__(inputs)
+        if encoder is None and len(inputs.names) == 1:
+            encoder = inputs.names[0]
+        if encoder is None or encoder not in inputs.names:
+            raise ConfigError(f"fusion_conf.encoder: {encoder!r}; single needs one of {', '.join(inputs.names)}")
         self.used = (encoder,)
-        self.index = self.names.index(encoder)
-        self.layer_logits = nn.Parameter(torch.zeros(num_layers[self.index]))
+        self.index = inputs.names.index(encoder)
+        self.layer_logits = nn.Parameter(torch.zeros(inputs.num_layers[self.index]))
 
     def route(self, prompt_vector: Tensor) -> Routing:
         """See AbsFusion."""
         weights = [self.layer_logits.new_zeros(count) for count in self.num_layers]
         weights[self.index] = self.layer_logits.softmax(0)
-        return self.unrouted(prompt_vector, weights)
+        return unrouted(prompt_vector, weights)
 
     def forward(self, embeddings: Sequence[Tensor | None], routing: Routing) -> Tensor:
         """See AbsFusion."""
@@ -102,27 +96,20 @@ class StaticFusion(AbsFusion):
     Same parts as one PaM expert, so what PaM does better than this is what routing adds.
 
     Args:
-        num_layers, width, prompt_width, names: see AbsFusion.
-        expert_hidden: as for PaM: None for D, 0 for weights alone.
+        inputs: see FusionInputs.
+        expert_hidden: see ResidualExperts.
     """
 
     learns_encoder_weights = True
 
-    def __init__(
-        self,
-        num_layers: Sequence[int],
-        width: int,
-        prompt_width: int,
-        names: Sequence[str],
-        expert_hidden: int | None = None,
-    ) -> None:
-        super().__init__(num_layers, width, prompt_width, names)
-        self.layer_logits = nn.Parameter(balanced_logits(num_layers))
-        self.experts = ResidualExperts(1, width, width if expert_hidden is None else expert_hidden)
+    def __init__(self, inputs: FusionInputs, expert_hidden: int | None = None) -> None:
+        super().__init__(inputs)
+        self.layer_logits = nn.Parameter(balanced_logits(inputs.num_layers))
+        self.experts = ResidualExperts(1, inputs.width, expert_hidden)
 
     def route(self, prompt_vector: Tensor) -> Routing:
         """See AbsFusion."""
-        return self.unrouted(prompt_vector, list(self.layer_logits.softmax(0).split(self.num_layers)))
+        return unrouted(prompt_vector, list(self.layer_logits.softmax(0).split(self.num_layers)))
 
     def forward(self, embeddings: Sequence[Tensor | None], routing: Routing) -> Tensor:
         """See AbsFusion."""

@@ -16,26 +16,27 @@ from pam_espnet.errors import ConfigError
 class ResidualExperts(nn.Module):
     """``sum over e of gate_e * (x + FFN_e(x))`` with ``FFN = linear(GELU(linear(layer norm)))``.
 
-    The output layers start at zero, so that an untrained expert hands its input on unchanged.
+    The output layers start at zero, so that an untrained expert returns its input.
 
     The weights of all experts are stacked in one tensor each: an expert that no utterance of a batch chose gets a
-    gradient of zeros rather than none, which is what DistributedDataParallel needs.
+    gradient of zeros rather than none, which DistributedDataParallel needs.
 
     Args:
         num_experts: E.
         width: D.
-        hidden: F; 0 leaves the networks out.
+        hidden: F; None for D, 0 for no networks.
 
     Raises:
         ConfigError: F below zero.
     """
 
-    # The streams have unit variance. This leaves their mixtures alone but keeps the gradient of an all-zero frame (an
-    # encoder that stops before the clip does) from being blown up by 1/std.
+    # Far below the streams' unit variance; bounds the gradient of a frame that is all zero (an encoder that stops
+    # before the clip does), which 1/std would multiply by hundreds.
     norm_eps = 1e-2
 
-    def __init__(self, num_experts: int, width: int, hidden: int) -> None:
+    def __init__(self, num_experts: int, width: int, hidden: int | None) -> None:
         super().__init__()
+        hidden = width if hidden is None else hidden
         if hidden < 0:
             raise ConfigError(f"fusion_conf.expert_hidden: {hidden}; must be at least 0 (0: no network)")
         self.num_experts, self.width, self.hidden = num_experts, width, hidden

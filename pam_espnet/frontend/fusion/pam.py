@@ -1,4 +1,4 @@
-"""PaM, prompt-aware mixture: the prompt picks an expert, the expert says how much of which encoder and layer to hear.
+"""PaM, prompt-aware mixture: the prompt picks an expert, the expert weighs encoders and layers.
 
 Dimension letters: B utterances, U adapter frames, M encoders, E experts, H layers, D width, P prompt-vector width.
 
@@ -14,40 +14,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pam_espnet.config import LAST_COMMIT
 from pam_espnet.errors import ConfigError
-from pam_espnet.frontend.fusion.base import AbsFusion, balanced_logits, weighted_sum
+from pam_espnet.frontend.fusion.base import AbsFusion, FusionInputs, balanced_logits, weighted_sum
 from pam_espnet.frontend.fusion.experts import ResidualExperts
 from pam_espnet.frontend.fusion.routing import Routing
 
-GRADIENTS = ("scaled", "straight_through", "soft")
+GRADIENTS = ("scaled", "straight_through")
 
 
 class PaMFusion(AbsFusion):
     """E experts, each a learned softmax over all (encoder, layer) and a residual feed-forward network; one per prompt.
 
-    router:  p = softmax(FFN(layer norm of the prompt vector) / temperature), expert e = argmax p
+    router:  p = softmax(FFN(layer norm of the prompt vector)), expert e = argmax p
     expert:  x = sum over (encoder, layer) of w_e * stream;  y = gate_e * (x + FFN_e(x))
 
-    ``gradient`` says how the router learns from the LLM's loss, since an argmax has no gradient:
+    ``gradient`` is how the router learns from the LLM's loss, since an argmax has no gradient:
 
     scaled
         ``gate_e = p_e``, as in the Switch transformer. The scale is part of the model and stays at inference. Only
-        the chosen expert's probability feels the loss; which other expert would have been better is not seen.
+        the chosen expert's probability gets a gradient, whichever expert would have been better.
     straight_through
         ``gate`` is one-hot going forward and ``p`` going backward: trained as it is used, with a biased gradient
         that lets the router compare all experts. All of them are evaluated in training, the chosen one at inference.
-    soft
-        in training a real mixture: ``w = sum_e p_e w_e`` and ``y = x + sum_e p_e FFN_e(x)``, an exact gradient.
-        At inference the top-1 expert alone with gate one, so the two agree only as far as the router is decided
-        (``router_loss`` makes it so).
 
     Args:
-        num_layers, width, prompt_width, names: see AbsFusion.
+        inputs: see FusionInputs.
         num_experts: E.
         router_hidden: hidden width of the router.
-        expert_hidden: hidden width of the experts' networks; None for D, 0 for experts that are layer weights alone.
-        gradient: scaled, straight_through or soft.
-        temperature: divides the router's logits.
+        expert_hidden: see ResidualExperts.
+        gradient: scaled or straight_through.
         noise: standard deviation of the Gaussian noise on the router's logits while training, so that experts
             which are never chosen get a chance.
         init_std: standard deviation of the experts' layer logits around the balanced start; at 0 all experts are
@@ -61,41 +57,39 @@ class PaMFusion(AbsFusion):
 
     def __init__(
         self,
-        num_layers: Sequence[int],
-        width: int,
-        prompt_width: int,
-        names: Sequence[str],
+        inputs: FusionInputs,
         num_experts: int = 3,
         router_hidden: int = 128,
         expert_hidden: int | None = None,
         gradient: str = "scaled",
-        temperature: float = 1.0,
         noise: float = 0.0,
         init_std: float = 0.1,
     ) -> None:
-        super().__init__(num_layers, width, prompt_width, names)
+        super().__init__(inputs)
+        if gradient == "soft":
+            raise ConfigError(
+                f"fusion_conf.gradient: 'soft' is no longer supported; the last commit that had it is {LAST_COMMIT}\n"
+                "  -> set straight_through, which also lets the router compare all experts"
+            )
         if gradient not in GRADIENTS:
             raise ConfigError(f"fusion_conf.gradient: {gradient!r}; choose one of {', '.join(GRADIENTS)}")
-        for option, value, least in (("num_experts", num_experts, 1), ("router_hidden", router_hidden, 1)):
-            if value < least:
-                raise ConfigError(f"fusion_conf.{option}: {value}; must be at least {least}")
-        if temperature <= 0 or noise < 0 or init_std < 0:
-            raise ConfigError("fusion_conf: temperature must be above 0, noise and init_std at least 0")
-        self.gradient, self.temperature, self.noise = gradient, temperature, noise
+        if num_experts < 1 or router_hidden < 1 or noise < 0 or init_std < 0:
+            raise ConfigError("fusion_conf: needs num_experts >= 1, router_hidden >= 1, noise >= 0, init_std >= 0")
+        self.gradient, self.noise = gradient, noise
         self.router = nn.Sequential(
-            # Prompt vectors of an LLM have a few huge components; without their scale the router sees the rest.
-            nn.LayerNorm(prompt_width, elementwise_affine=False),
-            nn.Linear(prompt_width, router_hidden),
+            # Prompt vectors of an LLM have a few huge components; without their scale the router reads the rest.
+            nn.LayerNorm(inputs.prompt_width, elementwise_affine=False),
+            nn.Linear(inputs.prompt_width, router_hidden),
             nn.GELU(),
             nn.Linear(router_hidden, num_experts),
         )
-        start = balanced_logits(num_layers)
+        start = balanced_logits(inputs.num_layers)
         self.layer_logits = nn.Parameter(start + init_std * torch.randn(num_experts, len(start)))  # (E, sum of H)
-        self.experts = ResidualExperts(num_experts, width, width if expert_hidden is None else expert_hidden)
+        self.experts = ResidualExperts(num_experts, inputs.width, expert_hidden)
 
     def route(self, prompt_vector: Tensor) -> Routing:
-        """See AbsFusion; ``expert_logits`` include temperature and noise."""
-        logits = self.router(prompt_vector) / self.temperature  # (B,E)
+        """See AbsFusion; ``expert_logits`` include the noise."""
+        logits = self.router(prompt_vector)  # (B,E)
         if self.training and self.noise > 0:
             logits = logits + self.noise * torch.randn_like(logits)
         probs = logits.softmax(dim=1)
@@ -104,10 +98,8 @@ class PaMFusion(AbsFusion):
         gate = mixing = top
         if self.gradient == "scaled":
             gate = top * probs
-        elif self.training and self.gradient == "straight_through":
-            gate = mixing = top + (probs - probs.detach())  # the bracket is exactly zero: forward stays one-hot
         elif self.training:
-            gate = mixing = probs
+            gate = mixing = top + (probs - probs.detach())  # the bracket is exactly zero: forward stays one-hot
         # Products and sums instead of a matrix product: a one-hot row picks its expert's weights bit by bit.
         weights = (mixing[:, :, None] * self.layer_logits.softmax(dim=1)).sum(dim=1)  # (B, sum of H)
         return Routing(logits, probs, expert, gate, list(weights.split(self.num_layers, dim=1)))
@@ -115,5 +107,5 @@ class PaMFusion(AbsFusion):
     def forward(self, embeddings: Sequence[Tensor | None], routing: Routing) -> Tensor:
         """See AbsFusion."""
         mixed = weighted_sum(embeddings, routing.encoder_weights)
-        needs_all = self.training and self.gradient != "scaled"
+        needs_all = self.training and self.gradient == "straight_through"
         return self.experts(mixed, routing.gate, None if needs_all else routing.expert)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from pam_espnet.config import check_options, drop_removed
 from pam_espnet.errors import ConfigError
-from pam_espnet.frontend.fusion.base import AbsFusion
+from pam_espnet.frontend.fusion.base import AbsFusion, FusionInputs
 from pam_espnet.frontend.fusion.controls import AverageFusion, ConcatFusion, SingleFusion, StaticFusion
 from pam_espnet.frontend.fusion.pam import PaMFusion
 
@@ -18,6 +19,7 @@ FUSIONS: dict[str, type[AbsFusion]] = {
     "static": StaticFusion,
     "single": SingleFusion,
 }
+REMOVED = {"temperature": 1.0}  # of PaM's router
 
 
 def build_fusion(
@@ -27,7 +29,7 @@ def build_fusion(
 
     Args:
         type: a key of ``FUSIONS``.
-        num_layers, width, prompt_width, names: see AbsFusion.
+        num_layers, width, prompt_width, names: see FusionInputs.
         options: the fusion's own.
 
     Raises:
@@ -35,11 +37,8 @@ def build_fusion(
     """
     if type not in FUSIONS:
         raise ConfigError(f"fusion: unknown {type!r}; choose one of {', '.join(FUSIONS)}")
-    cls = FUSIONS[type]
-    known = [name for name in inspect.signature(cls).parameters if name not in inspect.signature(AbsFusion).parameters]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ConfigError(
-            f"fusion_conf: {type} has no option {', '.join(unknown)}; it takes {', '.join(known) or 'none'}"
-        )
-    return cls(num_layers, width, prompt_width, names, **options)
+    inputs = FusionInputs(tuple(num_layers), width, prompt_width, tuple(names))
+    build = partial(FUSIONS[type], inputs)  # its parameters are the options alone
+    options = drop_removed(options, REMOVED if type == "pam" else {}, "frontend_conf.fusion_conf")
+    check_options(options, "frontend_conf.fusion_conf", build)
+    return build(**options)

@@ -1,4 +1,4 @@
-"""The routing a fusion decides on from the prompt, and what is done with it apart from the mixing itself.
+"""The routing that a fusion decides on from the prompt, and the operations on it.
 
 Dimension letters: B utterances, M encoders, E experts, H layers.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Routing:
-    """How the encoders are combined for each utterance; travels to the logs and the result files.
+    """How the encoders are combined for each utterance; written to the logs and the result files.
 
     Attributes:
         expert_logits: (B,E) router logits, those that went into the softmax; None for a fusion without a router.
@@ -39,13 +39,13 @@ class Routing:
 def skip_encoders(routing: Routing, threshold: float) -> Routing:
     """Set the encoders below ``threshold`` to zero, utterance by utterance, and renormalise the others.
 
-    The decision for an utterance looks at its own weights only, so that its result does not depend on which other
-    prompts are in the batch. Where all encoders are below the threshold the heaviest one stays.
+    The decision for an utterance uses its own weights only, so its result does not depend on the other prompts of the
+    batch. Where all encoders are below the threshold the heaviest one stays.
     """
     weights = routing.encoder_weights  # (B,M)
     heaviest = nn.functional.one_hot(weights.argmax(dim=1), weights.shape[1]).bool()
     keep = (weights >= threshold) | heaviest
-    share = keep / (weights * keep).sum(dim=1, keepdim=True)  # (B,M): 0, or 1 / what is left
+    share = keep / (weights * keep).sum(dim=1, keepdim=True)  # (B,M): 0, or 1 / the remaining weight
     layer_weights = [layers * share[:, index, None] for index, layers in enumerate(routing.layer_weights)]
     return dataclasses.replace(routing, layer_weights=layer_weights)
 

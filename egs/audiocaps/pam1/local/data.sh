@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Stage 1 of the AudioCaps recipe: data directories from the official CSVs and the clips there are. Run it in the
 # recipe's folder.
+# shellcheck disable=SC2154  # options are variables that utils/parse_options.sh sets
 set -euo pipefail
 
 PAM_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../../.." && pwd)"
@@ -8,17 +9,14 @@ PAM_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../../.." && pwd)"
 # shellcheck source=egs/audiocaps/pam1/local/options.sh
 . local/options.sh
 
-help_message="Usage: $0 [--size v1] [--data_dir data/<size>] [options]
-  --size NAME           release of the captions: v1 (2019) or v2 (AudioCaps 2.0, 2025) (v1)
-  --data_dir DIR        folder for the data directories (data/<size>)
-  --nj N                given by pam.sh; not needed here
-${DATA_HELP}
-Writes <data_dir>/{train,dev,test}. Clips that are missing are listed with the reason in <data_dir>/<set>/missing."
+usage="Usage: $0 [options: name, value, default]
 
-size=v1
-data_dir=
-# shellcheck disable=SC2034  # pam.sh gives it to every recipe; there is nothing to share out here
-nj=1
+Writes <data_dir>/{train,dev,test}. Clips that are missing are listed with the reason in <data_dir>/<set>/missing."
+options="
+size            NAME     v1         release of the captions: v1 (2019) or v2 (AudioCaps 2.0, 2025)
+data_dir        DIR      ''         folder for the data directories (data/<size>)
+nj              N        1          given by pam.sh; not needed here
+${data_options}"
 
 # shellcheck source=egs/TEMPLATE/pam1/data_options.sh
 . "${PAM_ROOT}/egs/TEMPLATE/pam1/data_options.sh"

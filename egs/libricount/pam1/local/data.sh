@@ -1,21 +1,20 @@
 #!/usr/bin/env bash
 # Stage 1 of the LibriCount recipe: download what is missing, mix the training clips. Run it in the recipe's folder.
+# shellcheck disable=SC2154  # options are variables that utils/parse_options.sh sets
 set -euo pipefail
 
 PAM_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../../.." && pwd)"
 # shellcheck source=egs/libricount/pam1/local/options.sh
 . local/options.sh
 
-help_message="Usage: $0 [--size clean100] [--data_dir data/<size>] [--nj N] [options]
-  --size NAME           mini, clean100 or clean460, see local/sizes.yaml (clean100)
-  --data_dir DIR        folder for the data directories and the mixtures (data/<size>)
-  --nj N                processes (all cores)
-${DATA_HELP}
-Writes <data_dir>/{train,dev,test_count,test_verify,audio}. What is there already is kept."
+usage="Usage: $0 [options: name, value, default]
 
-size=clean100
-data_dir=
-nj="$(nproc)"
+Writes <data_dir>/{train,dev,test_count,test_verify,audio}. What is there already is kept."
+options="
+size            NAME     clean100   mini, clean100 or clean460, see local/sizes.yaml
+data_dir        DIR      ''         folder for the data directories (data/<size>)
+nj              N        $(nproc)   processes
+${data_options}"
 
 # shellcheck source=egs/TEMPLATE/pam1/data_options.sh
 . "${PAM_ROOT}/egs/TEMPLATE/pam1/data_options.sh"

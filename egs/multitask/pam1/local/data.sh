@@ -1,24 +1,23 @@
 #!/usr/bin/env bash
 # Stage 1 of the multitask recipe: the data directories of three recipes, made by their own programs, put together.
 # Run it in the recipe's folder.
+# shellcheck disable=SC2154  # options are variables that utils/parse_options.sh sets
 set -euo pipefail
 
 PAM_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../../.." && pwd)"
 # shellcheck source=egs/multitask/pam1/local/options.sh
 . local/options.sh
 
-help_message="Usage: $0 [--size clean100] [--data_dir data/<size>] [--nj N] [options]
-  --size NAME           mini, clean100, clean460 or full960: a size of the LibriSpeech recipe; mixtures for counting are
-                        made of the same speech (of clean460 for full960) (clean100)
-  --data_dir DIR        folder for the data directories (data/<size>)
-  --nj N                processes (all cores)
-${DATA_HELP}
+usage="Usage: $0 [options: name, value, default]
+
 Writes <data_dir>/{train,dev,test_clean,test_other,test_count,test_verify,test_caption}, and each corpus's own below
 <data_dir>/{librispeech,libricount,audiocaps}."
-
-size=clean100
-data_dir=
-nj="$(nproc)"
+options="
+size            NAME     clean100   mini, clean100, clean460 or full960: a size of the LibriSpeech recipe; mixtures for
+                                    counting are made of the same speech (of clean460 for full960)
+data_dir        DIR      ''         folder for the data directories (data/<size>)
+nj              N        $(nproc)   processes
+${data_options}"
 
 # shellcheck source=egs/TEMPLATE/pam1/data_options.sh
 . "${PAM_ROOT}/egs/TEMPLATE/pam1/data_options.sh"
@@ -34,10 +33,8 @@ done
 
 prepare() {
     # prepare CORPUS SIZE: stage 1 of that recipe, with the options it knows
-    local names name options=()
-    # shellcheck source=/dev/null
-    names=$(. "../../$1/pam1/local/options.sh" && echo "${DATA_OPTIONS[*]}")
-    for name in ${names}; do
+    local name options=()
+    for name in $(table_names "$(corpus_options "$1")"); do
         [ -z "${!name+set}" ] || options+=("--${name}" "${!name}")
     done
     echo "=== $1, size $2"

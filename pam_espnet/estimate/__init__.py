@@ -1,1 +1,0 @@
-"""What a training will cost, reckoned from its configuration before it starts; nothing here is measured."""

@@ -1,1 +1,0 @@
-"""Experiments as single files: packing them, and loading them on another machine."""

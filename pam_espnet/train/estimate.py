@@ -1,0 +1,256 @@
+"""What a training will need, before it starts: parameters (exact), memory, disk for cached features, and time.
+
+Parameters are counted on shapes without weights, built from each model's config.json. Time is the arithmetic counted
+here divided by rates that were measured; what they are extrapolated to stands beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pam_espnet.config import used_encoders
+from pam_espnet.data.batching import BatchingOptions, plan_pass
+from pam_espnet.data.datadir import DataDir
+from pam_espnet.data.passport import Passport
+from pam_espnet.frontend.encoder_spec import EncoderSpec
+from pam_espnet.frontend.encoders.base import model_folder_or_id
+from pam_espnet.frontend.encoders.registry import build_encoder
+from pam_espnet.frontend.frontend import PaMFrontend
+from pam_espnet.train.experiment import bare_llm, read_options
+
+# Operations per second, as counted in ``_time``. GPU: one step of egs/librispeech/pam1 (Whisper-large-v3, WavLM-large,
+# wav2vec2-large in float32: 1198 ms; Qwen2.5-3B in bfloat16: 401 ms; 313 s of audio) on an NVIDIA H200.
+# CPU: a step of egs/mini/pam1 on two cores, 4.7 s in float32 (AVX2) and 1.5 s in bfloat16 (AVX-512).
+_GPU = {"encoders": 33e12, "llm": 246e12}
+_CPU = {torch.float32: 0.09e12, torch.bfloat16: 0.3e12}
+_SHARED = 0.47  # the part of a step that several GPUs divide; 8 H200 do 1.7 times the work of one
+_TEXT_TOKENS = 20  # of a chat template, assumed
+_CHARACTERS = 4  # per token of English text, assumed: no tokenizer is run
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Of a batch, padding included: seconds of audio, positions of the LLM's input, answer tokens."""
+
+    seconds: float
+    positions: float
+    targets: float
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen encoder: its parameters, held in float32, and the bytes it needs at work for a second of audio."""
+
+    spec: EncoderSpec
+    params: int
+    bytes_per_second: float
+
+
+def estimate(config: Mapping[str, Any], train: Path | None, valid: Path | None, cached: bool, ngpu: int) -> str:
+    """The estimate, for people to read.
+
+    Args:
+        config: merged configuration.
+        train, valid: formatted data directories; None: batches are as large as they may be.
+        cached: whether encoders are run once, before training.
+        ngpu: GPUs that share every batch; 0: CPU.
+    """
+    lines = ["Estimate from the configuration; time from rates measured elsewhere (pam_espnet/train/estimate.py)", ""]
+    encoders, unknown = {}, []
+    for name in used_encoders(config):
+        try:
+            encoders[name] = encoder_shape(name, config["frontend_conf"]["encoders"][name])
+        except OSError as error:
+            unknown.append(f"encoder {name} ({_short(error)})")
+    try:
+        lm = bare_llm(config, ngpu > 0)
+    except OSError as error:
+        lm = None
+        unknown.append(f"LLM {config['llm']} ({_short(error)})")
+    parts = parameters(config, lm, encoders, complete=not unknown)
+    lines.append(f"{'parameters':34}{'frozen':>16}{'trained':>14}{'weights':>10}")
+    lines += [f"  {name:32}{frozen:16,}{own:14,}{size_text(size):>10}" for name, (frozen, own, size) in parts.items()]
+    lines += [f"  unknown: {line}" for line in unknown] + [""]
+    rate = float(config["frontend_conf"].get("frame_rate", 12.5))
+    lines += _memory(config, lm, encoders, parts, batches(config, train, rate, max(1, ngpu)), cached, ngpu)
+    hours = sum(Passport.load(path).seconds for path in (train, valid) if path) / 3600
+    if cached:
+        per_hour = sum(4 * 3600 * e.spec.frame_rate * e.spec.num_layers * e.spec.width for e in encoders.values())
+        whole = f", {size_text(per_hour * hours)} for these {hours:.1f} hours" if hours else ""
+        lines += [f"feature cache on disk: {size_text(per_hour)} per hour of audio{whole}", ""]
+    if lm is None:
+        return "\n".join([*lines, "time: unknown, as the LLM is"]) + "\n"
+    return "\n".join(lines + _time(config, lm, encoders, batches(config, train, rate, 1), cached, ngpu, hours)) + "\n"
+
+
+def encoder_shape(name: str, options: Mapping[str, Any]) -> Encoder:
+    """An encoder without its weights; converted models and a user's own are loaded, they are small.
+
+    Raises:
+        OSError: an id whose configuration is not on this machine.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    kind = options["type"]
+    if kind not in ("whisper", "hf_wave", "ast"):
+        encoder = build_encoder(**options)
+        params = sum(p.numel() for p in encoder.parameters())
+        spec = EncoderSpec.of(name, encoder)
+        return Encoder(spec, params, 4 * spec.frame_rate * spec.width * (max(spec.layers) + 5))
+    own = AutoConfig.from_pretrained(model_folder_or_id(options["path"]))
+    layers = tuple(options.get("layers") or range(own.num_hidden_layers + 1))
+    with torch.device("meta"):
+        model = AutoModel.from_config(own)
+    convolutions = 0.0
+    if kind == "whisper":
+        model, rate = model.encoder, 50.0
+    elif kind == "ast":
+        rate = 100.0 / own.time_stride
+        model.layers = model.layers[: max(layers)]
+    else:
+        rate = 16000 / math.prod(own.conv_stride)
+        model.adapter = None
+        model.encoder.layers = model.encoder.layers[: max(layers) + 1]
+        convolutions = 3 * own.conv_dim[0] * 16000 / own.conv_stride[0]  # its longest sequence, three copies
+    spec = EncoderSpec(name, 16000, rate, own.hidden_size, len(layers), layers)
+    # All hidden states up to the highest one, and four times the width for the block at work.
+    at_work = 4 * (rate * own.hidden_size * (max(layers) + 5) + convolutions)
+    return Encoder(spec, sum(p.numel() for p in model.parameters()), at_work)
+
+
+def parameters(
+    config: Mapping[str, Any], lm: Any, encoders: Mapping[str, Encoder], complete: bool
+) -> dict[str, tuple[int, int, int]]:
+    """Part -> (frozen parameters, trained parameters, bytes); adapters and fusion where all other parts are known."""
+    parts = {}
+    if lm is not None:
+        lora = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in lm.parameters()) - lora
+        parts["LLM"] = (frozen, 0, frozen * lm.dtype.itemsize)
+        if lora:
+            parts["LoRA"] = (0, lora, 4 * lora)
+    for name, encoder in encoders.items():
+        parts[f"encoder {name}"] = (encoder.params, 0, 4 * encoder.params)
+    if complete:
+        width = lm.config.hidden_size
+        specs = {name: encoder.spec for name, encoder in encoders.items()}
+        with torch.device("meta"):
+            frontend = PaMFrontend(width=width, prompt_width=width, **{**config["frontend_conf"], "specs": specs})
+        size = sum(p.numel() for p in frontend.parameters())
+        if (config.get("model_conf") or {}).get("ctc_tokens"):
+            size += width + 1  # blank and temperature
+        parts["adapters, fusion, CTC head"] = (0, size, 4 * size)
+    return parts
+
+
+def batches(config: Mapping[str, Any], train: Path | None, frame_rate: float, ranks: int) -> list[Batch]:
+    """One process's share of each batch of the first pass; without data one batch at its limits."""
+    options = read_options(BatchingOptions, config, "batching_conf")
+    if train is None:
+        seconds, size = options.max_seconds / ranks, options.max_utterances / ranks
+        return [Batch(seconds, seconds * frame_rate + size * (_TEXT_TOKENS + 30), size * 20)]
+    data, passport = DataDir.load(train), Passport.load(train)
+    seconds_of = {utt: passport.utterances[utt]["num_samples"] / passport.sample_rate for utt in data.utterances}
+    tokens = {utt: len(data.text[utt]) / _CHARACTERS + 1 for utt in seconds_of}
+    text = {utt: _TEXT_TOKENS + len(data.prompt[utt]) / _CHARACTERS + tokens[utt] for utt in seconds_of}
+    plan = plan_pass(seconds_of, data.utt2task, options, int(config.get("seed", 1)), 0, ranks)
+    return [
+        Batch(
+            len(utts) * max(seconds_of[utt] for utt in utts),
+            len(utts) * max(seconds_of[utt] * frame_rate + text[utt] for utt in utts),
+            sum(tokens[utt] for utt in utts),
+        )
+        for utts in (batch[::ranks] for batch in plan)
+    ] or batches(config, None, frame_rate, ranks)
+
+
+def llm_activation_bytes(lm: Any, batch: Batch, checkpointing: bool) -> float:
+    """What a Llama-type LLM with LoRA keeps for the backward pass, in bytes.
+
+    Per position and block ``6 D + 2 Q + 2 K + 4 F`` elements in the LLM's precision and two float32 copies of D (D
+    width, F inner width, Q and K widths of queries and keys); with gradient checkpointing D of each block, and one
+    block at a time has all. Answer tokens have V logits, three times also in float32. After Korthikanti et al.,
+    arXiv 2205.05198.
+    """
+    own, size = lm.config, lm.dtype.itemsize
+    head = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+    queries, keys = own.num_attention_heads * head, (own.num_key_value_heads or own.num_attention_heads) * head
+    elements = 6 * own.hidden_size + 2 * queries + 2 * keys + 4 * own.intermediate_size
+    block = batch.positions * (elements * size + 8 * own.hidden_size)
+    blocks = own.num_hidden_layers
+    kept = blocks * batch.positions * own.hidden_size * size + block if checkpointing else blocks * block
+    return kept + batch.targets * own.vocab_size * (size + 12)
+
+
+def _memory(
+    config: Mapping[str, Any], lm: Any, encoders: Mapping[str, Encoder], parts: Mapping[str, tuple[int, int, int]],
+    plan: list[Batch], cached: bool, ngpu: int,
+) -> list[str]:  # fmt: skip
+    largest = max(plan, key=lambda batch: batch.positions)
+    trained = sum(own for _, own, _ in parts.values())
+    weights = sum(size for name, (_, _, size) in parts.items() if not (cached and name.startswith("encoder ")))
+    rows = {"weights" + (" (encoders are cached)" if cached else ""): float(weights)}
+    rows["gradients and the optimiser's states"] = 4.0 * trained * (2 if config.get("optim") == "sgd" else 3)
+    if lm is not None and hasattr(lm.config, "intermediate_size"):
+        rows["activations of the LLM"] = llm_activation_bytes(lm, largest, _checkpointing(config))
+    if encoders and not cached:
+        rows["the widest encoder at work"] = largest.seconds * max(e.bytes_per_second for e in encoders.values())
+    place = "each GPU" if ngpu else "this process"
+    head = f"memory of {place}, for {largest.seconds:.0f} s of audio and {largest.positions:.0f} positions in a step"
+    rows["together (libraries and fragments come on top)"] = sum(rows.values())
+    return [head, *(f"  {name:64}{size_text(size):>10}" for name, size in rows.items()), ""]
+
+
+def _time(
+    config: Mapping[str, Any], lm: Any, encoders: Mapping[str, Encoder], plan: list[Batch], cached: bool, ngpu: int,
+    hours: float,
+) -> list[str]:  # fmt: skip
+    keys = ("seconds", "positions", "targets")
+    seconds, positions, targets = (sum(getattr(batch, key) for batch in plan) / len(plan) for key in keys)
+    outside = {id(lm.get_input_embeddings().weight), id(lm.get_output_embeddings().weight)}
+    in_blocks = sum(p.numel() for p in lm.parameters() if id(p) not in outside)
+    # Two operations per parameter and position, forward and for the inputs' gradients, once more where recomputed.
+    passes = 3 if _checkpointing(config) else 2
+    llm = passes * 2 * in_blocks * positions + 4 * lm.config.hidden_size * lm.config.vocab_size * targets
+    per_second = sum(2 * e.params * e.spec.frame_rate for e in encoders.values())
+    llm_rate, encoder_rate = (_GPU["llm"], _GPU["encoders"]) if ngpu else (_CPU[lm.dtype], _CPU[torch.float32])
+    step = llm / llm_rate + (0 if cached else per_second * seconds / encoder_rate)
+    step *= 1 - _SHARED + _SHARED / max(1, ngpu)
+    each = config.get("num_iters_per_epoch") or len(plan)
+    steps = int(config.get("max_epoch") or 1) * int(each)
+    where = "an H200" if ngpu == 1 else f"{ngpu} H200, extrapolated from 1 and 8," if ngpu else "two CPU cores"
+    lines = [f"time: {steps} steps, {duration(steps * step)}, at {where} as measured; scale it to other machines"]
+    if cached and hours:
+        spent = per_second * 3600 * hours / encoder_rate / max(1, ngpu)
+        lines.append(f"      the feature cache before it, {duration(spent)}")
+    return [*lines, "      (warm start, validation and decoding are not in it)"]
+
+
+def _checkpointing(config: Mapping[str, Any]) -> bool:
+    return bool((config.get("llm_conf") or {}).get("gradient_checkpointing", False))
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:100]
+
+
+def size_text(number: float) -> str:
+    """``1234567890`` -> ``"1.23 GB"``."""
+    for factor, unit in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """``5400`` -> ``"1.5 h"``."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size or (unit == "h" and seconds >= size):
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,195 @@
+"""The estimate's numbers against what they stand for: real parameters, a real cache, tensors that autograd keeps, and
+the measured step that its rates come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import tiny_config, train_args, write_data
+
+from pam_espnet.config import write_config
+from pam_espnet.frontend.encoders.registry import build_encoder
+from pam_espnet.train import estimate as module
+from pam_espnet.train.estimate import Batch, batches, encoder_shape, estimate, llm_activation_bytes, parameters
+from pam_espnet.train.experiment import bare_llm
+
+
+@pytest.mark.parametrize("fusion", ["pam", "average", "concat", "single"])
+def test_parameters_are_those_of_the_model_that_training_builds(
+    tiny_llm_dir: Path, tmp_path: Path, fusion: str
+) -> None:
+    from pam_espnet.model import build_model
+
+    (tmp_path / "tokens.txt").write_text("5\n6\n")
+    config = tiny_config(tiny_llm_dir, fusion, ctc_tokens=str(tmp_path / "tokens.txt"))
+    encoders = {name: encoder_shape(name, config["frontend_conf"]["encoders"][name]) for name in ("one", "two")}
+    parts = parameters(config, bare_llm(config), encoders, complete=True)
+    model = build_model(config)
+    assert sum(own for _, own, _ in parts.values()) == sum(p.numel() for p in model.trainable_parameters().values())
+    assert parts["LLM"][0] + parts["LoRA"][1] == sum(p.numel() for p in model.decoder.parameters())
+    assert parts["LLM"][2] == 4 * parts["LLM"][0]
+    assert parts["encoder one"][0] == sum(p.numel() for p in model.frontend.encoder("one").parameters())
+
+
+def hf_folder(path: Path, kind: str) -> dict[str, Any]:
+    """A tiny model of a transformers family with weights, and the configuration of the encoder that reads it."""
+    import transformers as hf
+
+    if kind == "whisper":
+        config = hf.WhisperConfig(
+            d_model=16, encoder_layers=3, encoder_attention_heads=2, encoder_ffn_dim=32, decoder_layers=1,
+            decoder_attention_heads=2, decoder_ffn_dim=32, num_mel_bins=80, vocab_size=60, pad_token_id=0,
+            bos_token_id=0, eos_token_id=0, decoder_start_token_id=0,
+        )  # fmt: skip
+        hf.WhisperForConditionalGeneration(config).half().save_pretrained(path)  # its file is half, as the published ones
+    elif kind == "hf_wave":
+        config = hf.WavLMConfig(
+            hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, conv_dim=(8, 8),
+            conv_kernel=(10, 3), conv_stride=(5, 2), num_feat_extract_layers=2, feat_extract_norm="layer",
+            num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, do_stable_layer_norm=True,
+        )  # fmt: skip
+        hf.WavLMModel(config).save_pretrained(path)
+        hf.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(path)
+    else:
+        config = hf.ASTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+        hf.ASTModel(config).save_pretrained(path)
+        hf.ASTFeatureExtractor().save_pretrained(path)
+    return {"type": kind, "path": str(path), "layers": [1, 2]}
+
+
+@pytest.mark.parametrize("kind", ["whisper", "hf_wave", "ast"])
+def test_encoders_have_the_parameters_and_precision_that_training_loads(tmp_path: Path, kind: str) -> None:
+    from pam_espnet.frontend.encoder_spec import EncoderSpec
+
+    options = hf_folder(tmp_path, kind)
+    shape, real = encoder_shape("x", options), build_encoder(**options)
+    assert shape.params == sum(p.numel() for p in real.parameters())
+    assert {p.dtype for p in real.parameters()} == {torch.float32}  # so that a parameter takes four bytes
+    assert shape.spec == EncoderSpec.of("x", real)
+
+
+def test_what_cannot_be_had_is_unknown_and_says_why(tiny_llm_dir: Path) -> None:
+    config = tiny_config(tiny_llm_dir)
+    config["frontend_conf"]["encoders"]["two"] = {"type": "whisper", "path": "nobody/never-fetched"}
+    said = estimate(config, None, None, cached=True, ngpu=0)
+    assert "unknown: encoder two (" in said and "LoRA" in said and "adapters" not in said
+    said = estimate({**tiny_config(tiny_llm_dir), "llm": "nobody/never-fetched"}, None, None, cached=False, ngpu=1)
+    assert "unknown: LLM nobody/never-fetched" in said and "time: unknown" in said
+
+
+def test_the_measured_step_of_an_h200_is_estimated() -> None:
+    """egs/librispeech/pam1: 313 s of audio, 1650 ms, of which 1198 in encoders (profile of one step, see the module)."""
+    weight = SimpleNamespace(weight=torch.empty(151936, 2048, device="meta"))
+    blocks = torch.empty(2_800_000_000, device="meta")
+    lm = SimpleNamespace(
+        config=SimpleNamespace(hidden_size=2048, vocab_size=151936), dtype=torch.bfloat16,
+        parameters=lambda: [weight.weight, blocks], get_input_embeddings=lambda: weight,
+        get_output_embeddings=lambda: weight,
+    )  # fmt: skip
+    encoders: Any = {
+        str(params): SimpleNamespace(params=params, spec=SimpleNamespace(frame_rate=50.0))
+        for params in (637_000_000, 315_000_000, 317_000_000)
+    }
+    config = {"llm_conf": {"gradient_checkpointing": True}, "max_epoch": 1, "num_iters_per_epoch": 1000}
+    plan = [Batch(313, 5800, 960)]
+    (line, *_), (eight, *_) = (module._time(config, lm, encoders, plan, False, ngpu, 0) for ngpu in (1, 8))
+    assert line.startswith("time: 1000 steps, 26.") and line.split(", ")[1].endswith(" min")  # 1.6 s each
+    assert float(line.split()[3]) / float(eight.split()[3]) == pytest.approx(1.7, abs=0.05)
+
+
+def test_a_cache_is_as_large_as_estimated(tiny_llm_dir: Path, tmp_path: Path) -> None:
+    from pam_espnet.frontend.caching import cache_encoders
+
+    data = write_data(tmp_path, "train")
+    config = tiny_config(tiny_llm_dir)
+    list(cache_encoders(["one", "two"], config["frontend_conf"], [data], tmp_path / "feats"))
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "feats").glob("*/train/*.ark"))
+    line = next(line for line in estimate(config, data, None, True, 0).splitlines() if "feature cache on disk" in line)
+    number, unit = line.split(", ")[1].split()[:2]
+    assert float(number) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(on_disk, rel=0.1)
+
+
+def test_activations_are_within_a_factor_of_two_of_what_autograd_keeps() -> None:
+    """Of a Llama-type LLM with LoRA on everything: tensors saved for the backward pass, weights aside."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pam_espnet.llm.lora import add_lora
+
+    own = LlamaConfig(
+        vocab_size=200, hidden_size=64, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    lm = LlamaForCausalLM(own).requires_grad_(False)
+    add_lora(lm, {"r": 4, "dropout": 0.0})
+    weights = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, or its memory is used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        lm.base_model(inputs_embeds=torch.randn(2, 80, 64, requires_grad=True), use_cache=False)
+    real = sum(size for size, _ in kept.values())
+    expected = llm_activation_bytes(lm, Batch(1, 160, 0), checkpointing=False)
+    assert real / 2 < expected < real * 2, (real, expected)
+    assert llm_activation_bytes(lm, Batch(1, 160, 0), checkpointing=True) < expected / 3
+
+
+def test_batches_of_data_are_the_samplers(tiny_llm_dir: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path, "train")
+    config = {**tiny_config(tiny_llm_dir), "batching_conf": {"max_utterances": 4, "max_seconds": 4.0}}
+    alone, shared = (batches(config, data, 12.5, ranks) for ranks in (1, 2))
+    assert max(batch.seconds for batch in alone) <= 4.0 + 1e-6 and len(alone) >= 18 / 4
+    assert max(batch.positions for batch in shared) < max(batch.positions for batch in alone)
+    assert batches(config, None, 12.5, 1)[0].seconds == 4.0
+
+
+def test_report(tiny_llm_dir: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path, "train")
+    config = {**tiny_config(tiny_llm_dir), "optim": "adamw", "max_epoch": 2, "num_iters_per_epoch": 10}
+    said = estimate(config, data, data, cached=True, ngpu=0)
+    assert "time: 20 steps" in said and "two CPU cores as measured" in said and "memory of this process" in said
+    config["llm_conf"]["dtype"] = "auto"
+    said = estimate(config, None, None, cached=False, ngpu=2)
+    assert "memory of each GPU" in said and "feature cache" not in said and "the widest encoder at work" in said
+    assert "2 H200, extrapolated" in said
+    lines = {line.split()[0]: line.split() for line in said.splitlines() if line.startswith("  L")}
+    assert lines["LLM"][3:] == [f"{2 * int(lines['LLM'][1].replace(',', '')) / 1e3:.3g}", "kB"]  # bfloat16 on a GPU
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 B"), (999, "999 B"), (1234567890, "1.23 GB"), (2.5e12, "2.5 TB"), (3.1e15, "3.1 PB")]
+)
+def test_sizes_as_text(number: float, text: str) -> None:
+    assert module.size_text(number) == text
+
+
+def test_durations_as_text() -> None:
+    assert [module.duration(seconds) for seconds in (30, 90, 1800, 5400, 200000)] == [
+        "30 s", "90 s", "30.0 min", "1.5 h", "2.3 days",
+    ]  # fmt: skip
+
+
+def test_the_command_begins_an_experiment_and_is_silent_once_it_is_trained(
+    tiny_llm_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pam_espnet.bin.pam_estimate import main
+
+    write_data(tmp_path, "train")
+    write_data(tmp_path, "dev")
+    write_config(tiny_config(tiny_llm_dir), tmp_path / "given.yaml")
+    words = train_args(tmp_path, tmp_path / "given.yaml", tmp_path / "exp")
+    words = [word for word in words if word not in ("--num_workers", "0")]
+    assert main(words) == 0
+    assert "LoRA" in capsys.readouterr().out and (tmp_path / "exp/key.json").is_file()
+    (tmp_path / "exp/model.safetensors").touch()
+    assert main(words) == 0 and capsys.readouterr().out == ""
+    assert main(["--config", str(tmp_path / "given.yaml"), "--set", "max_epoch=2"]) == 0
+    assert "time: 2 steps" in capsys.readouterr().out
