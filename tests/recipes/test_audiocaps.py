@@ -481,4 +481,4 @@ def test_stages_3_to_6_with_small_models(
     assert "- beam, test: 3 of 4 scored (1 missing)" in report and "audio off" in report
     monkeypatch.chdir(recipe)
     placed = {"llm": tiny_llm_dir, "yamnet": mini_models / "yamnet"}
-    check_archive(exp / "small.zip", exp / "decode_beam/test", recipe / "dump/v1/raw/test", placed, tmp_path, limit=1)
+    check_archive(exp / "small.zip", exp / "decode_beam/test", recipe / "dump/v1/raw/test", placed, limit=1)

@@ -112,12 +112,12 @@ def test_second_run_does_nothing_again(recipe: Path, unbroken: Path) -> None:
     assert archive.read_bytes() == packed
 
 
-def test_archive_answers_alike(recipe: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archive_answers_alike(recipe: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = unbroken / f"{unbroken.name}.zip"
     if not archive.exists():  # this test was asked for alone
         run(recipe, unbroken.name, "--stage", "6", "--stop_stage", "6")
     monkeypatch.chdir(recipe)  # models are found where the recipe has them
-    check_archive(archive, unbroken / "decode_beam/test_asr", recipe / "dump/tiny/raw/test_asr", {}, tmp_path)
+    check_archive(archive, unbroken / "decode_beam/test_asr", recipe / "dump/tiny/raw/test_asr", {})
 
 
 def test_run_killed_in_every_stage_ends_in_the_same_files(recipe: Path, unbroken: Path, tag: str) -> None:

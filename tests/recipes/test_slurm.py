@@ -267,7 +267,7 @@ def test_stages_3_and_4_as_real_jobs(
     options += ["--cmd", "slurm", "--test_sets", "test_clean", "--stop_stage", "4"]
     done = run(recipe, *options, "--decode_nj", "2", **cluster)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for log, jobs in (("log/cache", 3), ("log/warm_start", 1), ("log/train", 1), ("decode_beam/log/decode", 2)):
+    for log, jobs in (("log/cache", 1), ("log/warm_start", 1), ("log/train", 1), ("decode_beam/log/decode", 2)):
         assert f"({jobs} runs): exp/small/{log}" in done.stderr
     assert len((recipe / "exp/small/decode_beam/test_clean/text").read_text().splitlines()) == 4
-    assert "Estimate, reckoned from the configuration" in done.stdout and "whisper" in done.stdout
+    assert "Estimate from the configuration" in done.stdout and "whisper" in done.stdout
