@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pam_espnet.train.iterator import PaMPreprocessor
 
 from pam_espnet.errors import DataError
+from pam_espnet.train.iterator import PaMPreprocessor
 
 
 @pytest.mark.parametrize(
