@@ -1,4 +1,4 @@
-"""The early-exit report: what blocks say, the oracle, gates, and the sweep from a command line to its files."""
+"""The early-exit report: what blocks predict, the oracle, gates, and the sweep from a command line to its files."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def exp(llm_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def calibration(path: Path) -> Calibration:
-    """Maps that change nothing and gates that say 0.6 and 0.8 whatever they see."""
+    """Maps that change nothing and gates that give 0.6 and 0.8 for any state."""
     maps = torch.cat([torch.eye(32), torch.zeros(1, 32)]).expand(2, -1, -1).contiguous()
     gates = torch.zeros(2, 33)
     gates[:, -1] = torch.tensor([0.6, 0.8]).logit()
@@ -159,7 +159,7 @@ def test_the_oracle_on_a_table_made_by_hand() -> None:
     deepest = statistics.mean(max(drawn) for drawn in itertools.product((1, 3, 1), repeat=4))
     assert found["first match"]["mean_depth_together"] == pytest.approx(deepest)
     assert found["first match"]["speedup_together"] == pytest.approx(4 / (deepest + (3 - deepest) * 0.1 + 1))
-    partly = oracle(same[:1], [1], cost)  # the middle token leaves nowhere: block 3
+    partly = oracle(same[:1], [1], cost)  # the middle token exits nowhere: block 3
     assert partly is not None and partly["saturated"]["mean_depth"] == pytest.approx(5 / 3)
     assert oracle(same[:, :0], range(1, 4), cost) is None
     assert mean_of_deepest(torch.tensor([2, 5, 5, 7]), 1) == pytest.approx(4.75)
@@ -246,7 +246,7 @@ def test_the_command_line_from_end_to_end(exp: Path, data: Path, tmp_path: Path)
     entries = {(one["task"], one["point"]): one for one in record["sweep"]}
     assert len(entries) == 3 * 4
     assert entries["asr", "never"]["mean_depth"] == BLOCKS and entries["asr", "fixed:1"]["mean_depth"] == 1
-    for point in ("fixed:2", "gate"):  # blocks 3 and 4 say what block 2 says; the gate opens there
+    for point in ("fixed:2", "gate"):  # blocks 3 and 4 predict what block 2 does; the gate opens there
         assert entries["asr", point]["mean_depth"] == 2 and entries["asr", point]["same_answers"] == 1
         assert entries["asr", point]["difference"]["wer"]["value"] == 0
     assert any(entries[task, "fixed:1"]["same_answers"] < 1 for task in ("asr", "count", "caption"))
@@ -262,15 +262,15 @@ def test_the_command_line_from_end_to_end(exp: Path, data: Path, tmp_path: Path)
     assert runs == {"decode_never": 2, "decode_fixed_2": 1}
 
     # A killed run: the last batch of one point is missing, and nothing was joined.
-    place = out / "decode_gate" / "test"
-    kept = (place / "text").read_text()
-    journal = place / "split1" / "1" / "journal.jsonl"
+    folder = out / "decode_gate" / "test"
+    kept = (folder / "text").read_text()
+    journal = folder / "split1" / "1" / "journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:-2]) + lines[-2][:30])
     for name in ("stats.json", "scores.json", "text"):
-        (place / name).unlink()
+        (folder / name).unlink()
     assert report([*args, "--batch_size", "5", "--sweep", "gate"]) == 0
-    assert (place / "text").read_text() == kept
+    assert (folder / "text").read_text() == kept
     entries = {(one["task"], one["point"]): one for one in read_json(out / "exit_report.json")["sweep"]}
     timing = entries["asr", "gate"]["timing"]
     assert timing["runs"] == 2 and timing["batches"] == 3
