@@ -15,6 +15,7 @@ from espnet2.train.preprocessor import AbsPreprocessor
 from torch.utils.data import DataLoader, Dataset
 
 from pam_espnet.data.batching import BatchingOptions, at_least, cut, describe_seen, epoch_batches
+from pam_espnet.data.kaldi_io import check_matrix
 from pam_espnet.data.prompts import Wordings
 from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.llm.prompt_layout import answer_ids, end_of_turn_id
@@ -44,9 +45,12 @@ class PaMPreprocessor(AbsPreprocessor):
         """Strings ``text``, ``prompt``, ``task`` become arrays; ``speech``, ``num_samples`` and ``feats_*`` are ones.
 
         Raises:
-            DataError: unknown task, or an empty prompt or answer.
+            DataError: unknown task, an empty prompt or answer, or features of another kind than the cache writes.
         """
         data = dict(data)
+        for name, value in data.items():
+            if name.startswith("feats_"):
+                check_matrix(value, f"utterance {uid!r}: {name}")
         task = str(data["task"]).strip()
         if task not in self.tasks:
             raise DataError("utt2task", f"utterance {uid!r}: unknown task {task!r}; known: {', '.join(self.tasks)}")

@@ -29,7 +29,16 @@ from safetensors import SafetensorError
 
 from pam_espnet.cli import DISK_ERRORS
 from pam_espnet.errors import CheckpointError
-from pam_espnet.fileio import MODEL_FILE, load_strict, read_json, read_trained, save_trained, sha256_file, write_json
+from pam_espnet.fileio import (
+    MODEL_FILE,
+    load_strict,
+    read_json,
+    read_trained,
+    save_trained,
+    sha256_file,
+    whole_folder,
+    write_json,
+)
 from pam_espnet.train.training_state import Training, random_state, set_random_state
 
 DIRECTORY = "step_checkpoint"
@@ -158,18 +167,13 @@ class ResumableEpoch:
             raise CheckpointError(problem)
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
-        tmp = path.with_name(f".{path.name}.tmp")
-        tmp.mkdir(parents=True)
-        try:
+        with whole_folder(path) as tmp:
             save_trained(self.training.trained(), tmp / MODEL_FILE)
             torch.save(state, tmp / STATE_FILE)
             sums = {name: sha256_file(tmp / name) for name in (MODEL_FILE, STATE_FILE)}
             write_json(tmp / POSITION_FILE, {**self._position, "step": self.done, "sha256": sums})
             for name in (*sums, POSITION_FILE):
                 _flush(tmp / name)
-            os.replace(tmp, path)
-        finally:
-            shutil.rmtree(tmp, ignore_errors=True)
         for _, _, old in sorted(_checkpoints(self.directory))[:-KEPT]:
             _remove(old)
 

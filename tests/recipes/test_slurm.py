@@ -260,12 +260,14 @@ def test_real_gpus(tmp_path: Path, cluster: dict[str, str]) -> None:
 
 
 @pytest.mark.services
-def test_stages_3_and_4_as_real_jobs(tmp_path: Path, cluster: dict[str, str], mini_models: Path) -> None:
+def test_stages_3_and_4_as_real_jobs(
+    tmp_path: Path, cluster: dict[str, str], mini_models: Path, tiny_llm_dir: Path
+) -> None:
     subsets = {"train-clean-5": 3, "dev-clean-2": 1, "test-clean": 2, "test-other": 1}
     corpus = make_librispeech(tmp_path, subsets, utterances=2)
     recipe = copy_recipe(tmp_path / "tree", "librispeech")
-    options = [*small(recipe, mini_models), "--librispeech", str(corpus), "--use_cache", "true", "--cmd", "slurm"]
-    options += ["--test_sets", "test_clean", "--stop_stage", "4"]
+    options = [*small(recipe, mini_models, tiny_llm_dir), "--librispeech", str(corpus), "--use_cache", "true"]
+    options += ["--cmd", "slurm", "--test_sets", "test_clean", "--stop_stage", "4"]
     done = run(recipe, *options, "--decode_nj", "2", **cluster)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for log, jobs in (("log/cache", 1), ("log/warm_start", 1), ("log/train", 1), ("decode_beam/log/decode", 2)):
