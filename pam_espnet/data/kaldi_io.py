@@ -1,14 +1,15 @@
-"""Matrices in Kaldi ark files: written here, read by ESPnet's data set, checked here again.
+"""Matrices in Kaldi ark files, written and checked here, read by ESPnet's data set. The only module that knows kaldiio.
 
 Shapes: matrices are (rows, columns) float32.
 """
 
 from __future__ import annotations
 
-import struct
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
+import kaldiio
 import numpy as np
 
 from pam_espnet.data.tables import write_table
@@ -30,11 +31,9 @@ def write_matrices(ark: str | Path, scp: str | Path, matrices: Iterable[tuple[st
     index = {}
     with atomic_path(ark) as tmp, open(tmp, "wb") as file:
         for key, matrix in matrices:
-            file.write(f"{key} ".encode())
-            index[key] = f"{ark}:{file.tell()}"
-            rows, columns = matrix.shape
-            file.write(b"\0BFM " + struct.pack("<bibi", 4, rows, 4, columns))  # binary, float matrix, int32 twice
-            file.write(np.ascontiguousarray(matrix, dtype="<f4").tobytes())
+            line = io.StringIO()
+            kaldiio.save_ark(file, {key: np.ascontiguousarray(matrix, dtype=np.float32)}, scp=line)
+            index[key] = f"{ark}:{line.getvalue().strip().rsplit(':', 1)[1]}"
     write_table(scp, index)
     return index
 

@@ -431,14 +431,14 @@ def test_fetching_through_run_sh(recipe: Path, tmp_path: Path, ytdlp: Path) -> N
 
 
 @pytest.mark.slow
-def test_stages_3_to_6_with_small_real_models(
-    recipe: Path, tmp_path: Path, mini_models: Path, monkeypatch: pytest.MonkeyPatch
+def test_stages_3_to_6_with_small_models(
+    recipe: Path, tmp_path: Path, mini_models: Path, tiny_llm_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SmolLM2 and YAMNet of the mini recipe in the place of the recipe's models, in memory for two batches."""
+    """A tiny LLM and the mini recipe's YAMNet instead of the recipe's models, for two batches."""
     write_release(tmp_path / "csv")
     audio = write_audio(tmp_path / "audio")
     small = {
-        "llm": str(mini_models / "smollm2-135m-instruct"),
+        "llm": str(tiny_llm_dir),
         "llm_conf": {"dtype": "float32", "gradient_checkpointing": False},
         "frontend_conf": {
             "frame_rate": 6.25,
@@ -466,5 +466,5 @@ def test_stages_3_to_6_with_small_real_models(
     report = (exp / "RESULTS.md").read_text(encoding="utf-8")
     assert "- beam, test: 3 of 4 scored (1 missing)" in report and "audio off" in report
     monkeypatch.chdir(recipe)
-    placed = {"llm": mini_models / "smollm2-135m-instruct", "yamnet": mini_models / "yamnet"}
+    placed = {"llm": tiny_llm_dir, "yamnet": mini_models / "yamnet"}
     check_archive(exp / "small.zip", exp / "decode_beam/test", recipe / "dump/v1/raw/test", placed, limit=1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pam_espnet.errors import DataError
-from pam_espnet.train.preprocessor import PaMPreprocessor
+from pam_espnet.train.iterator import PaMPreprocessor
 
 
 @pytest.mark.parametrize(
