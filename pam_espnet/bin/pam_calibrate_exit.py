@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pam_espnet.cli import run_main
+from pam_espnet.cli import add_compute_options, compute_device, run_main
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,9 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", type=float, default=0.95, help="of the tokens that leave (default: 0.95)")
     parser.add_argument("--no_maps", action="store_true", help="gates alone; blocks speak as they are")
     parser.add_argument("--batch_size", type=int, default=8, help="utterances run together (default: 8)")
-    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the LLM (float32)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0 = torch's choice)")
+    add_compute_options(parser, default_dtype="float32", dtypes=("float32", "bfloat16"))
     return parser
 
 
@@ -35,8 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     args = build_parser().parse_args(argv)
     from dataclasses import asdict
-
-    import torch
 
     from pam_espnet.decode.options import AnswerOptions
     from pam_espnet.decode.speech_llm import SpeechLLM
@@ -46,9 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if not 0 < args.precision <= 1:
         raise ConfigError(f"--precision {args.precision}: must be above 0 and at most 1")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    speech = SpeechLLM.load(args.exp, AnswerOptions(), args.device, args.dtype)
+    speech = SpeechLLM.load(args.exp, AnswerOptions(), compute_device(args), args.dtype or "float32")
     model = speech.model
     blocks = model.decoder.num_layers
     layers = list(candidate_blocks(args.layers or (), blocks))

@@ -98,10 +98,10 @@ def copy_recipe(root: Path, name: str, *others: str) -> Path:
     return root / "egs" / name / "pam1"
 
 
-def small(recipe: Path, models: Path) -> list[str]:
-    """Write what puts the mini recipe's models and two steps into ``recipe``; return the options that use it."""
+def small(recipe: Path, models: Path, llm: Path) -> list[str]:
+    """Write what puts the mini recipe's encoders, ``llm`` and two steps into ``recipe``; the options that use it."""
     conf = {
-        "llm": str(models / "smollm2-135m-instruct"),
+        "llm": str(llm),
         "llm_conf": {"gradient_checkpointing": False, "lora": {"r": 4}},
         "frontend_conf": {
             "encoders": {

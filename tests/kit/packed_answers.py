@@ -13,17 +13,15 @@ from pam_espnet.data.datadir import DataDir
 from pam_espnet.decode.shards import read_wave
 
 
-def check_archive(
-    archive: Path, decoded: Path, data: Path, models: Mapping[str, Path], cache: Path, limit: int = 2
-) -> None:
-    """That ``archive`` answers the first utterances of ``data`` as the decode directory ``decoded`` of its set says.
+def check_archive(archive: Path, decoded: Path, data: Path, models: Mapping[str, Path], limit: int = 2) -> None:
+    """Check that ``archive`` answers the first utterances of ``data`` as ``decoded``, its decode directory, does.
 
     Relative paths, in ``data`` and of models that are not named, start at the working directory.
     """
     tables = DataDir.load(data)
     lines = (decoded / "nbest.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
     assert lines
-    model = pam_espnet.load(archive, models=models, cache=cache)
+    model = pam_espnet.load(archive, models=models)
     for entry in map(json.loads, lines):
         wave = read_wave(tables, entry["utt"], model.model.frontend.sample_rate)
         (answer,) = model.answer([wave], [entry["prompt"]], [entry["task"]])

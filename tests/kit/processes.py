@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_model import tiny_config, train_args
+from warm import warm_processes
 
 from pam_espnet.config import write_config
 from pam_espnet.fileio import read_trained
@@ -30,32 +30,36 @@ TRAINING: dict[str, Any] = {
 }
 
 
+def _main(log: Path, arguments: list[str]) -> None:
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
+    from pam_espnet.bin.pam_train import main
+
+    sys.exit(main(arguments))
+
+
 def train(root: Path, llm: Path, output: Path, ranks: int, **changes: Any) -> Training:
     """Train with ``ranks`` processes; the trained tensors and the curve."""
     output.mkdir()
     write_config({**tiny_config(llm), **TRAINING, **changes}, output / "given.yaml")
-    command = [sys.executable, "-m", "pam_espnet.bin.pam_train", *train_args(root, output / "given.yaml", output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    kit = Path(__file__).resolve().parent  # tiny_encoder
-    environment["PYTHONPATH"] = f"{kit.parents[1]}{os.pathsep}{kit}"
     shared = [
         "--dist_backend", "gloo", "--dist_init_method", f"file://{output}/init", "--dist_world_size", str(ranks),
         "--multiprocessing_distributed", "false",
     ]  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            command + ([*shared, "--dist_rank", str(rank)] if ranks > 1 else []),
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
+    arguments = train_args(root, output / "given.yaml", output)
+    logs, processes = [], []
+    for rank in range(ranks):
+        logs.append(output / f"rank{rank}.log")
+        more = [*shared, "--dist_rank", str(rank)] if ranks > 1 else []
+        processes.append(warm_processes().Process(target=_main, args=(logs[-1], [*arguments, *more])))
+        processes[-1].start()
     try:
-        for process in processes:
-            said, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, said[-3000:]
+        for process, log in zip(processes, logs, strict=True):
+            process.join(300)
+            assert process.exitcode == 0, log.read_text()[-3000:]
     finally:
         for process in processes:
             process.kill()

@@ -93,6 +93,8 @@ def real_slurm(folder: Path) -> Iterator[dict[str, str]]:
     host = socket.gethostname().partition(".")[0]
     text = CONFIGURATION.format(host=host, user="root", port=_free_port(), node_port=_free_port(), folder=folder)
     (folder / "slurm.conf").write_text(text + "".join(f"{line}\n" for line in lines))
+    # Nothing here asks for control groups; what is found by itself, version 2, would need systemd.
+    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")  # devices that are there
     env = {**os.environ, **environment}
     logs = [folder / "slurmctld.log", folder / "slurmd.log"]

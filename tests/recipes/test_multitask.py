@@ -188,7 +188,7 @@ def test_stages_3_to_6(made: SimpleNamespace, tiny_llm_dir: Path, monkeypatch: p
 
     monkeypatch.chdir(recipe)
     decoded, data = exp / "decode_beam/test_verify", recipe / "dump/mini/raw/test_verify"
-    check_archive(exp / "small.zip", decoded, data, {"llm": tiny_llm_dir}, recipe / "cache")
+    check_archive(exp / "small.zip", decoded, data, {"llm": tiny_llm_dir})
 
 
 @pytest.mark.slow

