@@ -15,21 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from pam_espnet.config import check_number
-from pam_espnet.errors import ConfigError, PamError
+from pam_espnet.errors import ConfigError, PamError, printable
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+DISK_ERRORS = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS)
 DTYPES = ("float32", "bfloat16", "int8")  # precisions of the LLM in decoding
 
 
 def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
     """Call ``main(argv)``; return the process's exit status.
 
-    A ``PamError``, and a file that a full or read-only disk does not take, are printed as a message alone (status 1);
-    Ctrl-C gives status 130; any other exception is a bug and keeps its stack trace.
+    A ``PamError``, and a file that a full disk, a read-only disk or permissions refuse, are printed as a message alone
+    (status 1); Ctrl-C gives status 130; any other exception is a bug and keeps its stack trace.
     """
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"
-    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     try:
         return main(argv) or 0
     except PamError as error:
@@ -38,7 +36,7 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        print(f"error: {error.filename or 'a file'}: cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"error: {printable(error.filename or 'a file')}: {error.strerror}", file=sys.stderr)
         print("  -> free disk space, or choose a folder that can be written; then run it again", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -57,16 +55,14 @@ def run_record(program: str) -> dict[str, Any]:
 
 
 def code_commit() -> str | None:
-    """The commit of the code that runs, or None outside a git checkout."""
-    folder = Path(__file__).resolve().parent
+    """The commit of the code that runs, or None outside a git checkout of it."""
     if os.environ.get("PAM_COMMIT"):
         return os.environ["PAM_COMMIT"]
-    found = subprocess.run(
-        ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed; a checkout around it is another project's
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
 
 

@@ -1,7 +1,7 @@
 """Configurations: YAML files laid over each other, ``key.sub=value`` changes on top.
 
 A recipe keeps one base configuration and small overlays (fusion, size) instead of a copy per experiment; the merged
-mapping is written to the experiment directory, so that what was run can be read in one place.
+mapping is written to the experiment directory, so that what was run can be read in one file.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ def parse_yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """SafeLoader with these two changes; a class of its own, so that PyYAML's stays as it is."""
+        """SafeLoader with these two changes; a separate class, so that PyYAML's stays as it is."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             lines: dict[tuple[str, str], int] = {}
             for key, _ in node.value:
-                first = lines.setdefault((key.tag, str(key.value)), key.start_mark.line + 1)
-                if first != key.start_mark.line + 1:
-                    problem = f"the key {key.value!r} was given in line {first} already"
+                name = (key.tag, str(key.value))
+                if name in lines:
+                    problem = f"the key {key.value!r} was given in line {lines[name]} already"
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                lines[name] = key.start_mark.line + 1
             return super().construct_mapping(node, deep)
 
     number = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
@@ -135,12 +136,8 @@ def used_encoders(config: Mapping[str, Any]) -> list[str]:
 
 
 def add_specs(config: Mapping[str, Any], cache: str | Path) -> dict[str, Any]:
-    """``config`` with the specs that the feature cache knows, so that training loads no encoder it does not run.
-
-    Args:
-        config: an experiment's configuration.
-        cache: root of the feature cache; holds ``<encoder>/spec.json``.
-    """
+    """``config`` with the specs in the feature cache (``cache/<encoder>/spec.json``), so that training loads no encoder
+    that it does not run."""
     from pam_espnet.fileio import read_json
 
     found = {name: Path(cache) / name / "spec.json" for name in (config.get("frontend_conf") or {}).get("encoders", {})}
@@ -169,11 +166,7 @@ def check_number(
     below: float | None = None,
     whole: bool = False,
 ) -> None:
-    """Check that the option ``name`` is a finite number within the limits.
-
-    Raises:
-        ConfigError: it is not; names the option, its value and the limits.
-    """
+    """Raises ConfigError where ``value`` of the option ``name`` is no finite number within the limits."""
     limits = (
         ("at least", at_least, operator.ge),
         ("at most", at_most, operator.le),

@@ -1,14 +1,20 @@
 """The errors a user can cause and repair; everything else is a bug and keeps its stack trace.
 
-Every message says what is wrong, where (file and line when there is one) and what to type or change next.
+A message states what is wrong, where (file, and line when there is one) and what to type or change next.
 Command lines print them without a stack trace and exit with 1 (see ``pam_espnet.cli``).
 """
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A file's name as text that can be written anywhere: bytes that are not UTF-8 become ``\\xe9``."""
+    return os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class PamError(Exception):
@@ -25,14 +31,12 @@ class DataError(PamError):
         hint: what to do next, one sentence or a command.
     """
 
-    def __init__(
-        self, path: str | Path, message: str, *, line: int | None = None, hint: str | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, message: str, *, line: int | None = None, hint: str | None = None) -> None:
         self.path = Path(path)
         self.message = message
         self.line = line
         self.hint = hint
-        where = f"{path}:{line}" if line is not None else f"{path}"
+        where = printable(path) + (f":{line}" if line is not None else "")
         super().__init__(f"{where}: {message}" + (f"\n  -> {hint}" if hint else ""))
 
     def __reduce__(self) -> tuple[Any, ...]:

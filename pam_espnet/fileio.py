@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ MODEL_FILE = "model.safetensors"
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it to ``path`` when the block ends without an error.
 
-    A killed process leaves the old ``path`` (or none) and at most one ``.<name>.tmp-<pid><suffix>`` file. The
+    After a kill there is the old ``path`` (or none) and at most one ``.<name>.tmp-<pid><suffix>`` file. The
     temporary name keeps the suffix, because some writers choose the format by it.
     """
     path = Path(path)
@@ -187,32 +188,27 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str | Pat
     Raises:
         CheckpointError: naming missing, unexpected and wrongly shaped tensors (at most ten of each).
     """
-    own = model.state_dict()
-    wrong_shape = [
-        f"{name}: checkpoint {tuple(t.shape)}, model {tuple(own[name].shape)}"
-        for name, t in state.items()
-        if name in own and own[name].shape != t.shape
-    ]
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    both = sorted(set(own) & set(shapes))
+    wrong = [f"{name}: checkpoint {shapes[name]}, model {own[name]}" for name in both if shapes[name] != own[name]]
     problems = {
-        "missing in the checkpoint": sorted(set(own) - set(state)),
-        "not in the model": sorted(set(state) - set(own)),
-        "of another shape": wrong_shape,
+        "missing in the checkpoint": sorted(set(own) - set(shapes)),
+        "not in the model": sorted(set(shapes) - set(own)),
+        "of another shape": wrong,
     }
     lines = [
-        f"  {len(names)} {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+        f"  {len(names)} {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}\n"
         for what, names in problems.items()
         if names
     ]
     if lines:
-        raise CheckpointError(
-            f"{source}: does not fit this model\n"
-            + "\n".join(lines)
-            + "\n  -> use the config.yaml beside the checkpoint, or train again"
-        )
+        hint = "use the config.yaml beside the checkpoint, or train again"
+        raise CheckpointError(f"{source}: does not fit this model\n{''.join(lines)}  -> {hint}")
     model.load_state_dict(dict(state))
-    parts: dict[str, int] = {}
+    parts = Counter[str]()
     for name, tensor in state.items():
-        parts[name.split(".")[0]] = parts.get(name.split(".")[0], 0) + tensor.numel()
+        parts[name.split(".")[0]] += tensor.numel()
     report = f"loaded {len(state)} tensors from {source}: " + ", ".join(f"{k} {v:,}" for k, v in parts.items())
     logging.info(report)
     return report

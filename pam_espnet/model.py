@@ -1,11 +1,9 @@
 """ESPnetPaMModel: waveform (or cached features) + prompt + answer -> loss, statistics, weight; its construction.
 
-The one place where frontend and decoder meet. The loss is the mean cross-entropy over target tokens (the answer and
-its end token); ``weight`` is the number of target tokens, so that ESPnet's trainer weights every token the same over
-ranks and logging intervals.
+Frontend and LLM meet here alone. The loss is the mean cross-entropy over target tokens (the answer and its end token);
+``weight`` is their number, so that ESPnet's trainer weights every token the same over ranks and logging intervals.
 
-Dimension letters: B utterances, N samples, T encoder frames, U adapter frames, P prefix positions, L text tokens,
-H layers, D width, E experts.
+Dimension letters: B utterances, N samples, T encoder frames, U adapter frames, L text tokens, H layers, D width.
 """
 
 from __future__ import annotations
@@ -22,13 +20,13 @@ from espnet2.torch_utils.device_funcs import force_gatherable
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 from torch import Tensor
 
-from pam_espnet.config import check_options, drop_removed
+from pam_espnet.config import check_number, check_options, drop_removed
 from pam_espnet.data.tasks import TASKS
 from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.frontend.ctc_head import EmbeddingCTC
 from pam_espnet.frontend.frontend import AudioEmbeddings, PaMFrontend
 from pam_espnet.frontend.fusion.routing import router_loss
-from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.llm.llm import LLM
 from pam_espnet.llm.prompt_layout import Placed, layout, place
 
 FEATURE_PREFIX = "feats_"
@@ -56,7 +54,7 @@ class ESPnetPaMModel(AbsESPnetModel):
     def __init__(
         self,
         frontend: PaMFrontend,
-        decoder: LLMDecoder,
+        decoder: LLM,
         tasks: Sequence[str],
         ctc: EmbeddingCTC | None = None,
         router_loss_weight: float = 0.0,
@@ -65,14 +63,13 @@ class ESPnetPaMModel(AbsESPnetModel):
         exit_layers: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        if not isinstance(exit_layers, list | tuple) or not all(isinstance(layer, int) for layer in exit_layers):
+        if not isinstance(exit_layers, list | tuple):
             raise ConfigError(f"model_conf.exit_layers: {exit_layers!r}; must be a list of blocks")
-        if exit_weight < 0 or (exit_weight > 0 and not exit_layers):
-            raise ConfigError("model_conf.exit_weight: needs exit_layers, and to be at least 0")
-        if beyond := [layer for layer in exit_layers if not 1 <= layer < decoder.num_layers]:
-            raise ConfigError(
-                f"model_conf.exit_layers: {beyond}; the LLM's blocks before its last are 1 to {decoder.num_layers - 1}"
-            )
+        for layer in exit_layers:  # the LLM's blocks before its last
+            check_number(layer, "model_conf.exit_layers", at_least=1, below=decoder.num_layers, whole=True)
+        check_number(exit_weight, "model_conf.exit_weight", at_least=0)
+        if exit_weight > 0 and not exit_layers:
+            raise ConfigError("model_conf.exit_weight: needs exit_layers")
         self.frontend = frontend
         self.decoder = decoder
         self.ctc = ctc
@@ -105,7 +102,7 @@ class ESPnetPaMModel(AbsESPnetModel):
             num_samples: (B,) samples of each utterance.
             wave: (B, N) in [-1, 1]; may be None when ``features`` holds what the routing needs.
             features: cached hidden states per encoder, ((B, T, H*D), (B,)).
-            only: the one encoder to listen to (the warm start); None follows the routing.
+            only: the one encoder to use (the warm start); None follows the routing.
         """
         return self.frontend(num_samples, self.prompt_vectors(prompts), wave=wave, features=features, only=only)
 
@@ -124,11 +121,9 @@ class ESPnetPaMModel(AbsESPnetModel):
 
         Args (as ESPnet's collate function names them):
             text: (B, L) answer token ids with the end token, padded with -1.
-            prompt: (B, bytes) UTF-8 bytes of the prompt, padded with -1.
-            task: (B, 1) index into ``tasks``.
-            num_samples: (B, 1).
-            speech, speech_lengths: (B, N) waveform; or, instead,
-            feats_<encoder>, feats_<encoder>_lengths: (B, T, H*D) cached hidden states.
+            prompt: (B, bytes) UTF-8, padded with -1.
+            task, num_samples: (B, 1); the task is an index into ``tasks``.
+            speech: (B, N) waveform; or, instead, feats_<encoder>: (B, T, H*D) cached hidden states.
 
         Returns:
             loss (1,), statistics, weight (1,), the number of target tokens.
@@ -206,11 +201,10 @@ class ESPnetPaMModel(AbsESPnetModel):
 
 
 def rank_share(count: int, weight: Tensor) -> Tensor | float:
-    """What a mean over ``count`` things of this rank is multiplied by, to become its part of the mean over all ranks.
+    """Factor on a mean over ``count`` things of this rank, to become its part of the mean over all ranks. Alone, 1.
 
     ESPnet's trainer weighs each rank's loss with ``weight``, its target tokens. A mean over anything else (utterances,
-    words to align) would count too much on a rank that has few of them: with tasks of very different answers, two
-    processes would train something else than one. Alone, 1.
+    words to align) would count too much on a rank that has few of them.
     """
     if not _several_ranks():
         return 1.0
@@ -251,7 +245,6 @@ def _forgive_frozen(model: torch.nn.Module, incompatible: Any) -> None:
 
 
 def _several_ranks() -> bool:
-    """Whether this process shares its training with others."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -268,7 +261,7 @@ def model_options(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not config.get("llm"):
         raise ConfigError("config key 'llm' is missing: give the LLM's folder or its Hugging Face id")
     readers: tuple[tuple[Callable[..., Any], ...], ...] = (
-        (LLMDecoder.from_pretrained, LLMDecoder),
+        (LLM.from_pretrained, LLM),
         (PaMFrontend,),
         (ESPnetPaMModel, _model_options),
     )
@@ -284,17 +277,17 @@ def model_options(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def build_model(config: Mapping[str, Any]) -> ESPnetPaMModel:
-    """Build the model that ``config`` describes, with its pretrained parts, untrained ones freshly initialised.
+    """The model that ``config`` describes, with its pretrained parts, untrained ones freshly initialised.
 
     Args:
-        config: keys ``llm`` (folder or Hugging Face id), ``llm_conf``, ``frontend_conf``, ``model_conf``; the
-            ``config.yaml`` of an experiment directory is such a mapping.
+        config: keys ``llm`` (folder or Hugging Face id), ``llm_conf``, ``frontend_conf``, ``model_conf``, as in an
+            experiment's ``config.yaml``.
 
     Raises:
         ConfigError: unknown keys, missing model folders, values that cannot work.
     """
     llm_conf, frontend_conf, model_conf = model_options(config)
-    decoder = LLMDecoder.from_pretrained(config["llm"], **llm_conf)
+    decoder = LLM.from_pretrained(config["llm"], **llm_conf)
     frontend = PaMFrontend(width=decoder.width, prompt_width=decoder.width, **frontend_conf)
     tokens = model_conf.get("ctc_tokens")
     options = {k: v for k, v in model_conf.items() if k not in inspect.signature(_model_options).parameters}
@@ -311,14 +304,11 @@ def build_model(config: Mapping[str, Any]) -> ESPnetPaMModel:
     return model
 
 
-def _read_token_ids(path: Path, decoder: LLMDecoder) -> list[int]:
+def _read_token_ids(path: Path, decoder: LLM) -> list[int]:
     if not path.is_file():
         raise ConfigError(f"model_conf.ctc_tokens: no such file: {path}\n  -> run stage 3, which writes it")
     words = path.read_text(encoding="utf-8").split()
-    if wrong := [word for word in words if not word.isdigit()]:
-        raise ConfigError(f"{path}: {wrong[0]!r} is not a token id\n  -> remove the file; stage 3 writes it again")
-    token_ids = [int(word) for word in words]
-    beyond = [token for token in token_ids if not 0 <= token < decoder.vocab_size]
-    if beyond:
-        raise ConfigError(f"{path}: token ids {beyond[:5]} are outside the LLM's vocabulary: made with another LLM?")
-    return token_ids
+    if wrong := [word for word in words if not word.isdigit() or int(word) >= decoder.vocab_size]:
+        hint = "  -> made with another LLM? remove the file; stage 3 writes it again"
+        raise ConfigError(f"{path}: {wrong[0]!r} is not a token of this LLM\n{hint}")
+    return [int(word) for word in words]

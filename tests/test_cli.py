@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 
 import pytest
 import torch
@@ -53,6 +55,12 @@ def test_user_errors_have_no_stack_trace(capsys: pytest.CaptureFixture[str]) -> 
 
     assert run_main(lambda _: fail(ConfigError("x: is wrong\n  -> correct it"))) == 1
     assert capsys.readouterr().err == "error: x: is wrong\n  -> correct it\n"
+    for code in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+        assert run_main(lambda _, code=code: fail(OSError(code, os.strerror(code), "exp/mine"))) == 1
+        assert capsys.readouterr().err.startswith(f"error: exp/mine: {os.strerror(code)}\n  -> free disk space")
+    assert run_main(lambda _: fail(OSError(errno.ENOSPC, "No space left on device"))) == 1
+    with pytest.raises(FileNotFoundError):
+        run_main(lambda _: fail(FileNotFoundError(errno.ENOENT, "a bug")))
     assert run_main(lambda _: fail(KeyboardInterrupt())) == 130
     with pytest.raises(ZeroDivisionError):
         run_main(lambda _: fail(ZeroDivisionError()))

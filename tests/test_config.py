@@ -61,12 +61,22 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "first", "second"),
-    [("a: 1\nb: 2\na: 3\n", 1, 3), ("x:\n  a: 1\n  'a': 2\n", 2, 3), ("x: [{a: 1,\n a: 1}]", 1, 2)],
+    [
+        ("a: 1\nb: 2\na: 3\n", 1, 3),
+        ("x:\n  a: 1\n  'a': 2\n", 2, 3),
+        ("x: [{a: 1,\n a: 1}]", 1, 2),
+        ("{a: 1, a: 1}", 1, 1),
+    ],
 )
 def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path, text: str, first: int, second: int) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError, match=rf"a\.yaml:{second}: .*'a' was given in line {first} already"):
         load_yaml(tmp_path / "a.yaml")
+
+
+def test_merge_keys_of_yaml_are_no_repetition(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("x: &x {a: 1, b: 2}\ny: {<<: *x, b: 3}\n")
+    assert load_yaml(tmp_path / "a.yaml")["y"] == {"a": 1, "b": 3}
 
 
 def test_encodings_of_configuration_files(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Combine and say what came out."""
+    """Combine and print the result."""
     args = build_parser().parse_args(argv)
     from pam_espnet.data.datadir import DataDir
     from pam_espnet.data.edit import combine

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Repair a data directory in place: sort its tables, remove unusable lines, drop utterances that are not in every
-table or have no audio file. Says what it did and why; the old tables go to <data_dir>/.backup-<n>."""
+table or have no audio file. Prints what it did and why; the old tables go to <data_dir>/.backup-<n>."""
 
 from __future__ import annotations
 

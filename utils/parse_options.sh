@@ -12,8 +12,8 @@
 #
 # A line has a name, what its value is, the default (in single quotes where it is empty or has blanks) and the help. Each
 # name becomes a variable with its default; `--name value` and `--name=value` set it (a dash in it stands for an
-# underscore). Where the default is true or false, nothing else is taken. Parsing ends at `--` or at the first word that
-# is no option; what follows stays in "$@". Values are never executed. `table_names TABLE` prints the names of a table.
+# underscore). BOOL takes true or false, N a whole number, anything else any text. Parsing ends at `--` or at the first
+# word that is no option; what follows stays in "$@". Values are never executed. `table_names TABLE` prints its names.
 
 table_names() { sed -n 's/^\([a-z][A-Za-z0-9_]*\) .*/\1/p' <<<"$1"; }
 
@@ -43,10 +43,12 @@ _po_close() {
     ((above[${#2}] <= 2 && above[${#2}] < ${#1}))
 }
 
-mapfile -t _po_names < <(table_names "${options}")
-_po_pattern="^[a-z][A-Za-z0-9_]* +[^ ]+ +('([^']*)'|([^ ]+))( |\$)"
+declare -A _po_kinds=()
+_po_pattern="^([a-z][A-Za-z0-9_]*) +([^ ]+) +('([^']*)'|([^ ]+))( |\$)"
 while IFS= read -r _po_line; do
-    [[ ! ${_po_line} =~ ${_po_pattern} ]] || printf -v "${_po_line%% *}" '%s' "${BASH_REMATCH[2]}${BASH_REMATCH[3]}"
+    [[ ${_po_line} =~ ${_po_pattern} ]] || continue
+    _po_kinds[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
+    printf -v "${BASH_REMATCH[1]}" '%s' "${BASH_REMATCH[4]}${BASH_REMATCH[5]}"
 done <<<"${options}"
 
 while [ $# -gt 0 ]; do
@@ -72,17 +74,19 @@ while [ $# -gt 0 ]; do
                 shift 2
             fi
             _po_name=${_po_name//-/_}
-            if [[ " ${_po_names[*]} " != *" ${_po_name} "* || ${_po_name} == *" "* ]]; then
+            if [[ ! ${_po_name} =~ ^[a-z][A-Za-z0-9_]*$ || -z ${_po_kinds[${_po_name}]:-} ]]; then
                 _po_value=
-                for _po_line in "${_po_names[@]}"; do
+                for _po_line in "${!_po_kinds[@]}"; do
                     ! _po_close "${_po_name}" "${_po_line}" || _po_value+="--${_po_line} "
                 done
                 [ -z "${_po_value}" ] || _po_fail "unknown option --${_po_name}" "did you mean ${_po_value}?"
                 _po_fail "unknown option --${_po_name}" "--help shows what there is"
             fi
-            if [[ ${!_po_name} =~ ^(true|false)$ && ! ${_po_value} =~ ^(true|false)$ ]]; then
-                _po_fail "--${_po_name} takes true or false, not '${_po_value}'"
-            fi
+            case "${_po_kinds[${_po_name}]}:${_po_value}" in
+                BOOL:true | BOOL:false) ;;
+                BOOL:*) _po_fail "--${_po_name} takes true or false, not '${_po_value}'" ;;
+                N: | N:*[!0-9]*) _po_fail "--${_po_name} must be a whole number, not '${_po_value}'" ;;
+            esac
             printf -v "${_po_name}" '%s' "${_po_value}"
             ;;
         -?*) _po_fail "unknown option $1" "options have two dashes; --help shows what there is" ;;
@@ -90,4 +94,4 @@ while [ $# -gt 0 ]; do
     esac
 done
 unset -f _po_fail _po_close
-unset -v _po_name _po_names _po_value _po_line _po_pattern
+unset -v _po_name _po_kinds _po_value _po_line _po_pattern

@@ -39,7 +39,7 @@ TIME_FORMAT = "%a %b %d %H:%M:%S %Z %Y"
 
 @dataclass
 class Running:
-    """A started command: its slot (which says what GPUs it has) and its log."""
+    """A started command: its slot (which decides its GPUs) and its log."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -90,7 +90,7 @@ def at_once(args: argparse.Namespace, gpus: list[str]) -> int:
 
 
 def die_with_parent() -> None:
-    """In the child, on Linux: be killed when run.py is (even by SIGKILL), so that no orphan goes on writing."""
+    """In the child, on Linux: be killed when run.py is (even by SIGKILL), so that no orphan keeps writing."""
     if sys.platform == "linux":
         import ctypes
 
@@ -121,7 +121,7 @@ def start(command: list[str], log: Path, slot: int, args: argparse.Namespace, gp
         )
     except OSError as error:
         file.write(f"{command[0]}: {error.strerror}\n".encode())
-        # Stands in for the command, so that there is one way in which a run ends: status 127, as in a shell.
+        # Replaces the command, so that there is one way in which a run ends: status 127, as in a shell.
         process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(127)"])
     return Running(process, log, file, slot, begun)
 
@@ -165,14 +165,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--gpu {args.gpu}: {len(gpus)} GPUs are visible; use --gpu 0, or look at CUDA_VISIBLE_DEVICES")
 
     exit_on_signals()
-    waiting = deque(work.filled(number) for number in work.numbers)
+    pending = deque(work.filled(number) for number in work.numbers)
     free = list(range(min(at_once(args, gpus), len(work.numbers))))
     running: list[Running] = []
     failed: list[tuple[Path, str]] = []
     try:
-        while waiting or running:
-            while waiting and free:
-                log, *command = waiting.popleft()
+        while pending or running:
+            while pending and free:
+                log, *command = pending.popleft()
                 running.append(start(command, Path(log), free.pop(0), args, gpus))
             time.sleep(POLL_SECONDS)
             for run in [run for run in running if run.process.poll() is not None]:

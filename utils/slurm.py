@@ -75,7 +75,7 @@ class Flags:
         meanings = self.options[name]
         flags = meanings.get(value, meanings.get("*"))
         if flags is None:
-            fail(f"{self.path}: nothing said about {name}={value}", f"add a line: option {name}=* FLAGS with $0")
+            fail(f"{self.path}: no line about {name}={value}", f"add a line: option {name}=* FLAGS with $0")
         return [flag.replace("$0", value) for flag in flags]
 
 
@@ -154,7 +154,7 @@ def sbatch_flags(args: argparse.Namespace, flags: Flags) -> list[str]:
     for name, free in (("gpu", 0), ("mem", None), ("num_threads", 1)):
         # No GPU and one thread need no flags; anything else must not be dropped silently.
         if name in given and name not in flags.options and given[name] != free:
-            fail(f"{flags.path}: nothing said about {name}", f"add a line: option {name}=* FLAGS with $0")
+            fail(f"{flags.path}: no line about {name}", f"add a line: option {name}=* FLAGS with $0")
     values.update({name: str(value) for name, value in given.items() if name in flags.options})
     return [flag for name in sorted(values) for flag in flags.of(name, values[name])]
 
@@ -173,7 +173,7 @@ def batch_script(work: Work, args: argparse.Namespace) -> str:
 
 
 class Job:
-    """A submitted job or job array: what the queue says of it, and what its logs say."""
+    """A submitted job or job array: its state in the queue and in its logs."""
 
     def __init__(self, work: Work, args: argparse.Namespace, command: list[str]) -> None:
         """Submit. Old logs are emptied, or their ends would be taken for those of the new runs."""
@@ -206,7 +206,7 @@ class Job:
         return Path(self.pattern.replace("%%", "\0").replace("%a", str(number)).replace("\0", "%"))
 
     def queued(self) -> dict[int, str]:
-        """The tasks that wait or run, with the reason of those that wait; OSError where squeue fails."""
+        """The tasks that are pending or run, with the reason of the pending ones; OSError where squeue fails."""
         # By user, not by job: asking for a job that the controller has forgotten is an error.
         words = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F %K %t %r"]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -258,7 +258,7 @@ def wait_for(job: Job, lag: float) -> dict[int, str]:
     """
     statuses: dict[int, str] = {}
     gone: dict[int, float] = {}  # since when a task is out of the queue
-    pause, said, failing = FIRST_POLL, "", 0.0
+    pause, shown, failing = FIRST_POLL, "", 0.0
     while True:
         now = time.monotonic()
         try:
@@ -284,10 +284,10 @@ def wait_for(job: Job, lag: float) -> dict[int, str]:
             return statuses
         reasons = sorted({reason for reason in queued.values() if reason})
         # What is worth a line: that nothing runs yet, and why.
-        waits = ", ".join(reasons) if queued and all(queued.values()) and reasons != ["None"] else ""
-        if waits and waits != said:
-            print(f"slurm.py: job {job.id} waits: {waits}", file=sys.stderr)
-            said = waits
+        pending = ", ".join(reasons) if queued and all(queued.values()) and reasons != ["None"] else ""
+        if pending and pending != shown:
+            print(f"slurm.py: job {job.id} is pending: {pending}", file=sys.stderr)
+            shown = pending
         time.sleep(pause)
         pause = FIRST_POLL if gone.keys() - statuses.keys() else min(LAST_POLL, pause * 1.2)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write a part of a data directory: named utterances, one task, the first n, or n drawn with a seed. --task goes
+"""Write a part of a data directory: listed utterances, one task, the first n, or n drawn with a seed. --task goes
 together with the others: --task asr --random 100 draws a hundred of the asr utterances."""
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Choose and say how many."""
+    """Choose and print the number."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.utts is args.first is args.random is args.task is None:
-        parser.error("say which part: --utts, --first, --random or --task")
+        parser.error("choose a part: --utts, --first, --random or --task")
     from pam_espnet.data.datadir import DataDir
     from pam_espnet.data.edit import choose, save_dir
     from pam_espnet.data.tables import read_keys

@@ -2,7 +2,7 @@
 
     python -m pam_espnet.bin.pam_demo --model mine.zip
 
-Needs gradio (tools/setup.sh --extras demo). The page is served to this machine alone unless --host says otherwise; it
+Needs gradio (tools/setup.sh --extras demo). The page is served to this machine alone unless --host is given; it
 asks for no password. Recordings are treated as by pam_inference.
 """
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pam_espnet.cli import run_main, run_record
+from pam_espnet.cli import add_compute_options, compute_device, run_main, run_record
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,8 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sweep", nargs="*", metavar="POINT", help="decode at these points; none: a choice of them")
     parser.add_argument("--out", type=Path, help="directory of the report (default: <exp>/exit_report)")
     parser.add_argument("--batch_size", type=int, default=8, help="utterances run together (default: 8)")
-    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0 = torch's choice)")
+    add_compute_options(parser, dtypes=())
     return parser
 
 
@@ -40,20 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from functools import cache
 
-    import torch
-
     from pam_espnet.decode.options import AnswerOptions
     from pam_espnet.decode.shards import DecodeOptions, decoded_of
     from pam_espnet.decode.speech_llm import SpeechLLM
-    from pam_espnet.early_exit.plot import plot_exits
     from pam_espnet.early_exit.report import one_search, profile_sets, read_decoded, read_sweep
     from pam_espnet.early_exit.sweep import default_points, parse_point, sweep
-    from pam_espnet.early_exit.tables import markdown
+    from pam_espnet.early_exit.tables import markdown, plot_exits
     from pam_espnet.errors import ConfigError
     from pam_espnet.fileio import write_json, write_text
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device = compute_device(args)
     if len({Path(data).name for data in args.data}) < len(args.data):
         raise ConfigError("--data: two test sets have the same name")
     if args.calibration and args.layers:
@@ -76,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     @cache
     def load() -> SpeechLLM:
-        return SpeechLLM.load(args.exp, options, args.device, dtype)
+        return SpeechLLM.load(args.exp, options, device, dtype)
 
     found = profile_sets(
         args.exp, load, args.data, answers, args.layers or (), args.calibration, search, out, args.batch_size

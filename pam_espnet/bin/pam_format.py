@@ -1,6 +1,6 @@
 """Format data directories: every utterance becomes a separate mono 16-bit file at one sample rate, with a passport of
 where it came from. All directories are checked first. Utterances that are silent, damaged, too long or too short are
-left out and listed with the reason. A killed run continues where it stopped; a second run does only what changed."""
+skipped and listed with the reason. A killed run continues where it stopped; a second run does only what changed."""
 
 from __future__ import annotations
 

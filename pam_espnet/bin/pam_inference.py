@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pam_espnet.cli import add_compute_options, compute_device, run_main
 from pam_espnet.config import check_number
-from pam_espnet.errors import ConfigError, PamError
+from pam_espnet.errors import ConfigError, PamError, printable
 
 if TYPE_CHECKING:
     from pam_espnet.decode.speech_llm import PartialAnswer, SpeechLLM
@@ -86,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_model(args)
     failed = []
     for wav in args.wavs:
-        name = os.fsencode(wav).decode("utf-8", "backslashreplace")  # names of files need not be UTF-8
+        name = printable(wav)
         try:
             found = answer(model, wav, args.prompt, args.task, args.max_seconds)
         except PamError as error:

@@ -14,18 +14,13 @@ from pathlib import Path
 from pam_espnet.cli import run_main
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Command line of this module."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, nargs="+", type=Path, help="formatted test sets, dump/raw/<set>")
     parser.add_argument("--prompts", type=Path, default=Path("conf/prompts"), help="has <task>.txt (conf/prompts)")
     parser.add_argument("--out", required=True, type=Path, help="folder for <set>/<number>")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     from pam_espnet.data.datadir import DataDir
     from pam_espnet.data.prompts import read_wordings
     from pam_espnet.data.reword import reword

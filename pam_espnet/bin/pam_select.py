@@ -2,7 +2,7 @@
 
 --by scores decodes the validation set with every epoch that training kept, scores each task by its own metric, and
 takes the epoch with the highest mean of the normalised scores; SELECTION.md and selection.json in the experiment have
-them all. What was decoded before is kept. --by loss goes back to the average that training left.
+them all. What was decoded before is kept. --by loss returns to the average that training made.
 """
 
 from __future__ import annotations
@@ -10,32 +10,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from pam_espnet.cli import run_main, run_record
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Command line of this module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--exp", required=True, help="experiment directory, trained")
-    parser.add_argument("--by", choices=("scores", "loss"), default="scores", help="criterion (default: scores)")
-    parser.add_argument("--data", help="formatted validation set, dump/raw/<set>; needed for scores")
-    parser.add_argument("--config", help="YAML with options of decoding (conf/decode.yaml)")
-    parser.add_argument("--batch_size", type=int, default=8, help="utterances decoded together (default: 8)")
-    parser.add_argument("--caption_reference", type=float, default=1.0, help="CIDEr-D that counts as 1 (default: 1)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), help="precision of the LLM (as trained)")
-    return parser
+from pam_espnet.cli import add_compute_options, compute_device, run_main, run_record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = build_parser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exp", required=True, type=Path, help="experiment directory, trained")
+    parser.add_argument("--by", choices=("scores", "loss"), default="scores", help="criterion (default: scores)")
+    parser.add_argument("--data", type=Path, help="formatted validation set, dump/raw/<set>; needed for scores")
+    parser.add_argument("--config", help="YAML with options of decoding (conf/decode.yaml)")
+    parser.add_argument("--batch_size", type=int, default=8, help="utterances decoded together (default: 8)")
+    add_compute_options(parser)
     args = parser.parse_args(argv)
     if args.by == "scores" and not args.data:
         parser.error("--by scores needs --data, the validation set")
-    from pathlib import Path
-
     from pam_espnet.config import load_yaml
     from pam_espnet.decode.shards import DecodeOptions
     from pam_espnet.train.selection import TABLE, select_by_loss, select_by_scores
@@ -43,17 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.by == "loss":
         print(f"wrote {select_by_loss(args.exp)}")
         return 0
-    record = select_by_scores(
-        args.exp,
-        args.data,
-        load_yaml(args.config) if args.config else {},
-        DecodeOptions(args.batch_size),
-        run_record("pam_select.py"),
-        device=args.device,
-        dtype=args.dtype,
-        caption_reference=args.caption_reference,
-    )
-    print((Path(args.exp) / TABLE).read_text(encoding="utf-8"))
+    search = load_yaml(args.config) if args.config else {}
+    options, run = DecodeOptions(args.batch_size), run_record("pam_select.py")
+    record = select_by_scores(args.exp, args.data, search, options, run, compute_device(args), args.dtype)
+    print((args.exp / TABLE).read_text(encoding="utf-8"))
     print(f"{args.exp}: the model is that of epoch {record['selected']}")
     return 0
 

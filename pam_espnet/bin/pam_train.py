@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pam_espnet.fileio import exclusive
 
     experiment = Experiment.of(args)
-    first = "0" == os.environ.get("RANK", "0") == os.environ.get("SLURM_PROCID", "0") and not _later_rank(espnet)
+    first = _is_first_rank(espnet)
     # Other ranks share the first one's output directory; only the first writes there.
     with exclusive(experiment.exp / ".lock") if first else nullcontext():
         if first:
@@ -47,8 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _later_rank(espnet: Sequence[str]) -> bool:
-    return "--dist_rank" in espnet and espnet[espnet.index("--dist_rank") + 1] != "0"
+def _is_first_rank(espnet: Sequence[str]) -> bool:
+    """From the ranks that torchrun, Slurm or ESPnet's own option give."""
+    given = espnet[espnet.index("--dist_rank") + 1] if "--dist_rank" in espnet else "0"
+    return {os.environ.get("RANK", "0"), os.environ.get("SLURM_PROCID", "0"), given} == {"0"}
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""Unpacking archives that come from elsewhere: nothing lands outside the folder, and a marker says when all is there.
+"""Archives that others made: unpacked without a file outside the folder; a marker tells that all of it is there.
 
-tar members go through Python's "data" filter (PEP 706), zip members through a check of their names; what would land or
-point outside is refused before it is written.
+tar members go through Python's "data" filter (PEP 706), zip members through a check of their names; what would be
+written or point outside is refused before it is written.
 """
 
 from __future__ import annotations
 
 import errno
-import os
-import shutil
 import stat
 import tarfile
 import zipfile
@@ -16,15 +14,15 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, cast
 
 from pam_espnet.data.download import check_space
 from pam_espnet.errors import DataError
-from pam_espnet.fileio import write_text
+from pam_espnet.fileio import whole_folder, write_text
 
 MARKER = ".completed"
 ANEW = "delete the file and run this again"
-# How the standard library says that an archive ends too early or is damaged.
+# What the standard library raises for an archive that ends too early or is damaged.
 _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError)
 
 
@@ -41,37 +39,22 @@ def mark_complete(folder: str | Path, key: str) -> None:
 
 @contextmanager
 def fresh_folder(folder: str | Path, key: str) -> Iterator[Path]:
-    """Yield an empty folder beside ``folder``; when the block ends well, mark it complete and put it in its place.
-
-    What a killed run left behind is removed; an older ``folder`` is replaced at the very end.
-    """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for stale in folder.parent.glob(f".{folder.name}.tmp-*"):
-        shutil.rmtree(stale)
-    tmp = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    tmp.mkdir()
-    try:
+    """``fileio.whole_folder``, marked complete."""
+    with whole_folder(folder) as tmp:
         yield tmp
         mark_complete(tmp, key)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(tmp, folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def extract_tar(archive: str | Path, folder: str | Path, *, stream: IO[bytes] | None = None, limit: int = 0) -> None:
-    """Unpack a tar archive, compressed or not, into ``folder``.
+    """Unpack a tar archive, compressed or not, into ``folder``; files in it are overwritten.
 
     Args:
-        archive: the file; with ``stream``, the name that errors give.
-        folder: made if it is not there; files in it are overwritten.
+        archive: the file; with ``stream``, the name in error messages.
         stream: read the tar from here instead.
         limit: refuse an archive that unpacks to more bytes; 0 sets none.
 
     Raises:
-        DataError: an unsafe member, an archive that is damaged or cut short, or no room.
+        DataError: an unsafe member, an archive that is damaged or cut short, or too little disk space.
     """
     from tqdm import tqdm
 
@@ -88,7 +71,7 @@ def extract_tar(archive: str | Path, folder: str | Path, *, stream: IO[bytes] | 
         tarfile.open(fileobj=cast(IO[bytes], watched), mode="r:*") as tar,
     ):
         _extract_members(archive, tar, folder, limit)
-        while tar.fileobj is not None and tar.fileobj.read(1 << 20):  # to the end: the checksum of gzip stands there
+        while tar.fileobj is not None and tar.fileobj.read(1 << 20):  # to the end, where gzip has its checksum
             pass
 
 
@@ -114,8 +97,7 @@ def extract_zip(archive: str | Path, folder: str | Path, *, limit: int = 0) -> N
                 raise DataError(archive, f"unsafe member {member.filename!r}", hint=ANEW)
             if member.flag_bits & 1:
                 raise DataError(archive, f"member {member.filename!r} is encrypted", hint=ANEW)
-        for member in members:
-            file.extract(member, folder)
+        file.extractall(folder)
 
 
 def _check_limit(archive: str | Path, total: int, limit: int) -> None:
@@ -124,18 +106,16 @@ def _check_limit(archive: str | Path, total: int, limit: int) -> None:
 
 
 @contextmanager
-def _explained(archive: str | Path) -> Iterator[Any]:
+def _explained(archive: str | Path) -> Iterator[None]:
     """Turn the errors of tarfile and zipfile into a ``DataError`` about ``archive``."""
     try:
         yield
     except tarfile.FilterError as error:
         raise DataError(archive, f"cannot be unpacked safely: {error}", hint=ANEW) from error
-    except _DAMAGED as error:
+    except (*_DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(archive, "the disk is full", hint="free some space, run the same command again") from error
+        if isinstance(error, OSError) and error.errno is not None:  # gzip and bzip2 raise theirs without a number
+            raise
         message = f"cannot be unpacked, it is damaged or cut short ({error or type(error).__name__})"
         raise DataError(archive, message, hint=ANEW) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(archive, "the disk is full", hint="make room, and run the same command again") from error
-        if error.errno is None:  # gzip and bzip2 complain without a number
-            raise DataError(archive, f"cannot be unpacked, it is damaged ({error})", hint=ANEW) from error
-        raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -43,8 +44,7 @@ def read_audio(
     Args:
         path: an audio file, or (with ``allow_pipes``) ``"command arguments |"`` whose output is an audio file. The
             command is split as a shell would but run without one: no second pipe, no redirection, no variables.
-        start: first second of the piece; None for the beginning.
-        end: last second of the piece; None for the end.
+        start, end: the piece in seconds; None for the beginning and the end of the recording.
 
     Returns:
         (wave (N,) float32, mean of the channels, [-1, 1] for integer formats; sample rate in Hz, the first one where
@@ -55,41 +55,29 @@ def read_audio(
             recording, a pipe that is not allowed or fails; contains the library's own message.
     """
     name = str(path)
+    if not name.endswith("|") and not Path(name).is_file():
+        raise DataError(name, "no such audio file", hint="relative paths start at the current directory")
     try:
-        with _open(name, allow_pipes) as file:
+        with io.BytesIO(_run_pipe(name, allow_pipes)) if name.endswith("|") else open(name, "rb", buffering=0) as file:
             return _read(name, file, start, end)
     except OSError as error:
         raise DataError(name, f"cannot be read: {error.strerror or error}", hint=REPAIR_HINT) from error
 
 
-def _open(name: str, allow_pipes: bool) -> BinaryIO:
-    if name.endswith("|"):
-        return io.BytesIO(_run_pipe(name, allow_pipes))
-    if not Path(name).is_file():
-        raise DataError(name, "no such audio file", hint="relative paths start at the current directory")
-    return open(name, "rb", buffering=0)
-
-
 def _read(name: str, file: BinaryIO, start: float | None, end: float | None) -> tuple[np.ndarray, int]:
-    """``read_audio`` of an open file."""
     magic, reason = file.read(4), ""
+    streams = ogg_streams(name, file) if magic == b"OggS" else [whole_file(name, file)]
     try:
-        if magic != b"OggS":
-            piece = _read_soundfile(name, whole_file(name, file), start, end)
-        else:
-            file.seek(0)
-            streams = ogg_streams(name, file.read())
-            if len(streams) == 1:
-                piece = _read_soundfile(name, io.BytesIO(streams[0]), start, end)
-            else:
-                runs = [_read_soundfile(name, io.BytesIO(stream)) for stream in streams]
-                piece = _cut(name, *_join([run for run in runs if run]), start, end)
+        if len(streams) > 1:
+            runs = [run for stream in streams if (run := _read_soundfile(name, stream))]
+            return _cut(name, *_join(runs), start, end)
+        if piece := _read_soundfile(name, streams[0], start, end):
+            return piece
     except (soundfile.LibsndfileError, soundfile.SoundFileRuntimeError) as error:
         reason = str(getattr(error, "error_string", "") or error).rstrip(".")  # without the path
         if magic == b"fLaC":  # ffmpeg would decode it up to the damage without an error
             raise DataError(name, f"cannot be read: {reason}", hint=REPAIR_HINT) from error
-        piece = None
-    return piece or _cut(name, *_read_pyav(name, file, reason), start, end)
+    return _cut(name, *_read_pyav(name, file, reason), start, end)
 
 
 def _read_soundfile(
@@ -97,8 +85,10 @@ def _read_soundfile(
 ) -> tuple[np.ndarray, int] | None:
     """(N,) float32 and the sample rate in Hz; None where libsndfile does not know the number of samples."""
     file.seek(0)
-    # by its descriptor: soundfile takes a format from a name's suffix, and encodes the name as UTF-8
-    source = file if isinstance(file, io.BytesIO) else file.fileno()
+    # by its descriptor, or soundfile takes a format from the suffix; raw GSM and VOX have no other sign
+    source: io.BytesIO | int | bytes = file if isinstance(file, io.BytesIO) else file.fileno()
+    if name.lower().endswith((".gsm", ".vox")):
+        source = os.fsencode(name)
     with soundfile.SoundFile(source, closefd=False) as sound:
         if sound.format in ("MP3", "MPEG") or sound.frames >= 1 << 48:  # an estimate, a FLAC stream that states none
             return None
@@ -122,7 +112,7 @@ def _read_pyav(name: str, file: BinaryIO, reason: str) -> tuple[np.ndarray, int]
     states = (*STATING, "mp3") if counts_mp3_frames(file) else STATING
     file.seek(0)
     runs: list[tuple[int, int, list[np.ndarray]]] = []  # (channels, Hz, pieces (n, C)) that follow each other
-    stated = reached = 0.0  # seconds
+    reached = 0.0  # seconds
     try:
         with av.open(
             file if isinstance(file, io.BytesIO) else name,
@@ -134,10 +124,15 @@ def _read_pyav(name: str, file: BinaryIO, reason: str) -> tuple[np.ndarray, int]
             if not container.streams.audio:
                 raise DataError(name, "has no audio stream", hint="list another file")
             audio = container.streams.audio[0]
-            if container.duration and not set(states).isdisjoint(container.format.name.split(",")):
-                stated = container.duration / av.time_base
+            if set(states).isdisjoint(container.format.name.split(",")):
+                stated = 0.0
+            elif audio.duration and audio.time_base:
+                stated = float(audio.duration * audio.time_base)
+            else:  # of the longest stream
+                stated = (container.duration or 0) / av.time_base
             for packet in container.demux():
-                if packet.pts is not None and packet.dts is not None:
+                counts = packet.stream is audio or not audio.duration
+                if counts and packet.pts is not None and packet.dts is not None:
                     reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 for frame in packet.decode() if packet.stream is audio else ():
                     assert isinstance(frame, av.AudioFrame)
@@ -171,7 +166,7 @@ def _samples(frame: av.AudioFrame) -> np.ndarray:
 
 def _mono(name: str, wave: np.ndarray) -> np.ndarray:
     """The mean (N,) of the channels (N, C)."""
-    with np.errstate(invalid="ignore"):  # samples that are not finite are looked for later
+    with np.errstate(invalid="ignore", over="ignore"):  # samples that are not finite are looked for later
         mean = wave.mean(axis=1, dtype=np.float32)
         if wave.shape[1] > 1 and len(wave):
             loudest = float(np.sqrt(np.mean(np.square(wave, dtype=np.float64), axis=0)).max())
@@ -212,18 +207,16 @@ def _run_pipe(value: str, allow_pipes: bool) -> bytes:
         command = shlex.split(value[:-1])
     except ValueError as error:
         raise DataError(value, f"cannot be split into words ({error})", hint="repair the quotes") from error
-    if not command:
-        raise DataError(value, "is an empty command", hint="write the command before the '|'")
-    if any("|" in word for word in command):
+    if not command or any("|" in word for word in command):
         hint = "put the commands into an executable script and list '<script> <arguments> |'"
-        raise DataError(value, "is a pipeline of several commands", hint=hint)
+        raise DataError(value, "is not one command", hint=hint)
     try:
         result = subprocess.run(command, capture_output=True, check=False)
     except OSError as error:
         raise DataError(value, f"cannot be run ({error.strerror})", hint="install the program") from error
     if result.returncode != 0:
-        lines = result.stderr.decode(errors="replace").strip().splitlines()
-        message = f"exited with status {result.returncode}: {lines[-1] if lines else 'no message'}"
+        lines = result.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        message = f"exited with status {result.returncode}: {lines[-1]}"
         raise DataError(value, message, hint="run the command by hand and repair it")
     return result.stdout
 

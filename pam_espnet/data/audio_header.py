@@ -7,6 +7,7 @@ programs that write into a pipe and recorders that crash leave it. Decodes nothi
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import struct
 from dataclasses import dataclass
@@ -25,22 +26,22 @@ class _Layout:
     """A container made of chunks, each an id, a size and that many bytes; offsets and sizes in bytes."""
 
     first: int  # offset of the first chunk
-    head: str  # id and size, as struct reads them
+    ids: str  # the id, as struct reads it with the byte order
+    size: str  # the size, which follows it
     padding: int = 1  # a chunk begins at a multiple of this
-    own: int = 0  # bytes of the chunk's head that its size counts
-    outer: str = ""  # the container's size, behind its id; counts what follows it
+    own: int = 0  # bytes of the chunk's id and size that its size counts
     data: bytes = b"data"
     prefix: int = 0  # bytes before the first sample that the size of the data chunk counts
 
 
 _LAYOUTS = {
-    b"RIFF": _Layout(12, "<4sI", 2, outer="<I"),
-    b"RIFX": _Layout(12, ">4sI", 2, outer=">I"),
-    b"RF64": _Layout(12, "<4sI", 2),
-    b"BW64": _Layout(12, "<4sI", 2),
-    b"FORM": _Layout(12, ">4sI", 2, outer=">I", data=b"SSND", prefix=8),
-    b"riff": _Layout(40, "<4s12xQ", 8, own=24),  # Wave64: ids of 16 bytes that begin with the letters of WAV
-    b"caff": _Layout(8, ">4sQ", prefix=4),
+    b"RIFF": _Layout(12, "<4s", "I", 2),
+    b"RIFX": _Layout(12, ">4s", "I", 2),
+    b"RF64": _Layout(12, "<4s", "I", 2),
+    b"BW64": _Layout(12, "<4s", "I", 2),
+    b"FORM": _Layout(12, ">4s", "I", 2, data=b"SSND", prefix=8),
+    b"riff": _Layout(40, "<4s12x", "Q", 8, own=24),  # Wave64: ids of 16 bytes that begin with the letters of WAV
+    b"caff": _Layout(8, ">4s", "Q", prefix=4),
 }
 
 
@@ -51,35 +52,30 @@ class _Stated:
     offset: int  # of the field
     form: str  # of the field, as struct reads it
     size: int  # what the field states
-    extra: int  # what it counts besides samples
-    present: int  # bytes that follow what it counts besides samples
-    empty: bool  # whether the rest of the header agrees with a length of zero
+    present: int  # bytes that follow the header
+    extra: int = 0  # what the field counts besides samples
+    empty: bool = False  # whether the rest of the header agrees with a length of zero
 
 
 def whole_file(name: str, file: BinaryIO) -> BinaryIO:
-    """``file``, or where its header states no length a copy in memory whose header does.
-
-    Args:
-        name: for messages.
-        file: seekable; its position does not matter and is 0 afterwards.
+    """``file`` at its beginning, or where its header states no length a copy in memory whose header does.
 
     Raises:
-        DataError: fewer bytes follow the header than it states.
+        DataError: fewer bytes follow the header than it states; ``name`` is the file's in the message.
     """
     stated = _find_stated(file)
     file.seek(0)
     if stated is None:
         return file
-    samples, field = stated.size - stated.extra, struct.calcsize(stated.form)
-    if samples <= stated.present and (samples > 0 or stated.empty or not stated.present):
-        return file
-    if samples > 0 and stated.size < UNKNOWN:
+    samples, width = stated.size - stated.extra, struct.calcsize(stated.form)
+    if samples > stated.present and stated.size < UNKNOWN:
         raise cut_short(name, f"it has {stated.present} of the {samples} bytes that its header states")
-    if samples > 0 and field < 8:
-        return file  # libsndfile reads these to the end
+    if samples <= 0 and (stated.empty or not stated.present):
+        return file
+    if samples > 0 and (samples <= stated.present or width < 8):
+        return file  # libsndfile reads to the end where a field of 32 bits states too much
     content = bytearray(file.read())
-    size = min(stated.present + stated.extra, 256**field - 1)
-    struct.pack_into(stated.form, content, stated.offset, size)
+    struct.pack_into(stated.form, content, stated.offset, min(stated.present + stated.extra, 256**width - 1))
     return io.BytesIO(content)
 
 
@@ -97,24 +93,24 @@ def _find_stated(file: BinaryIO) -> _Stated | None:
     if magic in (b".snd", b"dns.") and len(start) >= 24:  # Sun AU
         form = ">I" if magic == b".snd" else "<I"
         offset, size = (struct.unpack_from(form, start, at)[0] for at in (4, 8))
-        return _Stated(8, form, size, 0, length - offset, False)
-    if start.startswith(b"NIST_1A"):
+        return _Stated(8, form, size, length - offset)
+    if magic == b"NIST":  # SPHERE, whose length libsndfile does not read: there is nothing to correct
         fields = dict(re.findall(rb"^(\w+) -\w+ (\S+)", start, re.MULTILINE))
         keys = (b"sample_count", b"sample_n_bytes", b"channel_count")
         numbers = [fields.get(key, b"") for key in keys] + [start[8:16].strip()]
         if b"shorten" in fields.get(b"sample_coding", b"") or not all(number.isdigit() for number in numbers):
             return None
         count, width, channels, header = map(int, numbers)
-        size = count * width * channels
-        return _Stated(0, "<I", size, 0, length - header, False) if size else None  # libsndfile does not read it
+        return _Stated(0, "<I", count * width * channels, length - header, empty=True)
     return _find_chunk(file, _LAYOUTS[magic], start, length) if magic in _LAYOUTS else None
 
 
 def _find_chunk(file: BinaryIO, layout: _Layout, start: bytes, length: int) -> _Stated | None:
     """The data chunk's stated length; ``start``: the file's first bytes, ``length``: all its bytes."""
-    head = struct.Struct(layout.head)
-    outer = struct.unpack_from(layout.outer, start, 4)[0] if layout.outer and len(start) >= 8 else None
-    long_size: tuple[int, int] | None = None  # RF64: offset and value of the size that a chunk before the data states
+    head = struct.Struct(layout.ids + layout.size)
+    field = layout.ids[0] + layout.size
+    extra = layout.own + layout.prefix
+    ds64 = 0  # RF64: offset of a chunk that states the length instead
     at = layout.first
     for _ in range(MAX_CHUNKS):
         if at + head.size > length:
@@ -123,27 +119,28 @@ def _find_chunk(file: BinaryIO, layout: _Layout, start: bytes, length: int) -> _
         name, size = head.unpack(file.read(head.size))
         body = at + head.size
         if name == b"ds64":
-            sizes = file.read(16)
-            long_size = (body + 8, struct.unpack_from("<Q", sizes, 8)[0]) if len(sizes) == 16 else None
+            ds64 = body
         if name == layout.data:
-            extra, present = layout.own + layout.prefix, length - body - layout.prefix
-            if long_size is not None:
-                return _Stated(long_size[0], "<Q", long_size[1], extra, present, False)
-            field = layout.head[0] + layout.head[-1]
-            offset = body - struct.calcsize(field)
-            return _Stated(offset, field, size, extra, present, outer is not None and outer + 8 == length)
+            present = length - body - layout.prefix
+            if ds64:
+                file.seek(ds64 + 8)
+                return _Stated(ds64 + 8, "<Q", int.from_bytes(file.read(8), "little"), present)
+            whole = 8 + struct.unpack_from(layout.ids[0] + "I", start, 4)[0]  # as the container states it
+            return _Stated(body - struct.calcsize(field), field, size, present, extra, whole == length)
         at = body + max(0, size - layout.own)
         at += -at % layout.padding
     return None
 
 
-def ogg_streams(name: str, content: bytes) -> list[bytes]:
-    """The streams of an Ogg file that follow each other (joined files, radio), each as a file.
+def ogg_streams(name: str, file: BinaryIO) -> list[BinaryIO]:
+    """The streams of an Ogg file that follow each other (joined files, radio), each as a file in memory.
 
     Raises:
         DataError: the last page is not whole. Whole pages of which none is marked as the last one are accepted: phones
             write such files.
     """
+    file.seek(0)
+    content = file.read()
     starts, first_page, at = [0], True, 0
     while (at := content.find(b"OggS", at)) >= 0:
         head = content[at : at + 27]
@@ -155,7 +152,7 @@ def ogg_streams(name: str, content: bytes) -> list[bytes]:
         if begins and not first_page:
             starts.append(at)
         first_page, at = begins, end
-    return [content[start:end] for start, end in zip(starts, [*starts[1:], len(content)], strict=True)]
+    return [io.BytesIO(content[start:end]) for start, end in itertools.pairwise([*starts, len(content)])]
 
 
 def counts_mp3_frames(file: BinaryIO) -> bool:

@@ -1,4 +1,4 @@
-"""Which utterances are trained on together, and when: length buckets, drawn anew in every pass.
+"""Batches of training: which utterances, and when; length buckets, drawn again in every pass.
 
 ESPnet's own samplers fix the batches once and shuffle their order; sorted by length they also separate the tasks
 (counting clips all last five seconds). Here every pass shuffles the utterances, sorts by length only within a pool
@@ -8,11 +8,13 @@ of (durations, options, seed, pass): resuming needs no state but the step number
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from pam_espnet.config import check_number
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.errors import ConfigError
 
@@ -25,15 +27,14 @@ class BatchingOptions:
         max_utterances: utterances in a batch, over all ranks.
         max_seconds: padded audio in a batch (longest utterance times utterances), seconds.
         pool: number of batches whose utterances are sorted by length together; 1 keeps batches random.
-        task_share: task name -> how often each of its utterances is seen in a pass (1 = once; 0.5 = with
-            probability one half; 2 = twice). Tasks not named: once.
+        task_share: task name -> how often each of its utterances is seen in a pass (1 = once, as tasks that are not
+            named; 0.5 = with probability one half; 2 = twice).
         task_exponent: instead of ``task_share``: tasks get shares of a pass in proportion to
             ``task_weights[task] * count ** task_exponent``. 1 takes the data as they are, 0 gives every task the same
-            share, values between them draw large tasks less and small ones more often (sampling with a temperature,
-            its inverse). A pass has as many utterances as there are.
-        task_weights: with ``task_exponent``: task name -> factor; tasks not named: 1, and 0 leaves a task out.
-        task_counts: with ``task_exponent``: task name -> the count to compute with, such as its hours; tasks not
-            named: the number of their utterances.
+            share (sampling with a temperature, its inverse). A pass has as many utterances as there are.
+        task_weights: with ``task_exponent``: task name -> factor (default 1; 0 excludes a task).
+        task_counts: with ``task_exponent``: task name -> count to compute with, such as its hours (default: the
+            number of its utterances).
     """
 
     max_utterances: int = 8
@@ -46,31 +47,23 @@ class BatchingOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_utterances", "max_seconds", "pool"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"batching_conf.{name} must be positive, got {getattr(self, name)}")
-        if any(share < 0 for share in self.task_share.values()):
-            raise ConfigError(f"batching_conf.task_share must not be negative: {dict(self.task_share)}")
-        if self.task_exponent is None:
-            if self.task_weights or self.task_counts:
-                raise ConfigError("batching_conf: task_weights and task_counts need a task_exponent, such as 1.0")
-            return
-        if self.task_share:
-            raise ConfigError("batching_conf: task_share and task_exponent are two ways to say the same; give one")
+            check_number(getattr(self, name), f"batching_conf.{name}", above=0)
+        for task, share in self.task_share.items():
+            check_number(share, f"batching_conf.task_share.{task}", at_least=0)
+        for task, weight in self.task_weights.items():
+            check_number(weight, f"batching_conf.task_weights.{task}", at_least=0)
+        for task, count in self.task_counts.items():
+            check_number(count, f"batching_conf.task_counts.{task}", above=0)
         for task in (*self.task_weights, *self.task_counts):
             task_spec(task)
-        if any(weight < 0 for weight in self.task_weights.values()):
-            raise ConfigError(f"batching_conf.task_weights must not be negative: {dict(self.task_weights)}")
-        if any(count <= 0 for count in self.task_counts.values()):
-            raise ConfigError(f"batching_conf.task_counts must be positive: {dict(self.task_counts)}")
+        if self.task_exponent is None and (self.task_weights or self.task_counts):
+            raise ConfigError("batching_conf: task_weights and task_counts need a task_exponent, such as 1.0")
+        if self.task_exponent is not None and self.task_share:
+            raise ConfigError("batching_conf: task_share and task_exponent set the same; give one")
 
 
 def times_seen(tasks: Mapping[str, str], options: BatchingOptions) -> dict[str, float]:
-    """{task: how often each of its utterances is seen in a pass, on average}, for every task of ``tasks``.
-
-    Args:
-        tasks: utterance -> task.
-        options: see ``BatchingOptions``.
-    """
+    """{task: how often each of its utterances is seen in a pass, on average}; ``tasks``: {utterance: task}."""
     counts = Counter(tasks.values())
     if options.task_exponent is None:
         return {task: options.task_share.get(task, 1.0) for task in sorted(counts)}
@@ -84,12 +77,11 @@ def times_seen(tasks: Mapping[str, str], options: BatchingOptions) -> dict[str, 
 
 
 def describe_seen(plan: list[list[str]], seconds: Mapping[str, float], tasks: Mapping[str, str]) -> str:
-    """What a plan shows of each task, for the log: ``asr 412 (41.2 %, 1.50 h), ...``."""
+    """What a plan has of each task, for the log: ``asr 412 (41.2 %, 1.50 h), ...``."""
     seen = [key for batch in plan for key in batch]
     counts = Counter(tasks[key] for key in seen)
     hours = {task: sum(seconds[key] for key in seen if tasks[key] == task) / 3600 for task in counts}
     return ", ".join(f"{task} {n} ({n / len(seen):.1%}, {hours[task]:.2f} h)" for task, n in sorted(counts.items()))
-
 
 
 def plan_pass(
@@ -100,7 +92,7 @@ def plan_pass(
     number: int,
     world_size: int = 1,
 ) -> list[list[str]]:
-    """Batches of one pass over the training data.
+    """Batches of one pass over the training data; an utterance may appear more than once.
 
     Args:
         seconds: utterance -> duration, seconds.
@@ -109,9 +101,6 @@ def plan_pass(
         seed: of the experiment.
         number: which pass, from 0.
         world_size: ranks that share each batch; every batch has at least that many utterances.
-
-    Returns:
-        lists of utterance ids; an utterance whose task's share is above one may appear more than once.
     """
     rng = random.Random(f"{seed}:{number}")
     shares = times_seen(tasks, options)
@@ -130,7 +119,7 @@ def plan_pass(
 
 
 def cut(keys: list[str], seconds: Mapping[str, float], options: BatchingOptions) -> list[list[str]]:
-    """Cut ``keys``, in their order, into batches within the limits; a longer utterance makes a batch of its own."""
+    """Cut ``keys``, in their order, into batches within the limits; a longer utterance makes a separate batch."""
     batches: list[list[str]] = []
     longest = 0.0
     for key in keys:
@@ -146,9 +135,9 @@ def cut(keys: list[str], seconds: Mapping[str, float], options: BatchingOptions)
 
 
 def at_least(batches: list[list[str]], size: int) -> list[list[str]]:
-    """Join neighbouring batches until each has ``size`` utterances, so that no rank is left without work.
+    """Join neighbouring batches until each has ``size`` utterances, so that every rank has work.
 
-    A joined batch may exceed the limits: an empty rank would make the others wait for ever. Fewer than ``size``
+    A joined batch may exceed the limits: an empty one would block the other ranks. Fewer than ``size``
     utterances in all give no batch.
     """
     joined: list[list[str]] = []
@@ -177,30 +166,17 @@ def epoch_batches(
         epoch: from 1, as ESPnet counts.
         batches_per_epoch: None = a pass is an epoch.
     """
+
+    def passes() -> Iterator[list[str]]:
+        empty = 0
+        for number in itertools.count():
+            plan = plan_pass(seconds, tasks, options, seed, number, world_size)
+            empty = 0 if plan else empty + 1
+            if empty > 100:
+                raise ConfigError("no batch can be made: no utterances, or batching_conf gives all tasks a share of 0")
+            yield from plan
+
     if batches_per_epoch is None:
         return plan_pass(seconds, tasks, options, seed, epoch - 1, world_size)
     first = (epoch - 1) * batches_per_epoch
-    batches: list[list[str]] = []
-    skipped = 0
-    for plan in _passes(seconds, tasks, options, seed, world_size):
-        if skipped + len(plan) <= first:
-            skipped += len(plan)
-            continue
-        batches += plan[max(0, first - skipped) :]
-        skipped = max(skipped + len(plan), first)
-        if len(batches) >= batches_per_epoch:
-            return batches[:batches_per_epoch]
-    raise AssertionError("unreachable: passes never end")
-
-
-def _passes(
-    seconds: Mapping[str, float], tasks: Mapping[str, str], options: BatchingOptions, seed: int, world_size: int
-) -> Iterator[list[list[str]]]:
-    number = empty = 0
-    while True:
-        plan = plan_pass(seconds, tasks, options, seed, number, world_size)
-        empty = 0 if plan else empty + 1
-        if empty > 100:
-            raise ConfigError("no batch can be made: no utterances, or batching_conf gives all tasks a share of 0")
-        yield plan
-        number += 1
+    return list(itertools.islice(passes(), first, first + batches_per_epoch))

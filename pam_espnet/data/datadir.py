@@ -1,4 +1,4 @@
-"""A Kaldi-style data directory: what is in it, and everything that can be wrong with it.
+"""Kaldi-style data directories: their tables, and everything that can be wrong with them.
 
     wav.scp      <recording> <audio file, relative to the current directory>
     text         <utterance> <answer>
@@ -74,7 +74,7 @@ class DataDir:
         return len(self.text)
 
     def source(self, utterance: str) -> tuple[str, float | None, float | None]:
-        """Where an utterance's audio is: (value of wav.scp, start, end), times in seconds or None for all of it."""
+        """Audio of an utterance: (value of wav.scp, start, end), times in seconds or None for all of it."""
         if self.segments is None:
             return self.wav[utterance], None, None
         segment = self.segments[utterance]
@@ -187,7 +187,7 @@ def scan_tables(path: Path) -> dict[str, Scan]:
 def check_tables(path: Path, scans: dict[str, Scan]) -> tuple[DataDir, list[Problem]]:
     """The directory that some tables are, and what is wrong from one table to another; each problem has its key.
 
-    A table without any usable line is one problem of its own, not one for each key.
+    A table without any usable line is one problem, not one for each key.
     """
     problems: list[Problem] = []
 
@@ -252,7 +252,7 @@ def key_problem(key: str) -> str:
 
 
 def parse_segment(value: str) -> Segment:
-    """A ``segments`` value, times in seconds; a ValueError says what is wrong with it."""
+    """A ``segments`` value, times in seconds; ValueError: what is wrong with it."""
     fields = value.split()
     if len(fields) != 3:
         raise ValueError(f"expected recording, start and end, found {len(fields)} fields")
@@ -266,7 +266,7 @@ def parse_segment(value: str) -> Segment:
 
 
 def parse_references(value: str) -> list[str]:
-    """A ``references`` value; a ValueError says what is wrong with it."""
+    """A ``references`` value; ValueError: what is wrong with it."""
     try:
         answers = json.loads(value)
     except json.JSONDecodeError as error:

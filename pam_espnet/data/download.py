@@ -1,9 +1,7 @@
 """Files over HTTP: resumed where a transfer stopped, mirrors tried in order, checked before they get their name.
 
     FOLDER/<name>         whole and checked
-    FOLDER/<name>.part    what has come so far; the next call goes on behind it
-
-Knows nothing of archives (``data.archives``) and of corpora.
+    FOLDER/<name>.part    what has arrived so far; the next call continues it
 """
 
 from __future__ import annotations
@@ -36,14 +34,14 @@ class RemoteFile:
 
     Attributes:
         name: its name in the folder.
-        urls: where it is, the first one tried first.
-        checksum: ``md5:<hex>`` or ``sha256:<hex>``; None: it cannot be checked, and is not resumed either.
+        urls: its addresses, in the order in which they are tried.
+        checksum: ``md5:<hex>`` or ``sha256:<hex>``.
         size: bytes, where they are known.
     """
 
     name: str
     urls: Sequence[str]
-    checksum: str | None = None
+    checksum: str
     size: int | None = None
 
     def __post_init__(self) -> None:
@@ -53,15 +51,11 @@ class RemoteFile:
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
                 raise ConfigError(f"{self.name}: {url!r} is not an http:// or https:// address")
-        if self.checksum is not None:
-            parse_checksum(self.checksum)
+        parse_checksum(self.checksum)
 
 
 class _Refused(Exception):
-    """A mirror said no for good: asking it again is of no use."""
-
-
-# ---- checksums and room ---------------------------------------------------------------------------------------------
+    """A mirror's final answer: it is not asked again."""
 
 
 def parse_checksum(checksum: str) -> tuple[str, str]:
@@ -77,16 +71,10 @@ def parse_checksum(checksum: str) -> tuple[str, str]:
 
 
 def check_file(path: str | Path, checksum: str, *, what: str = "", hint: str = "delete it and run this again") -> None:
-    """Compare a file with its checksum.
-
-    Args:
-        path: the file.
-        checksum: ``md5:<hex>`` or ``sha256:<hex>``.
-        what: what the file should be; stands in the message.
-        hint: what to do when it is not.
+    """Compare a file with its checksum, ``md5:<hex>`` or ``sha256:<hex>``.
 
     Raises:
-        DataError: they differ; says what was expected and what was found.
+        DataError: they differ: the file is not ``what``; names what was expected and what was found.
     """
     kind, wanted = parse_checksum(checksum)
     with open(path, "rb") as file:
@@ -110,10 +98,7 @@ def check_space(folder: str | Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(there).free
     if free < needed + SPARE_BYTES:
         message = f"{what} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-        raise DataError(folder, message, hint="make room, or name a folder on another disk")
-
-
-# ---- fetching -------------------------------------------------------------------------------------------------------
+        raise DataError(folder, message, hint="free some space, or name a folder on another disk")
 
 
 def fetch(
@@ -124,25 +109,22 @@ def fetch(
     Args:
         remote: what to fetch.
         folder: made if it is not there.
-        attempts: rounds over the mirrors; one that lost the connection goes on where it was.
+        attempts: rounds over the mirrors; one that lost the connection continues where it stopped.
         wait: seconds before the second round; doubles from round to round, up to a minute.
         timeout: seconds without a byte after which a connection counts as lost.
 
     Raises:
-        DataError: the file is not what its checksum says, or there is no room for it.
-        PamError: no mirror could deliver it; lists what each one said.
+        DataError: the file is not what its checksum says, or too little disk space.
+        PamError: no mirror delivered it; lists the answer of each.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     target, part = folder / remote.name, folder / f"{remote.name}.part"
     with exclusive(folder / f".{remote.name}.lock"):
         if target.exists():
-            if remote.checksum is not None:
-                logging.info("%s is there; checking it", target)
-                check_file(target, remote.checksum, what=remote.name)
+            logging.info("%s is there; checking it", target)
+            check_file(target, remote.checksum, what=remote.name)
             return target
-        if remote.checksum is None:
-            part.unlink(missing_ok=True)  # two halves that were not made for each other would go unnoticed
         if remote.size is not None:
             there = part.stat().st_size if part.exists() else 0
             check_space(folder, max(0, remote.size - there), remote.name)
@@ -153,40 +135,37 @@ def fetch(
 
 def _from_mirrors(remote: RemoteFile, part: Path, attempts: int, wait: float, timeout: float) -> None:
     """Fill and check ``part``, asking one mirror after another, several times."""
-    mirrors, said = list(remote.urls), dict.fromkeys(remote.urls, "not asked")
-    wrong: DataError | None = None
+    answers = dict.fromkeys(remote.urls, "not asked")
+    mirrors, wrong = list(remote.urls), None
     for attempt in range(attempts):
-        if attempt:
+        if attempt and mirrors:
             pause = min(wait * 2 ** (attempt - 1), MAX_WAIT)
             logging.info("%s: next attempt in %.0f s", remote.name, pause)
             time.sleep(pause)
         for url in list(mirrors):
             try:
                 _transfer(url, part, remote, timeout)
-                if remote.checksum is not None:
-                    check_file(part, remote.checksum, what=remote.name, hint="try another mirror, or another day")
+                check_file(part, remote.checksum, what=remote.name, hint="try another mirror, or another day")
                 return
-            except DataError as error:  # whole, and wrong: no byte of it is worth keeping
+            except DataError as error:  # whole, and another file: nothing of it is kept
                 part.unlink(missing_ok=True)
                 mirrors.remove(url)
-                said[url], wrong = "delivered another file", error
+                answers[url], wrong = "delivered another file", error
             except _Refused as error:
                 mirrors.remove(url)
-                said[url] = str(error)
+                answers[url] = str(error)
             except (OSError, http.client.HTTPException) as error:
                 if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
                     message = f"cannot be written: {error.strerror}"
-                    raise DataError(part, message, hint="make room, and run the same command again") from error
-                said[url] = str(error) or type(error).__name__
-            logging.warning("%s from %s: %s", remote.name, url, said[url])
-        if not mirrors:
-            break
+                    raise DataError(part, message, hint="free some space, run the same command again") from error
+                answers[url] = str(error) or type(error).__name__
+            logging.warning("%s from %s: %s", remote.name, url, answers[url])
     if wrong is not None:
         raise wrong
-    listed = "".join(f"\n  {url}: {reason}" for url, reason in said.items())
+    listed = "".join(f"\n  {url}: {answer}" for url, answer in answers.items())
     raise PamError(
         f"{remote.name} could not be fetched:{listed}\n  -> check the network and run the same command again: "
-        f"it goes on where it stopped. Or fetch the file in another way and put it at {part.with_suffix('')}"
+        f"it continues where it stopped. Or fetch the file in another way and put it at {part.with_suffix('')}"
     )
 
 
@@ -194,11 +173,11 @@ _DISK_ERRORS = (errno.EACCES, errno.ENOSPC, errno.EROFS, errno.EDQUOT)  # no mir
 
 
 def _transfer(url: str, part: Path, remote: RemoteFile, timeout: float) -> None:
-    """Append what ``part`` lacks; returns when it has as many bytes as the server says there are.
+    """Append what ``part`` lacks; returns when it has as many bytes as the server states.
 
     Raises:
         _Refused: a status or a size that waiting does not change.
-        OSError: everything else that went wrong on the way.
+        OSError: every other failure.
     """
     from tqdm import tqdm
 
@@ -210,11 +189,11 @@ def _transfer(url: str, part: Path, remote: RemoteFile, timeout: float) -> None:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == 416:  # nothing behind what is there: it is whole, or of another file
+        if error.code == 416:  # nothing follows: it is whole, or of another file
             if remote.size is not None and start == remote.size:
                 return
             part.unlink()
-            raise OSError("what was there does not fit; starting anew") from error
+            raise OSError("what was there does not fit; starting again") from error
         if error.code in AGAIN:
             raise OSError(f"HTTP status {error.code}") from error
         raise _Refused(f"HTTP status {error.code} ({error.reason})") from error
@@ -222,7 +201,7 @@ def _transfer(url: str, part: Path, remote: RemoteFile, timeout: float) -> None:
         resumed = response.status == 206
         if resumed and not str(response.headers.get("Content-Range", "")).startswith(f"bytes {start}-"):
             part.unlink(missing_ok=True)
-            raise OSError("the server sent another piece than the one asked for; starting anew")
+            raise OSError("the server sent another piece than the one asked for; starting again")
         start = start if resumed else 0  # a server that knows no ranges sends everything
         length = response.headers.get("Content-Length")
         total = start + int(length) if length is not None else None

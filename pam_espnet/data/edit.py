@@ -1,4 +1,4 @@
-"""Changing data directories: repair, combine, choose a subset. Everything returns what it did or made.
+"""Changes of data directories: repair, union, subset. Everything returns what it did or made.
 
 Formatted directories (``dump/raw/<set>``) keep their passport and ``utt2num_samples`` through all of it.
 """
@@ -47,7 +47,7 @@ def fix(path: str | Path, *, task: str | None = None) -> tuple[list[str], Path |
     """Repair a data directory in place.
 
     Sorts, removes repeated and unusable lines, drops utterances that are not in every table or whose audio file is
-    missing. A missing ``utt2spk`` is written with every utterance as its own speaker.
+    missing. A missing ``utt2spk`` is written with one speaker for each utterance.
 
     Args:
         path: the directory.
@@ -86,6 +86,8 @@ def fix(path: str | Path, *, task: str | None = None) -> tuple[list[str], Path |
             utterances[utt] = reason
         else:
             keep.append(utt)
+    if not keep:
+        raise_problems(path, problems)
     report += [f"dropped {utt}: {utterances[utt]}" for utt in sorted(utterances)]
     kept = data.subset(keep)
     unused = sorted(data.wav.keys() - kept.wav.keys()) if data.segments is not None else []
@@ -98,12 +100,12 @@ def fix(path: str | Path, *, task: str | None = None) -> tuple[list[str], Path |
 
 
 def _fill_missing(scans: dict[str, Scan], task: str | None) -> list[str]:
-    """Fill tables that are missing or empty, as far as a convention says with what; what was done, as lines."""
+    """Fill tables that are missing or empty, where a convention has a value; returns what was done, as lines."""
     text = scans["text"].values
     if not text:
         return []
     fill = {} if scans["utt2spk"].values else {"utt2spk": {utt: utt for utt in text}}
-    report = ["wrote utt2spk: every utterance is its own speaker"] if fill else []
+    report = ["wrote utt2spk: one speaker for each utterance"] if fill else []
     if task is not None:
         spec = task_spec(task)
         for name, value in (("utt2task", spec.name), ("prompt", spec.default_prompt)):
@@ -134,7 +136,7 @@ def combine(sources: list[DataDir], target: str | Path, *, distinct_speakers: bo
     Args:
         sources: directories.
         target: directory to write.
-        distinct_speakers: the directories are of different corpora, so nobody may be a speaker in two of them.
+        distinct_speakers: the directories are of different corpora, so no speaker may be in two of them.
 
     Raises:
         DataError: an utterance in two of them, a recording with two different files, segments in some only, a
@@ -175,7 +177,7 @@ def combine(sources: list[DataDir], target: str | Path, *, distinct_speakers: bo
     )
     union.save(target)
     _combine_formatted(sources, union)
-    # without the first two nobody could tell whose voices are trained on; the third is what scoring did not see
+    # speakers of mixtures, and clips that scoring has to count as missing
     for name in (MIX_SPEAKERS, MIX_SOURCES, MISSING):
         (target / name).unlink(missing_ok=True)
         tables = [read_table(data.path / name, allow_empty=True) for data in sources if (data.path / name).is_file()]
@@ -216,7 +218,7 @@ def choose(
     sample: int | None = None,
     seed: int = 0,
 ) -> DataDir:
-    """A subset: the named ``utterances``, those of one ``task``, and of these the ``first`` n or a ``sample`` of n.
+    """A subset: the given ``utterances``, those of one ``task``, and of these the ``first`` n or a ``sample`` of n.
 
     Raises:
         DataError: an unknown utterance, or fewer utterances than asked for.

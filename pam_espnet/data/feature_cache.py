@@ -1,7 +1,7 @@
 """Hidden states of a frozen encoder, computed once per utterance and kept as Kaldi matrices.
 
-Knows no encoder: the caller hands in a function from a wave to its hidden states, and a description of it that
-becomes part of the cache's key. Written in shards, each whole or absent, so a killed run loses one shard at most.
+Knows no encoder: the caller gives a function from a wave to its hidden states, and a description of it that becomes
+part of the cache's key. Written in shards, each whole or absent, so a killed run loses one shard at most.
 Shape letters: N samples, H layers, T encoder frames, D width.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,12 @@ import numpy as np
 
 from pam_espnet.data.audio import pcm16_sha256, read_audio, to_pcm16
 from pam_espnet.data.datadir import DataDir
-from pam_espnet.data.kaldi_io import write_matrices
+from pam_espnet.data.download import check_space
+from pam_espnet.data.kaldi_io import REBUILD_HINT, write_matrices
 from pam_espnet.data.passport import FORMAT_HINT, Passport
 from pam_espnet.data.tables import read_table, write_table
 from pam_espnet.errors import DataError
-from pam_espnet.fileio import read_json, write_json
-
-REBUILD_HINT = "compute it again (./run.sh --rebuild_cache true), or name another directory"
+from pam_espnet.fileio import compare_keys, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,12 @@ def cache_features(
 
     Args:
         encode: wave (N,) float32 at the data directory's sample rate -> hidden states (H, T, D) float.
-        spec: what the hidden states depend on besides the audio (encoder type, layers, weights_sha256 ...), as JSON
-            values; with the digest of the audio it is the cache's key.
+        spec: JSON values that the hidden states depend on besides the audio (encoder type, layers, weights_sha256
+            ...); with the digest of the audio it is the cache's key.
         data_dir: ``dump/raw/<set>``, with a passport.
         out_dir: ``dump/feats/<encoder>/<set>``; paths in feats.scp begin with it as it is given.
         shard_size: utterances per ark file.
-        rebuild: throw away what is there instead of going on with it.
+        rebuild: remove an existing cache instead of completing it.
 
     Raises:
         DataError: a cache with another key is there and ``rebuild`` is false; audio differs from its passport; the
@@ -64,30 +62,29 @@ def cache_features(
     data, passport, out = DataDir.load(data_dir), Passport.load(data_dir), Path(out_dir)
     # as JSON gives it back, so that a tuple equals the list it becomes
     key = json.loads(json.dumps({**spec, "audio_sha256": passport.audio_digest(data.wav)}))
-    if rebuild:
-        _remove(out)
-    state = _read_state(out, key)
-    shards = _shards(data, out, state.get("shard_size", shard_size))
+    scp, state_file = out / "feats.scp", out / "cache.json"
+    if rebuild:  # the key last: what a kill leaves is still recognised as the old cache
+        for pattern in ("feats.scp", "feats.*.scp", "feats.*.ark", "cache.json"):
+            for path in out.glob(pattern):
+                path.unlink()
+    state: dict[str, Any] = {"shard_size": shard_size}
+    if state_file.is_file():
+        state = read_json(state_file)
+        compare_keys(state_file, state["key"], key, REBUILD_HINT)
+    shards = _shards(data.utterances, out, state["shard_size"])
     todo = [shard for shard in shards if not shard.is_done()]
-    scp = out / "feats.scp"
     if state.get("complete") and not todo and scp.is_file():
         logging.info("%s is complete", scp)
         return FeatureCache(scp, state["num_layers"], state["width"])
     for leftover in out.glob(".*.tmp-*"):
         leftover.unlink()
     encoder = _Encoder(encode, data, passport)
-    encoder.probe(out)
-    state = {
-        "complete": False,
-        "num_layers": encoder.num_layers,
-        "width": encoder.width,
-        "shard_size": state.get("shard_size", shard_size),
-        "key": key,
-    }
-    write_json(out / "cache.json", state)
-    _write_shards(encoder, shards, todo, f"{out.parent.name} {out.name}")
-    write_table(scp, {utt: place for shard in shards for utt, place in read_table(shard.scp).items()})
-    write_json(out / "cache.json", state | {"complete": True})
+    encoder.check_space(out)
+    state |= {"complete": False, "num_layers": encoder.num_layers, "width": encoder.width, "key": key}
+    write_json(state_file, state)
+    _write_shards(encoder, todo, len(data), f"{out.parent.name} {out.name}")
+    write_table(scp, {utt: matrix for shard in shards for utt, matrix in read_table(shard.scp).items()})
+    write_json(state_file, state | {"complete": True})
     return FeatureCache(scp, encoder.num_layers, encoder.width)
 
 
@@ -102,50 +99,43 @@ class _Shard:
         return self.scp.is_file() and self.ark.is_file() and list(read_table(self.scp)) == self.utterances
 
 
-def _shards(data: DataDir, out: Path, size: int) -> list[_Shard]:
-    starts = range(0, len(data), size)
-    names = [f"feats.{number}" for number in range(1, len(starts) + 1)]
-    return [
-        _Shard(out / f"{name}.ark", out / f"{name}.scp", data.utterances[start : start + size])
-        for name, start in zip(names, starts, strict=True)
-    ]
+def _shards(utterances: list[str], out: Path, size: int) -> list[_Shard]:
+    parts = [utterances[start : start + size] for start in range(0, len(utterances), size)]
+    return [_Shard(out / f"feats.{n}.ark", out / f"feats.{n}.scp", part) for n, part in enumerate(parts, 1)]
 
 
-def _write_shards(encoder: _Encoder, shards: list[_Shard], todo: list[_Shard], name: str) -> None:
+def _write_shards(encoder: _Encoder, todo: list[_Shard], total: int, name: str) -> None:
     from tqdm import tqdm
 
-    total = sum(len(shard.utterances) for shard in shards)
-    left = sum(len(shard.utterances) for shard in todo)
-    if left < total:
-        logging.info("features %s: %d of %d utterances are there already", name, total - left, total)
-    with tqdm(total=total, initial=total - left, desc=f"features {name}", disable=not todo) as progress:
+    done = total - sum(len(shard.utterances) for shard in todo)
+    if done:
+        logging.info("features %s: %d of %d utterances are there already", name, done, total)
+    with tqdm(total=total, initial=done, desc=f"features {name}", disable=not todo) as progress:
+
+        def matrices(shard: _Shard) -> Iterator[tuple[str, np.ndarray]]:
+            for utt in shard.utterances:
+                yield utt, encoder(utt)
+                progress.update()
+
         for shard in todo:
-
-            def matrices(shard: _Shard = shard) -> Iterator[tuple[str, np.ndarray]]:
-                for utt in shard.utterances:
-                    yield utt, encoder(utt)
-                    progress.update()
-
-            write_matrices(shard.ark, shard.scp, matrices())
+            write_matrices(shard.ark, shard.scp, matrices(shard))
 
 
 class _Encoder:
-    """From an utterance's name to its matrix (T, H*D), checking what goes in and what comes out."""
+    """From an utterance's name to its matrix (T, H*D), with checks of the audio and of the hidden states."""
 
     def __init__(self, encode: Callable[[np.ndarray], np.ndarray], data: DataDir, passport: Passport) -> None:
         self.encode, self.data, self.passport = encode, data, passport
         self.num_layers = self.width = 0
 
-    def probe(self, out: Path) -> None:
-        """Encode one utterance to learn H and D, and whether the disk can hold them all."""
-        utt = self.data.utterances[0]
-        per_second = self(utt).nbytes / self.passport.utterances[utt]["seconds"]
-        needed = per_second * sum(self.passport.utterances[utt]["seconds"] for utt in self.data.utterances)
+    def check_space(self, out: Path) -> None:
+        """Encode one utterance to learn H and D, and whether all of them fit on the disk."""
+        seconds = {utt: self.passport.utterances[utt]["seconds"] for utt in self.data.utterances}
+        first = self.data.utterances[0]
+        needed = self(first).nbytes / seconds[first] * sum(seconds.values())
+        there = sum(ark.stat().st_size for ark in out.glob("feats.*.ark"))
+        check_space(out, round(max(0, needed - there)), "the feature cache")
         out.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out).free + sum(ark.stat().st_size for ark in out.glob("feats.*.ark"))
-        if needed > free:
-            message = f"the features need about {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left"
-            raise DataError(out, message, hint="cache fewer layers, make room, or train without the cache")
 
     def __call__(self, utt: str) -> np.ndarray:
         value, start, end = self.data.source(utt)
@@ -153,35 +143,13 @@ class _Encoder:
         if pcm16_sha256(to_pcm16(wave)[0]) != self.passport.utterances[utt]["sha256"]:
             raise DataError(value, "is not the audio its passport describes", hint=FORMAT_HINT + " again")
         hidden = np.asarray(self.encode(wave), dtype=np.float32)  # (H,T,D)
+        expected = f"({self.num_layers}, frames, {self.width})" if self.width else "(layers, frames, width)"
         problem = ""
-        if hidden.ndim != 3 or 0 in hidden.shape:
-            problem = f"the encoder gave shape {hidden.shape} where (layers, frames, width) is expected"
-        elif self.width and (hidden.shape[0], hidden.shape[2]) != (self.num_layers, self.width):
-            expected = f"({self.num_layers}, frames, {self.width})"
-            problem = f"the encoder gave shape {hidden.shape}, and {expected} for other utterances"
+        if hidden.ndim != 3 or 0 in hidden.shape or (self.width and hidden.shape[::2] != (self.num_layers, self.width)):
+            problem = f"the encoder gave shape {hidden.shape} where {expected} is expected"
         elif not np.isfinite(hidden).all():
             problem = "the encoder's hidden states are not finite"
         if problem:
             raise DataError(value, f"{utt}: {problem}", hint="try float32, or leave the utterance out")
         self.num_layers, _, self.width = hidden.shape
         return hidden.transpose(1, 0, 2).reshape(hidden.shape[1], -1)  # (T, H*D)
-
-
-def _read_state(out: Path, key: dict[str, Any]) -> dict[str, Any]:
-    """``cache.json``, or {} when there is no cache; refuses one that was made of something else."""
-    path = out / "cache.json"
-    if not path.is_file():
-        return {}
-    state = read_json(path)
-    if state["key"] != key:
-        names = sorted(name for name in state["key"].keys() | key.keys() if state["key"].get(name) != key.get(name))
-        message = f"these features were made with another {', '.join(names)}"
-        raise DataError(path, message, hint=REBUILD_HINT)
-    return state
-
-
-def _remove(out: Path) -> None:
-    """Remove a cache, the key last: what is left by a kill is still recognised as the old one."""
-    for pattern in ("feats.scp", "feats.*.scp", "feats.*.ark", "cache.json"):
-        for path in out.glob(pattern):
-            path.unlink()

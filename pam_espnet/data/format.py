@@ -1,6 +1,6 @@
-"""Formatting a data directory: every utterance as its own mono 16-bit file at one sample rate, with a passport.
+"""Formatted data directories: every utterance as a mono 16-bit file at one sample rate, with a passport.
 
-Every finished utterance is noted in a journal, so a killed run goes on where it stopped, and a second run does only
+Every finished utterance is noted in a journal, so a killed run continues where it stopped, and a second run does only
 what changed at the source. Shape letter: N samples.
 """
 
@@ -20,6 +20,7 @@ import numpy as np
 import soundfile
 
 import pam_espnet
+from pam_espnet.config import check_number
 from pam_espnet.data.audio import RESAMPLER, pcm16_sha256, read_audio, resample, to_pcm16
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import PASSPORT_NAME, Passport
@@ -59,15 +60,11 @@ class Job:
     settings: Settings
 
     def stamp(self) -> dict[str, Any]:
-        """What tells whether the source is still the one that was formatted; a command counts by its text alone."""
+        """Changes when the source does; a command counts by its text alone."""
         path = Path(self.source)
         stat = path.stat() if not self.source.endswith("|") and path.exists() else None
-        return {
-            "source": self.source,
-            "piece": [self.start, self.end],
-            "size": stat.st_size if stat else None,
-            "mtime_ns": stat.st_mtime_ns if stat else None,
-        }
+        size, time = (stat.st_size, stat.st_mtime_ns) if stat else (None, None)
+        return {"source": self.source, "piece": [self.start, self.end], "size": size, "mtime_ns": time}
 
 
 def format_data_dir(
@@ -84,9 +81,8 @@ def format_data_dir(
     """Write ``target`` (``dump/raw/<set>``) from ``source`` (``data/<set>``) and return its passport.
 
     ``target`` gets one audio file per utterance (``audio/<utt>.flac``; the paths in its ``wav.scp`` begin with
-    ``target`` as it was given), the tables of ``source``, ``utt2num_samples`` and ``passport.json``. Utterances that
-    cannot be read, are empty, silent, not finite, too long or too short are left out and listed with the reason, as are
-    those that the source's own table ``missing`` names (see ``MISSING``).
+    ``target`` as it was given), the tables of ``source``, ``utt2num_samples`` and ``passport.json``, which lists the
+    utterances that are skipped with the reason (see ``skip_reason``, ``MISSING``).
 
     Args:
         sample_rate: Hz; other rates are resampled, and the passport notes the original one.
@@ -101,15 +97,15 @@ def format_data_dir(
     """
     if audio_format not in AUDIO_FORMATS:
         raise ConfigError(f"audio_format: {audio_format!r} is not one of {', '.join(AUDIO_FORMATS)}")
-    if sample_rate < 1 or jobs < 1 or not 0 <= min_seconds < max_seconds:
-        raise ConfigError("needs sample_rate >= 1, jobs >= 1 and 0 <= min_seconds < max_seconds")
+    check_number(sample_rate, "sample_rate", at_least=1, whole=True)
+    check_number(jobs, "jobs", at_least=1, whole=True)
+    check_number(min_seconds, "min_seconds", at_least=0, below=max_seconds)
     data, target = DataDir.load(source), Path(target)
     if target.resolve() == data.path.resolve():
         raise ConfigError(f"target: {target} is the source; name another directory, such as dump/raw/{target.name}")
-    for recording, value in data.wav.items():
-        if value.endswith("|") and not allow_pipes:
-            message = f"{recording!r}: the value is a command (it ends in '|')"
-            raise DataError(data.path / "wav.scp", message, hint="pass --allow-pipes if you trust it")
+    if not allow_pipes and (pipes := [recording for recording, value in data.wav.items() if value.endswith("|")]):
+        message = f"{pipes[0]!r}: the value is a command (it ends in '|')"
+        raise DataError(data.path / "wav.scp", message, hint="pass --allow-pipes if you trust it")
     settings = Settings(sample_rate, audio_format, max_seconds, min_seconds)
     (target / "audio").mkdir(parents=True, exist_ok=True)
     todo = [
@@ -124,19 +120,24 @@ def _run_journaled(todo: list[Job], journal: Path, settings: Settings, jobs: int
     """{utt: record} of all jobs, formatting only those whose record in the journal does not hold any more."""
     from tqdm import tqdm
 
-    old = _read_journal(journal, settings)
+    head = {"settings": asdict(settings)}
+    old = _read_journal(journal, head)
     records = {}
     for job in todo:
         record = old.get(job.utt)
-        if record and record["stamp"] == job.stamp() and ("skipped" in record or Path(job.target).is_file()):
+        if record is None or record["stamp"] != job.stamp():
+            continue
+        # what could not be read is tried again: the disk or this program may have been the reason
+        reason = record.get("skipped", "")
+        if (reason and not reason.startswith("unreadable")) or ("entry" in record and Path(job.target).is_file()):
             records[job.utt] = record
-    for leftover in (journal.parent / "audio").glob(".*.tmp-*"):  # of a killed run
+    audio = journal.parent / "audio"
+    for leftover in audio.glob(".*.tmp-*"):  # of a killed run
         leftover.unlink()
-    for utt in old.keys() - {job.utt for job in todo}:
-        for suffix in AUDIO_FORMATS:  # files of utterances that are no longer in the source
-            (journal.parent / "audio" / f"{utt}.{suffix}").unlink(missing_ok=True)
-    # written anew, so that a line a kill cut short does not swallow the next one
-    head = {"settings": asdict(settings)}
+    for utt in old.keys() - {job.utt for job in todo}:  # no longer in the source
+        for suffix in AUDIO_FORMATS:
+            (audio / f"{utt}.{suffix}").unlink(missing_ok=True)
+    # written again, so that a line that a kill cut short is not continued by the next one
     write_text(journal, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (head, *records.values())))
     rest = [job for job in todo if job.utt not in records]
     if records:
@@ -163,19 +164,16 @@ def _run(rest: list[Job], jobs: int) -> Iterator[dict[str, Any]]:
             raise DataError(rest[0].target, "a worker died (out of memory?)", hint=hint) from error
 
 
-def _read_journal(path: Path, settings: Settings) -> dict[str, dict[str, Any]]:
-    """{utt: record} of an earlier run with the same settings; the last line of a killed run may be cut short."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except FileNotFoundError:
-        return {}
-    records: dict[str, dict[str, Any]] = {}
+def _read_journal(path: Path, head: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{utt: record} of an earlier run whose first line was ``head`` (the settings), or {}."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    records = {}
     for number, line in enumerate(lines):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except json.JSONDecodeError:  # the last line of a killed run
             continue
-        if number == 0 and record != {"settings": asdict(settings)}:
+        if number == 0 and record != head:
             logging.info("%s: the settings changed; everything is formatted again", path.parent)
             return {}
         if "utt" in record:
@@ -215,7 +213,7 @@ def read_formatted(path: str | Path, settings: Settings) -> np.ndarray:
     """One file (N,) float32 as ``format_data_dir`` would write it and ``read_audio`` read that back.
 
     Raises:
-        DataError: it would be left out; says why.
+        DataError: it would be skipped; gives the reason.
     """
     wave, rate = read_audio(path)
     if reason := skip_reason(wave, rate, settings):
@@ -252,39 +250,30 @@ def _write_tables(data: DataDir, target: Path, settings: Settings, records: dict
     if len(skipped) > MAX_SKIPPED * len(data):
         some = "".join(f"\n  {utt}: {reason}" for utt, reason in list(skipped.items())[:5])
         message = f"{len(skipped)} of {len(data)} utterances cannot be used, for example:{some}"
-        hint = "mend or fetch these recordings again; or check wav.scp, --max-seconds (run.sh: --max_seconds)"
-        raise DataError(data.path, message, hint=hint)
+        raise DataError(data.path, message, hint="repair these recordings, or check wav.scp and --max_seconds")
+    wav = {utt: str(target / "audio" / f"{utt}.{settings.audio_format}") for utt in data.utterances}
     for utt in skipped:  # files of an earlier run, when the utterance was still good
-        (target / "audio" / f"{utt}.{settings.audio_format}").unlink(missing_ok=True)
+        Path(wav.pop(utt)).unlink(missing_ok=True)
     for utt, reason in list(skipped.items())[:SHOWN_SKIPS]:
         logging.warning("skipped %s: %s", utt, reason)
     if len(skipped) > SHOWN_SKIPS:
         logging.warning("... and %d more, listed in %s", len(skipped) - SHOWN_SKIPS, target / PASSPORT_NAME)
-    wav = {utt: str(target / "audio" / f"{utt}.{settings.audio_format}") for utt in kept}
     formatted = replace(data.subset(kept), wav=wav, segments=None)
     formatted.save(target)
     write_table(target / "utt2num_samples", {utt: str(entry["num_samples"]) for utt, entry in kept.items()})
-    skipped |= _missing(data)
-    versions = (pam_espnet.__version__, soundfile.__version__, soundfile.__libsndfile_version__)
-    created_by = "pam_espnet {}, soundfile {}, libsndfile {}".format(*versions)
+    missing = read_table(data.path / MISSING) if (data.path / MISSING).is_file() else {}
+    if there := sorted(missing.keys() & data.text.keys()):
+        message = f"{there[0]!r} is missing here, and in text there"
+        raise DataError(data.path / MISSING, message, hint="make the data directory again (stage 1)")
+    libraries = f"soundfile {soundfile.__version__}, libsndfile {soundfile.__libsndfile_version__}"
     passport = Passport(
-        settings.sample_rate, settings.resampler, created_by, settings.audio_format, formatted.per_task(), kept, skipped
+        sample_rate=settings.sample_rate,
+        resampler=settings.resampler,
+        created_by=f"pam_espnet {pam_espnet.__version__}, {libraries}",
+        audio_format=settings.audio_format,
+        tasks=formatted.per_task(),
+        utterances=kept,
+        skipped=skipped | missing,
     )
     passport.save(target)
     return passport
-
-
-def _missing(data: DataDir) -> dict[str, str]:
-    """Utterances without audio, from the source's table ``missing``: what is absent there stays in the books.
-
-    Raises:
-        DataError: one of them has audio after all.
-    """
-    path = data.path / MISSING
-    if not path.is_file():
-        return {}
-    table = read_table(path)
-    if there := sorted(table.keys() & data.text.keys()):
-        message = f"{there[0]!r} is missing here, and in text there"
-        raise DataError(path, message, hint="make the data directory again (stage 1)")
-    return table

@@ -21,27 +21,18 @@ from pam_espnet.errors import DataError
 SPEAKERS = "SPEAKERS.TXT"
 TEST_SUBSETS = ("test-clean", "test-other")
 UNPACK_HINT = "unpack the subset's archive again, all of it"
-
-
-@dataclass(frozen=True)
-class Published:
-    """What a subset holds: number of utterances; hours as the paper's Table 1 gives them. None: not known here."""
-
-    utterances: int | None
-    hours: float | None
-
-
-PUBLISHED: dict[str, Published] = {
-    "train-clean-100": Published(28539, 100.6),
-    "train-clean-360": Published(104014, 363.6),
-    "train-other-500": Published(148688, 496.7),
-    "dev-clean": Published(2703, 5.4),
-    "dev-other": Published(2864, 5.3),
-    "test-clean": Published(2620, 5.4),
-    "test-other": Published(2939, 5.1),
+# Utterances of a subset, and hours as the paper's Table 1 gives them; None: not known here.
+PUBLISHED: dict[str, tuple[int | None, float | None]] = {
+    "train-clean-100": (28539, 100.6),
+    "train-clean-360": (104014, 363.6),
+    "train-other-500": (148688, 496.7),
+    "dev-clean": (2703, 5.4),
+    "dev-other": (2864, 5.3),
+    "test-clean": (2620, 5.4),
+    "test-other": (2939, 5.1),
     # Mini LibriSpeech (OpenSLR 31), parts of train-clean-100 and dev-clean; its page gives no numbers
-    "train-clean-5": Published(None, None),
-    "dev-clean-2": Published(None, None),
+    "train-clean-5": (None, None),
+    "dev-clean-2": (None, None),
 }
 HOURS_TOLERANCE = 0.02  # of the published hours, which have three digits
 
@@ -69,7 +60,7 @@ def find_root(folder: str | Path, subsets: Iterable[str]) -> Path:
     """The folder that holds ``subsets``: ``folder`` itself or ``folder/LibriSpeech``.
 
     Raises:
-        DataError: no such folder, or a subset is not there; says what is.
+        DataError: no such folder, or a subset is not there; names those that are.
     """
     folder, wanted = Path(folder), list(subsets)
     if not folder.is_dir():
@@ -78,13 +69,9 @@ def find_root(folder: str | Path, subsets: Iterable[str]) -> Path:
     there = {root: [name for name in wanted if (root / name).is_dir()] for root in candidates}
     root = max(candidates, key=lambda candidate: (len(there[candidate]), (candidate / SPEAKERS).is_file()))
     if missing := [name for name in wanted if name not in there[root]]:
-        found = [name for name in PUBLISHED if (root / name).is_dir()]
-        inside = f"of LibriSpeech it has {', '.join(found)}" if found else "nothing of LibriSpeech is in it"
-        hint = (
-            f"name the folder that holds LibriSpeech/{missing[0]} or {missing[0]}, unpack {missing[0]}.tar.gz there, "
-            "or choose another --size"
-        )
-        raise DataError(root, f"has no {', '.join(missing)}; {inside}", hint=hint)
+        found = ", ".join(name for name in PUBLISHED if (root / name).is_dir()) or "no subset"
+        hint = f"unpack {missing[0]}.tar.gz there, name the folder that holds LibriSpeech/, or choose another --size"
+        raise DataError(root, f"has no {', '.join(missing)}; of LibriSpeech it has {found}", hint=hint)
     return root
 
 
@@ -98,16 +85,17 @@ def read_speakers(root: str | Path) -> dict[str, Speaker]:
     if not path.is_file():
         raise DataError(path, "no such file", hint=f"every archive of LibriSpeech has it: copy it to {path.parent}")
     speakers: dict[str, Speaker] = {}
+    hint = "take the file out of the archive again"
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not line.strip() or line.startswith(";"):
             continue
-        parts = [part.strip() for part in line.split("|", 4)]  # names have bars in them, too
+        parts = [part.strip() for part in line.split("|", 4)]  # names may have bars, too
         if len(parts) < 4 or not parts[0].isdigit() or parts[1] not in ("F", "M"):
             message = f"not a line of the form 'id | F or M | subset | minutes | name': {line!r}"
-            raise DataError(path, message, line=number, hint="take the file out of the archive again")
+            raise DataError(path, message, line=number, hint=hint)
         speakers[parts[0]] = Speaker(parts[0], parts[1], parts[2])
     if not speakers:
-        raise DataError(path, "lists no speaker", hint="take the file out of the archive again")
+        raise DataError(path, "lists no speaker", hint=hint)
     return speakers
 
 
@@ -117,22 +105,19 @@ def read_subset(root: str | Path, subset: str) -> list[Spoken]:
     Raises:
         DataError: lists recordings without a transcript, transcripts without a recording, and malformed lines.
     """
-    found: list[Spoken] = []
+    folder = Path(root, subset)
     problems: list[Problem] = []
-    for speaker in sorted(Path(root, subset).iterdir()):
-        if not speaker.is_dir():
-            continue
-        for chapter in sorted(speaker.iterdir()):
-            if chapter.is_dir():
-                found += _read_chapter(speaker.name, chapter, problems)
-    raise_problems(Path(root, subset), problems)
+    chapters = [chapter for chapter in sorted(folder.glob("*/*")) if chapter.is_dir()]
+    found = [utterance for chapter in chapters for utterance in _read_chapter(chapter, problems)]
+    raise_problems(folder, problems)
     if not found:
-        raise DataError(Path(root, subset), "has no utterance", hint=UNPACK_HINT)
+        raise DataError(folder, "has no utterance", hint=UNPACK_HINT)
     return sorted(found, key=lambda utterance: utterance.key)
 
 
-def _read_chapter(speaker: str, chapter: Path, problems: list[Problem]) -> list[Spoken]:
+def _read_chapter(chapter: Path, problems: list[Problem]) -> list[Spoken]:
     """The utterances of one chapter; what is wrong is added to ``problems``."""
+    speaker = chapter.parent.name
     name = f"{speaker}-{chapter.name}"
     transcripts = chapter / f"{name}.trans.txt"
     audio = {entry.name.removesuffix(".flac") for entry in os.scandir(chapter) if entry.name.endswith(".flac")}
@@ -155,55 +140,41 @@ def _read_chapter(speaker: str, chapter: Path, problems: list[Problem]) -> list[
 
 
 def flac_seconds(path: str | Path) -> float:
-    """Duration of a FLAC file from its first 42 bytes.
+    """Duration of a FLAC file from its header.
 
     Raises:
-        DataError: it is no FLAC file, or its header does not say how long it is.
+        DataError: it is no FLAC file, or its header does not state a duration.
     """
     with open(path, "rb") as file:
         head = file.read(42)
-    if len(head) < 42 or head[:4] != b"fLaC" or head[4] & 0x7F != 0:
-        raise DataError(path, "is not a FLAC file, or cut short", hint=UNPACK_HINT)
-    rate = int.from_bytes(head[18:21], "big") >> 4
-    samples = int.from_bytes(head[21:26], "big") & ((1 << 36) - 1)
-    if not rate or not samples:
-        raise DataError(path, "its header gives no duration", hint=UNPACK_HINT)
+    rate, samples = int.from_bytes(head[18:21], "big") >> 4, int.from_bytes(head[21:26], "big") & ((1 << 36) - 1)
+    if len(head) < 42 or head[:4] != b"fLaC" or not rate or not samples:
+        raise DataError(path, "is not a FLAC file that states its duration, or cut short", hint=UNPACK_HINT)
     return samples / rate
 
 
 def durations(utterances: Sequence[Spoken], jobs: int = 1) -> dict[str, float]:
     """{key: seconds}, from the headers; ``jobs`` threads, because a network disk answers slowly."""
     with ThreadPoolExecutor(jobs) as pool:
-        return dict(
-            zip(
-                [utterance.key for utterance in utterances],
-                pool.map(flac_seconds, [utterance.path for utterance in utterances], chunksize=256),
-                strict=True,
-            )
-        )
-
-
-def count_differences(found: Mapping[str, tuple[int, float]]) -> list[str]:
-    """What differs from the published numbers, one sentence each; ``found``: {subset: (utterances, hours)}."""
-    said = []
-    for subset, (utterances, hours) in found.items():
-        published = PUBLISHED[subset]
-        if published.utterances is not None and utterances != published.utterances:
-            said.append(f"{subset} has {utterances} utterances, published are {published.utterances}")
-        if published.hours is not None and abs(hours - published.hours) > HOURS_TOLERANCE * published.hours:
-            said.append(f"{subset} has {hours:.2f} hours, published are {published.hours}")
-    return said
+        seconds = pool.map(flac_seconds, [utterance.path for utterance in utterances], chunksize=256)
+        return {utterance.key: found for utterance, found in zip(utterances, seconds, strict=True)}
 
 
 def check_counts(root: str | Path, found: Mapping[str, tuple[int, float]], strict: bool) -> list[str]:
-    """Compare numbers of utterances and hours with the published ones; return the differences.
+    """What differs from the published numbers, one sentence each; ``found``: {subset: (utterances, hours)}.
 
     Raises:
-        DataError: they differ, and ``strict``.
+        DataError: something differs, and ``strict``.
     """
-    said = count_differences(found)
-    if said and strict:
-        listed = "".join(f"\n  {sentence}" for sentence in said)
-        hint = "unpack the archives again; or, to go on with what is there, --check_counts false"
+    differences = []
+    for subset, (utterances, hours) in found.items():
+        known_utterances, known_hours = PUBLISHED[subset]
+        if known_utterances is not None and utterances != known_utterances:
+            differences.append(f"{subset} has {utterances} utterances, published are {known_utterances}")
+        if known_hours is not None and abs(hours - known_hours) > HOURS_TOLERANCE * known_hours:
+            differences.append(f"{subset} has {hours:.2f} hours, published are {known_hours}")
+    if differences and strict:
+        listed = "".join(f"\n  {difference}" for difference in differences)
+        hint = "unpack the archives again; or, to continue with what is there, --check_counts false"
         raise DataError(root, f"is not the whole corpus:{listed}", hint=hint)
-    return said
+    return differences

@@ -1,4 +1,4 @@
-"""``passport.json``: where every formatted utterance came from, what it is now, and why others were left out."""
+"""``passport.json``: the source and the identity of every formatted utterance, and the reason of every skip."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Passport:
         return sum(entry["num_samples"] for entry in self.utterances.values()) / self.sample_rate
 
     def audio_digest(self, utterances: Iterable[str]) -> str:
-        """One SHA-256 over the names and samples of ``utterances``: changes when any of them does.
+        """One SHA-256 over the names and samples of ``utterances``.
 
         Raises:
             DataError: an utterance without a passport entry.
@@ -81,11 +81,9 @@ class Passport:
         """One paragraph: utterances, hours, tasks, skips by class, clipping."""
         tasks = ", ".join(f"{task} {count}" for task, count in self.tasks.items())
         text = f"{len(self.utterances)} utterances, {self.seconds / 3600:.2f} hours at {self.sample_rate} Hz ({tasks})"
-        if self.skipped:
-            classes = Counter(reason.split(":")[0] for reason in self.skipped.values())
-            text += f"; {len(self.skipped)} skipped: " + ", ".join(f"{n} {name}" for name, n in classes.most_common())
-        else:
-            text += "; none skipped"
+        classes = Counter(reason.split(":")[0] for reason in self.skipped.values())
+        skips = ", ".join(f"{n} {name}" for name, n in classes.most_common())
+        text += f"; {len(self.skipped)} skipped: {skips}" if skips else "; none skipped"
         if clipped := sum("clipped" in entry for entry in self.utterances.values()):
             text += f"; {clipped} have clipped samples"
         if resampled := sum(entry["source_rate"] != self.sample_rate for entry in self.utterances.values()):

@@ -1,4 +1,4 @@
-"""Making many clips: one random generator per clip, several processes, and nothing made twice.
+"""Clips of a corpus that is rendered: one random generator per clip, several processes, nothing made twice.
 
 A clip is seeded by its key, so it does not depend on the others, on the number of processes, or on where a killed run
 stopped. Shape letter: N samples.
@@ -10,7 +10,8 @@ import hashlib
 import multiprocessing
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,15 @@ def fingerprint(options: Any, seed: int, files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _write(arguments: tuple[Callable[[Any], np.ndarray], Job]) -> Utterance:
+def _write(render: Callable[[Any], np.ndarray], job: Job) -> Utterance:
     """Make one clip unless its file is there; return the utterance with its duration."""
-    render, job = arguments
     path = Path(job.utterance.audio)
-    if path.exists():  # files are renamed into place, so one that exists is whole
-        seconds = soundfile.info(path).duration
-    else:
-        samples, _ = to_pcm16(render(job.spec))
-        seconds = len(samples) / SAMPLE_RATE
-        with atomic_path(path) as tmp:
-            soundfile.write(tmp, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    return Utterance(**{**asdict(job.utterance), "seconds": seconds})
+    if path.exists():  # files are renamed to their names, so one that exists is whole
+        return replace(job.utterance, seconds=soundfile.info(path).duration)
+    samples, _ = to_pcm16(render(job.spec))
+    with atomic_path(path) as tmp:
+        soundfile.write(tmp, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return replace(job.utterance, seconds=len(samples) / SAMPLE_RATE)
 
 
 def build_task(
@@ -94,7 +92,7 @@ def build_task(
 
     started, manifest = folder / "started.json", folder / "utterances.json"
     if folder.exists() and (not started.exists() or read_json(started) != key):
-        print(f"{task}: options or programs have changed; making {folder} anew", flush=True)
+        print(f"{task}: options or programs have changed; making {folder} again", flush=True)
         shutil.rmtree(folder)
     if manifest.exists():
         done = [Utterance(**{**entry, "references": tuple(entry["references"])}) for entry in read_json(manifest)]
@@ -102,9 +100,10 @@ def build_task(
             print(f"{task}: {len(done)} utterances are there already", flush=True)
             return done
     write_json(started, key)
-    todo = [(render, job) for job in plan()]
+    todo = plan()
     # spawn: a forked child of a process with threads can hang
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        made = list(tqdm(pool.imap(_write, todo, chunksize=8), total=len(todo), desc=task, unit="clip"))
+        clips = pool.imap(partial(_write, render), todo, chunksize=8)
+        made = list(tqdm(clips, total=len(todo), desc=task, unit="clip"))
     write_json(manifest, [asdict(utterance) for utterance in made])
     return made

@@ -1,4 +1,4 @@
-"""A formatted test set once more for every other wording of its questions: how much does the wording matter?"""
+"""Formatted test sets once more for every other wording of their questions, to measure what the wording changes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ from pam_espnet.errors import DataError
 
 
 def reword(data_dir: str | Path, wordings: Mapping[str, Wordings], target: str | Path) -> list[Path]:
-    """Write ``<target>/2``, ``<target>/3``, ...: what scoring asks in the first wording, in the second, third, ...
+    """Write ``<target>/2``, ``<target>/3``, ...: the set in the second, third, ... wording; return these directories.
 
     Args:
         data_dir: a formatted data directory, every prompt in the first wording of its task.
-        wordings: task -> wordings, for every task of the directory.
-        target: folder for the directories. A directory has the utterances whose task has so many wordings; their audio
-            stays where it is.
-
-    Returns:
-        the directories written.
+        wordings: task -> wordings, for every task of the directory. Directory n has the utterances whose task has n
+            wordings or more; their audio is not copied.
+        target: folder for the directories.
 
     Raises:
         DataError: a prompt that is not the first wording of its task.

@@ -1,4 +1,4 @@
-"""What is done to waves when clips are made from recordings: levels, pauses, speed, fades, noise.
+"""Signal operations for clips made from recordings: levels, pauses, speed, fades, noise.
 
 Shape letter: N samples, at ``SAMPLE_RATE``.
 """

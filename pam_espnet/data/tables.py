@@ -109,7 +109,7 @@ def scan_table(path: str | Path, *, allow_empty: bool = False) -> Scan:
 
     Args:
         path: the table.
-        allow_empty: whether a key may stand alone on its line (value ``""``), as in a table of hypotheses.
+        allow_empty: whether a key may have no value (``""``), as in a table of hypotheses.
     """
     scan = Scan(Path(path))
     try:

@@ -1,4 +1,4 @@
-"""The tasks a model can be asked for: how each is scored, and the prompt it gets when the user wrote none."""
+"""Tasks of a model: the metric and the default prompt of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TASKS: dict[str, TaskSpec] = {
         TaskSpec("asr", metric="wer", default_prompt="Transcribe the speech."),
         TaskSpec("count", metric="count", default_prompt="How many people are speaking?"),
         TaskSpec("caption", metric="caption", default_prompt="Describe the sounds."),
-        # speaker number verification: the number that is asked for stands in each utterance's own prompt
+        # speaker number verification: the number that is asked for is in each utterance's prompt
         TaskSpec("verify", metric="choice", default_prompt="Is one person speaking? Answer yes or no."),
     )
 }

@@ -22,7 +22,10 @@ def as_waveform(wave: Any, name: str) -> np.ndarray:
     Raises:
         ConfigError: not (N,), no samples, another type, NaN or infinite, or float samples far beyond full scale.
     """
-    wave = np.asarray(wave)
+    try:
+        wave = np.asarray(wave)
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of several lengths, a tensor on a GPU
+        raise ConfigError(f"{name}: is no array of samples: {error}") from error
     if wave.ndim != 1:
         mono = "wave[0]" if wave.ndim == 2 and len(wave) == 1 else "wave.mean(axis=...) over the channels"
         raise ConfigError(f"{name}: has shape {wave.shape}; must be mono, of shape (N,)\n  -> hand in {mono}")

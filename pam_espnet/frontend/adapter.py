@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError
 from pam_espnet.frontend.encoders.base import padding_mask
 
@@ -82,7 +83,7 @@ class FrameStackingAdapter(nn.Module):
         ConfigError: the rates do not fit, or an option is out of its range.
     """
 
-    # The MLP starts with outputs of variance one, which this leaves alone. It bounds the gradient of frames that
+    # The MLP starts with outputs of variance one, which this hardly changes. It bounds the gradient of frames that
     # are all zero (an encoder that stops before the clip does), which 1/std would multiply by hundreds.
     norm_eps = 1e-2
 
@@ -99,8 +100,7 @@ class FrameStackingAdapter(nn.Module):
         super().__init__()
         self.stack, self.repeat = stacking(encoder_rate, frame_rate, name)
         hidden = width_out if hidden_width is None else hidden_width
-        if hidden < 1:
-            raise ConfigError(f"adapter_conf.hidden_width: {hidden}; must be at least 1")
+        check_number(hidden, "adapter_conf.hidden_width", at_least=1, whole=True)
         first, second = nn.Linear(self.stack * width_in, hidden), nn.Linear(hidden, width_out)
         self.mlp = nn.Sequential(first, nn.GELU(), second)
         self.norm = nn.LayerNorm(width_out, eps=self.norm_eps) if output_norm else nn.Identity()
@@ -111,12 +111,7 @@ class FrameStackingAdapter(nn.Module):
         nn.init.zeros_(second.bias)
 
     def forward(self, hidden: Tensor, num_frames: int) -> Tensor:
-        """Adapted frames (B,U,D_out) with U = ``num_frames``: what is too long is cut, what is missing is zero.
-
-        Args:
-            hidden: (B,T,D_in), zero beyond each utterance's own frames.
-            num_frames: U.
-        """
+        """(B,T,D_in), zero beyond each utterance's frames -> (B,U,D_out), U = ``num_frames``, cut or filled up."""
         if self.repeat > 1:
             hidden = hidden.repeat_interleave(self.repeat, dim=1)
         missing = num_frames * self.stack - hidden.shape[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,13 @@ from pam_espnet.frontend.encoders.registry import build_encoder
 
 def cache_encoder(
     name: str,
+    device: str,
     frontend_conf: Mapping[str, Any],
-    data_dir: str | Path,
+    data_dirs: Sequence[str | Path],
     root: Path,
-    *,
-    rebuild: bool = False,
-    device: str = "cpu",
-) -> FeatureCache:
-    """Cache the hidden states of encoder ``name`` over ``data_dir`` under ``root/<name>/<set>``.
+    rebuild: bool,
+) -> list[FeatureCache]:
+    """Cache the hidden states of encoder ``name`` over each data directory under ``root/<name>/<set>``.
 
     Also writes ``root/<name>/spec.json``, with which training uses the cache without loading the encoder.
 
@@ -49,11 +49,13 @@ def cache_encoder(
     # Without the path: the same weights in another folder give the same features.
     options = {key: value for key, value in encoders[name].items() if key != "path"}
     key = {"encoder": options, "spec": spec.to_dict(), "weights_sha256": encoder.weights_sha256()}
-    out = root / name / Path(data_dir).name
-    with exclusive(out / ".lock"):
-        cache = cache_features(encode, key, data_dir, out, rebuild=rebuild)
+    caches = []
+    for data_dir in data_dirs:
+        out = root / name / Path(data_dir).name
+        with exclusive(out / ".lock"):
+            caches.append(cache_features(encode, key, data_dir, out, rebuild=rebuild))
     write_json(root / name / "spec.json", spec.to_dict())
-    return cache
+    return caches
 
 
 def cache_encoders(
@@ -68,24 +70,14 @@ def cache_encoders(
 ) -> Iterator[FeatureCache]:
     """Cache the hidden states of several encoders, ``jobs`` at a time, each in a process with one thread (small models
     gain little from a second one) and, where there are several GPUs, on one of its own. Raises as ``cache_encoder``."""
+    run = partial(cache_encoder, frontend_conf=frontend_conf, data_dirs=data_dirs, root=root, rebuild=rebuild)
     if jobs <= 1 or len(names) == 1:
         for name in names:
-            for data in data_dirs:
-                yield cache_encoder(name, frontend_conf, data, root, rebuild=rebuild, device=device)
+            yield from run(name, device)
         return
     gpus = torch.cuda.device_count() if device == "cuda" else 0
-    with ProcessPoolExecutor(min(jobs, len(names)), multiprocessing.get_context("spawn")) as pool:
-        devices = [f"cuda:{number % gpus}" if gpus else device for number in range(len(names))]
-        tasks = [
-            pool.submit(_cache_one, name, frontend_conf, data_dirs, root, rebuild, own)
-            for name, own in zip(names, devices, strict=True)
-        ]
-        for task in tasks:
-            yield from task.result()
-
-
-def _cache_one(
-    name: str, conf: Mapping[str, Any], data_dirs: Sequence[str | Path], root: Path, rebuild: bool, device: str
-) -> list[FeatureCache]:
-    torch.set_num_threads(1)
-    return [cache_encoder(name, conf, data, root, rebuild=rebuild, device=device) for data in data_dirs]
+    devices = [f"cuda:{number % gpus}" if gpus else device for number in range(len(names))]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(names)), spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for caches in pool.map(run, names, devices):
+            yield from caches

@@ -64,5 +64,5 @@ class EncoderSpec:
             raise ConfigError(f"specs.{name}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists, for YAML and JSON."""
+        """Numbers, strings and lists, for YAML and JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

@@ -21,7 +21,7 @@ import torch
 from espnet2.asr.frontend.abs_frontend import AbsFrontend
 from torch import Tensor, nn
 
-from pam_espnet.config import check_options
+from pam_espnet.config import check_number, check_options
 from pam_espnet.errors import ConfigError
 from pam_espnet.frontend.adapter import FrameStackingAdapter, mix_layers
 from pam_espnet.frontend.encoder_spec import EncoderSpec
@@ -36,16 +36,10 @@ Hidden = tuple[Tensor, Tensor]  # hidden states (B,H,T,D) and frames (B,)
 
 @dataclass
 class AudioEmbeddings:
-    """The audio in the LLM's input.
+    """The audio in the LLM's input, and how it was mixed."""
 
-    Attributes:
-        embeddings: (B,U,D), zero beyond each utterance's length.
-        lengths: (B,) frames.
-        routing: how the encoders were combined.
-    """
-
-    embeddings: Tensor
-    lengths: Tensor
+    embeddings: Tensor  # (B,U,D), zero beyond each utterance's length
+    lengths: Tensor  # (B,) frames
     routing: Routing
 
 
@@ -98,8 +92,9 @@ class PaMFrontend(AbsFrontend):
         super().__init__()
         fusion_conf, adapter_conf, specs = fusion_conf or {}, adapter_conf or {}, specs or {}
         _check(encoders, adapter_conf, mask_conf or {}, specs)
-        if frame_rate <= 0 or initial_rms <= 0 or not 0 <= skip_threshold < 1:
-            raise ConfigError("frontend_conf: needs frame_rate > 0 (Hz), initial_rms > 0, 0 <= skip_threshold < 1")
+        check_number(frame_rate, "frontend_conf.frame_rate", above=0)
+        check_number(initial_rms, "frontend_conf.initial_rms", above=0)
+        check_number(skip_threshold, "frontend_conf.skip_threshold", at_least=0, below=1)
         self.names = tuple(encoders)
         self.width, self.frame_rate, self.sample_rate = width, frame_rate, sample_rate
         self.skip_threshold = skip_threshold
@@ -129,13 +124,11 @@ class PaMFrontend(AbsFrontend):
             )
         self.gain = nn.Parameter(torch.tensor(float(initial_rms)))
 
-    # Encoders
-
     def encoder(self, name: str) -> AbsEncoder:
         """An encoder, loaded on the first call.
 
         Raises:
-            ConfigError: it cannot be built, or is not what its spec says.
+            ConfigError: it cannot be built, or differs from its spec.
         """
         if name not in self._encoders:
             try:
@@ -159,19 +152,8 @@ class PaMFrontend(AbsFrontend):
         return self
 
     def encode(self, wave: Tensor, lengths: Tensor, names: Sequence[str] | None = None) -> dict[str, Hidden]:
-        """Run frozen encoders.
-
-        Args:
-            wave: (B,N) in [-1, 1].
-            lengths: (B,) samples.
-            names: which encoders; None for all.
-
-        Returns:
-            name -> (hidden states (B,H,T,D), frames (B,)).
-        """
+        """Hidden states of waveforms (B,N) in [-1, 1] of ``lengths`` (B,) samples, by the encoders ``names`` or all."""
         return {name: self.encoder(name)(wave, lengths) for name in (self.names if names is None else names)}
-
-    # Routing
 
     def route(self, prompt_vector: Tensor) -> Routing:
         """Routing for prompt vectors (B,P), with the encoders below the threshold dropped (at inference)."""
@@ -186,8 +168,6 @@ class PaMFrontend(AbsFrontend):
         """The encoders that have weight for at least one utterance of the batch."""
         needed = (routing.encoder_weights > 0).any(dim=0).tolist()
         return [name for name, need in zip(self.names, needed, strict=True) if need]
-
-    # From samples to embeddings
 
     def output_size(self) -> int:
         """D of the audio embeddings."""
@@ -232,18 +212,18 @@ class PaMFrontend(AbsFrontend):
             )
         if missing and wave is not None:
             hidden.update(self.encode(wave, num_samples, missing))
-        lengths = self.output_lengths(num_samples)
-        num_frames = int(lengths.max())
+        lengths = self.output_lengths(num_samples)  # (B,)
+        num_frames = int(lengths.max())  # U
         spans = draw_spans(num_samples / self.sample_rate, self.masks) if self.training else None
         streams: list[Tensor | None] = []
         for name, weights in zip(self.names, routing.layer_weights, strict=True):
-            stream = None
-            if name in hidden:
-                mixed = mix_layers(*hidden[name], weights, self.specs[name].layer_widths)
-                if spans is not None:
-                    mixed = hide(mixed, self.specs[name].frame_rate, spans, self.masks.dropout)
-                stream = self.adapters[name](mixed, num_frames)
-            streams.append(stream)
+            if name not in hidden:
+                streams.append(None)
+                continue
+            mixed = mix_layers(*hidden[name], weights, self.specs[name].layer_widths)  # (B,T,D)
+            if spans is not None:
+                mixed = hide(mixed, self.specs[name].frame_rate, spans, self.masks.dropout)
+            streams.append(self.adapters[name](mixed, num_frames))  # (B,U,D)
         fused = self.gain * self.fusion(streams, routing)
         return AudioEmbeddings(fused.masked_fill(padding_mask(lengths, num_frames)[..., None], 0.0), lengths, routing)
 
@@ -253,7 +233,7 @@ class PaMFrontend(AbsFrontend):
             states = states.unflatten(2, (spec.num_layers, spec.width)).transpose(1, 2)
         if states.dim() != 4 or (states.shape[1], states.shape[3]) != (spec.num_layers, spec.width):
             raise ConfigError(
-                f"cached features of encoder {name!r} have shape {tuple(states.shape)}, but the configuration says "
+                f"cached features of encoder {name!r} have shape {tuple(states.shape)}, but the configuration has "
                 f"{spec.num_layers} layers of width {spec.width}: was the cache made with other layers? Rebuild it"
             )
         return states, frames

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pam_espnet.errors import ConfigError
+from pam_espnet.config import check_number
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,16 @@ class MaskOptions:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.span < 0 or self.every <= 0 or not 0 <= self.dropout < 1:
-            raise ConfigError(f"mask_conf: needs span >= 0, every > 0, 0 <= dropout < 1; got {self}")
+        check_number(self.span, "mask_conf.span", at_least=0)
+        check_number(self.every, "mask_conf.every", above=0)
+        check_number(self.dropout, "mask_conf.dropout", at_least=0, below=1)
 
 
 def draw_spans(seconds: Tensor, options: MaskOptions) -> Tensor:
-    """Time masks (B, masks, 2) as start and end in seconds; the same for all encoders, so that none fills in another.
+    """Time masks (B, masks, 2) as start and end in seconds, for utterances of ``seconds`` (B,).
 
-    Args:
-        seconds: duration of each utterance (B,).
-        options: see ``MaskOptions``.
-
-    Utterances with fewer masks than others get empty ones. A mask covers at most a third of an utterance.
+    They are the same for all encoders, so that none fills in another. Utterances with fewer masks than others get
+    empty ones. A mask covers at most a third of an utterance.
     """
     most = max(1, math.ceil(float(seconds.max()) / options.every))
     count = torch.ceil(seconds / options.every)[:, None]

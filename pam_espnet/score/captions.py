@@ -1,15 +1,13 @@
 """Caption scores against several references: CIDEr-D, ROUGE-L and BLEU here; METEOR, SPICE, SPIDEr and FENSE where the
-parts they need are installed (``metrics/parts.py``). What could not be computed is named with the reason.
+parts they need are installed (``score/parts.py``). What could not be computed is listed with the reason.
 
 CIDEr-D is written from Vedantam, Zitnick and Parikh, "CIDEr: Consensus-based Image Description Evaluation" (CVPR
 2015), section 5. ROUGE-L follows the caption convention (the best precision and the best recall over the references,
-F with beta = 1.2); `rouge-score` from the registry differs in all three (best single F, beta 1, own tokens), and
-`pycocoevalcap` brings Java archives and a compiled COCO reader for fifteen lines of dynamic programming.
+F with beta = 1.2); `rouge-score` differs in all three, and `pycocoevalcap` brings a compiled COCO reader.
 
-On equal tokens they agree with pycocoevalcap 1.2 (tests/metrics hold figures measured with it). Tokens differ a
-little: published figures come from Stanford's PTBTokenizer (Java), here a regular expression lowers the case, drops
-punctuation and splits clitics ("dog 's", "does n't"). Known differences: signs such as & % # / and brackets are
-dropped here and kept there; "cannot" and "gonna" stay one word here.
+On equal tokens they agree with pycocoevalcap 1.2 (tests/score hold figures measured with it). Published figures come
+from Stanford's PTBTokenizer (Java); here a regular expression lowers the case, drops punctuation and splits clitics
+("dog 's", "does n't"). Differences: signs such as & % # / and brackets are dropped here; "cannot" stays one word.
 """
 
 from __future__ import annotations
@@ -17,13 +15,15 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from rapidfuzz.distance import LCSseq
 
-from pam_espnet.score.bleu import MAX_ORDER, Bleu, count_matches
+from pam_espnet.score.bleu import MAX_ORDER, Bleu, count_matches, ngrams
+from pam_espnet.score.characters import plain
 from pam_espnet.score.fense import fense
-from pam_espnet.score.intervals import Statistics, mean_of
+from pam_espnet.score.intervals import Ratio, Statistics, mean_of, value_of
 from pam_espnet.score.meteor import meteor
 from pam_espnet.score.parts import UnavailableError
 from pam_espnet.score.result import TaskResult
@@ -35,44 +35,29 @@ BETA = 1.2  # weight of recall against precision in ROUGE-L
 _CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b")
 _TOKEN = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?:[-.,']\w+)*")
 
-Ngrams = Counter[tuple[str, ...]]
-
 
 def tokenize(text: str) -> list[str]:
     """Lower-case words without punctuation; inner hyphens, decimal points and apostrophes stay."""
-    text = text.lower().replace("’", "'")
-    return _TOKEN.findall(_CLITIC.sub(r" \1", text))
-
-
-def _ngrams(tokens: Sequence[str]) -> Ngrams:
-    """Counts of all n-grams, n from 1 to 4."""
-    return Counter(
-        tuple(tokens[start : start + order])
-        for order in range(1, MAX_ORDER + 1)
-        for start in range(len(tokens) - order + 1)
-    )
+    return _TOKEN.findall(_CLITIC.sub(r" \1", plain(text).lower()))
 
 
 class CiderD:
     """CIDEr-D with the document frequencies of one set of references.
 
-    An n-gram's document frequency is the number of utterances that use it in at least one reference; it is fixed here,
-    once, from the whole test set. With a single utterance every weight is log(1) = 0 and so is every score.
-
-    Args:
-        references: per utterance, the tokens of each of its references.
+    An n-gram's document frequency is the number of utterances that use it in at least one of their references (given
+    as tokens), fixed for the whole set. With a single utterance every weight is log(1) = 0: the score tells nothing.
     """
 
     def __init__(self, references: Sequence[Sequence[Sequence[str]]]) -> None:
         self._documents = len(references)
         self._frequency = Counter(
-            gram for sentences in references for gram in set().union(*(_ngrams(tokens) for tokens in sentences))
+            gram for sentences in references for gram in set().union(*(ngrams(tokens) for tokens in sentences))
         )
 
     def _vector(self, tokens: Sequence[str]) -> tuple[list[dict[tuple[str, ...], float]], list[float]]:
         """Per order: n-gram -> count times inverse document frequency, and the Euclidean norm."""
         weights: list[dict[tuple[str, ...], float]] = [{} for _ in range(MAX_ORDER)]
-        for gram, count in _ngrams(tokens).items():
+        for gram, count in ngrams(tokens).items():
             # A hypothesis may use an n-gram that no reference has: frequency 0 counts as 1.
             inverse = math.log(self._documents / max(1, self._frequency[gram]))
             weights[len(gram) - 1][gram] = count * inverse
@@ -80,39 +65,27 @@ class CiderD:
 
     def score(self, hypothesis: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         """Mean over references and n of the clipped cosine times the length penalty, times 10; in [0, 10]."""
-        said, said_norm = self._vector(hypothesis)
+        given, given_norm = self._vector(hypothesis)
         total = 0.0
         for reference in references:
-            meant, meant_norm = self._vector(reference)
+            wanted, wanted_norm = self._vector(reference)
             penalty = math.exp(-((len(hypothesis) - len(reference)) ** 2) / (2 * SIGMA**2))
             for order in range(MAX_ORDER):
-                norm = said_norm[order] * meant_norm[order]
+                norm = given_norm[order] * wanted_norm[order]
                 if norm:
                     shared = (
-                        min(value, meant[order].get(gram, 0.0)) * meant[order].get(gram, 0.0)
-                        for gram, value in said[order].items()
+                        min(value, wanted[order].get(gram, 0.0)) * wanted[order].get(gram, 0.0)
+                        for gram, value in given[order].items()
                     )
                     total += penalty * sum(shared) / norm
         return 10.0 * total / (MAX_ORDER * len(references))
 
 
-def _common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
-    best = [0] * (len(right) + 1)
-    for word in left:
-        diagonal = 0
-        for column, other in enumerate(right, start=1):
-            above = best[column]
-            best[column] = diagonal + 1 if word == other else max(above, best[column - 1])
-            diagonal = above
-    return best[-1]
-
-
 def rouge_l(hypothesis: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """F (beta 1.2) of the best precision and the best recall over the references; in [0, 1], 0 for nothing said."""
+    """F (beta 1.2) of the best precision and the best recall over the references; in [0, 1], 0 for no words."""
     if not hypothesis:
         return 0.0
-    common = [(_common_subsequence(hypothesis, reference), len(reference)) for reference in references]
+    common = [(LCSseq.similarity(hypothesis, reference), len(reference)) for reference in references]
     precision = max(length / len(hypothesis) for length, _ in common)
     recall = max(length / total if total else 0.0 for length, total in common)
     if not precision or not recall:
@@ -120,58 +93,54 @@ def rouge_l(hypothesis: Sequence[str], references: Sequence[Sequence[str]]) -> f
     return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
 
 
+def _spider(metrics: Mapping[str, Statistics]) -> Statistics:
+    if "spice" not in metrics or value_of(metrics["cider_d"]) is None:
+        raise UnavailableError("it is the mean of CIDEr-D and SPICE")
+    return mean_of((metrics["cider_d"].table[:, 0] + metrics["spice"].table[:, 0]) / 2)
+
+
 def score_captions(references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str]) -> TaskResult:
-    """All caption scores that can be computed here, over the utterances of ``references``.
+    """All caption scores that can be computed here, over the utterances of ``references``, each with one or more.
 
-    Args:
-        references: utterance -> its reference captions, at least one (five in the usual test sets).
-        hypotheses: utterance -> decoded caption, for at least the same utterances.
-
-    Returns:
-        ``details["not_computed"]``: metric -> why; with what to type.
-
-    Raises:
-        ValueError: an utterance without a reference.
+    ``details["not_computed"]``: metric -> why, and what to type. ValueError: an utterance without a reference.
     """
     keys = list(references)
-    for key in keys:
-        if not references[key]:
-            raise ValueError(f"{key} has no reference caption")
-    meant = [[tokenize(caption) for caption in references[key]] for key in keys]
-    said = [tokenize(hypotheses[key]) for key in keys]
-    cider = CiderD(meant)
-    per_utterance = Counter(len(sentences) for sentences in meant)
-    cider_d = [cider.score(*pair) for pair in zip(said, meant, strict=True)]
-    counts = np.array([count_matches(*pair) for pair in zip(said, meant, strict=True)], dtype=np.float64)
-    metrics: dict[str, Statistics] = {
-        "cider_d": mean_of(cider_d),
-        "rouge_l": mean_of([rouge_l(*pair) for pair in zip(said, meant, strict=True)]),
-        **{f"bleu_{order}": Bleu.of(counts, order) for order in range(1, MAX_ORDER + 1)},
-    }
+    if empty := [key for key in keys if not references[key]]:
+        raise ValueError(f"{empty[0]} has no reference caption")
+    wanted = [[tokenize(caption) for caption in references[key]] for key in keys]
+    given = [tokenize(hypotheses[key]) for key in keys]
+    pairs = list(zip(given, wanted, strict=True))
+    per_utterance = Counter(len(sentences) for sentences in wanted)
+    cider = CiderD(wanted)
+    cider_d = [cider.score(*pair) for pair in pairs]
+    counts = np.array([count_matches(*pair) for pair in pairs], dtype=np.float64)
+    metrics: dict[str, Statistics] = {"cider_d": mean_of(cider_d), "rouge_l": mean_of([rouge_l(*p) for p in pairs])}
     not_computed: dict[str, str] = {}
-    try:
-        metrics["meteor"] = meteor(said, meant)
-    except UnavailableError as error:
-        not_computed["meteor"] = str(error)
-    try:
-        scenes = spice(said, meant)
-        metrics["spice"] = mean_of(scenes)
-        metrics["spider"] = mean_of([(left + right) / 2 for left, right in zip(cider_d, scenes, strict=True)])
-    except UnavailableError as error:
-        not_computed["spice"] = str(error)
-        not_computed["spider"] = "it is the mean of CIDEr-D and SPICE"
-    try:
-        metrics["fense"] = mean_of(fense([hypotheses[key] for key in keys], [references[key] for key in keys]))
-    except UnavailableError as error:
-        not_computed["fense"] = str(error)
-    return TaskResult(
-        keys,
-        metrics=metrics,
-        details={
-            "references_per_utterance": {str(count): utts for count, utts in sorted(per_utterance.items())},
-            "empty_hypotheses": sum(not tokens for tokens in said),
-            "distinct_hypotheses": len({tuple(tokens) for tokens in said}),
-            "tokenizer": "lower-case words without punctuation, clitics split (metrics/captions.py)",
-            "not_computed": not_computed,
-        },
-    )
+    if len(keys) < 2:
+        metrics["cider_d"] = Ratio(np.zeros(len(keys)), np.zeros(len(keys)))  # undefined
+        not_computed["cider_d"] = "its document frequencies need two clips or more"
+    longest = max(len(tokens) for sentences in wanted for tokens in sentences)
+    for order in range(1, MAX_ORDER + 1):
+        if order <= longest:
+            metrics[f"bleu_{order}"] = Bleu.of(counts, order)
+        else:
+            not_computed[f"bleu_{order}"] = f"no reference has {order} words"
+    optional: dict[str, Callable[[], Statistics]] = {
+        "meteor": lambda: meteor(given, wanted),
+        "spice": lambda: mean_of(spice(given, wanted)),
+        "spider": lambda: _spider(metrics),
+        "fense": lambda: mean_of(fense([hypotheses[key] for key in keys], [references[key] for key in keys])),
+    }
+    for name, compute in optional.items():
+        try:
+            metrics[name] = compute()
+        except UnavailableError as error:
+            not_computed[name] = str(error)
+    details = {
+        "references_per_utterance": {str(count): utts for count, utts in sorted(per_utterance.items())},
+        "empty_hypotheses": sum(not tokens for tokens in given),
+        "distinct_hypotheses": len({tuple(tokens) for tokens in given}),
+        "tokenizer": "lower-case words without punctuation, clitics split (score/captions.py)",
+        "not_computed": not_computed,
+    }
+    return TaskResult(keys, metrics, details=details)

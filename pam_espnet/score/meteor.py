@@ -1,8 +1,8 @@
-"""METEOR 1.5 for English: matched by its own Java program, scored here.
+"""METEOR 1.5 for English: matched by its Java program, scored here.
 
 Denkowski and Lavie, "Meteor Universal: Language Specific Translation Evaluation for Any Target Language" (WMT 2014).
-The program says for each utterance what was matched with the best reference; the score is a function of the sums of
-these counts, so that a corpus figure has an interval as others have. It is the corpus figure of pycocoevalcap.
+The program prints for each utterance what was matched with the best reference; the score is a function of the sums of
+these counts, so that a corpus figure has an interval. It is the corpus figure of pycocoevalcap.
 
 Dimension letters: N utterances, R resamples.
 """
@@ -25,18 +25,15 @@ MATCHERS = np.array([1.0, 0.6, 0.8, 0.6])
 
 @dataclass(frozen=True)
 class Meteor:
-    """The score over N utterances; ``metrics.intervals.Statistics``.
+    """The score over N utterances; ``score.intervals.Statistics``."""
 
-    Args:
-        table: (N, 23): words of hypothesis and reference, function words of both, then per matcher the content words
-            matched in hypothesis and reference and the function words of both, then chunks, and words matched in both.
-    """
-
+    # (N,23): words of hypothesis and reference, function words of both, then per matcher the content words matched in
+    # hypothesis and reference and the function words of both, then chunks, and words matched in both
     table: np.ndarray
 
     @classmethod
     def of(cls, printed: np.ndarray) -> Meteor:
-        """From what the program prints; one that was said word for word has no chunks, as in the program's own sums."""
+        """From what the program prints; a hypothesis equal to a reference has no chunks, as in the program's sums."""
         whole = (printed[:, CHUNKS] == 1) & (printed[:, 21:23] == printed[:, 0:2]).all(1)
         table = printed.copy()
         table[whole, CHUNKS] = 0
@@ -64,8 +61,8 @@ def meteor(hypotheses: Sequence[Sequence[str]], references: Sequence[Sequence[Se
     """
     jar = find_part("meteor", "meteor-1.5.jar")
     lines = []
-    for said, meant in zip(hypotheses, references, strict=True):
-        sentences = [" ".join(tokens) for tokens in (*meant, said)]
+    for given, wanted in zip(hypotheses, references, strict=True):
+        sentences = [" ".join(tokens) for tokens in (*wanted, given)]
         lines.append(" ||| ".join(["SCORE", *sentences]) + "\n")
     arguments = ["-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
     printed = run_java(arguments, "".join(lines), seconds=600 + 0.5 * len(lines), cwd=jar.parent.resolve())

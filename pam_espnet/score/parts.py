@@ -1,4 +1,4 @@
-"""Parts that some metrics need and that are not installed with this package: where they lie, and which are there.
+"""Parts of some metrics that are not installed with this package: Java programs and models.
 
     <parts>/java/bin/java          a Java runtime; else that of $JAVA_HOME, else the one on PATH
     <parts>/meteor/                METEOR 1.5
@@ -19,21 +19,16 @@ INSTALLER = "tools/installers/caption_metrics.py"
 
 
 class UnavailableError(Exception):
-    """A metric cannot be computed here; the message says why and what to type. Scoring goes on without it."""
+    """A metric cannot be computed here; the message says why and what to type. Scoring continues without it."""
 
 
 def parts_folder() -> Path:
     """Where the installers put things."""
-    own = os.environ.get("PAM_PARTS")
-    return Path(own) if own else Path(__file__).resolve().parents[2] / "tools" / "parts"
+    return Path(os.environ.get("PAM_PARTS") or Path(__file__).resolve().parents[2] / "tools" / "parts")
 
 
 def find_part(part: str, *names: str) -> Path:
-    """A part, or a file in it.
-
-    Raises:
-        UnavailableError: it is not there.
-    """
+    """A part, or a file in it; an UnavailableError where it is not there."""
     path = parts_folder().joinpath(part, *names)
     if not path.exists():
         raise UnavailableError(f"not installed; python {INSTALLER} {part}")
@@ -41,24 +36,15 @@ def find_part(part: str, *names: str) -> Path:
 
 
 def find_java() -> str:
-    """The Java runtime to use.
-
-    Raises:
-        UnavailableError: there is none.
-    """
-    candidates = [parts_folder() / "java" / "bin" / "java"]
-    if home := os.environ.get("JAVA_HOME"):
-        candidates.append(Path(home) / "bin" / "java")
-    for path in candidates:
-        if os.access(path, os.X_OK):
-            return str(path)
-    if found := shutil.which("java"):
+    """The Java runtime to use; an UnavailableError where there is none."""
+    folders = [str(Path(home) / "bin") for home in (parts_folder() / "java", os.environ.get("JAVA_HOME")) if home]
+    if found := shutil.which("java", path=os.pathsep.join([*folders, os.environ.get("PATH", "")])):
         return found
     raise UnavailableError(f"there is no Java runtime; python {INSTALLER} java")
 
 
 def run_java(arguments: list[str], text: str, seconds: float, cwd: Path) -> str:
-    """What a Java program prints when it reads ``text``.
+    """The output of a Java program that reads ``text``.
 
     Raises:
         UnavailableError: it cannot be started, fails, or takes longer than ``seconds``.
@@ -74,6 +60,6 @@ def run_java(arguments: list[str], text: str, seconds: float, cwd: Path) -> str:
     except subprocess.TimeoutExpired as error:
         raise UnavailableError(f"the Java program took longer than {seconds:.0f} s") from error
     if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        raise UnavailableError(f"the Java program failed: {lines[0] if lines else f'status {done.returncode}'}")
+        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[0]
+        raise UnavailableError(f"the Java program failed: {reason}")
     return done.stdout

@@ -1,4 +1,4 @@
-"""Pictures of an experiment: its learning curve, its routing, the numbers it said. PNG files; no window is opened.
+"""Pictures of an experiment: its learning curve, its routing, its answers that are numbers. PNG files, no window.
 
 matplotlib is imported where it is used: everything else of this package works without it.
 """
@@ -25,7 +25,7 @@ _NAMED_LAYERS = 12  # layers up to which every cell of the heat map carries its 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
     """A figure of ``size`` inches and its grid of axes."""
-    # The figure's own canvas instead of pyplot: no global state, no display, whatever backend the caller has.
+    # A canvas of the figure instead of pyplot: no global state, no display, whatever backend the caller has.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -41,43 +41,33 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def read_curve(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of ``curve.jsonl``: ``{"step", "epoch", "split", "loss", "acc", "loss_<task>", ...}``.
-
-    A figure that was not finite is absent from its line.
+    """The lines of ``curve.jsonl``: ``{"step", "epoch", "split", "loss", "acc", "loss_<task>", ...}``, if finite.
 
     Raises:
-        DataError: a line is not such an object. A last line without an end, left by a killed run, is skipped.
+        DataError: a line is not such an object. A last line without an end, from a killed run, is skipped.
     """
-    entries = []
-    content = Path(path).read_text(encoding="utf-8")
-    for number, line in enumerate(content[: content.rfind("\n") + 1].splitlines(), start=1):
+    # A run that was resumed writes some steps twice; the later line is the one that counted.
+    latest: dict[tuple[str, int], dict[str, Any]] = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n")[:-1], start=1):
         try:
             entry = json.loads(line)
-            entries.append({**entry, "step": int(entry["step"]), "split": str(entry["split"])})
+            step, split = int(entry["step"]), str(entry["split"])
+            latest[split, step] = {**entry, "step": step, "split": split}
         except (ValueError, KeyError, TypeError) as error:
             hint = "remove the line; the rest can still be drawn"
             raise DataError(path, f"not a point of a learning curve: {error!r}", line=number, hint=hint) from error
-    # A run that was resumed writes some steps twice; the later line is the one that counted.
-    latest = {(entry["split"], entry["step"]): entry for entry in entries}
-    return sorted(latest.values(), key=lambda entry: (entry["split"], entry["step"]))
+    return [latest[key] for key in sorted(latest)]
 
 
 def _series(entries: list[dict[str, Any]], split: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of one split where the value is there."""
-    kept = [entry for entry in entries if entry["split"] == split and entry.get(key) is not None]
-    points = [(entry["step"], entry[key]) for entry in kept]
+    points = [(one["step"], one[key]) for one in entries if one["split"] == split and one.get(key) is not None]
     table = np.array(points, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
 def plot_curve(entries: list[dict[str, Any]], path: str | Path, title: str = "") -> None:
-    """Draw loss, accuracy and validation loss per task over optimiser steps.
-
-    Args:
-        entries: what ``read_curve`` gives; panels without data are left out.
-        path: the PNG file to write.
-        title: stands above the panels.
-    """
+    """Draw loss, accuracy and validation loss per task over optimiser steps, those of them that ``entries`` have."""
     tasks = [task for task in sorted(TASKS) if any(f"loss_{task}" in entry for entry in entries)]
     panels = [("loss", "loss (nats per token)", "Loss")]
     if any(entry.get("acc") is not None for entry in entries):
@@ -91,29 +81,25 @@ def plot_curve(entries: list[dict[str, Any]], path: str | Path, title: str = "")
         else:
             _draw_splits(axes, entries, key)
         axes.set(xlabel="optimiser step", ylabel=unit, title=heading)
+        axes.set_ylim(bottom=0, top=1 if key == "acc" else None)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
-        if key == "acc":
-            axes.set_ylim(0, 1)
-        else:
-            axes.set_ylim(bottom=0)
     figure.suptitle(title)
     save_figure(figure, Path(path))
 
 
 def _draw_splits(axes: Any, entries: list[dict[str, Any]], key: str) -> None:
     steps, values = _series(entries, "train", key)
-    smooth = len(steps) >= _SMOOTH_FROM
-    if len(steps):
-        label = None if smooth else "training"
-        axes.plot(steps, values, color=COLOURS[0], alpha=0.25 if smooth else 1.0, label=label)
-    if smooth:
+    if len(steps) >= _SMOOTH_FROM:
         width = len(steps) // 20
-        kernel = np.ones(width) / width
         # "valid" keeps whole windows only: a mean over half a window bends the ends.
         middle = steps[(width - 1) // 2 :][: len(steps) - width + 1]
-        axes.plot(middle, np.convolve(values, kernel, "valid"), color=COLOURS[0], label=f"training, mean of {width}")
+        mean = np.convolve(values, np.ones(width) / width, "valid")
+        axes.plot(steps, values, color=COLOURS[0], alpha=0.25)
+        axes.plot(middle, mean, color=COLOURS[0], label=f"training, mean of {width}")
+    elif len(steps):
+        axes.plot(steps, values, color=COLOURS[0], label="training")
     steps, values = _series(entries, "valid", key)
     if len(steps):
         axes.plot(steps, values, color=COLOURS[1], marker="o", markersize=4, label="validation")
@@ -124,26 +110,18 @@ def _draw_tasks(axes: Any, entries: list[dict[str, Any]], tasks: list[str]) -> N
     split = "valid" if any(entry["split"] == "valid" for entry in entries) else "train"
     name = "validation" if split == "valid" else "training"
     for index, task in enumerate(tasks):
-        steps, values = _series(entries, split, f"loss_{task}")
-        colour = COLOURS[index % len(COLOURS)]
-        axes.plot(steps, values, color=colour, marker="o", markersize=4, label=f"{task}, {name}")
+        series = _series(entries, split, f"loss_{task}")
+        axes.plot(*series, color=COLOURS[index % len(COLOURS)], marker="o", markersize=4, label=f"{task}, {name}")
 
 
 def plot_routing(routing: Mapping[str, TaskRouting], path: str | Path, title: str = "") -> None:
-    """Draw one row per task: encoder weights, heat map of encoders and layers, expert probabilities.
-
-    Args:
-        routing: task -> mean routing.
-        path: the PNG file to write.
-        title: stands above the rows.
-    """
+    """Draw one row per task: encoder weights, heat map of encoders and layers, expert probabilities."""
     encoders = list(dict.fromkeys(name for row in routing.values() for name in row.layers))
     depth = max(len(weights) for row in routing.values() for weights in row.layers.values())
     top = max(float(weights.max()) for row in routing.values() for weights in row.layers.values())
     routed = any(len(row.expert_probs) > 1 for row in routing.values())  # else there is no router to draw
     widths = [3.2, min(max(0.42 * depth, 3.2), 9.0) + 1.4] + ([2.6] if routed else [])
-    height = 1.3 + max(0.42 * len(encoders), 1.2)
-    size = (sum(widths) + 0.8, height * len(routing) + 0.6)
+    size = (sum(widths) + 0.8, (1.3 + max(0.42 * len(encoders), 1.2)) * len(routing) + 0.6)
     figure, grid = new_figure(len(routing), len(widths), size, gridspec_kw={"width_ratios": widths})
     for (task, row), axes in zip(routing.items(), grid, strict=True):
         _draw_encoders(axes[0], row, encoders)
@@ -152,8 +130,11 @@ def plot_routing(routing: Mapping[str, TaskRouting], path: str | Path, title: st
         share = f"expert {row.expert}, {row.expert_share[row.expert]:.0%} of {row.utterances} utterances"
         axes[1].set_title(f"{task}: layers" + (f" ({share})" if routed else ""))
         if routed:
-            _draw_experts(axes[2], row)
-            axes[2].set_title(f"{task}: experts")
+            experts = range(len(row.expert_probs))
+            colours = [COLOURS[1] if index == row.expert else "#999999" for index in experts]
+            axes[2].bar(experts, row.expert_probs, color=colours)
+            axes[2].set_xticks(experts)
+            axes[2].set(ylim=(0, 1), xlabel="expert", ylabel="router probability", title=f"{task}: experts")
     figure.suptitle(title)
     save_figure(figure, Path(path))
 
@@ -168,15 +149,8 @@ def _draw_encoders(axes: Any, row: TaskRouting, encoders: list[str]) -> None:
     axes.invert_yaxis()
 
 
-def _draw_experts(axes: Any, row: TaskRouting) -> None:
-    experts = range(len(row.expert_probs))
-    axes.bar(experts, row.expert_probs, color=[COLOURS[1] if index == row.expert else "#999999" for index in experts])
-    axes.set_xticks(experts)
-    axes.set(ylim=(0, 1), xlabel="expert", ylabel="router probability")
-
-
 def _draw_heat(figure: Any, axes: Any, row: TaskRouting, encoders: list[str], depth: int, top: float) -> None:
-    """Encoders (rows) by layers (columns); encoders with fewer layers leave cells blank."""
+    """Encoders (rows) by layers (columns); cells are blank beyond an encoder's last layer."""
     table = np.full((len(encoders), depth), np.nan)
     for index, name in enumerate(encoders):
         weights = row.layers.get(name, np.zeros(0))
@@ -185,39 +159,33 @@ def _draw_heat(figure: Any, axes: Any, row: TaskRouting, encoders: list[str], de
     image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=top or 1.0)
     figure.colorbar(image, ax=axes, label="weight", pad=0.02)
     if depth <= _NAMED_LAYERS:
-        for (line, column), value in np.ndenumerate(table):
-            if np.isfinite(value):
-                shade = "black" if value > 0.6 * top else "white"
-                axes.text(column, line, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade)
-    step = max(1, depth // 12)
-    axes.set_xticks(range(0, depth, step))
+        _write_cells(axes, table, "{:.2f}", table <= 0.6 * top)
+    axes.set_xticks(range(0, depth, max(1, depth // 12)))
     axes.set_yticks(range(len(encoders)), encoders)
     axes.set_xlabel("selected layer, counted from 0")
 
 
-def plot_confusions(confusions: Mapping[str, Mapping[str, Any]], path: str | Path, title: str = "") -> None:
-    """Draw confusion matrices side by side: true numbers down, said numbers across, shares of each row in colour.
+def _write_cells(axes: Any, table: np.ndarray, form: str, white: np.ndarray) -> None:
+    """The number of each cell of a heat map, unless it is zero or NaN."""
+    for (row, column), value in np.ndenumerate(table):
+        if value and np.isfinite(value):
+            colour = "white" if white[row, column] else "black"
+            axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7, color=colour)
 
-    Args:
-        confusions: name -> ``details["confusion"]`` of ``metrics.counting.score_counts``.
-        path: the PNG file to write.
-        title: stands above the panels.
-    """
-    sizes = [(len(one["columns"]), len(one["rows"])) for one in confusions.values()]
-    widths = [max(0.5 * columns, 2.0) + 1.6 for columns, _ in sizes]
-    height = max(0.5 * max(rows for _, rows in sizes), 2.0) + 1.6
+
+def plot_confusions(confusions: Mapping[str, Mapping[str, Any]], path: str | Path, title: str = "") -> None:
+    """Draw confusion matrices ({name: ``details["confusion"]``}) side by side: true values down, answers across."""
+    widths = [max(0.5 * len(one["columns"]), 2.0) + 1.6 for one in confusions.values()]
+    height = max(0.5 * max(len(one["rows"]) for one in confusions.values()), 2.0) + 1.6
     figure, grid = new_figure(1, len(confusions), (sum(widths), height), gridspec_kw={"width_ratios": widths})
     for axes, (name, one) in zip(grid[0], confusions.items(), strict=True):
         counts = np.array(one["matrix"], dtype=np.float64)
         shares = counts / counts.sum(1, keepdims=True).clip(min=1)
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        for (row, column), count in np.ndenumerate(counts):
-            if count:
-                shade = "white" if shares[row, column] > 0.6 else "black"
-                axes.text(column, row, f"{count:.0f}", ha="center", va="center", fontsize=8, color=shade)
+        _write_cells(axes, counts, "{:.0f}", shares > 0.6)
         axes.set_xticks(range(len(one["columns"])), one["columns"], rotation=45)
         axes.set_yticks(range(len(one["rows"])), one["rows"])
-        axes.set(xlabel="said", ylabel="true", title=name)
+        axes.set(xlabel="answer", ylabel="true", title=name)
         figure.colorbar(image, ax=axes, label="share of the row", pad=0.02)
     figure.suptitle(title)
     save_figure(figure, Path(path))

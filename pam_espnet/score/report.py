@@ -1,41 +1,33 @@
-"""Collect everything an experiment measured into ``RESULTS.md``, ``RESULTS.txt``, ``results.json`` and pictures.
+"""Report of an experiment: everything it measured in ``RESULTS.md``, ``RESULTS.txt``, ``results.json`` and pictures.
 
-    exp/<tag>/decode_<name>/<set>/{scores,stats,key}.json, nbest.jsonl      read
-    exp/<tag>/curve.jsonl                                                    read, where training left one
-    exp/<tag>/model.safetensors                                              hashed
-    exp/<tag>/{RESULTS.md, RESULTS.txt, results.json, learning_curve.png, routing.png, confusion.png}    written
-
-Nothing is computed here that was not measured by scoring or decoding; what is missing is left out.
+Reads ``decode_*/*/{scores,stats,key}.json`` and ``nbest.jsonl``, ``curve.jsonl`` and ``model.safetensors``. Nothing is
+computed here that was not measured by scoring or decoding; what is missing is left out.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pam_espnet.data.tasks import task_spec
 from pam_espnet.errors import DataError
-from pam_espnet.fileio import read_json, sha256_file, write_json, write_text
-from pam_espnet.score.result import METRICS
+from pam_espnet.fileio import MODEL_FILE, read_json, sha256_file, write_json, write_text
+from pam_espnet.score.result import MAIN_METRICS, METRICS
 from pam_espnet.score.routing import TaskRouting, read_routing
-from pam_espnet.score.scoring import DECODE_PREFIX, SCORES, SPEED_CONDITIONS
-from pam_espnet.score.wordings import read_spread
+from pam_espnet.score.scoring import DECODE_PREFIX, SCORES, SPEED_CONDITIONS, WORDINGS
 
-CHECKPOINT = "model.safetensors"
 SELECTION = "selection.json"  # where the epoch was chosen by validation scores
+_SHOWN = ("value", "low", "high", "n")
+_SCORES = ("tasks", "details", "speed", "bootstrap", "normaliser", "coverage", "ids")
 
 
 @dataclass
 class Decoding:
-    """One scored test set of one decoding.
-
-    Args:
-        path: ``exp/<tag>/decode_<name>/<set>``.
-        scores: its ``scores.json``.
-        stats: its ``stats.json``; empty where decoding left none.
-    """
+    """One scored test set of one decoding: ``exp/<tag>/decode_<name>/<set>``, scores.json and stats.json (or {})."""
 
     path: Path
     scores: dict[str, Any]
@@ -52,15 +44,19 @@ class Decoding:
         return self.path.parent.name.removeprefix(DECODE_PREFIX)
 
     @property
-    def checkpoint_sha256(self) -> str | None:
-        """Hash of the checkpoint that was decoded with, as decoding noted it in ``key.json``."""
-        key = self.path / "key.json"
-        return read_json(key).get("checkpoint_sha256") if key.is_file() else None
-
-    @property
     def audio_off(self) -> bool:
-        """Whether the waveform was zeroed: the control that shows what a model answers without listening."""
+        """Whether the waveform was zeroed: the control that shows what a model answers without audio."""
         return self.stats.get("audio", "on") != "on"
+
+    def provenance(self) -> dict[str, Any]:
+        """Command, commit, checkpoint and versions behind the hypotheses, and versions behind the scores."""
+        key = self.path / "key.json"
+        return {
+            "command": shlex.join(map(str, self.stats.get("command") or [])),
+            "commit": self.stats.get("commit"),
+            "checkpoint_sha256": read_json(key).get("checkpoint_sha256") if key.is_file() else None,
+            "versions": {**(self.stats.get("versions") or {}), **self.scores["versions"]},
+        }
 
 
 def find_decodings(exp: str | Path) -> list[Decoding]:
@@ -81,13 +77,39 @@ def find_decodings(exp: str | Path) -> list[Decoding]:
 
 
 def routing_of(decodings: Sequence[Decoding]) -> dict[str, TaskRouting]:
-    """Mean routing per task; each test set counted once, from its first decoding that heard the audio."""
+    """Mean routing per task; each test set counted once, from its first decoding with audio."""
     files: dict[str, Path] = {}
     for decoding in sorted(decodings, key=lambda decoding: decoding.audio_off):
         file = decoding.path / "nbest.jsonl"
         if file.is_file():
             files.setdefault(decoding.set, file)
     return read_routing(files.values())
+
+
+def read_spread(decode_dir: Path) -> list[dict[str, Any]]:
+    """Spread of each task's first figure over the wordings ``<decode_dir>/prompts/<number>``; [] where none was scored.
+
+    Returns:
+        for each task ``{"task", "metric", "mean", "min", "max", "wordings": [{"number", "example", "value"}]}``, where
+        number 1 is ``decode_dir`` and ``example`` the prompt of one utterance.
+    """
+    others = sorted((int(path.parent.name), path.parent) for path in decode_dir.glob(f"{WORDINGS}/*/{SCORES}"))
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for number, folder in [(1, decode_dir), *others] if others else []:
+        examples: dict[str, str] = {}
+        if (folder / "nbest.jsonl").is_file():
+            for line in (folder / "nbest.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
+                examples.setdefault((entry := json.loads(line))["task"], entry["prompt"])
+        for task, metrics in read_json(folder / SCORES)["tasks"].items():
+            metric = MAIN_METRICS[task_spec(task).metric][0]
+            one = {"number": number, "example": examples.get(task), "value": metrics[metric]["value"]}
+            found.setdefault((task, metric), []).append(one)
+    spreads = []
+    for (task, metric), wordings in found.items():
+        if values := [wording["value"] for wording in wordings if wording["value"] is not None]:
+            summary = {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
+            spreads.append({"task": task, "metric": metric, **summary, "wordings": wordings})
+    return spreads
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -105,37 +127,45 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in padded) + "\n"
 
 
-def provenance(decoding: Decoding) -> dict[str, Any]:
-    """Command, commit and versions behind a decoding, and those behind its scores."""
-    stats = decoding.stats
-    return {
-        "command": shlex.join(map(str, stats.get("command") or [])),
-        "commit": stats.get("commit"),
-        "checkpoint_sha256": decoding.checkpoint_sha256,
-        "versions": {**(stats.get("versions") or {}), **decoding.scores["versions"]},
-    }
-
-
 def write_report(exp: str | Path) -> Path:
-    """Write the report of experiment ``exp`` into it; return the path of ``RESULTS.md``.
-
-    Raises:
-        DataError: nothing has been scored, or a file that is read is wrong.
-    """
-    from pam_espnet.score.plots import plot_confusions, plot_curve, plot_routing, read_curve
-
+    """Write the report of experiment ``exp`` into it; return the path of ``RESULTS.md``. Errors: those of its input."""
     exp = Path(exp)
     decodings = find_decodings(exp)
     routing = routing_of(decodings)
-    curve = read_curve(exp / "curve.jsonl") if (exp / "curve.jsonl").is_file() else []
-    pictures = []
-    if curve:
+    checkpoint, selection = exp / MODEL_FILE, exp / SELECTION
+    results: dict[str, Any] = {"experiment": exp.name, "checkpoint": None}
+    if checkpoint.is_file():
+        size = checkpoint.stat().st_size
+        results["checkpoint"] = {"file": MODEL_FILE, "sha256": sha256_file(checkpoint), "bytes": size}
+    if selection.is_file():
+        results["selection"] = read_json(selection)
+    results["decodings"], spreads = [], []
+    for decoding in decodings:
+        name = {"decode": decoding.name, "set": decoding.set}
+        scores = {key: decoding.scores.get(key) for key in _SCORES}  # older ones have no coverage and ids
+        made = {"audio": decoding.stats.get("audio"), **scores, **decoding.provenance()}
+        results["decodings"].append({**name, **made})
+        spreads += [{**name, **spread} for spread in read_spread(decoding.path)]
+    if spreads:
+        results["wordings"] = spreads
+    results["routing"] = {task: row.record() for task, row in routing.items()}
+    write_json(exp / "results.json", results)
+    write_text(exp / "RESULTS.txt", f"{exp.name}\n\n{text_table(*_score_cells(decodings))}")
+    write_text(exp / "RESULTS.md", _markdown(results, decodings, routing, _draw(exp, decodings, routing)))
+    return exp / "RESULTS.md"
+
+
+def _draw(exp: Path, decodings: list[Decoding], routing: dict[str, TaskRouting]) -> list[str]:
+    """Draw the pictures that there is something for; the lines of Markdown that show them."""
+    from pam_espnet.score.plots import plot_confusions, plot_curve, plot_routing, read_curve
+
+    shown = []
+    if (exp / "curve.jsonl").is_file() and (curve := read_curve(exp / "curve.jsonl")):
         plot_curve(curve, exp / "learning_curve.png", title=exp.name)
-        pictures.append(("Learning curve", "learning_curve.png"))
+        shown.append("![Learning curve](learning_curve.png)\n")
     if routing:
         plot_routing(routing, exp / "routing.png", title=f"{exp.name}: weights of encoders and layers")
-        pictures.append(("Routing", "routing.png"))
-
+        shown.append("![Routing](routing.png)\n")
     confusions = {
         f"{decoding.name}, {decoding.set}": details["confusion"]
         for decoding in decodings
@@ -143,56 +173,21 @@ def write_report(exp: str | Path) -> Path:
         if "confusion" in details
     }
     if confusions:
-        plot_confusions(confusions, exp / "confusion.png", title=f"{exp.name}: numbers said")
-        pictures.append(("Numbers said", "confusion.png"))
-
-    checkpoint = exp / CHECKPOINT
-    spreads = [
-        {"decode": decoding.name, "set": decoding.set, **spread}
-        for decoding in decodings
-        for spread in read_spread(decoding.path)
-    ]
-    results = {
-        "experiment": exp.name,
-        "checkpoint": {"file": CHECKPOINT, "sha256": sha256_file(checkpoint), "bytes": checkpoint.stat().st_size}
-        if checkpoint.is_file()
-        else None,
-        **({"selection": read_json(exp / SELECTION)} if (exp / SELECTION).is_file() else {}),
-        "decodings": [
-            {
-                "decode": decoding.name,
-                "set": decoding.set,
-                "audio": decoding.stats.get("audio"),
-                **{key: decoding.scores[key] for key in ("tasks", "details", "speed", "bootstrap", "normaliser")},
-                "coverage": decoding.scores.get("coverage"),  # absent from older scores
-                "ids": decoding.scores.get("ids"),
-                **provenance(decoding),
-            }
-            for decoding in decodings
-        ],
-        **({"wordings": spreads} if spreads else {}),
-        "routing": {task: row.record() for task, row in routing.items()},
-    }
-    write_json(exp / "results.json", results)
-    write_text(exp / "RESULTS.txt", f"{exp.name}\n\n{text_table(*_score_cells(decodings))}")
-    write_text(exp / "RESULTS.md", _markdown(results, decodings, routing, pictures))
-    return exp / "RESULTS.md"
+        plot_confusions(confusions, exp / "confusion.png", title=f"{exp.name}: answers")
+        shown.append("![Answers](confusion.png)\n")
+    return shown
 
 
 def _markdown(
-    results: dict[str, Any],
-    decodings: list[Decoding],
-    routing: dict[str, TaskRouting],
-    pictures: list[tuple[str, str]],
+    results: dict[str, Any], decodings: list[Decoding], routing: dict[str, TaskRouting], pictures: list[str]
 ) -> str:
     first = decodings[0].scores
-    bootstrap = first["bootstrap"]
+    bootstrap, normaliser = first["bootstrap"], first["normaliser"]
     parts = [
         f"# {results['experiment']}\n",
         f"In brackets: {bootstrap['level']:.0%} interval, bootstrap over utterances "
         f"({bootstrap['resamples']} resamples, seed {bootstrap['seed']}). "
-        f"Normalised: {first['normaliser']['name']} of {first['normaliser']['package']} "
-        f"{first['normaliser']['version']}.\n",
+        f"Normalised: {normaliser['name']} of {normaliser['package']} {normaliser['version']}.\n",
         "## Scores\n",
         table(*_score_cells(decodings)),
     ]
@@ -205,18 +200,20 @@ def _markdown(
     if routing:
         rows = [[task, str(row.utterances), row.describe()] for task, row in routing.items()]
         parts += ["## Routing\n", table(("task", "utterances", "weights"), rows)]
-    parts += [f"![{title}]({file})\n" for title, file in pictures]
+    parts += pictures
     for decoding in decodings:
         for task, details in decoding.scores["details"].items():
-            text = _details(details)
-            if text:
+            if text := _details(details):
                 parts.append(f"## {decoding.name}, {decoding.set}: {task}\n\n{text}")
-    parts += ["## How it was made\n", _made(results)]
-    return "\n".join(parts)
+    return "\n".join([*parts, "## How it was made\n", _made(results)])
 
 
 def _words(key: str) -> str:
     return key.replace("_", " ")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def _covered(decoding: Decoding) -> str:
@@ -236,14 +233,13 @@ def _score_cells(decodings: list[Decoding]) -> tuple[Sequence[str], list[list[st
         name = decoding.name + (" (audio off)" if decoding.audio_off else "")
         for task, metrics in decoding.scores["tasks"].items():
             for metric, entry in metrics.items():
-                shown = METRICS[metric].show_entry(entry)
+                shown = [METRICS[metric].title, METRICS[metric].show_entry(entry), str(entry["n"])]
                 rest = ", ".join(f"{_words(key)} {value}" for key, value in entry.items() if key not in _SHOWN)
-                rows.append([name, decoding.set, task, METRICS[metric].title, shown, str(entry["n"]), rest])
+                rows.append([name, decoding.set, task, *shown, rest])
     return ("decoding", "set", "task", "metric", "value", "utterances", "counts"), rows
 
 
 def _spread_table(spreads: Sequence[dict[str, Any]]) -> str:
-    """One row for each set and task: what it scores over all wordings it was asked in."""
     rows = []
     for spread in spreads:
         metric = METRICS[spread["metric"]]
@@ -253,33 +249,17 @@ def _spread_table(spreads: Sequence[dict[str, Any]]) -> str:
     return table(("decoding", "set", "task", "metric", "wordings", "mean", "min", "max"), rows)
 
 
-_SHOWN = ("value", "low", "high", "n")
-
-
 def _speed_table(decodings: list[Decoding]) -> str:
     rows = []
     for decoding in decodings:
-        speed = decoding.scores["speed"]
-        if speed is None:
-            continue
-        memory = speed["peak_memory_bytes"]
-        rows.append(
-            [
-                decoding.name,
-                decoding.set,
-                _number(speed["rtf"]),
-                _number(speed["tokens_per_second"]),
-                "–" if memory is None else f"{memory / 2**30:.2f}",
-                _number(speed["seconds_audio"]),
-                *("–" if speed[key] is None else str(speed[key]) for key in SPEED_CONDITIONS),
-            ]
-        )
+        if speed := decoding.scores["speed"]:
+            memory = speed["peak_memory_bytes"]
+            memory = "–" if memory is None else f"{memory / 2**30:.2f}"
+            figures = [_number(speed["rtf"]), _number(speed["tokens_per_second"]), memory]
+            conditions = ["–" if speed[key] is None else str(speed[key]) for key in SPEED_CONDITIONS]
+            rows.append([decoding.name, decoding.set, *figures, _number(speed["seconds_audio"]), *conditions])
     head = ("decoding", "set", "real-time factor", "tokens/s", "peak memory GiB", "audio s")
     return table((*head, *map(_words, SPEED_CONDITIONS)), rows)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def _details(details: dict[str, Any]) -> str:
@@ -290,30 +270,18 @@ def _details(details: dict[str, Any]) -> str:
         lines = [f"- {METRICS[name].label}: {reason}" for name, reason in absent.items()]
         parts.append("Not computed:\n\n" + "\n".join(lines) + "\n")
     if per_count := details.get("per_count"):
-        rows = [
-            [
-                str(entry["count"]),
-                str(entry["n"]),
-                METRICS["accuracy"].number(entry["accuracy"]),
-                METRICS["mae"].number(entry["mae"]),
-                str(entry["not_a_number"]),
-            ]
-            for entry in per_count
-        ]
+        rows = []
+        for entry in per_count:
+            figures = [METRICS["accuracy"].number(entry["accuracy"]), METRICS["mae"].number(entry["mae"])]
+            rows.append([str(entry["count"]), str(entry["n"]), *figures, str(entry["not_a_number"])])
         parts.append(table(("true", "utterances", "accuracy %", "MAE", "not a number"), rows))
     if confusion := details.get("confusion"):
-        rows = [
-            [f"**{name}**", *map(str, counts)]
-            for name, counts in zip(confusion["rows"], confusion["matrix"], strict=True)
-        ]
-        parts.append(table(("true \\ said", *confusion["columns"]), rows))
+        pairs = zip(confusion["rows"], confusion["matrix"], strict=True)
+        rows = [[f"**{name}**", *map(str, counts)] for name, counts in pairs]
+        parts.append(table(("true \\ answer", *confusion["columns"]), rows))
     if worst := details.get("worst"):
-        blocks = [
-            f"{entry['utt']}: {entry['errors']} errors in {entry['words']} words\n{entry['alignment']}"
-            for entry in worst
-        ]
-        body = "\n\n".join(blocks)
-        parts.append(f"The utterances with the most word errors:\n\n```\n{body}\n```\n")
+        blocks = [f"{one['utt']}: {one['errors']} errors in {one['words']} words\n{one['alignment']}" for one in worst]
+        parts.append("The utterances with the most word errors:\n\n```\n" + "\n\n".join(blocks) + "\n```\n")
     return "\n".join(parts)
 
 

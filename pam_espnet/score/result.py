@@ -1,4 +1,4 @@
-"""What every scorer returns, and how its figures are named, rounded and ordered."""
+"""Results of a scorer, and names, rounding and order of their figures."""
 
 from __future__ import annotations
 
@@ -15,24 +15,12 @@ from pam_espnet.score.meteor import Meteor
 
 @dataclass(frozen=True)
 class Metric:
-    """How a figure is shown.
-
-    Args:
-        label: its name in tables.
-        unit: shown after the label; empty for a score without a unit.
-        lower_is_better: direction of improvement.
-        digits: decimals in tables.
-    """
+    """A figure in tables."""
 
     label: str
-    unit: str
+    unit: str  # "" for a score without a unit
     lower_is_better: bool
-    digits: int
-
-    @property
-    def scale(self) -> float:
-        """What the ratio of the per-utterance sums is multiplied by."""
-        return 100.0 if self.unit == "%" else 1.0
+    digits: int  # decimals
 
     @property
     def title(self) -> str:
@@ -69,7 +57,7 @@ METRICS: dict[str, Metric] = {
     "fense": Metric("FENSE", "", False, 3),
 }
 
-# By the `metric` of a task (data/tasks.py): the figures that stand in overview tables, those of them that there are.
+# By the `metric` of a task (data/tasks.py): the figures in overview tables, those of them that there are.
 MAIN_METRICS: dict[str, tuple[str, ...]] = {
     "wer": ("wer", "wer_normalised"),
     "count": ("accuracy", "mae"),
@@ -79,26 +67,19 @@ MAIN_METRICS: dict[str, tuple[str, ...]] = {
 
 
 def statistics_of(metric: str, table: np.ndarray) -> Statistics:
-    """The statistics of a figure of ``METRICS`` from its numbers per utterance (N,C), as scoring wrote them."""
+    """The statistics of a figure of ``METRICS`` from its numbers per utterance (N,C) in ``utt_scores.jsonl``."""
     if metric == "meteor":
         return Meteor(table)
     if metric.startswith("bleu_"):
         return Bleu(table)
-    return Ratio(table[:, 0], table[:, 1], METRICS[metric].scale)
+    return Ratio(table[:, 0], table[:, 1], 100.0 if METRICS[metric].unit == "%" else 1.0)
 
 
 @dataclass
 class TaskResult:
-    """The figures of one task on one test set.
+    """The figures of one task on one test set; names are those of ``METRICS``."""
 
-    Args:
-        utterances: N keys, in the order of the vectors in ``metrics``.
-        metrics: name in ``METRICS`` -> per-utterance statistics.
-        fields: name in ``METRICS`` -> further numbers that belong to that figure (substitutions, words, ...).
-        details: what belongs to the task as a whole (loops, confusion matrix, worst utterances, ...).
-    """
-
-    utterances: list[str]
-    metrics: dict[str, Statistics]
-    fields: dict[str, dict[str, Any]] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
+    utterances: list[str]  # N keys, in the order of the rows in ``metrics``
+    metrics: dict[str, Statistics]  # of each figure
+    fields: dict[str, dict[str, Any]] = field(default_factory=dict)  # further numbers of a figure (substitutions, ...)
+    details: dict[str, Any] = field(default_factory=dict)  # of the whole task (loops, confusion matrix, ...)

@@ -1,4 +1,4 @@
-"""How a decoding was routed, per task: which expert, and how much each encoder and layer weighed.
+"""Routing of a decoding, per task: which expert, and the weight of each encoder and layer.
 
 Reads ``nbest.jsonl`` of decode directories; knows nothing about models. Dimension letters: E experts, H layers.
 """
@@ -18,23 +18,16 @@ from pam_espnet.errors import DataError
 
 @dataclass
 class TaskRouting:
-    """Means over the utterances of one task.
-
-    Args:
-        utterances: how many.
-        expert_share: (E,) fraction of utterances that were sent to each expert (top-1).
-        expert_probs: (E,) mean probability of the router.
-        layers: encoder -> (H,) mean weight of its selected layers; all encoders and layers together add up to 1.
-    """
+    """Means over the utterances of one task."""
 
     utterances: int
-    expert_share: np.ndarray
-    expert_probs: np.ndarray
-    layers: dict[str, np.ndarray]
+    expert_share: np.ndarray  # (E,) fraction of utterances that each expert was chosen for
+    expert_probs: np.ndarray  # (E,) mean probability of the router
+    layers: dict[str, np.ndarray]  # encoder -> (H,) weight of its selected layers; all together add up to 1
 
     @property
     def expert(self) -> int:
-        """The expert that most utterances went to, counted from 0."""
+        """The expert of most utterances, counted from 0."""
         return int(self.expert_share.argmax())
 
     @property
@@ -46,10 +39,9 @@ class TaskRouting:
         """One cell of a table: ``expert 2: whisper 0.71, yamnet 0.29`` (largest first; no expert if there is one)."""
         parts = sorted(self.encoders.items(), key=lambda item: (-item[1], item[0]))
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in parts)
-        if len(self.expert_share) == 1:
-            return weights
         share = self.expert_share[self.expert]
-        return f"expert {self.expert}{'' if share == 1 else f' ({share:.0%})'}: {weights}"
+        part = "" if share == 1 else f" ({share:.0%})"
+        return weights if len(self.expert_share) == 1 else f"expert {self.expert}{part}: {weights}"
 
     def record(self) -> dict[str, Any]:
         """The same as JSON values."""
@@ -76,16 +68,13 @@ def read_routing(paths: Iterable[Path]) -> dict[str, TaskRouting]:
             for number, line in enumerate(file, start=1):
                 try:
                     entry = json.loads(line)
-                    routing = entry["routing"]
-                    found.setdefault(entry["task"], []).append(
-                        {key: routing[key] for key in ("expert", "expert_probs", "layers")}
-                    )
+                    found.setdefault(entry["task"], []).append(entry["routing"])
                 except (ValueError, KeyError, TypeError) as error:
                     hint = "decode this set again (stage 4)"
                     raise DataError(path, f"not an n-best entry: {error!r}", line=number, hint=hint) from error
     try:
         return {task: _mean(entries) for task, entries in sorted(found.items())}
-    except (ValueError, KeyError, IndexError) as error:
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         names = ", ".join(map(str, paths))
         raise DataError(names, f"entries of different models: {error!r}", hint="decode again (stage 4)") from error
 

@@ -1,13 +1,11 @@
 """Word and character error rate over a corpus, as given and after Whisper's English normaliser.
 
-Errors are counted with jiwer (minimum edit distance). Two of its habits matter here:
-- it splits words at single spaces only, so a tab or a line break in a hypothesis would glue two words together;
-  whitespace is collapsed before;
-- its own ``wer`` is one ratio per call; the counts per utterance, which an interval needs, are read off the alignment.
-An empty reference adds its hypothesis's words as insertions and no reference words. The character error rate counts
-the space between two words as a character.
+Errors are counted with jiwer (minimum edit distance), for each utterance, because an interval needs its counts. jiwer
+splits words at single spaces only, so whitespace is collapsed before. An empty reference adds its hypothesis's words as
+insertions and no reference words. The character error rate counts the space between two words as a character.
 
-"As given" changes nothing but whitespace: letter case and punctuation count as errors.
+"As given" changes nothing but whitespace: letter case and punctuation count as errors. Before the normaliser, the same
+words in other characters are made the same (``score/characters.py``).
 """
 
 from __future__ import annotations
@@ -15,17 +13,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import jiwer
 import numpy as np
 
+from pam_espnet.score.characters import plain
 from pam_espnet.score.intervals import Ratio
 from pam_espnet.score.result import TaskResult
 
 LOOP_TIMES = 4
 WORST = 10
-# How LLMs decline: the beginnings of answers that are about the request and not about the audio.
+# Beginnings of answers in which an LLM declines: about the request and not about the audio.
 _UNABLE = r"(can['’]?t|cannot|can not|am unable to|am not able to|don['’]?t have|do not have)"
 REFUSAL = re.compile(
     rf"(i['’]?m (very |so )?sorry,? but |i am sorry,? but |sorry,? but |unfortunately,? )?i {_UNABLE} .{{0,60}}"
@@ -35,52 +34,41 @@ REFUSAL = re.compile(
     re.IGNORECASE,
 )
 
-_KINDS = {"substitute": 0, "delete": 1, "insert": 2}
-
 
 def normaliser_record() -> dict[str, str]:
     """Name and version of the normaliser behind the ``*_normalised`` figures."""
-    return {
-        "name": "EnglishTextNormalizer",
-        "package": "whisper-normalizer",
-        "version": version("whisper-normalizer"),
-    }
+    package = "whisper-normalizer"
+    return {"name": "EnglishTextNormalizer", "package": package, "version": version(package), "characters": "NFKC"}
 
 
 def _normalise(texts: Sequence[str]) -> list[str]:
     from whisper_normalizer.english import EnglishTextNormalizer
 
     normalise = EnglishTextNormalizer()
-    return [" ".join(normalise(text).split()) for text in texts]
+    return [normalise(plain(text)) for text in texts]
 
 
-def count_errors(
-    references: Sequence[str], hypotheses: Sequence[str], unit: Literal["words", "characters"] = "words"
-) -> np.ndarray:
-    """Substitutions, deletions, insertions and reference length of each pair, integers of shape (N, 4)."""
-    table = np.zeros((len(references), 4), dtype=np.int64)
+def count_errors(references: Sequence[str], hypotheses: Sequence[str], unit: str = "words") -> np.ndarray:
+    """Substitutions, deletions, insertions and reference length of each pair, integers (N,4).
+
+    ``unit``: words or characters.
+    """
     process = jiwer.process_words if unit == "words" else jiwer.process_characters
-    for row, reference, hypothesis in zip(table, references, hypotheses, strict=True):
-        reference, hypothesis = " ".join(reference.split()), " ".join(hypothesis.split())
-        output = process(reference, hypothesis)
-        for chunk in output.alignments[0]:
-            if chunk.type != "equal":
-                # An insertion has no reference words, a deletion no hypothesis words.
-                row[_KINDS[chunk.type]] += max(
-                    chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx
-                )
-        row[3] = len(output.references[0])
-    return table
+    rows = []
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        found = process(" ".join(reference.split()), " ".join(hypothesis.split()))
+        rows.append([found.substitutions, found.deletions, found.insertions, len(found.references[0])])
+    return np.array(rows, dtype=np.int64).reshape(-1, 4)
 
 
-def has_loop(text: str, times: int = LOOP_TIMES) -> bool:
-    """Whether some n-gram of words, of any n, stands ``times`` or more times in a row."""
+def has_loop(text: str) -> bool:
+    """Whether some n-gram of words, of any n, is there ``LOOP_TIMES`` or more times in a row."""
     words = text.split()
-    for size in range(1, len(words) // times + 1):
+    for size in range(1, len(words) // LOOP_TIMES + 1):
         run = 0
         for left, right in zip(words, words[size:], strict=False):
             run = run + 1 if left == right else 0
-            if run >= size * (times - 1):
+            if run >= size * (LOOP_TIMES - 1):
                 return True
     return False
 
@@ -98,37 +86,21 @@ def align(reference: str, hypothesis: str) -> str:
 
 
 def score_wer(references: Mapping[str, str], hypotheses: Mapping[str, str]) -> TaskResult:
-    """WER and CER, raw and normalised, over the utterances of ``references``.
+    """WER and CER in percent, raw and normalised, over the utterances of ``references``.
 
-    A loop or refusal that the speaker said (the reference has one too) is not counted as one of the decoder.
-
-    Args:
-        references: utterance -> transcript.
-        hypotheses: utterance -> decoded text, for at least the same utterances; may be empty (all deletions).
-
-    Returns:
-        Figures in percent with their counts; ``details`` holds loops, refusals, empty texts and the worst utterances
-        aligned.
+    ``details``: loops and refusals (those that the reference has too are not counted), empty texts, and the worst
+    utterances, aligned. An empty hypothesis is all deletions.
     """
     keys = list(references)
     raw = [references[key] for key in keys], [hypotheses[key] for key in keys]
     clean = _normalise(raw[0]), _normalise(raw[1])
     result = TaskResult(keys, {})
-    tables = {
-        "wer": count_errors(*raw),
-        "wer_normalised": count_errors(*clean),
-        "cer": count_errors(*raw, "characters"),
-        "cer_normalised": count_errors(*clean, "characters"),
-    }
-    for name, table in tables.items():
-        result.metrics[name] = Ratio(table[:, :3].sum(1), table[:, 3], scale=100.0)
-        substitutions, deletions, insertions, length = (int(total) for total in table.sum(0))
-        result.fields[name] = {
-            "substitutions": substitutions,
-            "deletions": deletions,
-            "insertions": insertions,
-            "words" if name.startswith("wer") else "characters": length,
-        }
+    for unit, figure in (("words", "wer"), ("characters", "cer")):
+        for name, texts in ((figure, raw), (f"{figure}_normalised", clean)):
+            table = count_errors(*texts, unit)
+            result.metrics[name] = Ratio(table[:, :3].sum(1), table[:, 3], scale=100.0)
+            counts = table.sum(0).tolist()
+            result.fields[name] = dict(zip(("substitutions", "deletions", "insertions", unit), counts, strict=True))
     pairs = list(zip(keys, *raw, strict=True))
     loops = [key for key, reference, hypothesis in pairs if has_loop(hypothesis) and not has_loop(reference)]
     refusals = [key for key, reference, hypothesis in pairs if is_refusal(hypothesis) and not is_refusal(reference)]
@@ -139,22 +111,17 @@ def score_wer(references: Mapping[str, str], hypotheses: Mapping[str, str]) -> T
         "refusal_utterances": refusals,
         "empty_hypotheses": sum(not hypothesis.strip() for _, _, hypothesis in pairs),
         "empty_references": sum(not reference.strip() for _, reference, _ in pairs),
-        "worst": _worst(pairs, tables["wer"]),
+        "worst": _worst(pairs, result.metrics["wer"].table),
     }
     return result
 
 
 def _worst(pairs: Sequence[tuple[str, str, str]], table: np.ndarray) -> list[dict[str, Any]]:
-    """The utterances with the most word errors, at most ten, none without an error."""
-    errors = table[:, :3].sum(1)
-    order = sorted(range(len(pairs)), key=lambda row: (-errors[row], pairs[row][0]))
-    return [
-        {
-            "utt": pairs[row][0],
-            "errors": int(errors[row]),
-            "words": int(table[row, 3]),
-            "alignment": align(pairs[row][1], pairs[row][2]),
-        }
-        for row in order[:WORST]
-        if errors[row]
-    ]
+    """The utterances with the most word errors, at most ten, none without an error; ``table`` has errors and words."""
+    worst = []
+    for row in sorted(range(len(pairs)), key=lambda row: (-table[row, 0], pairs[row][0]))[:WORST]:
+        if table[row, 0]:
+            utt, *texts = pairs[row]
+            counts = {"errors": int(table[row, 0]), "words": int(table[row, 1])}
+            worst.append({"utt": utt, **counts, "alignment": align(*texts)})
+    return worst

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from humanfriendly import format_size, format_timespan
 
 from pam_espnet.config import used_encoders
 from pam_espnet.data.batching import BatchingOptions, plan_pass
@@ -24,14 +25,13 @@ from pam_espnet.frontend.encoders.registry import build_encoder
 from pam_espnet.frontend.frontend import PaMFrontend
 from pam_espnet.train.experiment import bare_llm, read_options
 
-# Operations per second, as counted in ``_time``. GPU: one step of egs/librispeech/pam1 (Whisper-large-v3, WavLM-large,
-# wav2vec2-large in float32: 1198 ms; Qwen2.5-3B in bfloat16: 401 ms; 313 s of audio) on an NVIDIA H200.
+# Operations per second, as ``step_seconds`` counts them. GPU: a step of egs/librispeech/pam1 (313 s of audio) on an
+# NVIDIA H200: Whisper-large-v3, WavLM-large, wav2vec2-large in float32 1198 ms; Qwen2.5-3B in bfloat16 401 ms.
 # CPU: a step of egs/mini/pam1 on two cores, 4.7 s in float32 (AVX2) and 1.5 s in bfloat16 (AVX-512).
 _GPU = {"encoders": 33e12, "llm": 246e12}
 _CPU = {torch.float32: 0.09e12, torch.bfloat16: 0.3e12}
-_SHARED = 0.47  # the part of a step that several GPUs divide; 8 H200 do 1.7 times the work of one
-_TEXT_TOKENS = 20  # of a chat template, assumed
-_CHARACTERS = 4  # per token of English text, assumed: no tokenizer is run
+_SHARED = 0.47  # the part of a step that several GPUs divide: 8 H200 do 1.7 times the work of one
+_TEMPLATE_TOKENS, _CHARACTERS_PER_TOKEN = 20, 4  # of a chat template, of English text: assumed, no tokenizer is run
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ def estimate(config: Mapping[str, Any], train: Path | None, valid: Path | None, 
         cached: whether encoders are run once, before training.
         ngpu: GPUs that share every batch; 0: CPU.
     """
-    lines = ["Estimate from the configuration; time from rates measured elsewhere (pam_espnet/train/estimate.py)", ""]
-    encoders, unknown = {}, []
+    encoders, lm, unknown = {}, None, []
     for name in used_encoders(config):
         try:
             encoders[name] = encoder_shape(name, config["frontend_conf"]["encoders"][name])
@@ -71,22 +70,35 @@ def estimate(config: Mapping[str, Any], train: Path | None, valid: Path | None, 
     try:
         lm = bare_llm(config, ngpu > 0)
     except OSError as error:
-        lm = None
         unknown.append(f"LLM {config['llm']} ({_short(error)})")
     parts = parameters(config, lm, encoders, complete=not unknown)
+    lines = ["Estimate from the configuration; time from rates measured elsewhere (pam_espnet/train/estimate.py)", ""]
     lines.append(f"{'parameters':34}{'frozen':>16}{'trained':>14}{'weights':>10}")
-    lines += [f"  {name:32}{frozen:16,}{own:14,}{size_text(size):>10}" for name, (frozen, own, size) in parts.items()]
-    lines += [f"  unknown: {line}" for line in unknown] + [""]
-    rate = float(config["frontend_conf"].get("frame_rate", 12.5))
-    lines += _memory(config, lm, encoders, parts, batches(config, train, rate, max(1, ngpu)), cached, ngpu)
+    lines += [f"  {name:32}{frozen:16,}{own:14,}{format_size(size):>10}" for name, (frozen, own, size) in parts.items()]
+    lines += [f"  unknown: {line}" for line in unknown]
+    largest = max(batches(config, train, max(1, ngpu)), key=lambda batch: batch.positions)
+    memory = step_bytes(config, lm, encoders, parts, largest, cached)
+    where = f"each of {ngpu} GPUs" if ngpu else "this process"
+    lines += ["", f"memory of {where}, for {largest.seconds:.0f} s and {largest.positions:.0f} positions in a step"]
+    lines += [f"  {name:62}{format_size(size):>10}" for name, size in memory.items()]
+    lines += [f"  {'together; libraries and fragments come on top':62}{format_size(sum(memory.values())):>10}", ""]
     hours = sum(Passport.load(path).seconds for path in (train, valid) if path) / 3600
+    per_second = sum(2 * e.params * e.spec.frame_rate for e in encoders.values())  # two operations per parameter
+    encoder_rate = _GPU["encoders"] if ngpu else _CPU[torch.float32]
     if cached:
         per_hour = sum(4 * 3600 * e.spec.frame_rate * e.spec.num_layers * e.spec.width for e in encoders.values())
-        whole = f", {size_text(per_hour * hours)} for these {hours:.1f} hours" if hours else ""
-        lines += [f"feature cache on disk: {size_text(per_hour)} per hour of audio{whole}", ""]
+        spent = format_timespan(per_second * 3600 * hours / encoder_rate / max(1, ngpu), max_units=2)
+        whole = f", {format_size(per_hour * hours)} and {spent} for these {hours:.1f} hours" if hours else ""
+        lines.append(f"feature cache: {format_size(per_hour)} per hour of audio{whole}")
     if lm is None:
         return "\n".join([*lines, "time: unknown, as the LLM is"]) + "\n"
-    return "\n".join(lines + _time(config, lm, encoders, batches(config, train, rate, 1), cached, ngpu, hours)) + "\n"
+    plan = batches(config, train, 1)
+    step = step_seconds(config, lm, plan, ngpu, 0.0 if cached else per_second / encoder_rate)
+    steps = int(config.get("max_epoch") or 1) * int(config.get("num_iters_per_epoch") or len(plan))
+    machine = "an H200" if ngpu == 1 else f"{ngpu} H200, extrapolated from 1 and 8," if ngpu else "two CPU cores"
+    spent = format_timespan(steps * step, max_units=2)
+    lines.append(f"time: {steps} steps, {spent}, at {machine} as measured; scale it to other machines")
+    return "\n".join([*lines, "      (warm start, validation and decoding are not in it)"]) + "\n"
 
 
 def encoder_shape(name: str, options: Mapping[str, Any]) -> Encoder:
@@ -149,25 +161,27 @@ def parameters(
     return parts
 
 
-def batches(config: Mapping[str, Any], train: Path | None, frame_rate: float, ranks: int) -> list[Batch]:
+def batches(config: Mapping[str, Any], train: Path | None, ranks: int) -> list[Batch]:
     """One process's share of each batch of the first pass; without data one batch at its limits."""
     options = read_options(BatchingOptions, config, "batching_conf")
+    frame_rate = float(config["frontend_conf"].get("frame_rate", 12.5))
     if train is None:
         seconds, size = options.max_seconds / ranks, options.max_utterances / ranks
-        return [Batch(seconds, seconds * frame_rate + size * (_TEXT_TOKENS + 30), size * 20)]
+        return [Batch(seconds, seconds * frame_rate + size * (_TEMPLATE_TOKENS + 30), size * 20)]
     data, passport = DataDir.load(train), Passport.load(train)
     seconds_of = {utt: passport.utterances[utt]["num_samples"] / passport.sample_rate for utt in data.utterances}
-    tokens = {utt: len(data.text[utt]) / _CHARACTERS + 1 for utt in seconds_of}
-    text = {utt: _TEXT_TOKENS + len(data.prompt[utt]) / _CHARACTERS + tokens[utt] for utt in seconds_of}
+    tokens = {utt: len(data.text[utt]) / _CHARACTERS_PER_TOKEN + 1 for utt in seconds_of}
+    positions = {
+        utt: seconds * frame_rate + _TEMPLATE_TOKENS + len(data.prompt[utt]) / _CHARACTERS_PER_TOKEN + tokens[utt]
+        for utt, seconds in seconds_of.items()
+    }
     plan = plan_pass(seconds_of, data.utt2task, options, int(config.get("seed", 1)), 0, ranks)
-    return [
-        Batch(
-            len(utts) * max(seconds_of[utt] for utt in utts),
-            len(utts) * max(seconds_of[utt] * frame_rate + text[utt] for utt in utts),
-            sum(tokens[utt] for utt in utts),
-        )
+    padded = [
+        (len(utts) * max(seconds_of[u] for u in utts), len(utts) * max(positions[u] for u in utts), utts)
         for utts in (batch[::ranks] for batch in plan)
-    ] or batches(config, None, frame_rate, ranks)
+    ]
+    shares = [Batch(seconds, size, sum(tokens[utt] for utt in utts)) for seconds, size, utts in padded]
+    return shares or batches(config, None, ranks)
 
 
 def llm_activation_bytes(lm: Any, batch: Batch, checkpointing: bool) -> float:
@@ -188,48 +202,38 @@ def llm_activation_bytes(lm: Any, batch: Batch, checkpointing: bool) -> float:
     return kept + batch.targets * own.vocab_size * (size + 12)
 
 
-def _memory(
-    config: Mapping[str, Any], lm: Any, encoders: Mapping[str, Encoder], parts: Mapping[str, tuple[int, int, int]],
-    plan: list[Batch], cached: bool, ngpu: int,
-) -> list[str]:  # fmt: skip
-    largest = max(plan, key=lambda batch: batch.positions)
+def step_bytes(
+    config: Mapping[str, Any],
+    lm: Any,
+    encoders: Mapping[str, Encoder],
+    parts: Mapping[str, tuple[int, int, int]],
+    batch: Batch,
+    cached: bool,
+) -> dict[str, float]:
+    """What a training step holds, in bytes."""
     trained = sum(own for _, own, _ in parts.values())
-    weights = sum(size for name, (_, _, size) in parts.items() if not (cached and name.startswith("encoder ")))
-    rows = {"weights" + (" (encoders are cached)" if cached else ""): float(weights)}
+    loaded = [size for name, (_, _, size) in parts.items() if not (cached and name.startswith("encoder "))]
+    rows = {"weights" + (" (encoders are cached)" if cached else ""): float(sum(loaded))}
     rows["gradients and the optimiser's states"] = 4.0 * trained * (2 if config.get("optim") == "sgd" else 3)
     if lm is not None and hasattr(lm.config, "intermediate_size"):
-        rows["activations of the LLM"] = llm_activation_bytes(lm, largest, _checkpointing(config))
+        rows["activations of the LLM"] = llm_activation_bytes(lm, batch, _checkpointing(config))
     if encoders and not cached:
-        rows["the widest encoder at work"] = largest.seconds * max(e.bytes_per_second for e in encoders.values())
-    place = "each GPU" if ngpu else "this process"
-    head = f"memory of {place}, for {largest.seconds:.0f} s of audio and {largest.positions:.0f} positions in a step"
-    rows["together (libraries and fragments come on top)"] = sum(rows.values())
-    return [head, *(f"  {name:64}{size_text(size):>10}" for name, size in rows.items()), ""]
+        rows["the widest encoder at work"] = batch.seconds * max(e.bytes_per_second for e in encoders.values())
+    return rows
 
 
-def _time(
-    config: Mapping[str, Any], lm: Any, encoders: Mapping[str, Encoder], plan: list[Batch], cached: bool, ngpu: int,
-    hours: float,
-) -> list[str]:  # fmt: skip
-    keys = ("seconds", "positions", "targets")
-    seconds, positions, targets = (sum(getattr(batch, key) for batch in plan) / len(plan) for key in keys)
+def step_seconds(config: Mapping[str, Any], lm: Any, plan: list[Batch], ngpu: int, encoding: float) -> float:
+    """The mean time of a step; ``encoding``: seconds that the encoders need for a second of audio."""
+    seconds, positions, targets = (
+        sum(getattr(batch, key) for batch in plan) / len(plan) for key in ("seconds", "positions", "targets")
+    )
     outside = {id(lm.get_input_embeddings().weight), id(lm.get_output_embeddings().weight)}
     in_blocks = sum(p.numel() for p in lm.parameters() if id(p) not in outside)
     # Two operations per parameter and position, forward and for the inputs' gradients, once more where recomputed.
     passes = 3 if _checkpointing(config) else 2
     llm = passes * 2 * in_blocks * positions + 4 * lm.config.hidden_size * lm.config.vocab_size * targets
-    per_second = sum(2 * e.params * e.spec.frame_rate for e in encoders.values())
-    llm_rate, encoder_rate = (_GPU["llm"], _GPU["encoders"]) if ngpu else (_CPU[lm.dtype], _CPU[torch.float32])
-    step = llm / llm_rate + (0 if cached else per_second * seconds / encoder_rate)
-    step *= 1 - _SHARED + _SHARED / max(1, ngpu)
-    each = config.get("num_iters_per_epoch") or len(plan)
-    steps = int(config.get("max_epoch") or 1) * int(each)
-    where = "an H200" if ngpu == 1 else f"{ngpu} H200, extrapolated from 1 and 8," if ngpu else "two CPU cores"
-    lines = [f"time: {steps} steps, {duration(steps * step)}, at {where} as measured; scale it to other machines"]
-    if cached and hours:
-        spent = per_second * 3600 * hours / encoder_rate / max(1, ngpu)
-        lines.append(f"      the feature cache before it, {duration(spent)}")
-    return [*lines, "      (warm start, validation and decoding are not in it)"]
+    alone = llm / (_GPU["llm"] if ngpu else _CPU[lm.dtype]) + encoding * seconds
+    return alone * (1 - _SHARED + _SHARED / max(1, ngpu))
 
 
 def _checkpointing(config: Mapping[str, Any]) -> bool:
@@ -238,19 +242,3 @@ def _checkpointing(config: Mapping[str, Any]) -> bool:
 
 def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:100]
-
-
-def size_text(number: float) -> str:
-    """``1234567890`` -> ``"1.23 GB"``."""
-    for factor, unit in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}"
-    return f"{number:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """``5400`` -> ``"1.5 h"``."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size or (unit == "h" and seconds >= size):
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"

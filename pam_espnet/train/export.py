@@ -10,6 +10,7 @@ import torch
 
 from pam_espnet.errors import CheckpointError
 from pam_espnet.fileio import MODEL_FILE, read_trained, save_trained
+from pam_espnet.train.step_checkpoint import disk_errors
 
 
 def export_trained(exp_dir: Path, criteria: Sequence[Sequence[str]]) -> Path:
@@ -37,10 +38,13 @@ def export_state(source: Path, target: Path, metadata: Mapping[str, str] | None 
     safetensors does not write its header in the same order every time.
     """
     state = torch.load(source, map_location="cpu", weights_only=True)
+    if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+        raise CheckpointError(f"{source}: {len(broken)} tensors are not finite ({broken[0]}, ...): training diverged")
     if target.exists() and _equal(read_trained(target), state):
         logging.info(f"{target}: holds {source.resolve().name} already")
         return target
-    save_trained(state, target, {"source": source.resolve().name, **(metadata or {})})
+    with disk_errors(target):
+        save_trained(state, target, {"source": source.resolve().name, **(metadata or {})})
     logging.info(f"wrote {target} ({len(state)} tensors) from {source.resolve().name}")
     return target
 

@@ -1,21 +1,66 @@
-"""ESPnet's iterator contract over this project's batches (``data.batching``)."""
+"""From one utterance's strings to batches: ESPnet's preprocessor and iterator over this project's plan of batches."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.iterators.sequence_iter_factory import worker_init_fn
+from espnet2.train.preprocessor import AbsPreprocessor
 from torch.utils.data import DataLoader, Dataset
 
 from pam_espnet.data.batching import BatchingOptions, at_least, cut, describe_seen, epoch_batches
+from pam_espnet.data.kaldi_io import check_matrix
 from pam_espnet.data.prompts import Wordings
-from pam_espnet.train.preprocessor import prompt_bytes
+from pam_espnet.errors import ConfigError, DataError
+from pam_espnet.llm.prompt_layout import answer_ids, end_of_turn_id
+
+
+def prompt_bytes(prompt: str) -> np.ndarray:
+    """A prompt as a batch holds it: its UTF-8 bytes, int64."""
+    return np.frombuffer(prompt.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+
+
+class PaMPreprocessor(AbsPreprocessor):
+    """Token ids of the answer, UTF-8 bytes of the prompt (lossless, whatever its length), index of the task.
+
+    Args:
+        tokenizer: the LLM's tokenizer; its vocabulary is never changed.
+        tasks: task names in the model's order.
+        train: part of ESPnet's contract.
+    """
+
+    def __init__(self, tokenizer: Any, tasks: Sequence[str], train: bool) -> None:
+        super().__init__(train)
+        self.tokenizer = tokenizer
+        self.tasks = list(tasks)
+        self.end_id = end_of_turn_id(tokenizer)
+
+    def __call__(self, uid: str, data: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Strings ``text``, ``prompt``, ``task`` become arrays; ``speech``, ``num_samples`` and ``feats_*`` are ones.
+
+        Raises:
+            DataError: unknown task, an empty prompt or answer, or features of another kind than the cache writes.
+        """
+        data = dict(data)
+        for name, value in data.items():
+            if name.startswith("feats_"):
+                check_matrix(value, f"utterance {uid!r}: {name}")
+        task = str(data["task"]).strip()
+        if task not in self.tasks:
+            raise DataError("utt2task", f"utterance {uid!r}: unknown task {task!r}; known: {', '.join(self.tasks)}")
+        for name in ("prompt", "text"):
+            if not str(data[name]).strip():
+                raise DataError(name, f"utterance {uid!r} has an empty {name}")
+        data["task"] = np.array([self.tasks.index(task)], dtype=np.int64)
+        data["prompt"] = prompt_bytes(str(data["prompt"]))
+        data["text"] = np.array(answer_ids(self.tokenizer, str(data["text"]), self.end_id), dtype=np.int64)
+        return data
 
 
 @dataclass(frozen=True)
@@ -40,8 +85,8 @@ class FreshPrompts:
 
 
 class Reworded(Dataset):
-    """``dataset`` with the prompts of one epoch. They depend on nothing but utterance, seed and epoch: not on how many
-    processes load data, nor on where a resumed run goes on."""
+    """``dataset`` with the prompts of one epoch, which depend on utterance, seed and epoch alone: neither on the number
+    of processes that load data nor on where a resumed run continues."""
 
     def __init__(self, dataset: Any, prompts: FreshPrompts, epoch: int) -> None:
         self.dataset = dataset
@@ -66,7 +111,7 @@ class PaMIterFactory(AbsIterFactory):
         fresh_prompts: where given, training asks each epoch in wordings drawn anew.
 
     Attributes:
-        announce: whether the log says how much of each task an epoch shows.
+        announce: whether the log has how much of each task is in an epoch.
     """
 
     announce = True
@@ -99,7 +144,7 @@ class PaMIterFactory(AbsIterFactory):
         self.world_size = world_size
         self.fresh_prompts = fresh_prompts if train else None
         self.loader_options: dict[str, Any] = {
-            "collate_fn": collate_fn,
+            "collate_fn": functools.partial(_collate, collate_fn) if num_workers else collate_fn,
             "num_workers": num_workers,
             "pin_memory": pin_memory,
         }
@@ -120,9 +165,37 @@ class PaMIterFactory(AbsIterFactory):
     def build_iter(self, epoch: int, shuffle: bool | None = None) -> DataLoader:
         """The batches of ``epoch`` (from 1); ``shuffle`` is fixed by ``train`` and kept for ESPnet's contract."""
         dataset = self.dataset if self.fresh_prompts is None else Reworded(self.dataset, self.fresh_prompts, epoch)
-        return DataLoader(
+        return _Loader(
             dataset=dataset,
             batch_sampler=self.batches(epoch),
             worker_init_fn=functools.partial(worker_init_fn, base_seed=epoch + self.seed),
             **self.loader_options,
         )
+
+
+class _Loader(DataLoader):
+    """A ``DataLoader`` that ends with the error that a worker met in place of a batch."""
+
+    def __iter__(self) -> Any:
+        return map(_batch_or_error, super().__iter__())
+
+
+def _batch_or_error(batch: Any) -> Any:
+    if isinstance(batch, ConfigError):
+        raise batch
+    return batch
+
+
+def _collate(collate_fn: Callable[..., Any], utterances: Any) -> Any:
+    """In a worker: a batch in shared memory. Left to the queue's own thread, a batch that does not fit would be lost
+    with a line in the log, and training would wait for it for ever."""
+    batch = collate_fn(utterances)
+    try:
+        for tensor in batch[1].values():
+            tensor.share_memory_()
+    except (OSError, RuntimeError) as error:
+        return ConfigError(
+            f"num_workers: a batch does not fit into the shared memory of this machine, /dev/shm ({error})\n"
+            "  -> give the container more (docker run --shm-size 8g), or train without workers: --set num_workers=0"
+        )
+    return batch

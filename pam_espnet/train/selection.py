@@ -1,10 +1,10 @@
-"""Which epoch's model is kept: by the loss on the validation set, or by what its answers score there.
+"""The epoch whose model an experiment keeps: by the loss on the validation set, or by what its answers score there.
 
 The loss of a joint model is mostly that of the task with the longest answers: transcripts have ten tokens for each one
 of a count. Scores of all tasks count the same here.
 
     exp/<tag>/<n>epoch.pth                                      read: the epochs that training kept (keep_nbest_models)
-    exp/<tag>/select/<n>epoch/{model.safetensors,config.yaml}   each of them as an experiment of its own
+    exp/<tag>/select/<n>epoch/{model.safetensors,config.yaml}   each of them as a separate experiment
     exp/<tag>/select/<n>epoch/<set>/                            its answers to the validation set, and their scores
     exp/<tag>/selection.json, SELECTION.md                      every epoch's scores, task by task
     exp/<tag>/model.safetensors                                 the model that was chosen
@@ -26,52 +26,44 @@ from pam_espnet.data.tasks import task_spec
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.shards import DecodeOptions, decode_shard, is_complete, merge_shards
 from pam_espnet.decode.speech_llm import SpeechLLM
-from pam_espnet.errors import CheckpointError, ConfigError, DataError
+from pam_espnet.errors import CheckpointError, DataError
 from pam_espnet.fileio import MODEL_FILE, write_json, write_text
 from pam_espnet.score.report import table
 from pam_espnet.score.result import MAIN_METRICS, METRICS
 from pam_espnet.score.scoring import score_directory
 from pam_espnet.train.export import export_state, export_trained
 
-FOLDER = "select"
 RECORD = "selection.json"
 TABLE = "SELECTION.md"
 
 
-def kept_epochs(exp_dir: str | Path) -> list[int]:
+def kept_epochs(exp_dir: Path) -> list[int]:
     """The epochs whose models are there, in order.
 
     Raises:
         CheckpointError: there is none.
     """
-    found = [re.fullmatch(r"(\d+)epoch\.pth", path.name) for path in Path(exp_dir).glob("*epoch.pth")]
+    found = [re.fullmatch(r"(\d+)epoch\.pth", path.name) for path in exp_dir.glob("*epoch.pth")]
     epochs = sorted(int(match[1]) for match in found if match)
     if not epochs:
         raise CheckpointError(f"{exp_dir}: no <n>epoch.pth here\n  -> train first: ./run.sh --stage 3 --stop_stage 3")
     return epochs
 
 
-def normalise(task: str, value: float, caption_reference: float = 1.0) -> float:
-    """A task's first figure on a scale where 0 is worthless, 1 is very good, and more is better.
+def normalise(task: str, value: float) -> float:
+    """A task's first figure, as scores.json has it, on a scale where 0 is worthless, 1 very good, and more is better.
 
-    WER: ``1 - min(WER, 1)``; an answer that runs on costs no more than an empty one, or one such epoch would outweigh
-    everything else. Accuracy: as it is. CIDEr-D has no upper end in practice (its maximum is 10): it is divided by
-    ``caption_reference``, a fixed number and not the best epoch's, so that means of two runs can be compared.
-
-    Args:
-        task: its name.
-        value: as ``scores.json`` has it (WER and accuracy in %).
-        caption_reference: the CIDEr-D that counts as 1.
+    WER: ``1 - min(WER, 1)``; an answer that continues without end costs no more than an empty one, or one such epoch
+    would outweigh everything else. Accuracy: as it is. CIDEr-D has no upper end in practice (its maximum is 10) and
+    counts as it is; a fixed scale, so that means of two runs can be compared.
     """
     metric = task_spec(task).metric
     if metric == "wer":
         return 1 - min(value / 100, 1.0)
-    if metric == "caption":
-        return value / caption_reference
-    return value / 100
+    return value if metric == "caption" else value / 100
 
 
-def summarise(scores: Mapping[str, Any], caption_reference: float) -> dict[str, Any]:
+def summarise(scores: Mapping[str, Any]) -> dict[str, Any]:
     """``{"tasks": {task: {"metric", "value", "n", "normalised"}}, "mean"}`` of one epoch's ``scores.json``.
 
     Raises:
@@ -83,8 +75,8 @@ def summarise(scores: Mapping[str, Any], caption_reference: float) -> dict[str, 
         value = metrics[metric]["value"]
         if value is None:
             raise DataError(scores["data_dir"], f"{METRICS[metric].label} of task {task} is undefined on this set")
-        normalised = normalise(task, value, caption_reference)
-        tasks[task] = {"metric": metric, "value": value, "n": metrics[metric]["n"], "normalised": normalised}
+        size, normalised = metrics[metric]["n"], normalise(task, value)
+        tasks[task] = {"metric": metric, "value": value, "n": size, "normalised": normalised}
     return {"tasks": tasks, "mean": sum(entry["normalised"] for entry in tasks.values()) / len(tasks)}
 
 
@@ -99,19 +91,17 @@ def best(epochs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def select_by_scores(
-    exp_dir: str | Path,
-    data_dir: str | Path,
+    exp_dir: Path,
+    data_dir: Path,
     search: Mapping[str, Any],
     options: DecodeOptions,
     run: dict[str, Any],
-    *,
     device: str = "cpu",
     dtype: str | None = None,
-    caption_reference: float = 1.0,
 ) -> dict[str, Any]:
     """Decode ``data_dir`` with every kept epoch, score it, and make the best one ``model.safetensors``.
 
-    What was decoded before is kept; a killed run goes on where it stopped.
+    What was decoded before is kept; a killed run continues where it stopped.
 
     Args:
         exp_dir: a trained experiment.
@@ -120,22 +110,18 @@ def select_by_scores(
         options: of one shard.
         run: command and commit, kept beside the answers.
         device, dtype: as for decoding.
-        caption_reference: see ``normalise``.
 
     Returns:
         what ``selection.json`` holds.
 
     Raises:
-        CheckpointError, DataError, ConfigError: nothing was trained; what lies there belongs to another run.
+        CheckpointError, DataError, ConfigError: nothing was trained; what is there belongs to another run.
     """
-    if caption_reference <= 0:
-        raise ConfigError(f"caption_reference must be positive, got {caption_reference}")
-    exp_dir, data_dir = Path(exp_dir), Path(data_dir)
     answers = AnswerOptions.from_dict(dict(search))
     losses = _losses(exp_dir / "curve.jsonl")
     entries = []
     for epoch in kept_epochs(exp_dir):
-        folder = exp_dir / FOLDER / f"{epoch}epoch"
+        folder = exp_dir / "select" / f"{epoch}epoch"
         export_state(exp_dir / f"{epoch}epoch.pth", folder / MODEL_FILE)
         shutil.copyfile(exp_dir / "config.yaml", folder / "config.yaml")
         out = folder / data_dir.name
@@ -143,14 +129,14 @@ def select_by_scores(
             decode_shard(SpeechLLM.load(folder, answers, device, dtype), data_dir, out, options)
             merge_shards(data_dir, out, options, run)
             gc.collect()  # modules refer to themselves; two models may not fit on a GPU
-        scores = score_directory(out, data_dir)
-        entries.append({"epoch": epoch, "loss_answer": losses.get(epoch), **summarise(scores, caption_reference)})
+        entries.append(
+            {"epoch": epoch, "loss_answer": losses.get(epoch), **summarise(score_directory(out, data_dir))}
+        )
     chosen = best(entries)
     export_state(exp_dir / f"{chosen['epoch']}epoch.pth", exp_dir / MODEL_FILE, {"selected_by": "validation scores"})
     record = {
         "selected": chosen["epoch"],
-        "criterion": "mean over tasks: 1 - min(WER, 1), accuracy, CIDEr-D / caption_reference",
-        "caption_reference": caption_reference,
+        "criterion": "mean over tasks: 1 - min(WER, 1), accuracy, CIDEr-D",
         "data_dir": str(data_dir),
         "epochs": entries,
         **run,
@@ -160,9 +146,8 @@ def select_by_scores(
     return record
 
 
-def select_by_loss(exp_dir: str | Path) -> Path:
-    """Make ESPnet's average by its own criterion ``model.safetensors`` again; forget a choice by scores."""
-    exp_dir = Path(exp_dir)
+def select_by_loss(exp_dir: Path) -> Path:
+    """Make ESPnet's average by its criterion ``model.safetensors`` again; forget a choice by scores."""
     path = export_trained(exp_dir, load_yaml(exp_dir / "config.yaml")["best_model_criterion"])
     for name in (RECORD, TABLE):
         (exp_dir / name).unlink(missing_ok=True)
@@ -182,16 +167,12 @@ def _markdown(name: str, record: Mapping[str, Any]) -> str:
     for entry in record["epochs"]:
         mark = "**" if entry["epoch"] == record["selected"] else ""
         loss = "–" if entry["loss_answer"] is None else f"{entry['loss_answer']:.4f}"
-        shown = [
-            f"{metrics[task].number(found['value'])} ({found['normalised']:.3f})"
-            for task in tasks
-            if (found := entry["tasks"][task])
-        ]
+        found = [(metrics[task], entry["tasks"][task]) for task in tasks]
+        shown = [f"{metric.number(one['value'])} ({one['normalised']:.3f})" for metric, one in found]
         rows.append([f"{mark}{entry['epoch']}{mark}", loss, *shown, f"{mark}{entry['mean']:.4f}{mark}"])
     head = ("epoch", "loss ↓", *(f"{task}, {metrics[task].title}" for task in tasks), "mean ↑")
     return (
-        f"# {name}: validation scores of the epochs kept\n\n"
-        f"On {record['data_dir']}; in brackets normalised: 1 - min(WER, 1), accuracy, CIDEr-D / "
-        f"{record['caption_reference']:g}. The epoch with the highest mean is the experiment's model.\n\n"
+        f"# {name}: validation scores of the epochs kept\n\nOn {record['data_dir']}; in brackets normalised: "
+        "1 - min(WER, 1), accuracy, CIDEr-D. The epoch with the highest mean is the experiment's model.\n\n"
         + table(head, rows)
     )

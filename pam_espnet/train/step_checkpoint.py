@@ -1,4 +1,4 @@
-"""Step checkpoints: a killed epoch goes on at its last checkpoint, and computes what the unbroken one computes.
+"""Step checkpoints: a killed epoch continues at its last checkpoint, and computes what the unbroken one computes.
 
     <directory>/epoch<e>_step<s>/
         model.safetensors   trained tensors
@@ -6,10 +6,8 @@
         position.json       epoch, step, and what the position is counted in; SHA-256 of the other two
 
 The steps of an epoch are counted in batches. A checkpoint is made in a temporary directory that is renamed, and the
-one before it is kept: whatever the kill leaves, a whole one is there. Once ESPnet has saved the epoch they are removed.
-
-Only the first process of a distributed run writes and chooses; the others follow, so that all go on from one place,
-or stop with the same error.
+one before it is kept: after any kill a whole one is there. Once ESPnet has saved the epoch they are removed. Only the
+first process of a distributed run writes and chooses; the others follow, or stop with the same error.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,18 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from pam_espnet.cli import DISK_ERRORS
 from pam_espnet.errors import CheckpointError
-from pam_espnet.fileio import MODEL_FILE, load_strict, read_json, read_trained, save_trained, sha256_file, write_json
+from pam_espnet.fileio import (
+    MODEL_FILE,
+    load_strict,
+    read_json,
+    read_trained,
+    save_trained,
+    sha256_file,
+    whole_folder,
+    write_json,
+)
 from pam_espnet.train.training_state import Training, random_state, set_random_state
 
 DIRECTORY = "step_checkpoint"
@@ -41,13 +50,12 @@ _NAME = re.compile(r"epoch(\d+)_step(\d+)")
 
 
 class ResumableEpoch:
-    """The batches of an epoch from where a killed process left it, with a checkpoint after every few of them.
-
-    A consumer asks for the next batch when it is through with the one before: that is when a checkpoint is made.
+    """The batches of an epoch after its last checkpoint, with a new one after every few of them: when the consumer asks
+    for the next batch, it is through with the one before.
 
     Args:
         loader: ``DataLoader`` whose ``batch_sampler`` is the list of all batches of the epoch.
-        directory: where the checkpoints lie.
+        directory: of the checkpoints.
         training: what is saved; restored here at once when there is a checkpoint of this epoch.
         interval: batches between two checkpoints; 0 makes none.
         resume: look for a checkpoint of this epoch. All others are removed in any case.
@@ -106,11 +114,11 @@ class ResumableEpoch:
         usable = [path for number, _, path in found if resume and number == epoch]
         for stale in {path for _, _, path in found} - set(usable):
             _remove(stale)
-        for left in self.directory.glob(".*"):  # by a process that was killed while it wrote or removed one
-            shutil.rmtree(left)
+        for partial in self.directory.glob(".*"):  # of a process that was killed while it wrote or removed one
+            shutil.rmtree(partial)
         for path in reversed(usable):
             if damage := _damage(path):
-                logging.warning(f"{path} is damaged ({damage}): going on from what was saved before it")
+                logging.warning(f"{path} is damaged ({damage}): continuing from what was saved before it")
                 _remove(path)
                 continue
             position = read_json(path / POSITION_FILE)
@@ -145,34 +153,27 @@ class ResumableEpoch:
         if dist.is_initialized():
             drawn = [None] * dist.get_world_size()
             dist.all_gather_object(drawn, random_state())
-        problem, cause = None, None
+        problem = None
         path = self.directory / f"epoch{self._position['epoch']}_step{self.done}"
         if first_process():
             try:
                 self.before_save()
                 self._write(path, {**self.training.rest(), "random": drawn})
             except (OSError, RuntimeError, SafetensorError) as error:
-                cause = error
                 problem = write_problem(error, path)
                 if problem is None:
                     raise
-        problem = _agree(problem)
-        if problem is not None:
-            raise CheckpointError(problem) from cause
+        if (problem := _agree(problem)) is not None:
+            raise CheckpointError(problem)
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
-        tmp = path.with_name(f".{path.name}.tmp")
-        tmp.mkdir(parents=True)
-        try:
+        with whole_folder(path) as tmp:
             save_trained(self.training.trained(), tmp / MODEL_FILE)
             torch.save(state, tmp / STATE_FILE)
             sums = {name: sha256_file(tmp / name) for name in (MODEL_FILE, STATE_FILE)}
             write_json(tmp / POSITION_FILE, {**self._position, "step": self.done, "sha256": sums})
             for name in (*sums, POSITION_FILE):
                 _flush(tmp / name)
-            os.replace(tmp, path)
-        finally:
-            shutil.rmtree(tmp, ignore_errors=True)
         for _, _, old in sorted(_checkpoints(self.directory))[:-KEPT]:
             _remove(old)
 
@@ -190,8 +191,20 @@ def write_problem(error: BaseException, path: Path) -> str | None:
     free = shutil.disk_usage(folder).free / 1e6
     return (
         f"{path}: cannot be written ({error}); {free:.0f} MB are free there\n"
-        "  -> free disk space, then run the same command again: it goes on from the last whole checkpoint"
+        "  -> free disk space, then run the same command again: it continues from the last whole checkpoint"
     )
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """What a full or read-only disk causes in the block becomes a CheckpointError about ``path``."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        problem = write_problem(error, path)
+        if problem is None or (isinstance(error, OSError) and error.errno not in DISK_ERRORS):
+            raise
+        raise CheckpointError(problem) from error
 
 
 def _processes() -> int:
@@ -226,7 +239,7 @@ def _damage(path: Path) -> str | None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a directory; a kill on the way leaves no half of it under its name."""
+    """Remove a directory; after a kill on the way no half of it has its name."""
     doomed = path.with_name(f".{path.name}.removed")
     os.replace(path, doomed)
     shutil.rmtree(doomed)

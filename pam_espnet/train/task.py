@@ -25,10 +25,10 @@ from pam_espnet.data.tables import read_table
 from pam_espnet.data.tasks import TASKS
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import load_strict, read_trained
-from pam_espnet.llm.pretrained import load_tokenizer
+from pam_espnet.llm.llm import load_tokenizer
 from pam_espnet.model import IGNORE, ESPnetPaMModel, build_model
-from pam_espnet.train.iterator import FreshPrompts, PaMIterFactory
-from pam_espnet.train.preprocessor import PaMPreprocessor
+from pam_espnet.train.experiment import read_options
+from pam_espnet.train.iterator import FreshPrompts, PaMIterFactory, PaMPreprocessor
 from pam_espnet.train.trainer import PaMTrainer
 
 
@@ -45,11 +45,11 @@ class PaMTask(AbsTask):
 
     @classmethod
     def add_task_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """This task's own options; each mapping is given in YAML."""
+        """Options of this task beside ESPnet's; each mapping is given in YAML."""
         group = parser.add_argument_group(description="Prompt-aware speech LLM")
         group.add_argument("--llm", type=str_or_none, default=None, help="LLM folder or Hugging Face id")
         for name, text in (
-            ("llm_conf", "options of LLMDecoder.from_pretrained (lora, dtype, ...)"),
+            ("llm_conf", "options of LLM.from_pretrained (lora, dtype, ...)"),
             ("frontend_conf", "options of PaMFrontend (encoders, fusion, ...)"),
             ("model_conf", "options of ESPnetPaMModel"),
             ("batching_conf", "options of BatchingOptions"),
@@ -126,19 +126,12 @@ class PaMTask(AbsTask):
     ) -> AbsIterFactory:
         """Length-bucketed batches that mix the tasks (``data.batching``)."""
         paths = {name: path for path, name, _ in iter_options.data_path_and_name_and_type}
-        for name in ("num_samples", "task"):
-            if name not in paths:
-                raise ConfigError(f"the {mode} data list lacks the stream {name!r}; pam.sh adds it from dump/raw")
         sample_rate = int((args.frontend_conf or {}).get("sample_rate", 16000))
         seconds = {utt: int(n) / sample_rate for utt, n in read_table(paths["num_samples"]).items()}
         tasks = read_table(paths["task"])
         world_size = torch.distributed.get_world_size() if iter_options.distributed else 1
         rank = torch.distributed.get_rank() if iter_options.distributed else 0
-        conf = dict(args.batching_conf or {})
-        try:
-            options = BatchingOptions(**conf)
-        except TypeError as error:
-            raise ConfigError(f"config key 'batching_conf': {error}") from error
+        options = read_options(BatchingOptions, vars(args), "batching_conf")
         counts = {task: sum(t == task for t in tasks.values()) for task in sorted(set(tasks.values()))}
         hours = sum(seconds.values()) / 3600
         logging.info(f"[{mode}] {len(seconds)} utterances, {hours:.2f} h, per task: {counts}, {options}")
@@ -167,12 +160,12 @@ class PaMTask(AbsTask):
 
 
 def parameter_groups(model: torch.nn.Module, scales: Mapping[str, float], lr: float) -> list[dict[str, Any]]:
-    """Trainable parameters in groups of one learning rate each.
+    """Trainable parameters in groups of one learning rate each, with its factor as ``scale``.
 
     Args:
         model: its ``requires_grad`` parameters are taken.
-        scales: parameter-name prefix -> factor; the longest matching prefix counts, others have factor 1.
-        lr: what the factors multiply; also kept in each group as ``scale``.
+        scales: parameter-name prefix -> factor on ``lr``; the longest matching prefix counts, others have factor 1.
+        lr: learning rate.
 
     Raises:
         ConfigError: a prefix that no trainable parameter begins with.

@@ -1,19 +1,18 @@
 """ESPnet's trainer, with what a killed run needs: checkpoints that survive the kill, a curve, a progress bar.
 
-ESPnet writes ``checkpoint.pth`` in place once per epoch; a kill in the middle leaves half a file. A copy of the last
-whole one is kept beside it, and resuming falls back to the copy. Random numbers are seeded per epoch by ESPnet and
-batches are a function of the epoch, so a resumed run repeats the unbroken one. Within the epoch it goes on from the
-last step checkpoint (``step_checkpoint``).
+ESPnet writes ``checkpoint.pth`` in place once per epoch; after a kill in the middle it is half a file. A copy of the
+last whole one is kept beside it, and resuming falls back to the copy. ESPnet seeds random numbers per epoch and batches
+are a function of the epoch, so a resumed run repeats the unbroken one, from its last step checkpoint on.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import json
 import logging
 import math
+import os
 import pickle
 import shutil
 from collections.abc import Iterable, Iterator
@@ -25,16 +24,21 @@ from espnet2.train.reporter import aggregate
 from espnet2.train.trainer import Trainer, TrainerOptions
 from espnet2.utils.build_dataclass import build_dataclass
 
+from pam_espnet.config import check_number
 from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import atomic_path, write_text
-from pam_espnet.train.step_checkpoint import DIRECTORY, ResumableEpoch, first_process, write_problem
+from pam_espnet.train.step_checkpoint import DIRECTORY, ResumableEpoch, disk_errors, first_process
 from pam_espnet.train.training_state import Training
 
 CHECKPOINT = "checkpoint.pth"
 PREVIOUS = "checkpoint.previous.pth"
 CURVE = "curve.jsonl"
 PROGRESS = "progress.txt"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PATIENCE = 30  # updates in a row without a finite gradient; fewer may be mixed precision that looks for its scale
+_WHAT_TO_TRY = (
+    "  -> no model was written; give another --tag and a lower optim_conf.lr, more scheduler_conf.warmup_steps, or a "
+    "smaller grad_clip"
+)
 _DAMAGED = (RuntimeError, EOFError, pickle.UnpicklingError, OSError)
 
 
@@ -50,13 +54,8 @@ class PaMTrainer(Trainer):
 
     @classmethod
     def build_options(cls, args: argparse.Namespace) -> PaMTrainerOptions:
-        """The trainer's share of the command line.
-
-        Raises:
-            ConfigError: a negative ``checkpoint_steps``.
-        """
-        if args.checkpoint_steps < 0:
-            raise ConfigError(f"checkpoint_steps: {args.checkpoint_steps}; must be 0 (none) or more")
+        """The trainer's share of the command line; ConfigError for a negative ``checkpoint_steps``."""
+        check_number(args.checkpoint_steps, "checkpoint_steps", at_least=0, whole=True)
         return build_dataclass(PaMTrainerOptions, args)
 
     @classmethod
@@ -67,14 +66,8 @@ class PaMTrainer(Trainer):
             CheckpointError: a file could not be written, say on a full disk; names it and what to do.
         """
         output_dir = Path(trainer_options.output_dir)
-        try:
+        with disk_errors(output_dir):  # ESPnet writes its files in place; the copy of the epoch before is whole
             super().run(trainer_options=trainer_options, **others)
-        except (OSError, RuntimeError) as error:
-            # ESPnet's own files of an epoch, which it writes in place: the copy of the epoch before is whole.
-            problem = write_problem(error, output_dir)
-            if problem is None or (isinstance(error, OSError) and error.errno not in _NO_ROOM):
-                raise
-            raise CheckpointError(problem) from error
         if first_process():
             shutil.rmtree(output_dir / DIRECTORY, ignore_errors=True)
 
@@ -105,7 +98,7 @@ class PaMTrainer(Trainer):
                 f"{checkpoint} does not fit this configuration: {error}\n"
                 "  -> give another --tag, or remove the experiment directory to train from the start"
             ) from error
-        # A kill between ESPnet's two writes leaves the epoch's own file missing or cut; averaging needs it.
+        # After a kill between ESPnet's two writes the epoch's own file is missing or cut; averaging needs it.
         states = torch.load(checkpoint, map_location="cpu", weights_only=True)
         own = checkpoint.with_name(f"{states['reporter']['epoch']}epoch.pth")
         if not _loads(own):
@@ -121,9 +114,7 @@ class PaMTrainer(Trainer):
             _copy(output_dir / CHECKPOINT, output_dir / PREVIOUS)
         optimizers = others["optimizers"]
         for optimizer in optimizers:
-            # What an incomplete group of accum_grad batches left: no checkpoint holds gradients, so that a run which
-            # was killed here would go on without them.
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # of an incomplete group of accum_grad batches: no checkpoint holds gradients
 
         def write_curve() -> None:
             _write_curve(output_dir / CURVE, reporter, "train", options.log_interval or 10)
@@ -136,55 +127,88 @@ class PaMTrainer(Trainer):
             resume=options.resume,
             before_save=write_curve,
         )
-        steps: Iterable[Any] = _Progress(epoch, reporter, options) if first_process() else epoch
+        steps = _Steps(epoch, reporter, options, optimizers)
         super().train_one_epoch(model=model, iterator=steps, reporter=reporter, options=options, **others)
         if first_process():
             write_curve()
-        # ESPnet's answer knows the steps of this process only.
-        return not options.no_forward_run and not any(
-            math.isfinite(norm.value) for norm in reporter.stats.get("grad_norm", [])
-        )
+        # ESPnet's answer knows the steps of this process only; it would end training as if all were well.
+        if not options.no_forward_run and not steps.finite_updates():
+            if reporter.count < options.accum_grad:
+                raise ConfigError(f"accum_grad: {options.accum_grad}, but an epoch has {reporter.count} batches")
+            raise ConfigError(steps.diverged())
+        return False
 
     @classmethod
     def validate_one_epoch(
         cls, model: Any, iterator: Iterable[Any], reporter: Any, options: Any, **others: Any
     ) -> None:
-        """ESPnet's validation; its mean goes to the curve as one line."""
+        """ESPnet's validation; its mean goes to the curve as one line.
+
+        Raises:
+            ConfigError: the loss is not finite after the last epoch; there would be a model that answers nothing.
+        """
         super().validate_one_epoch(model=model, iterator=iterator, reporter=reporter, options=options, **others)
+        if reporter.epoch == options.max_epoch and "loss" in reporter.stats:
+            loss = float(aggregate(reporter.stats["loss"]))
+            if not math.isfinite(loss):
+                epochs = f"epoch {reporter.epoch} of {options.max_epoch}"
+                raise ConfigError(f"training diverged in {epochs}: the validation loss is {loss}\n{_WHAT_TO_TRY}")
         if first_process():
             _write_curve(Path(options.output_dir) / CURVE, reporter, "valid", None)
 
 
-class _Progress:
-    """An iterable over batches with a tqdm bar over all epochs, written to a file that a shell can follow."""
+class _Steps:
+    """An iterable over batches: with a tqdm bar over all epochs, written to a file that a shell can follow, and an end
+    when training has diverged (gradients are the same on all ranks, so all of them end)."""
 
-    def __init__(self, iterator: ResumableEpoch, reporter: Any, options: Any) -> None:
-        self.iterator = iterator
+    def __init__(self, epoch: ResumableEpoch, reporter: Any, options: Any, optimizers: Any) -> None:
+        self.epoch = epoch
         self.reporter = reporter
         self.options = options
+        self.optimizers = optimizers
 
     def __len__(self) -> int:
-        return len(self.iterator)
+        return len(self.epoch)
 
     def __iter__(self) -> Iterator[Any]:
         from tqdm import tqdm
 
-        size, epoch = len(self), self.reporter.epoch
-        with open(Path(self.options.output_dir) / PROGRESS, "a", encoding="utf-8") as file:
+        size, number, first = len(self), self.reporter.epoch, first_process()
+        path = Path(self.options.output_dir) / PROGRESS if first else os.devnull
+        with open(path, "a", encoding="utf-8") as file:
             bar = tqdm(
                 total=size * self.options.max_epoch,
-                initial=size * (epoch - 1) + self.iterator.done,
-                desc=f"train, epoch {epoch}/{self.options.max_epoch}",
+                initial=size * (number - 1) + self.epoch.done,
+                desc=f"train, epoch {number}/{self.options.max_epoch}",
                 unit="step",
                 file=file,
                 mininterval=2.0,
                 dynamic_ncols=False,
                 ncols=100,
+                disable=not first,
             )
             with bar:
-                for batch in self.iterator:
+                for batch in self.epoch:
                     yield batch
                     bar.update()
+                    patience = _PATIENCE * self.options.accum_grad
+                    if self.reporter.count >= patience and not self.finite_updates(patience):
+                        raise ConfigError(self.diverged())
+
+    def finite_updates(self, last: int = 0) -> list[int]:
+        """Which of this epoch's ``last`` batches (0: all), from 1, updated the model by finite gradients."""
+        norms = self.reporter.stats.get("grad_norm", [])[-last:]
+        return [step for step, norm in enumerate(norms, 1) if math.isfinite(norm.value)]
+
+    def diverged(self) -> str:
+        """What to tell the user: where, the loss, the learning rate, what to try."""
+        since = max(self.finite_updates(), default=0) + 1
+        loss = self.reporter.stats["loss"][-1].value
+        rate = max(group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups)
+        return (
+            f"training diverged in epoch {self.reporter.epoch} of {self.options.max_epoch}: no finite gradient since "
+            f"step {since} of {len(self)}; loss {loss:.4g}, learning rate {rate:.3g}\n{_WHAT_TO_TRY}"
+        )
 
 
 def _loads(path: Path) -> bool:

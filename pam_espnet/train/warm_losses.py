@@ -1,7 +1,7 @@
-"""What the warm start minimises: the answers' tokens, heard in the audio in the LLM's embedding space.
+"""Losses of the warm start: the answers' tokens are to be detected in the audio, in the LLM's embedding space.
 
 For ASR the answer's tokens follow the audio in time, which is what CTC assumes ("ctc"). The words of a caption or a
-count do not; they are to be heard anywhere in the audio, in any order ("bag").
+count do not; they are to be detected anywhere in the audio, in any order ("bag").
 
 Dimension letters: B utterances, U adapter frames, D width.
 """
@@ -58,7 +58,7 @@ def token_errors(
     """Held-out errors: task -> (errors, reference tokens).
 
     For "ctc" the edit distance of greedy decoding; for "bag" the answer's token types that are not among as many
-    types that are heard most (for an answer of one token: the wrong answers).
+    types that are detected most (for an answer of one token: the wrong answers).
     """
     from rapidfuzz.distance import Levenshtein
 

@@ -24,13 +24,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from espnet2.tasks.abs_task import DistributedOption
+from espnet2.torch_utils.set_all_random_seed import set_all_random_seed
 from torch import Tensor
 
-from pam_espnet.data.tasks import task_spec
+from pam_espnet.config import check_number
+from pam_espnet.data.batching import BatchingOptions
+from pam_espnet.data.tables import read_table
+from pam_espnet.data.tasks import TASKS, task_spec
 from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import atomic_path, load_strict, read_trained, save_trained, write_text
 from pam_espnet.frontend.fusion.routing import router_loss
-from pam_espnet.model import ESPnetPaMModel
+from pam_espnet.llm.prompt_layout import answer_ids
+from pam_espnet.model import ESPnetPaMModel, build_model
+from pam_espnet.train.experiment import read_options
+from pam_espnet.train.step_checkpoint import disk_errors
+from pam_espnet.train.task import PaMTask, parameter_groups, tokenizer_of
 from pam_espnet.train.warm_losses import token_errors, warm_loss
 
 OUTPUT = "warm_start.safetensors"
@@ -45,12 +54,12 @@ class WarmStartOptions:
     Attributes:
         losses: task -> "ctc" or "bag", the tasks whose answers are fitted.
         steps: optimizer steps.
-        single_steps: in so many first steps each batch is heard through one encoder, drawn at random. Mixed from the
+        single_steps: in the first n steps each batch is encoded by one encoder, drawn at random. Mixed from the
             start, untrained encoders drown the one that knows words, and the loss stays on its plateau.
-        held_out_every: fit the weights of encoders and layers on the validation set, one step after so many steps of
+        held_out_every: fit the weights of encoders and layers on the validation set, one step after n steps of
             everything else on the training set (differentiable architecture search: Liu, Simonyan and Yang, ICLR
-            2019, first order). On the training set the encoder wins that is best learnt by heart. 0: everything is
-            fitted on the training set, which is how the paper reads.
+            2019, first order). On the training set the encoder wins that is best memorised. 0: everything is fitted on
+            the training set, which is how the paper reads.
         lr: peak learning rate of AdamW (linear warm-up over a tenth of the steps, cosine to zero).
         lr_scales: parameter-name prefix -> factor on the learning rate, laid over training's ``lr_scale_conf``.
         max_utterances, max_seconds: limits of a batch (``data.batching``).
@@ -76,32 +85,24 @@ class WarmStartOptions:
             task_spec(task)
             if loss not in ("ctc", "bag"):
                 raise ConfigError(f"warm_start_conf.losses.{task}: {loss!r}; choose ctc or bag")
-        if min(self.steps, self.save_every, self.report_every, self.max_utterances) < 1 or self.lr <= 0:
-            raise ConfigError("warm_start_conf: steps, save_every, report_every, max_utterances, lr must be positive")
-        if self.held_out_every < 0:
-            raise ConfigError(f"warm_start_conf.held_out_every: {self.held_out_every}; 0 turns it off")
-        if not 0 <= self.single_steps <= self.steps:
-            raise ConfigError(f"warm_start_conf.single_steps: {self.single_steps} of {self.steps} steps")
+        for name in ("steps", "save_every", "report_every", "max_utterances"):
+            check_number(getattr(self, name), f"warm_start_conf.{name}", at_least=1, whole=True)
+        check_number(self.lr, "warm_start_conf.lr", above=0)
+        check_number(self.held_out_every, "warm_start_conf.held_out_every", at_least=0, whole=True)
+        check_number(self.single_steps, "warm_start_conf.single_steps", at_least=0, at_most=self.steps, whole=True)
 
 
 def write_token_ids(texts: Sequence[str], tokenizer: Any, path: str | Path) -> int:
     """Write the ids of all token types in ``texts``, one per line, sorted; returns how many."""
-    from pam_espnet.llm.prompt_layout import answer_ids
-
     ids = sorted({token for text in texts for token in answer_ids(tokenizer, text)[:-1]})
     write_text(path, "".join(f"{token}\n" for token in ids))
     return len(ids)
 
 
 def fit_router(model: ESPnetPaMModel, pairs: Sequence[tuple[str, int]], steps: int = 200, lr: float = 1e-3) -> float:
-    """Fit the router to tasks, from the prompts alone; returns its loss at the end.
+    """Fit a supervised router to distinct (prompt, task index); returns its loss at the end.
 
     Comes before the CTC steps, so that the expert they fit is the one that ASR prompts will be routed to.
-
-    Args:
-        model: with ``router_loss_weight`` above zero; other models have no supervised router.
-        pairs: distinct (prompt, task index).
-        steps, lr: of Adam.
     """
     vectors = model.prompt_vectors([prompt for prompt, _ in pairs])
     task = torch.tensor([index for _, index in pairs], device=vectors.device)
@@ -139,7 +140,7 @@ def fit(
     Args:
         model: with a CTC head; its LLM is not trained.
         train, valid: ``PaMIterFactory`` over utterances of the chosen tasks.
-        options: see ``WarmStartOptions``.
+        options: how long and how fast.
         output_dir: the experiment directory.
         device: a torch device.
         lr_scales: parameter-name prefix -> factor on the learning rate.
@@ -150,14 +151,7 @@ def fit(
     """
     from tqdm import tqdm
 
-    from pam_espnet.train.task import parameter_groups
-
-    output_dir.mkdir(parents=True, exist_ok=True)
     done = output_dir / OUTPUT
-    if done.exists():
-        read_trained(done)
-        logging.info(f"{done}: already there")
-        return done
     model.to(device)
     model.train()
     model.decoder.requires_grad_(False)
@@ -187,6 +181,11 @@ def fit(
                 unaligned += skipped
                 if count == 0:
                     continue
+                if not torch.isfinite(total):
+                    raise ConfigError(
+                        f"the warm start diverged at step {step + 1} of {options.steps}: loss {total.item()}, learning "
+                        f"rate {options.lr:.3g}\n  -> give another --tag and a lower warm_start_conf.lr"
+                    )
                 if mixture and step % options.held_out_every == 0:
                     _step(model, next(held_out), options.losses, only, optimizer, mixture)
                 step += 1
@@ -211,8 +210,7 @@ def fit(
     rates = {task: wrong / max(tokens, 1) for task, (wrong, tokens) in sorted(errors.items())}
     lines.append({"step": step, **{f"valid_token_error_rate_{task}": round(rate, 4) for task, rate in rates.items()}})
     write_text(output_dir / LOG, "".join(json.dumps(line) + "\n" for line in lines))
-    trained = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
-    save_trained(trained, done)
+    save_trained(_trained(model), done)
     (output_dir / STATE).unlink(missing_ok=True)
     shown = ", ".join(f"{task} {rate:.1%}" for task, rate in rates.items())
     seconds = time.monotonic() - started
@@ -248,12 +246,14 @@ def _endless(valid: Any, epoch: int) -> Iterator[Mapping[str, Any]]:
         yield from (batch for _, batch in shuffled.build_iter(number))
 
 
+def _trained(model: ESPnetPaMModel) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("decoder.")}
+
+
 def _save(path: Path, model: ESPnetPaMModel, optimizer: Any, step: int, epoch: int, lines: list[dict]) -> None:
-    trained = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
+    state = {"model": _trained(model), "optimizer": optimizer.state_dict()}
     with atomic_path(path) as tmp:
-        torch.save(
-            {"model": trained, "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch, "lines": lines}, tmp
-        )
+        torch.save({**state, "step": step, "epoch": epoch, "lines": lines}, tmp)
 
 
 def _resume(path: Path, model: ESPnetPaMModel, optimizer: Any) -> tuple[int, int, list[dict]]:
@@ -271,28 +271,14 @@ def _resume(path: Path, model: ESPnetPaMModel, optimizer: Any) -> tuple[int, int
 
 
 def run(args: argparse.Namespace) -> Path:
-    """Warm start as ``bin/pam_warm_start.py`` calls it, with the options of a training run.
+    """Warm start with the options of a training run, parsed by ``PaMTask.get_parser()``.
 
-    Args:
-        args: parsed by ``PaMTask.get_parser()``; ``model_conf.ctc_tokens`` names the file of token ids, which is
-            written here when it is missing.
+    ``model_conf.ctc_tokens`` names the file of token ids, which is written here when it is missing.
 
     Raises:
         ConfigError: no utterances of these tasks, or keys that nobody reads in ``warm_start_conf``.
     """
-    from espnet2.tasks.abs_task import DistributedOption
-    from espnet2.torch_utils.set_all_random_seed import set_all_random_seed
-
-    from pam_espnet.data.batching import BatchingOptions
-    from pam_espnet.data.tables import read_table
-    from pam_espnet.data.tasks import TASKS
-    from pam_espnet.model import build_model
-    from pam_espnet.train.task import PaMTask, tokenizer_of
-
-    try:
-        options = WarmStartOptions(**(args.warm_start_conf or {}))
-    except TypeError as error:
-        raise ConfigError(f"config key 'warm_start_conf': {error}") from error
+    options = read_options(WarmStartOptions, vars(args), "warm_start_conf")
     output_dir = Path(args.output_dir)
     if (output_dir / OUTPUT).exists():
         read_trained(output_dir / OUTPUT)
@@ -328,18 +314,15 @@ def run(args: argparse.Namespace) -> Path:
         answers = [texts[utt] for utt in factories["train"].tasks]
         count = write_token_ids(answers, tokenizer_of(args), tokens)
         logging.info(f"{tokens}: {count} token types in {len(answers)} training answers")
-    model = build_model(vars(args))
-    return fit(
-        model,
-        factories["train"],
-        factories["valid"],
-        options,
-        output_dir,
-        device="cuda" if args.ngpu > 0 else "cpu",
-        lr_scales={
-            prefix: factor
-            for prefix, factor in {**(args.lr_scale_conf or {}), **options.lr_scales}.items()
-            if not prefix.startswith("decoder")
-        },
-        router_pairs=pairs,
-    )
+    scales = {**(args.lr_scale_conf or {}), **options.lr_scales}
+    with disk_errors(output_dir):
+        return fit(
+            build_model(vars(args)),
+            factories["train"],
+            factories["valid"],
+            options,
+            output_dir,
+            device="cuda" if args.ngpu > 0 else "cpu",
+            lr_scales={prefix: factor for prefix, factor in scales.items() if not prefix.startswith("decoder")},
+            router_pairs=pairs,
+        )

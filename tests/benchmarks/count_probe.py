@@ -6,7 +6,7 @@ it says what a layer holds, not what the whole model makes of it. Which layer to
 accuracy, so the test set judges the choice and does not make it.
 
     python tests/benchmarks/count_probe.py --train data/train --test data/test_count \\
-        --model ge2e=downloads/models/ge2e --model pyannote=downloads/models/pyannote-segmentation --output probe.json
+        --model yamnet=downloads/models/yamnet --model whisper=downloads/models/whisper-tiny.en --output probe.json
 
 Prints, per layer, accuracy with its bootstrap 95 % interval; per encoder the CPU seconds per second of audio on one
 thread; and the chosen layers' differences to the first encoder's, paired over the test utterances. Writes all of it as

@@ -1,4 +1,4 @@
-"""The page in a browser: what it answers, and what it says when it cannot."""
+"""The page in a browser: its answers, and its messages when there is none."""
 
 from __future__ import annotations
 

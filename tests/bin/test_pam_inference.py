@@ -18,7 +18,7 @@ from pam_espnet.data.tasks import TASKS
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.speech_llm import PartialAnswer, SpeechLLM
 from pam_espnet.errors import ConfigError, DataError
-from pam_espnet.search.options import BeamOptions
+from pam_espnet.search.hypothesis import BeamOptions
 
 PROMPT = "Describe the sounds."
 
@@ -95,8 +95,8 @@ def test_partial_answers(exp: Path, wave: np.ndarray) -> None:
     waves, prompts = [wave, wave[:9000]], [PROMPT, "How many people are speaking?"]
     answers = model.answer(waves, prompts, on_partial=steps.append)
     assert [answer.texts for answer in answers] == [answer.texts for answer in model.answer(waves, prompts)]
-    for place, answer in enumerate(answers):
-        own = [one for partials in steps for one in partials if one.utterance == place]
+    for index, answer in enumerate(answers):
+        own = [one for partials in steps for one in partials if one.utterance == index]
         assert [one.done for one in own] == [False] * (len(own) - 1) + [True]
         assert own[-1].text == answer.texts[0] and own[-1].score == answer.scores[0]
         assert [len(one.tokens) for one in own[:-1]] == list(range(1, len(own)))

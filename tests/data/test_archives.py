@@ -1,4 +1,4 @@
-"""Unpacking: what is in an archive, what must not be, and what a cut or damaged one says."""
+"""Unpacking: what is in an archive, what is refused, and errors about cut or damaged ones."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_a_command_is_run_without_a_shell(tmp_path: Path) -> None:
     [
         ("cat a.wav | sox - |", "put the commands into an executable script"),
         ("cat a.wav|sox - |", "put the commands into an executable script"),
-        ("|", "is an empty command"),
+        ("|", "is not one command"),
         ("cat 'a.wav |", "repair the quotes"),
         ("no-such-program-here a.wav |", "install the program"),
         (f"{sys.executable} -c 'import sys; sys.exit(\"out of tape\")' |", "status 1: out of tape"),

@@ -1,4 +1,4 @@
-"""Batches: every utterance as often as its share says, within the limits, the same for the same seed."""
+"""Batches: every utterance as often as its share, within the limits, the same for the same seed."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_weights_and_an_exponent_set_the_shares_of_the_tasks(options: dict, shar
         assert seen[task] / sum(seen.values()) == pytest.approx(share, abs=0.02)
 
 
-def test_weights_do_not_change_who_gets_which_plan() -> None:
-    """The data as they are, said in two ways; the same seed, the same plan; another pass, another one."""
+def test_equal_shares_give_equal_plans() -> None:
+    """The data as they are, written in two ways; the same seed, the same plan; another pass, another one."""
     as_they_are = BatchingOptions(task_exponent=1.0)
     assert plan_pass(SECONDS, BIG, as_they_are, 4, 2) == plan_pass(SECONDS, BIG, BatchingOptions(), 4, 2)
     half = BatchingOptions(task_exponent=0.5, task_weights={"count": 3.0})
@@ -98,13 +98,13 @@ def test_plans_of_the_mini_recipe_stay_what_they_are() -> None:
     )
 
 
-def test_what_was_seen_is_said() -> None:
+def test_counts_and_hours_of_a_plan() -> None:
     plan = [["utt000", "utt001"], ["utt002", "utt000"]]
     seconds = {"utt000": 1800.0, "utt001": 360.0, "utt002": 0.0}
     assert describe_seen(plan, seconds, TASKS) == "asr 3 (75.0%, 1.00 h), count 1 (25.0%, 0.10 h)"
 
 
-def test_an_overlong_utterance_stands_alone() -> None:
+def test_an_overlong_utterance_makes_a_separate_batch() -> None:
     seconds = {"a": 1.0, "b": 100.0, "c": 1.0}
     assert cut(["a", "b", "c"], seconds, BatchingOptions(max_seconds=10)) == [["a"], ["b"], ["c"]]
 
@@ -118,14 +118,14 @@ def test_options_out_of_range_are_refused() -> None:
     for wrong in ({"max_utterances": 0}, {"max_seconds": -1.0}, {"pool": 0}, {"task_share": {"asr": -1.0}}):
         with pytest.raises(ConfigError, match="batching_conf"):
             BatchingOptions(**wrong)
-    for wrong, said in (
+    for wrong, message in (
         ({"task_weights": {"asr": 1.0}}, "need a task_exponent"),
         ({"task_exponent": 1.0, "task_share": {"asr": 1.0}}, "give one"),
-        ({"task_exponent": 1.0, "task_weights": {"asr": -1.0}}, "must not be negative"),
-        ({"task_exponent": 1.0, "task_counts": {"asr": 0.0}}, "must be positive"),
+        ({"task_exponent": 1.0, "task_weights": {"asr": -1.0}}, "at least 0"),
+        ({"task_exponent": 1.0, "task_counts": {"asr": 0.0}}, "above 0"),
         ({"task_exponent": 1.0, "task_weights": {"cuont": 1.0}}, "unknown task 'cuont'"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             BatchingOptions(**wrong)
     nothing = BatchingOptions(task_exponent=1.0, task_weights={"asr": 0.0, "count": 0.0})
     with pytest.raises(ConfigError, match="no batch"):

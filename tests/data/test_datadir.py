@@ -15,7 +15,7 @@ from pam_espnet.errors import ConfigError, DataError
 
 
 def replace_line(name: str, line: int, new: str) -> Callable[[Path], None]:
-    """A change that puts ``new`` (nothing: no line) in the place of line ``line`` of a table."""
+    """A change that puts ``new`` (nothing: no line) instead of line ``line`` of a table."""
 
     def change(root: Path) -> None:
         lines = (root / name).read_text().splitlines(keepends=True)

@@ -28,7 +28,7 @@ def tool(repo_root: Path, name: str, *args: object) -> int:
     return run_main(main, [str(arg) for arg in args])
 
 
-def test_fix_repairs_and_says_what_it_did(tmp_path: Path, repo_root: Path, capsys: pytest.CaptureFixture) -> None:
+def test_fix_repairs_and_reports(tmp_path: Path, repo_root: Path, capsys: pytest.CaptureFixture) -> None:
     root = make_data(tmp_path / "data", utterances=9)
     lines = (root / "text").read_bytes().splitlines(keepends=True)
     lines[1] = b"utt2\n"
@@ -47,7 +47,7 @@ def test_fix_repairs_and_says_what_it_did(tmp_path: Path, repo_root: Path, capsy
     assert data.utt2spk["utt1"] == "utt1"
     printed = capsys.readouterr().out
     for line in (
-        "wrote utt2spk: every utterance is its own speaker",
+        "wrote utt2spk: one speaker for each utterance",
         "sorted text",
         "repaired text:8: key 'utt2' has no value",
         "repaired text:7: not UTF-8",
@@ -102,9 +102,10 @@ def test_fix_with_segments(tmp_path: Path) -> None:
     [
         ("text", "utt1 a\nutt1 b\n", "text:2: .*another value(.|\n)*decide which line"),
         ("text", "utt1 a\rutt2 b\r", "text:1: has carriage returns within the line(.|\n)*tr"),
+        ("wav.scp", "".join(f"utt{n} {'x' * 300}\n" for n in range(1, 5)), "wav.scp:1: 'utt1': no such audio file"),
         ("wav.scp", None, "wav.scp: no such file"),
         ("text", None, "text: no such file"),
-        ("text", "other 1\n", "no utterance is left"),
+        ("text", "other 1\n", "text:1: 'other': not in prompt"),
     ],
 )
 def test_fix_leaves_to_people_what_only_they_can_decide(
@@ -163,8 +164,8 @@ def test_combine_corpora(tmp_path: Path, repo_root: Path, capsys: pytest.Capture
     assert read_table(tmp_path / "union/missing") == {"b9": "missing: gone"}
     capsys.readouterr()
     assert tool(repo_root, "combine_data_dir", "--distinct_speakers", tmp_path / "strict", one, two) == 1
-    said = capsys.readouterr().err
-    assert f"speaker 'speaker0' is in {one} and in {two}" in said and "other names in utt2spk" in said
+    printed = capsys.readouterr().err
+    assert f"speaker 'speaker0' is in {one} and in {two}" in printed and "other names in utt2spk" in printed
     assert not (tmp_path / "strict").exists()
 
     third = make_data(tmp_path / "third", prefix="c")  # has none of these tables: the target's old ones go

@@ -1,4 +1,4 @@
-"""Formatting: what is written, what is skipped and why, and going on after a kill."""
+"""Formatting: what is written, what is skipped and why, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -122,12 +122,12 @@ def test_skips_are_listed_with_the_reason(tmp_path: Path) -> None:
 
 def test_too_many_skips_is_an_error(tmp_path: Path) -> None:
     source = make_data(tmp_path / "data")
-    with pytest.raises(DataError, match=r"4 of 4 utterances cannot be used(.|\n)*too long(.|\n)*--max-seconds"):
+    with pytest.raises(DataError, match=r"4 of 4 utterances cannot be used(.|\n)*too long(.|\n)*--max_seconds"):
         format_data_dir(source, tmp_path / "dump", max_seconds=0.2)
     assert not (tmp_path / "dump" / "passport.json").exists()
 
 
-def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_data(tmp_path / "data")
     format_data_dir(source, tmp_path / "unbroken")
     target, done = tmp_path / "dump", []
@@ -176,6 +176,17 @@ def test_only_what_changed_is_done_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert new.utterances["utt2"]["sha256"] != old.utterances["utt2"]["sha256"]
     assert not (target / "audio" / "utt4.flac").exists()
     done.clear()
+    size = (source / "wav" / "utt1.wav").stat().st_size
+    (source / "wav" / "utt1.wav").write_bytes(bytes(size))
+    soundfile.write(source / "wav" / "utt2.wav", np.zeros(RATE), RATE)
+    (source / "wav" / "utt3.wav").touch()
+    for changed in (["utt1", "utt2", "utt3"], ["utt1"]):  # what was unreadable is tried again, what was silent is not
+        with pytest.raises(DataError, match="2 of 3 utterances cannot be used"):
+            format_data_dir(source, target)
+        assert done == changed
+        done.clear()
+    make_data(tmp_path / "again", utterances=3)
+    source = tmp_path / "again"
     format_data_dir(source, target, sample_rate=8000)
     assert done == ["utt1", "utt2", "utt3"]
     settings = json.loads((target / ".passport.jsonl").read_text().splitlines()[0])["settings"]

@@ -1,4 +1,4 @@
-"""Mixtures: equal power, the label that is heard, and generators that belong to keys."""
+"""Mixtures: equal power, the label, and generators that belong to keys."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_voices_have_equal_power_whatever_they_had_before() -> None:
     assert np.sqrt(np.mean(mix.astype(np.float64) ** 2)) == pytest.approx(1.0, rel=1e-3)
 
 
-def test_label_counts_who_speaks_at_once() -> None:
+def test_label_counts_simultaneous_voices() -> None:
     first, second, third = tone(200, 0.5, 0.0, 0.4), tone(330, 0.5, 0.3, 0.6), tone(470, 0.5, 0.7, 1.0)
     assert most_at_once([first, second, third]) == 2
     assert most_at_once([first, third]) == 1

@@ -35,7 +35,7 @@ def test_files_of_other_systems_are_read(tmp_path: Path, content: bytes) -> None
 
 
 @pytest.mark.parametrize(
-    ("content", "fields", "said"),
+    ("content", "fields", "message"),
     [
         ("Say it.\n\nÉcoutez.\n".encode("latin-1"), (), "x.txt:3: not UTF-8 (byte 0xc9 at column 1)\n  -> convert"),
         ("Say it.\n".encode("utf-16"), (), "iconv -f utf-16"),
@@ -48,11 +48,11 @@ def test_files_of_other_systems_are_read(tmp_path: Path, content: bytes) -> None
         ("Is it {0}?\n", None, "x.txt:1: 'Is it {0}?': {0} is no {field}"),
     ],
 )
-def test_mistakes(tmp_path: Path, content: str | bytes, fields: tuple[str, ...] | None, said: str) -> None:
+def test_mistakes(tmp_path: Path, content: str | bytes, fields: tuple[str, ...] | None, message: str) -> None:
     (tmp_path / "x.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError) as caught:
         read_prompts(tmp_path / "x.txt", fields)
-    assert said in str(caught.value) and caught.value.hint
+    assert message in str(caught.value) and caught.value.hint
     with pytest.raises(DataError, match="no such prompt file"):
         read_prompts(tmp_path / "y.txt")
 

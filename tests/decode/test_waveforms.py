@@ -60,6 +60,8 @@ def test_full_scale_of_integers() -> None:
         (WAVE.astype("c8"), "samples are complex64"),
         (WAVE > 0, "samples are bool"),
         (["a", "b"], "samples are <U1"),
+        ([[0.1], [0.2, 0.3]], "is no array of samples"),
+        (torch.zeros(3, requires_grad=True), "is no array of samples"),
     ],
 )
 def test_what_is_no_waveform_is_refused_in_words(samples: Any, message: str) -> None:

@@ -90,7 +90,7 @@ def test_mix_is_the_weighted_sum_of_normalised_layers():
     assert mixed[1].eq(0).all()
 
 
-def test_mix_ignores_what_stands_beyond_the_frames_and_keeps_float32():
+def test_mix_ignores_states_beyond_the_frames_and_keeps_float32():
     states = torch.randn(1, 2, 6, 4)
     weights = torch.tensor([[0.5, 0.5]])
     clean = mix_layers(states, torch.tensor([4]), weights, (4, 4))

@@ -41,7 +41,7 @@ def test_what_cannot_be_aligned_is_counted(head: EmbeddingCTC) -> None:
     nothing.backward()
 
 
-def test_training_it_learns_and_leaves_the_rows_alone(head: EmbeddingCTC) -> None:
+def test_training_changes_no_rows(head: EmbeddingCTC) -> None:
     rows = head.rows.clone()
     frames = torch.nn.Parameter(torch.randn(1, 6, 16))
     optimizer = torch.optim.Adam([frames, *head.parameters()], lr=0.05)

@@ -61,7 +61,7 @@ def _batch(padding: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_padded_equals_unpadded(encoder: AbsEncoder) -> None:
-    """Neighbours, padding and what stands in the padding change neither frames nor values."""
+    """Neighbours, padding and values in the padding change neither frames nor values."""
     wave, lengths = _batch(padding=torch.nan)
     together, frames = encoder(wave, lengths)
     assert together.shape == (len(SAMPLES), encoder.num_layers, int(frames.max()), encoder.width)

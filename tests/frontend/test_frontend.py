@@ -238,7 +238,7 @@ def test_encoders_follow_to_the_device_but_stay_in_float32():
         assert (weight.device.type, weight.dtype) == ("meta", torch.float32)
 
 
-def test_autocast_leaves_encoders_and_router_in_float32():
+def test_encoders_and_router_are_in_float32_under_autocast():
     frontend = make().eval()
     num_samples, prompt, wave = batch(0.7)
     plain_hidden, plain = frontend.encode(wave, num_samples), frontend.route(prompt)

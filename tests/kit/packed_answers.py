@@ -14,7 +14,7 @@ from pam_espnet.decode.shards import read_wave
 
 
 def check_archive(archive: Path, decoded: Path, data: Path, models: Mapping[str, Path], limit: int = 2) -> None:
-    """That ``archive`` answers the first utterances of ``data`` as the decode directory ``decoded`` of its set says.
+    """Check that ``archive`` answers the first utterances of ``data`` as ``decoded``, its decode directory, does.
 
     Relative paths, in ``data`` and of models that are not named, start at the working directory.
     """

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 
@@ -22,6 +22,12 @@ def local_modules(folder: Path, names: Sequence[str]) -> Iterator[SimpleNamespac
         del sys.modules[name]
         if module is not None:
             sys.modules[name] = module
+
+
+def mini_converter(name: str) -> ModuleType:
+    """A converter of the mini recipe."""
+    with local_modules(Path(__file__).resolve().parents[2] / "egs/mini/pam1/local", (name, "model_files")) as local:
+        return getattr(local, name)
 
 
 class SerialPool:

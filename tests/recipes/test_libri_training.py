@@ -37,7 +37,7 @@ def test_librispeech(tmp_path: Path, mini_models: Path, tiny_llm_dir: Path, monk
     corpus = make_librispeech(
         tmp_path, {"train-clean-5": 3, "dev-clean-2": 1, "test-clean": 1, "test-other": 1}, utterances=2
     )
-    recipe = copy_recipe(tmp_path / "tree", "librispeech")
+    recipe = copy_recipe(tmp_path / "bob's own tree", "librispeech")  # a path that a shell would take apart
     done = run(recipe, *small(recipe, mini_models, tiny_llm_dir), "--librispeech", str(corpus), "--stop_stage", "6")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for name in ("test_clean", "test_other"):

@@ -147,7 +147,7 @@ def test_one_framing_and_recordings_for_empty_clips(here: tuple[SimpleNamespace,
 # ---- mixtures and questions -----------------------------------------------------------------------------------------
 
 
-def test_all_voices_of_a_mixture_are_heard_at_once(local: SimpleNamespace, corpora: Path) -> None:
+def test_all_voices_of_a_mixture_are_active_at_once(local: SimpleNamespace, corpora: Path) -> None:
     paths = [[str(path) for path in sorted(reader.rglob("*.flac"))] for reader in sorted(corpora.glob("*/dev*/*"))]
     for number in (1, 4, 10):
         wave = local.mix.render((1, f"k{number}", paths[:number], []))
@@ -162,15 +162,15 @@ def test_a_mixture_whose_label_would_be_wrong_is_drawn_again_and_then_refused(
     local: SimpleNamespace, corpora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [[str(path) for path in sorted(reader.rglob("*.flac"))] for reader in sorted(corpora.glob("*/dev*/*"))]
-    heard = iter([1, 2])
-    monkeypatch.setattr(local.mix, "most_at_once", lambda streams: next(heard))
+    active = iter([1, 2])
+    monkeypatch.setattr(local.mix, "most_at_once", lambda streams: next(active))
     assert local.mix.render((1, "k", paths[:2], [])).shape == (5 * RATE,)
     monkeypatch.setattr(local.mix, "most_at_once", lambda streams: 1)
-    with pytest.raises(DataError, match="its 2 voices are never heard at once"):
+    with pytest.raises(DataError, match="its 2 voices are never active at once"):
         local.mix.render((1, "k", paths[:2], []))
 
 
-def test_questions_tell_nothing(local: SimpleNamespace) -> None:
+def test_questions_have_no_information(local: SimpleNamespace) -> None:
     """Each number is asked about equally often with either answer, so the prompt does not give the answer away."""
     counts = {f"{count}_{index}": count for count in range(11) for index in range(520)}
     asked = local.questions.asked_numbers(counts, 1)

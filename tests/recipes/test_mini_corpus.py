@@ -68,7 +68,7 @@ def write_audio(path: Path, wave: np.ndarray, rate: int = RATE) -> None:
 
 
 def fake_packages(downloads: Path, voices: dict[str, dict[str, str]], sounds: dict[str, dict[str, list[str]]]) -> None:
-    """Folders as download.py leaves them, with hums for voices and sounds."""
+    """Folders as download.py makes them, with hums for voices and sounds."""
     root = downloads / "unpacked"
     listing = root / "asterisk-core-sounds-en/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
     listing.parent.mkdir(parents=True)
@@ -165,7 +165,7 @@ def test_corpus_is_whole_disjoint_and_the_same_twice(small: SimpleNamespace, mon
     shutil.rmtree(data)
     prepare(small.local)
     assert hashes(data) == first
-    # another seed is another corpus, made anew in the same place
+    # another seed is another corpus, made anew in the same folder
     prepare(small.local, seed=2)
     assert hashes(data)["audio/count/test/count-test-00001.flac"] != first["audio/count/test/count-test-00001.flac"]
 
@@ -298,7 +298,7 @@ def test_scene_is_five_to_ten_seconds_and_not_clipped(local: SimpleNamespace, tm
 
 @pytest.mark.slow
 def test_real_packages(local: SimpleNamespace, mini_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every recording the tables name is there, and the English prompts normalise and split as the README says."""
+    """Every recording the tables name is there, and the English prompts normalise and split as in the README."""
     downloads = mini_models.parent
     for voice in [name for names in local.count.read_voices(LOCAL / "voices.yaml").values() for name in names]:
         assert len(local.recordings.voice_clips(downloads, voice)) >= 6, voice

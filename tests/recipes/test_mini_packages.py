@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import shutil
 import struct
 import subprocess
@@ -128,7 +129,7 @@ def test_wheel_is_fetched_checked_unpacked_and_kept(
     assert "thing 1.0: MIT" in capsys.readouterr().out
 
 
-def test_wrong_hash_says_expected_and_got(local: SimpleNamespace, tmp_path: Path) -> None:
+def test_wrong_hash_names_expected_and_found(local: SimpleNamespace, tmp_path: Path) -> None:
     source = make_wheel(tmp_path / "downloads/packages/thing-1.0-py3-none-any.whl", {"a": b"1"})
     entry = package(local, source, "python")
     make_wheel(source, {"a": b"2"})
@@ -203,8 +204,8 @@ def test_apt_falls_back_to_fresh_lists(local: SimpleNamespace, tmp_path: Path, m
     (tmp_path / "bin").mkdir()
     apt = tmp_path / "bin/apt-get"
     apt.write_text(
-        f"#!/bin/sh\necho \"$@\" >> {tmp_path}/calls\n"
-        "case \"$*\" in *Dir::State::lists*download*) echo deb > thing_1.0_all.deb;;\n"
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n'
+        'case "$*" in *Dir::State::lists*download*) echo deb > thing_1.0_all.deb;;\n'
         "*update*) exit 0;; *) echo '404  Not Found' >&2; exit 100;; esac\n",
         encoding="utf-8",
     )
@@ -228,23 +229,26 @@ def test_unknown_package_name_lists_the_known(local: SimpleNamespace, tmp_path: 
 def test_models_are_converted_once(
     local: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pam_espnet.convert.common import model_folder
-
     folder = tmp_path / "unpacked/pack"
     (folder / "info").mkdir(parents=True)
     (folder / ".completed").write_text("x\n", encoding="utf-8")
     (folder / "model.bin").write_bytes(b"weights")
     (folder / "info/LICENSE").write_text("Copyright of somebody else\n\nPermission is granted.\n", encoding="utf-8")
-    converter = ModuleType("pam_espnet.convert.fake")
+    converter = ModuleType("fake_converter")
 
-    def convert(source: Path, out: Path, licence: str) -> None:
-        with model_folder(out, source=source, licence=licence, source_format="fake") as made:
-            (made / "model.safetensors").write_bytes(source.read_bytes())
+    def convert(source: Path, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(source.read_bytes())
 
     converter.convert = convert  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pam_espnet.convert.fake", converter)
+    monkeypatch.setitem(sys.modules, "fake_converter", converter)
     model = local.models.Model(
-        "m", "pack", "model.bin", "fake", ("pack", "info/LICENSE"), "M, by its authors.", only_from="Permission"
+        "m",
+        "pack",
+        "model.bin",
+        "fake_converter",
+        ("pack", "info/LICENSE"),
+        "M, by its authors.",
+        only_from="Permission",
     )
     for _ in range(2):
         local.models.make_models((model,), tmp_path)
@@ -252,9 +256,17 @@ def test_models_are_converted_once(
     assert output.count("wrote") == 1 and output.count("there already") == 1
     licence = (tmp_path / "models/m/LICENSE").read_text(encoding="utf-8")
     assert licence == "M, by its authors.\n\nPermission is granted.\n"
+    record = json.loads((tmp_path / "models/m/provenance.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert (record["converter"], record["source"], record["source_sha256"]) == ("fake-converter", "model.bin", digest)
+    assert sorted(record["files_sha256"]) == ["LICENSE", "model.safetensors"]
+    assert record["files_sha256"]["model.safetensors"] == digest
     (tmp_path / "models/m/model.safetensors").unlink()
     local.models.make_models((model,), tmp_path)
     assert (tmp_path / "models/m/model.safetensors").exists()
+    (folder / "model.bin").unlink()
+    with pytest.raises(DataError, match=r"model\.bin: no such file"):
+        local.models.make_models((model,), tmp_path)
 
 
 @pytest.mark.parametrize("script", ["download.py", "models.py", "prepare.py"])

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from libri_corpora import copy_recipe
+
+from pam_espnet.cli import run_record
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.parent for path in ROOT.glob("egs/*/*/run.sh") if path.parent.parent.name != "TEMPLATE")
@@ -76,7 +80,7 @@ def test_dry_run_prints_all_stages_and_writes_nothing(recipe: Path, fusion: str,
         assert f"stage {stage} " in done.stdout
     file, changes = overlay(recipe, fusion)
     assert f"exp/{fusion.replace(':', '_')}_{size}" in done.stdout and all(change in done.stdout for change in changes)
-    assert str(file.relative_to(recipe if file.is_relative_to(recipe) else ROOT)) in done.stdout
+    assert str(file.relative_to(recipe if file.is_relative_to(recipe) else TEMPLATE.parents[1])) in done.stdout
     starts = ("pam_format --data", "pam_estimate --train", "pam_warm_start --train", "pam_train --train", "pam_score")
     for module in starts:
         assert f"pam_espnet.bin.{module}" in done.stdout
@@ -143,7 +147,7 @@ def check_configuration(recipe: Path, files: list[Path], changes: list[str], tmp
     from pam_espnet.frontend.frontend import PaMFrontend
     from pam_espnet.frontend.fusion.registry import build_fusion
     from pam_espnet.frontend.masking import MaskOptions
-    from pam_espnet.llm.llm import LLMDecoder
+    from pam_espnet.llm.llm import LLM
     from pam_espnet.model import ESPnetPaMModel
     from pam_espnet.train.experiment import merged_config
     from pam_espnet.train.task import PaMTask
@@ -157,7 +161,7 @@ def check_configuration(recipe: Path, files: list[Path], changes: list[str], tmp
     read_wordings({task: recipe / path for task, path in args.prompt_files.items()})
     frontend = args.frontend_conf
     MaskOptions(**frontend.get("mask_conf", {}))
-    check_options(config["llm_conf"], "llm_conf", LLMDecoder.from_pretrained, LLMDecoder)
+    check_options(config["llm_conf"], "llm_conf", LLM.from_pretrained, LLM)
     check_options(frontend, "frontend_conf", PaMFrontend)
     model_conf = {k: v for k, v in config["model_conf"].items() if k != "extract_feats_in_collect_stats"}
     check_options(model_conf, "model_conf", ESPnetPaMModel)
@@ -220,6 +224,43 @@ def test_a_comparison_runs_every_fusion_once_and_puts_them_side_by_side(script: 
     assert "pam_score --compare exp/pam_" in report
     assert all(f" exp/{name.replace(':', '_')}_" in report for name in names)
     assert sorted(recipe.iterdir()) == before
+
+
+def test_a_folder_with_blank_and_apostrophe_is_one_word(tmp_path: Path) -> None:
+    recipe = copy_recipe(tmp_path / "bob's own tree", "mini")
+    options = ["--dry_run", "true", "--fusion", "single:whisper"]
+    options += ["--train_config", r"conf/train.yaml conf/my\ own.yaml"]
+    for more, runner in (
+        ([], ["utils/run.py"]),
+        (["--cmd", "slurm"], ["utils/slurm.py", "--config", "egs/TEMPLATE/pam1/slurm.conf"]),
+    ):
+        done = call(recipe, *options, *more)
+        assert done.returncode == 0, done.stderr
+        commands = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("    ")]
+        jobs = [words for words in commands if words[0].endswith(runner[0])]
+        assert len(jobs) == 5  # cache, warm start, training, two decodings
+        root = tmp_path / "bob's own tree"
+        for words in jobs:
+            assert words[: len(runner)] == [str(root / word) if "/" in word else word for word in runner]
+        assert "conf/my own.yaml" in jobs[0]
+
+
+def test_jobs_of_another_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("train_cmd", r"/opt/my\ queue --time 3")
+    done = call(RECIPES[0], "--dry_run", "true")
+    words = next(shlex.split(line) for line in done.stdout.splitlines() if "pam_train" in line)
+    assert words[:4] == ["/opt/my queue", "--time", "3", "--gpu"]
+
+
+@pytest.mark.parametrize("typed", ["/data/bob's", "a b", 'say "hi"', "$(touch pwned)", "größer", "back\\slash"])
+def test_the_command_is_kept_word_by_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
+    recipe = copy_recipe(tmp_path / "tree", "mini")
+    (recipe / "local/options.sh").write_text('printf "%s" "${PAM_COMMAND}" >command\n')
+    assert call(recipe, "--dry_run", "true", "--train_set", typed).returncode == 0
+    monkeypatch.setenv("PAM_COMMAND", (recipe / "command").read_text())
+    assert run_record("x")["command"][-2:] == ["--train_set", typed]
+    monkeypatch.setenv("PAM_COMMAND", f"./run.sh {typed}")  # of a caller who quotes nothing
+    assert run_record("x")["command"][0] == "./run.sh"
 
 
 def test_a_new_recipe_is_made_and_refuses_to_overwrite(tmp_path: Path) -> None:

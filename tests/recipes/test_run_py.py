@@ -39,6 +39,17 @@ def test_arguments_reach_the_command_as_they_are(repo_root: Path, tmp_path: Path
     assert not (tmp_path / "pwned").exists()
 
 
+def test_blanks_and_apostrophes_in_paths(repo_root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bob's own folder"
+    folder.mkdir()
+    program = folder / "a program.py"
+    program.write_text("#!/usr/bin/env python3\nimport sys; print(sys.argv[1:])")
+    program.chmod(0o755)
+    log = folder / "the logs/x JOB.log"
+    assert run(repo_root, folder, "JOB=1:2", str(log), str(program), str(folder)).returncode == 0
+    assert repr([str(folder)]) in (folder / "the logs/x 2.log").read_text()
+
+
 def test_a_failed_run_shows_its_log_and_the_others_end(repo_root: Path, tmp_path: Path) -> None:
     script = "i=0; while [ $i -lt 30 ]; do echo line $i; i=$((i + 1)); done; [ NUM != 2 ] || exit 7"
     done = run(repo_root, tmp_path, "--max-jobs-run", "1", "NUM=1:3", "x.NUM.log", "sh", "-c", script)

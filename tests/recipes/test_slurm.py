@@ -103,7 +103,9 @@ def check_cancel(cwd: Path, env: dict[str, str]) -> None:
 
 
 def test_array_of_jobs(tmp_path: Path, fake: dict[str, str]) -> None:
-    check_array(tmp_path / "work", fake)
+    folder = tmp_path / "work" / "bob's own folder"
+    folder.mkdir()
+    check_array(folder, fake)
     (call,) = calls(fake)
     assert "--array=2-4%1" in call and "--output=logs/%a/x.%a.log.slurm" in call and "--job-name=x " in f"{call} "
     assert "--nodes=1 --ntasks=1" in call and "gres" not in call
@@ -133,7 +135,7 @@ def test_a_recipes_own_configuration(tmp_path: Path, fake: dict[str, str]) -> No
     assert first.startswith("--account=my lab -p cpu --parsable")
     assert second.startswith("--account=my lab -p gpu --gpus=1 --qos fast --parsable")
     refused = slurm(tmp_path / "work", fake, "--mem", "4G", "x.log", "true", config=config)
-    assert refused.returncode == 1 and "nothing said about mem" in refused.stderr and len(calls(fake)) == 2
+    assert refused.returncode == 1 and "no line about mem" in refused.stderr and len(calls(fake)) == 2
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_a_recipes_own_configuration(tmp_path: Path, fake: dict[str, str]) -> No
         ("option gpu\n", "slurm.conf:1: cannot read 'option gpu'"),
         ("\ncommand 'sbatch\n", "slurm.conf:2: No closing quotation"),
         ("default time=1\n", "default time=... without a line option time"),
-        ("option gpu=1 --gpus=1\n", "nothing said about gpu=2"),
+        ("option gpu=1 --gpus=1\n", "no line about gpu=2"),
     ],
 )
 def test_mistakes_in_a_configuration(tmp_path: Path, fake: dict[str, str], text: str, said: str) -> None:
@@ -221,7 +223,8 @@ def test_recipes_switch_to_it(tmp_path: Path) -> None:
     done = run(recipe, *words, "--cmd", "slurm")
     assert done.returncode == 0, done.stderr
     beside = f"utils/slurm.py --config {tmp_path}/tree/egs/TEMPLATE/pam1/slurm.conf"
-    assert f"{beside} --gpu 1 --max-jobs-run" in done.stdout  # cache and decoding
+    assert f"{beside} --gpu 1 --max-jobs-run" in done.stdout  # decoding
+    assert f"{beside} --gpu 2 exp/pam_clean100/log/cache.log" in done.stdout
     assert f"{beside} --gpu 2 exp/pam_clean100/log/warm_start.log" in done.stdout
     (recipe / "conf/slurm.conf").write_text(CONFIG.read_text())
     assert "utils/slurm.py --config conf/slurm.conf --gpu 1" in run(recipe, *words, PAM_CMD="slurm").stdout

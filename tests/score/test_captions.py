@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pam_espnet.score import captions
 from pam_espnet.score.bleu import Bleu, count_matches
 from pam_espnet.score.captions import CiderD, rouge_l, score_captions, tokenize
 from pam_espnet.score.intervals import bootstrap, value_of
@@ -58,11 +59,11 @@ def test_rouge_by_hand() -> None:
 
 
 def test_bleu_by_hand() -> None:
-    # "the" is said seven times and meant at most twice: 2 of 7 (Papineni et al., section 2.1)
-    said = ["the"] * 7
-    meant = [["the", "cat", "is", "on", "the", "mat"], ["there", "is", "a", "cat", "on", "the", "mat"]]
-    assert count_matches(said, meant) == [2, 0, 0, 0, 7, 6, 5, 4, 7, 7]
-    counts = np.array([count_matches(said, meant)], dtype=float)
+    # seven times "the", and at most twice in a reference: 2 of 7 (Papineni et al., section 2.1)
+    given = ["the"] * 7
+    wanted = [["the", "cat", "is", "on", "the", "mat"], ["there", "is", "a", "cat", "on", "the", "mat"]]
+    assert count_matches(given, wanted) == [2, 0, 0, 0, 7, 6, 5, 4, 7, 7]
+    counts = np.array([count_matches(given, wanted)], dtype=float)
     assert value_of(Bleu.of(counts, 1)) == pytest.approx(2 / 7)
     assert value_of(Bleu.of(counts, 2)) == 0.0  # an order without a match
     # two of three words right, and one word too short for the closest reference: exp(1 - 4/3)
@@ -87,10 +88,19 @@ def test_all_references_count() -> None:
     assert result.metrics["cider_d"].numerator.tolist() == pytest.approx([1.0, 1.0])  # 5.0 / five references
 
 
-def test_document_frequencies_are_those_of_the_whole_set() -> None:
-    # The same pair scores differently in another test set, so a resample must not rebuild them.
-    alone = score_captions({"u": ["dogs bark"]}, {"u": "dogs bark"})
-    assert alone.metrics["cider_d"].value == 0.0
+def test_a_set_too_small_for_a_metric_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One document: every weight of CIDEr-D is log(1) = 0, whatever the caption. No 4-grams: nothing for BLEU-4.
+    alone = score_captions({"u": ["dogs bark loudly"]}, {"u": "dogs bark loudly"})
+    assert alone.metrics["cider_d"].value is None and value_of(alone.metrics["bleu_3"]) == 1.0
+    assert "document frequencies" in alone.details["not_computed"]["cider_d"]
+    assert "4 words" in alone.details["not_computed"]["bleu_4"] and "bleu_4" not in alone.metrics
+    monkeypatch.setattr(captions, "spice", lambda given, wanted: [0.5])
+    assert "CIDEr-D" in score_captions({"u": ["a"]}, {"u": "a"}).details["not_computed"]["spider"]
+    # A perfect caption scores otherwise in a larger set, so a resample must not rebuild the frequencies.
+    texts = {"u": "dogs bark loudly", "v": "rain falls"}
+    pair = score_captions({key: [text] for key, text in texts.items()}, texts)
+    assert pair.metrics["cider_d"].numerator.tolist() == pytest.approx([7.5, 5.0])
+    assert "cider_d" not in pair.details["not_computed"]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +111,7 @@ def test_document_frequencies_are_those_of_the_whole_set() -> None:
         ("Well-known engine (idling) at 3.5 kHz; birds...", "well-known engine idling at 3.5 khz birds"),
         ("the dogs' barking 'loudly'", "the dogs barking loudly"),
         ("?!", ""),
+        ("a well\u2011known cafe\u0301", "a well-known caf\u00e9"),
     ],
 )
 def test_tokens(text: str, tokens: str) -> None:

@@ -1,4 +1,4 @@
-"""Metrics that need more than this package: with stand-ins for their programs and models, and without them.
+"""Metrics that need more than this package: with replacements of their programs and models, and without them.
 
 METEOR's real program is used where it is installed (tools/parts); its counts and scores are fixed in the JSON file.
 """
@@ -52,8 +52,8 @@ else:
 
 
 def tokens() -> tuple[list[list[str]], list[list[list[str]]]]:
-    said = [tokenize(text) for text in HYPOTHESES.values()]
-    return said, [[tokenize(text) for text in several] for several in REFERENCES.values()]
+    given = [tokenize(text) for text in HYPOTHESES.values()]
+    return given, [[tokenize(text) for text in several] for several in REFERENCES.values()]
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def java(parts: Path, tmp_path: Path) -> Path:
-    """Stand-ins for the runtime and both programs."""
+    """Replacements of the runtime and both programs."""
     counts = tmp_path / "counts.json"
     counts.write_text(
         json.dumps({" ".join(tokenize(e["hypothesis"])): e["meteor_counts"] for e in UTTERANCES.values()})
@@ -181,7 +181,7 @@ def install(repo_root: Path, *args: str, **env: str) -> subprocess.CompletedProc
 
 @pytest.fixture(scope="module")
 def fense_parts(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
-    """FENSE installed from a stand-in of the published checkpoint."""
+    """FENSE installed from a replacement of the published checkpoint."""
     import torch
     from transformers import BertModel
 

@@ -99,11 +99,11 @@ def test_each_task_by_its_metric(experiments: Path) -> None:
 def test_keys_must_agree(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     few = make_decoding(tmp_path / "few", {key: TEXT[key] for key in ("a1", "b1", "c1", "c2")})
-    with pytest.raises(DataError, match=r"no hypothesis for 2 utterances of .*: a2, b2"):
+    with pytest.raises(DataError, match=r"no hypothesis for 2 utterances \(a2, b2\) of "):
         score_directory(few, data)
     assert not (few / "scores.json").exists()
     many = make_decoding(tmp_path / "many", {**TEXT, "a3": "?"})
-    with pytest.raises(DataError, match=r"hypotheses for 1 utterance that .* does not have: a3"):
+    with pytest.raises(DataError, match=r"hypotheses for 1 utterance \(a3\) that .* does not have"):
         score_directory(many, data)
     twice = make_decoding(tmp_path / "twice", TEXT)
     (twice / "text").write_text("a1 x\na1 y\n")
@@ -152,7 +152,7 @@ def test_report(experiments: Path) -> None:
         "commit 0123abc",
         "**beam_off, test was decoded with another checkpoint**",
         "![Learning curve](learning_curve.png)",
-        "![Numbers said](confusion.png)",
+        "![Answers](confusion.png)",
         "| true | utterances | accuracy % | MAE | not a number |",
         "| 3 | 1 | 0.0 | – | 1 |",
         "- METEOR: not installed",
@@ -218,7 +218,7 @@ def test_a_list_of_ids_is_scored_beside_the_whole_set(experiments: Path, tmp_pat
     score_directory(experiments / "average/decode_beam/test", data, ids=ids, resamples=10)
     pair = [experiments / name / "decode_beam.common" for name in ("pam", "average")]
     compare(pair, experiments / "RESULTS.md")
-    assert "p = 1.000" in (experiments / "RESULTS.md").read_text()
+    assert "| average | +0.0 | " in (experiments / "RESULTS.md").read_text()  # of one utterance there is no interval
     assert "| beam.common | test | asr |" in write_report(experiments / "pam").read_text(encoding="utf-8")
     ids.write_text("nobody\n")
     with pytest.raises(DataError, match="names no utterance"):
@@ -257,7 +257,7 @@ def test_results_of_an_older_version_are_read(experiments: Path) -> None:
     assert "CIDEr-D" in compare([experiments / "pam", experiments / "average"], experiments / "RESULTS.md")
 
 
-def test_missing_scores_say_what_to_run(tmp_path: Path) -> None:
+def test_missing_scores_have_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="stage 5"):
         find_decodings(tmp_path)
 

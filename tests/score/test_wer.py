@@ -45,6 +45,22 @@ def test_corpus_figures_raw_and_normalised() -> None:
     assert normaliser_record()["package"] == "whisper-normalizer" and normaliser_record()["version"]
 
 
+@pytest.mark.parametrize(
+    ("reference", "hypothesis"),
+    [
+        ("it's don't we'll", "it\u2019s don\u2018t we\u02bcll"),
+        ("a well-known caf\u00e9", "a well\u2010known cafe\u0301"),
+        ("co-operate \u2013 now", "co\u2011operate \u2014 now"),
+        ('"first" office', "\u201c\ufb01rst\u201d of\u00adfice"),
+        ("wide words", "\uff57ide\u00a0words\u200b"),
+    ],
+)
+def test_the_same_words_in_other_characters_are_no_errors(reference: str, hypothesis: str) -> None:
+    result = score_wer({"a": reference}, {"a": hypothesis})
+    assert result.metrics["wer_normalised"].value == result.metrics["cer_normalised"].value == 0.0
+    assert result.metrics["wer"].value > 0.0  # as given
+
+
 def test_a_corpus_of_empty_references_is_undefined_not_an_error() -> None:
     result = score_wer({"a": ""}, {"a": "noise"})
     assert result.metrics["wer"].value is None
@@ -67,7 +83,7 @@ def test_loops(text: str, loop: bool) -> None:
     assert has_loop(text) is loop
 
 
-def test_a_loop_that_was_said_is_not_counted() -> None:
+def test_a_loop_of_the_reference_is_not_counted() -> None:
     loop = "no no no no"
     assert score_wer({"a": loop, "b": "no"}, {"a": loop, "b": loop}).details["loop_utterances"] == ["b"]
 
@@ -92,11 +108,11 @@ def test_refusals(text: str) -> None:
     "text",
     ["i'm sorry that number is not in service", "i cannot come to the door", "please hold the line", "sorry i am", ""],
 )
-def test_what_people_say_is_no_refusal(text: str) -> None:
+def test_ordinary_sentences_are_no_refusals(text: str) -> None:
     assert not is_refusal(text)
 
 
-def test_a_refusal_that_was_said_is_not_counted() -> None:
+def test_a_refusal_of_the_reference_is_not_counted() -> None:
     refusal = "i can't help you"
     details = score_wer({"a": refusal, "b": "yes"}, {"a": refusal, "b": refusal}).details
     assert (details["refusals"], details["refusal_utterances"]) == (1, ["b"])

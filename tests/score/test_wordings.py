@@ -10,14 +10,13 @@ import pytest
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.tables import write_table
 from pam_espnet.fileio import read_json, write_text
-from pam_espnet.score.report import write_report
+from pam_espnet.score.report import read_spread, write_report
 from pam_espnet.score.scoring import score_directory
-from pam_espnet.score.wordings import read_spread
 
 TEXT = {"a1": "one two three four", "c1": "2", "c2": "3"}
 TASKS = {"a1": "asr", "c1": "count", "c2": "count"}
 # by number of the wording; only count has a third one
-SAID = {
+DECODED = {
     1: {"a1": "one two three four", "c1": "2", "c2": "3"},
     2: {"a1": "one two three", "c1": "2", "c2": "4"},
     3: {"c1": "1", "c2": "4"},
@@ -27,16 +26,17 @@ SAID = {
 @pytest.fixture
 def decoded(tmp_path: Path) -> Path:
     """exp/x/decode_beam/test, asked in three wordings."""
-    for number, said in SAID.items():
+    for number, answers in DECODED.items():
         data, folder = tmp_path / f"data{number}", tmp_path / "exp/x/decode_beam/test"
         folder = folder if number == 1 else folder / "prompts" / str(number)
-        prompts = {key: f"Wording {number} of {TASKS[key]}" for key in said}
-        tables = {key: {utt: table[utt] for utt in said} for key, table in (("text", TEXT), ("utt2task", TASKS))}
-        DataDir(data, wav={k: f"{k}.wav" for k in said}, prompt=prompts, utt2spk={k: k for k in said}, **tables).save()
+        prompts = {key: f"Wording {number} of {TASKS[key]}" for key in answers}
+        tables = {key: {utt: table[utt] for utt in answers} for key, table in (("text", TEXT), ("utt2task", TASKS))}
+        tables |= {"wav": {k: f"{k}.wav" for k in answers}, "prompt": prompts, "utt2spk": {k: k for k in answers}}
+        DataDir(data, **tables).save()
         folder.mkdir(parents=True)
-        write_table(folder / "text", said)
+        write_table(folder / "text", answers)
         routing = {"expert": 0, "expert_probs": [1.0], "encoders": {"one": 1.0}, "layers": {"one": [1.0]}}
-        lines = [{"utt": k, "task": TASKS[k], "prompt": prompts[k], "routing": routing} for k in said]
+        lines = [{"utt": k, "task": TASKS[k], "prompt": prompts[k], "routing": routing} for k in answers]
         write_text(folder / "nbest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         score_directory(folder, data, resamples=10)
     return tmp_path / "exp/x/decode_beam/test"
@@ -59,7 +59,7 @@ def test_the_report_has_the_spread_and_scores_of_the_first_wording_alone(decoded
     assert results["decodings"][0]["tasks"]["asr"]["wer"]["value"] == 0.0
 
 
-def test_nothing_is_said_where_one_wording_was_asked(decoded: Path) -> None:
+def test_one_wording_has_no_spread(decoded: Path) -> None:
     for path in sorted((decoded / "prompts").glob("*/scores.json")):
         path.unlink()
     assert read_spread(decoded) == []

@@ -60,7 +60,7 @@ def test_an_encoder_alone_is_what_its_own_file_was(tmp_path: Path) -> None:
     files = [tmp_path / "train.yaml", tmp_path / "single.yaml"]
     alone = merged_config(files, ["frontend_conf.fusion_conf.encoder=two"])
     assert alone == {"frontend_conf": {"encoders": {"two": {"b": 2}}, "fusion": "single"}}
-    with pytest.raises(ConfigError, match="single:three: no such encoder; frontend_conf.encoders has one, two"):
+    with pytest.raises(ConfigError, match=r"single:three: no such encoder; .* has one, two"):
         merged_config(files, ["frontend_conf.fusion_conf.encoder=three"])
 
 

@@ -10,8 +10,7 @@ import pytest
 from pam_espnet.data.batching import BatchingOptions
 from pam_espnet.data.prompts import Wordings
 from pam_espnet.errors import DataError
-from pam_espnet.train.iterator import FreshPrompts, PaMIterFactory
-from pam_espnet.train.preprocessor import prompt_bytes
+from pam_espnet.train.iterator import FreshPrompts, PaMIterFactory, prompt_bytes
 
 PROMPTS = Path(__file__).resolve().parents[2] / "egs/librispeech/pam1/conf/prompts/asr.txt"
 

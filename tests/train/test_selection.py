@@ -14,7 +14,7 @@ from pam_espnet.bin.pam_select import main
 from pam_espnet.config import write_config
 from pam_espnet.decode.shards import DecodeOptions
 from pam_espnet.decode.speech_llm import SpeechLLM
-from pam_espnet.errors import CheckpointError, ConfigError, DataError
+from pam_espnet.errors import CheckpointError, DataError
 from pam_espnet.fileio import read_json, read_trained
 from pam_espnet.model import build_model
 from pam_espnet.train import selection
@@ -48,8 +48,7 @@ def exp(tiny_llm_dir: Path, tmp_path: Path) -> Path:
 def test_normalised_scores() -> None:
     assert [normalise("asr", value) for value in (0.0, 25.0, 100.0, 480.0)] == [1.0, 0.75, 0.0, 0.0]
     assert normalise("count", 80.0) == normalise("verify", 80.0) == 0.8
-    assert normalise("caption", 0.6) == 0.6 and normalise("caption", 0.6, 1.2) == 0.5
-    assert normalise("caption", 1.3) == 1.3  # better than the reference still counts
+    assert normalise("caption", 0.6) == 0.6 and normalise("caption", 1.3) == 1.3
 
 
 def test_every_task_counts_the_same_and_the_loss_decides_between_equals() -> None:
@@ -58,13 +57,13 @@ def test_every_task_counts_the_same_and_the_loss_decides_between_equals() -> Non
         return {"data_dir": "dev", "tasks": tasks}
 
     given = enumerate(((50, 60), (40, 70), (30, 60)), 1)
-    epochs = [{"epoch": n, "loss_answer": None, **summarise(scores(*pair), 1.0)} for n, pair in given]
+    epochs = [{"epoch": n, "loss_answer": None, **summarise(scores(*pair))} for n, pair in given]
     assert [round(entry["mean"], 6) for entry in epochs] == [0.55, 0.65, 0.65]
     assert best(epochs)["epoch"] == 2
     epochs[2]["loss_answer"] = 0.5
     assert best(epochs)["epoch"] == 3
     with pytest.raises(DataError, match="WER of task asr is undefined"):
-        summarise(scores(None, 60), 1.0)
+        summarise(scores(None, 60))
 
 
 def test_the_best_epoch_becomes_the_model(
@@ -74,7 +73,7 @@ def test_the_best_epoch_becomes_the_model(
     worth = {2: 0.4, 10: 0.3}
     real = selection.summarise
     monkeypatch.setattr(  # answers of random models are worth nothing: their means are given, the rest is real
-        selection, "summarise", lambda scores, reference: {**real(scores, reference), "mean": next(means)}
+        selection, "summarise", lambda scores: {**real(scores), "mean": next(means)}
     )
     means = iter([worth[2], worth[10]])
     assert main(command) == 0
@@ -125,8 +124,6 @@ def test_a_killed_selection_goes_on(exp: Path, dev: Path, monkeypatch: pytest.Mo
 def test_mistakes(exp: Path, dev: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no <n>epoch\.pth here\n.*--stage 3"):
         kept_epochs(tmp_path)
-    with pytest.raises(ConfigError, match="caption_reference must be positive"):
-        select_by_scores(exp, dev, SEARCH, DecodeOptions(), {}, caption_reference=0.0)
     with pytest.raises(SystemExit):
         main(["--exp", str(exp)])
 

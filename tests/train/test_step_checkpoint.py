@@ -56,7 +56,7 @@ def train(root: Path, llm: Path, output: Path, *options: str, stop_after: int | 
     config["llm_conf"] = {**config["llm_conf"], "lora": LORA}
     output.mkdir(parents=True, exist_ok=True)
     write_config(config, root / "train.yaml")
-    (output / "key.json").unlink(missing_ok=True)  # it would refuse the changes of some tests before the checkpoint does
+    (output / "key.json").unlink(missing_ok=True)  # it would refuse what the checkpoint is to refuse here
     steps, go_on = 0, SubReporter.next
 
     def counted(reporter: SubReporter) -> None:
@@ -244,7 +244,7 @@ def test_the_curve_of_what_is_saved_is_on_disk(data: Path, tiny_llm_dir: Path, t
 def test_skipped_batches_are_not_loaded(
     data: Path, tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pam_espnet.train.preprocessor import PaMPreprocessor
+    from pam_espnet.train.iterator import PaMPreprocessor
 
     exp = train(data, tiny_llm_dir, tmp_path / "exp", stop_after=7, max_epoch=1)
     loaded, load = 0, PaMPreprocessor.__call__

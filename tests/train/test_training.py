@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +255,97 @@ def test_warm_start_with_held_out_mixture_resumes_to_the_same_weights(
     monkeypatch.setattr(module, "_step", step)
     resumed = read_trained(start("broken"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+# ---- what a machine or an option does to it --------------------------------------------------------------------------
+
+
+def test_diverged_training_ends_with_an_error_and_no_model(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    exp = tmp_path / "exp"
+    said = r"diverged in epoch 2 of 3: no finite gradient since step 1 of 4; loss .*, learning rate 1e\+08\n.*lower"
+    with pytest.raises(ConfigError, match=said):
+        run(data, tiny_llm_dir, exp, optim_conf={"lr": 1e8}, lr_scale_conf={})
+    assert not (exp / "model.safetensors").exists() and not (exp / "2epoch.pth").exists()
+
+
+def test_a_long_epoch_ends_as_soon_as_training_has_diverged(
+    data: Path, tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pam_espnet.train import trainer
+
+    monkeypatch.setattr(trainer, "_PATIENCE", 3)
+    with pytest.raises(ConfigError, match=r"epoch 1 of 3: no finite gradient since step 2 of 40"):
+        run(data, tiny_llm_dir, tmp_path / "exp", optim_conf={"lr": 1e8}, lr_scale_conf={}, num_iters_per_epoch=40)
+    assert "4/120" in (tmp_path / "exp/progress.txt").read_text()
+
+
+def test_more_accumulated_batches_than_an_epoch_has(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="accum_grad: 5, but an epoch has 4 batches"):
+        run(data, tiny_llm_dir, tmp_path / "exp", accum_grad=5)
+
+
+def test_tensors_that_are_not_finite_are_no_model(unbroken: Path, tmp_path: Path) -> None:
+    from pam_espnet.train.export import export_state
+
+    state = torch.load(unbroken / "3epoch.pth", weights_only=True)
+    next(iter(state.values())).view(-1)[0] = float("nan")
+    torch.save(state, tmp_path / "1epoch.pth")
+    with pytest.raises(CheckpointError, match="1 tensors are not finite"):
+        export_state(tmp_path / "1epoch.pth", tmp_path / "model.safetensors")
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_diverged_warm_start_is_none(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    from pam_espnet.bin.pam_warm_start import main as warm_start
+
+    exp = tmp_path / "exp"
+    exp.mkdir()
+    config = {
+        **tiny_config(tiny_llm_dir, ctc_tokens=str(exp / "ctc_tokens.txt"), ctc_weight=0.1),
+        **TRAINING,
+        "warm_start_conf": {"steps": 12, "save_every": 3, "lr": 1e30},
+    }
+    write_config(config, exp / "given.yaml")
+    with pytest.raises(ConfigError, match=r"diverged at step \d+ of 12: loss (nan|inf).*\n.*lower warm_start_conf.lr"):
+        warm_start(train_args(data, exp / "given.yaml", exp))
+    assert not (exp / "warm_start.safetensors").exists()
+
+
+@pytest.mark.slow  # another process imports ESPnet
+@pytest.mark.parametrize("workers", [2, 0])
+def test_little_shared_memory(data: Path, tiny_llm_dir: Path, tmp_path: Path, workers: int) -> None:
+    """64 kB of it: workers end training with words, and without workers it needs none."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a file system")
+    write_config({**tiny_config(tiny_llm_dir), **TRAINING, "max_epoch": 1}, tmp_path / "given.yaml")
+    words = [*train_args(data, tmp_path / "given.yaml", tmp_path / "exp"), "--num_workers", str(workers)]
+    command = shlex.join([sys.executable, "-m", "pam_espnet.bin.pam_train", *words])
+    script = f"mount -t tmpfs -o size=64k tmpfs /dev/shm && exec {command}"
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == (1 if workers else 0), done.stderr[-3000:]
+    assert ("--shm-size 8g), or train without workers: --set num_workers=0" in done.stderr) is bool(workers)
+    assert (tmp_path / "exp/model.safetensors").exists() is not bool(workers)
+
+
+def test_a_read_only_disk_is_named(
+    data: Path, tiny_llm_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pam_espnet.bin.pam_train import main
+    from pam_espnet.cli import run_main
+
+    write_config({**tiny_config(tiny_llm_dir), **TRAINING}, tmp_path / "given.yaml")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a file system")
+    try:
+        assert run_main(main, train_args(data, tmp_path / "given.yaml", disk / "exp")) == 1
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    said = capsys.readouterr().err
+    assert f"error: {disk}/exp" in said and "Read-only file system" in said and "Traceback" not in said

@@ -47,7 +47,7 @@ select          NAME     loss       the model that is kept: loss, ESPnet's avera
 train_set       NAME     train      training set
 valid_set       NAME     dev        validation set
 test_sets       NAMES    'test_asr test_count test_caption'  separated by blanks
-max_seconds     N        30         longer utterances are skipped, and listed
+max_seconds     S        30         longer utterances are skipped, and listed
 nj              N        ${nj}          parallel processes where work is split: the cores, at most 8
 ngpu            N        0          GPUs for training; 0 = CPU
 cmd             NAME     ${PAM_CMD:-local}      where jobs of stages 3 and 4 run: local, slurm (cmd.sh; \$PAM_CMD)
@@ -60,16 +60,10 @@ Options of the data of this recipe; relative paths start at its folder${data_opt
 # shellcheck source=utils/parse_options.sh
 . "${template}/../../../utils/parse_options.sh"
 
-fail() {
-    printf 'error: %s\n' "$1" >&2
-    [ $# -lt 2 ] || printf '%s\n' "${@:2}" >&2
-    exit 1
-}
+# shellcheck source=egs/TEMPLATE/pam1/stages.sh
+. "${template}/stages.sh"
 [ $# -eq 0 ] || fail "unexpected word '$1'" "  -> options look like --stage 1; --help lists them"
 [ -n "${decode_nj}" ] || { [ "${ngpu}" = 0 ] && decode_nj=${nj}; } || decode_nj=1
-for number in stage stop_stage nj ngpu decode_nj batch_size; do
-    [[ ${!number} =~ ^[0-9]+$ ]] || fail "--${number} must be a whole number, not '${!number}'"
-done
 ((nj > 0 && decode_nj > 0 && batch_size > 0)) || fail "--nj, --decode_nj and --batch_size must be at least 1"
 [[ ${select} =~ ^(loss|scores)$ ]] || fail "--select takes loss or scores, not '${select}'"
 [ -d conf ] || fail "no conf/ here: call pam.sh through the run.sh of a recipe"
@@ -106,62 +100,6 @@ else
 fi
 # shellcheck source=egs/TEMPLATE/pam1/cmd.sh
 . "${template}/cmd.sh"
-
-run() {
-    # Run a command, or print it in a dry run.
-    if [ "${dry_run}" = true ]; then
-        printf '    '
-        printf '%q ' "$@"
-        echo
-    else
-        "$@"
-    fi
-}
-module() { run "${python}" -m "pam_espnet.bin.$1" "${@:2}"; }
-
-begin() {
-    # begin N NAME READS WRITES
-    stage_name="stage $1 ($2)"
-    echo "== ${stage_name}: reads $3; writes $4"
-    stage_start=${SECONDS}
-}
-end() {
-    [ "${dry_run}" = true ] || echo "== ${stage_name}: done in $((SECONDS - stage_start)) s; next: $1"
-}
-needs() {
-    # needs PATH STAGES: PATH is made by an earlier stage
-    [ "${dry_run}" = true ] || [ -e "$1" ] || fail "${stage_name}: there is no $1" "  -> first the same command with $2"
-}
-wants() { ((stage <= $1 && $1 <= stop_stage)); }
-
-background() {
-    # background FOLLOWED LOGS COMMAND...: run COMMAND; meanwhile show the file FOLLOWED, in which it draws its bar.
-    # Ctrl-C or a kill of this script ends COMMAND and its children (it is started in a process group of its own).
-    local followed=$1 logs=$2 pid status=0
-    shift 2
-    if [ "${dry_run}" = true ]; then
-        run "$@"
-        return
-    fi
-    mkdir -p "$(dirname "${followed}")"
-    : >"${followed}"
-    set -m
-    "$@" &
-    pid=$!
-    set +m
-    # shellcheck disable=SC2064  # the process of now, not of later
-    trap "kill -TERM -- -${pid} 2>/dev/null || true; wait; exit 130" INT TERM HUP
-    tail -n +1 -s 0.5 -f --pid="${pid}" "${followed}" 2>/dev/null &
-    wait "${pid}" || status=$?
-    trap - INT TERM HUP
-    wait
-    ((status == 0)) || fail "${stage_name} failed (status ${status}); logs: ${logs}" \
-        "  -> run the same command again to continue where it stopped"
-}
-job() {
-    # job FOLLOWED GPUS LOG MODULE ARGUMENTS...: run a module in the background as a job with its log
-    background "$1" "$3" "${train_run[@]}" --gpu "$2" "$3" "${python}" -m "pam_espnet.bin.$4" "${@:5}"
-}
 
 if wants 1; then
     begin 1 data "local/ (packages and their checksums)" "downloads/, ${data}/"

@@ -5,7 +5,7 @@ set -euo pipefail
 usage="Usage: egs/TEMPLATE/pam1/setup.sh egs/<corpus>/pam1
 
 Makes a recipe that runs the stages of pam.sh. Its configurations are copies of the mini recipe's, to be edited;
-local/data.sh is yours to write: it leaves Kaldi-style data directories with wav.scp, text, prompt, utt2task, utt2spk."
+local/data.sh is yours to write: it makes Kaldi-style data directories with wav.scp, text, prompt, utt2task, utt2spk."
 
 case "${1:-}" in
     -h | --help) echo "${usage}" && exit 0 ;;
@@ -38,7 +38,7 @@ exec ../../TEMPLATE/pam1/pam.sh \
 EOF
 cat >"$1/local/data.sh" <<'EOF'
 #!/usr/bin/env bash
-# Stage 1: leave <data_dir>/{train,dev,test}/{wav.scp,text,prompt,utt2task,utt2spk}.
+# Stage 1: make <data_dir>/{train,dev,test}/{wav.scp,text,prompt,utt2task,utt2spk}.
 # pam.sh calls it as: local/data.sh --size NAME --data_dir DIR --nj N
 set -euo pipefail
 echo "error: $0 is not written yet" >&2

@@ -43,7 +43,7 @@ class ASTEncoder(AbsEncoder):
 
         Raises:
             ConfigError: missing folder, unreadable model, a layer out of range, or a model whose patches overlap in a
-                way that leaves no whole grid.
+                way that gives no whole grid.
             CheckpointError: weights are missing.
         """
         from transformers import ASTFeatureExtractor, ASTModel
@@ -62,14 +62,9 @@ class ASTEncoder(AbsEncoder):
         self._bins, self._length, self._step = config.num_mel_bins, config.max_length, config.time_stride
         self._across, self._along = self.model.embeddings.get_shape(config)  # Q, P
         self._samples = _HOP * self._step  # of one encoder frame
-        self.finish(
-            layers=layers,
-            available=config.num_hidden_layers + 1,
-            width=config.hidden_size,
-            frame_rate=_RATE / self._samples,
-            sample_rate=_RATE,
-        )
         self._blocks = config.num_hidden_layers
+        rate = _RATE / self._samples
+        self.finish(layers=layers, available=self._blocks + 1, width=config.hidden_size, frame_rate=rate)
         self.model.layers = self.model.layers[: max(self.layers)]
 
     def output_lengths(self, num_samples: Tensor) -> Tensor:

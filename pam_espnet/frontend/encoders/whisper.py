@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError, PamError
 from pam_espnet.frontend.encoders.base import AbsEncoder, load_pretrained, padding_mask
 
@@ -64,8 +65,7 @@ class WhisperEncoder(AbsEncoder):
         super().__init__()
         if window not in ("clip", "30s"):
             raise ConfigError(f"window: {window!r} for whisper; allowed are 'clip' and '30s'")
-        if pad_seconds < 0:
-            raise ConfigError(f"pad_seconds: {pad_seconds} for whisper; must be at least 0 (seconds)")
+        check_number(pad_seconds, "pad_seconds", at_least=0)
         if long_clips not in ("refuse", "split"):
             raise ConfigError(f"long_clips: {long_clips!r} for whisper; allowed are 'refuse' and 'split'")
         self.window, self.long_clips = window, long_clips
@@ -79,13 +79,8 @@ class WhisperEncoder(AbsEncoder):
         filters = mel_filter_bank(bins, config.num_mel_bins, 0.0, top, _SAMPLE_RATE, norm="slaney", mel_scale="slaney")
         self.register_buffer("_filters", torch.from_numpy(filters.T).float(), persistent=False)
         self.register_buffer("_hann", torch.hann_window(_FFT), persistent=False)
-        self.finish(
-            layers=layers,
-            available=config.encoder_layers + 1,
-            width=config.d_model,
-            frame_rate=_SAMPLE_RATE / _FRAME,
-            sample_rate=_SAMPLE_RATE,
-        )
+        rate = _SAMPLE_RATE / _FRAME
+        self.finish(layers=layers, available=config.encoder_layers + 1, width=config.d_model, frame_rate=rate)
 
     def output_lengths(self, num_samples: Tensor) -> Tensor:
         """Frames (B,) of clips of ``num_samples`` (B,): one for each 20 ms begun."""

@@ -36,10 +36,6 @@ class FusionInputs:
     prompt_width: int
     names: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        if not self.num_layers or len(self.num_layers) != len(self.names):
-            raise ValueError(f"{len(self.num_layers)} layer counts for the encoders {list(self.names)}")
-
 
 class AbsFusion(nn.Module, ABC):
     """Combines the adapted streams of M encoders into one.

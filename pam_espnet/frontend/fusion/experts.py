@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pam_espnet.errors import ConfigError
+from pam_espnet.config import check_number
 
 
 class ResidualExperts(nn.Module):
@@ -37,8 +37,7 @@ class ResidualExperts(nn.Module):
     def __init__(self, num_experts: int, width: int, hidden: int | None) -> None:
         super().__init__()
         hidden = width if hidden is None else hidden
-        if hidden < 0:
-            raise ConfigError(f"fusion_conf.expert_hidden: {hidden}; must be at least 0 (0: no network)")
+        check_number(hidden, "fusion_conf.expert_hidden", at_least=0, whole=True)
         self.num_experts, self.width, self.hidden = num_experts, width, hidden
         if hidden:
             bound = 1 / math.sqrt(width)  # as nn.Linear

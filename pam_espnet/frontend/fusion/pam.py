@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pam_espnet.config import LAST_COMMIT
+from pam_espnet.config import LAST_COMMIT, check_number
 from pam_espnet.errors import ConfigError
 from pam_espnet.frontend.fusion.base import AbsFusion, FusionInputs, balanced_logits, weighted_sum
 from pam_espnet.frontend.fusion.experts import ResidualExperts
@@ -73,8 +73,10 @@ class PaMFusion(AbsFusion):
             )
         if gradient not in GRADIENTS:
             raise ConfigError(f"fusion_conf.gradient: {gradient!r}; choose one of {', '.join(GRADIENTS)}")
-        if num_experts < 1 or router_hidden < 1 or noise < 0 or init_std < 0:
-            raise ConfigError("fusion_conf: needs num_experts >= 1, router_hidden >= 1, noise >= 0, init_std >= 0")
+        check_number(num_experts, "fusion_conf.num_experts", at_least=1, whole=True)
+        check_number(router_hidden, "fusion_conf.router_hidden", at_least=1, whole=True)
+        check_number(noise, "fusion_conf.noise", at_least=0)
+        check_number(init_std, "fusion_conf.init_std", at_least=0)
         self.gradient, self.noise = gradient, noise
         self.router = nn.Sequential(
             # Prompt vectors of an LLM have a few huge components; without their scale the router reads the rest.

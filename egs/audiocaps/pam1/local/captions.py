@@ -23,7 +23,6 @@ COLUMNS = ("audiocap_id", "youtube_id", "start_time", "caption")
 FILES = {"train": "train.csv", "dev": "val.csv", "test": "test.csv"}
 CAPTIONS = {"train": 1, "dev": 5, "test": 5}  # to a clip
 CLIP_SECONDS = 10
-# The digits that YouTube gives a video; anything else does not belong into a file name or an address.
 _VIDEO = re.compile(r"[A-Za-z0-9_-]{11}", re.ASCII)
 
 
@@ -43,7 +42,7 @@ RELEASES = {
 
 @dataclass(frozen=True)
 class Clip:
-    """Ten seconds of a video, and what was said of them.
+    """Ten seconds of a video and their captions.
 
     Attributes:
         key: the utterance, ``Y<youtube_id>_<start>`` (an id may begin with a dash, which a key must not).
@@ -88,9 +87,9 @@ def csv_folder(folder: str | Path, version: int) -> Path:
         DataError: neither holds them.
     """
     wanted = release(version).folder
-    for place in (Path(folder), Path(folder) / wanted):
-        if all((place / name).is_file() for name in FILES.values()):
-            return place
+    for candidate in (Path(folder), Path(folder) / wanted):
+        if all((candidate / name).is_file() for name in FILES.values()):
+            return candidate
     names = ", ".join(FILES.values())
     raise DataError(
         folder,
@@ -108,20 +107,20 @@ def read_release(folder: str | Path, version: int) -> dict[str, list[Clip]]:
     Raises:
         DataError: a file is missing, has other columns, or a row that cannot be used; names the file and the line.
     """
-    place = csv_folder(folder, version)
-    rows = {name: _read_rows(place / file) for name, file in FILES.items()}
-    _check_counts(place, rows, version)
+    folder = csv_folder(folder, version)
+    rows = {name: _read_rows(folder / file) for name, file in FILES.items()}
+    _check_counts(folder, rows, version)
     clips = {name: _group(rows[name], one_row_each=CAPTIONS[name] == 1) for name in FILES}
     held_out = {clip.video for name in ("dev", "test") for clip in clips[name]}
     kept = [clip for clip in clips["train"] if clip.video not in held_out]
     if len(kept) < len(clips["train"]):
         left = len(clips["train"]) - len(kept)
-        print(f"{place / FILES['train']}: {left} clips are of videos in val.csv or test.csv: left out of training")
+        print(f"{folder / FILES['train']}: {left} clips are of videos in val.csv or test.csv: left out of training")
     clips["train"] = kept
     for name in ("dev", "test"):
         counts = Counter(len(clip.captions) for clip in clips[name] if len(clip.captions) != CAPTIONS[name])
         for number, times in sorted(counts.items()):
-            print(f"{place / FILES[name]}: {times} clips have {number} captions instead of {CAPTIONS[name]}")
+            print(f"{folder / FILES[name]}: {times} clips have {number} captions instead of {CAPTIONS[name]}")
     return clips
 
 
@@ -140,13 +139,13 @@ def _read_rows(path: Path) -> list[_Row]:
                     line=1,
                     hint=f"the official files have {','.join(COLUMNS)}; take them as they are",
                 )
-            places = [header.index(name) for name in COLUMNS]
+            columns = [header.index(name) for name in COLUMNS]
             for fields in reader:
                 if not fields:
                     continue
-                row = _parse(path, reader.line_num, fields, len(header), places)
+                row = _parse(path, reader.line_num, fields, len(header), columns)
                 if row.identity in lines:
-                    message = f"audiocap_id {row.identity} stands on line {lines[row.identity]} already"
+                    message = f"audiocap_id {row.identity} is on line {lines[row.identity]} already"
                     raise DataError(path, message, line=row.line, hint="remove one of the two rows")
                 lines[row.identity] = row.line
                 if row.caption:
@@ -164,11 +163,11 @@ def _read_rows(path: Path) -> list[_Row]:
     return rows
 
 
-def _parse(path: Path, line: int, fields: list[str], width: int, places: list[int]) -> _Row:
+def _parse(path: Path, line: int, fields: list[str], width: int, columns: list[int]) -> _Row:
     if len(fields) != width:
         message = f"has {len(fields)} fields, and the first line names {width}"
         raise DataError(path, message, line=line, hint="is the file whole? download it again")
-    identity, video, start, caption = (fields[place].strip() for place in places)
+    identity, video, start, caption = (fields[column].strip() for column in columns)
     if not identity.isdigit():
         raise DataError(path, f"audiocap_id {identity!r} is not a number", line=line, hint="take the official file")
     if not _VIDEO.fullmatch(video):
@@ -194,8 +193,8 @@ def _group(rows: list[_Row], one_row_each: bool) -> list[Clip]:
     return clips
 
 
-def _check_counts(place: Path, rows: dict[str, list[_Row]], version: int) -> None:
-    """Say where the number of captions is not the published one.
+def _check_counts(folder: Path, rows: dict[str, list[_Row]], version: int) -> None:
+    """Print where the number of captions is not the published one.
 
     Raises:
         DataError: train.csv has as many as that of the other release.
@@ -208,5 +207,5 @@ def _check_counts(place: Path, rows: dict[str, list[_Row]], version: int) -> Non
             if other != version and found == known.rows[name]:
                 message = f"has {found} captions: those of release {other}, not {version}"
                 hint = f"--size v{other} (multitask: --captions v{other}), or the files of release {version}"
-                raise DataError(place / file, message, hint=hint)
-        print(f"{place / file}: {found} captions, and release {version} has {expected}: not the whole official file")
+                raise DataError(folder / file, message, hint=hint)
+        print(f"{folder / file}: {found} captions, and release {version} has {expected}: not the whole official file")

@@ -1,9 +1,9 @@
 """Fetch AudioCaps clips with yt-dlp: ten seconds of each video, several at a time, politely.
 
-Writes ``OUT/<youtube_id>_<start>.flac`` and a journal, ``OUT/fetch.jsonl``. A second run goes on where the last one
-stopped: clips that are there are kept, clips whose video is gone are not asked for again. When the server asks to slow
-down, all downloads wait, twice as long each time. yt-dlp and ffmpeg must be on PATH; yt-dlp's own configuration
-(cookies, proxy) applies.
+Writes ``OUT/<youtube_id>_<start>.flac`` and a journal, ``OUT/fetch.jsonl``. A second run continues where the last one
+stopped: clips that are there are kept, clips whose video is gone are not asked for again (delete the journal to do so).
+When the server asks to slow down, all downloads wait, twice as long each time. yt-dlp and ffmpeg must be on PATH;
+yt-dlp's own configuration (cookies, proxy) applies.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ LOCAL = Path(__file__).resolve().parent
 sys.path[:0] = [str(LOCAL), str(LOCAL.parents[3])]
 
 from pam_espnet.cli import run_main  # noqa: E402
+from pam_espnet.config import check_number  # noqa: E402
 from pam_espnet.errors import ConfigError, DataError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -33,9 +34,13 @@ if TYPE_CHECKING:
 
 JOURNAL = "fetch.jsonl"
 SHORTEST = 1.0  # seconds; less was not worth a clip
-# What yt-dlp says when the server has had enough of us; anything else is about the one video.
+TRIES = 2  # per clip
+TIMEOUT = 600.0  # seconds per download
+PAUSE = 60.0  # seconds to wait when the server asks to slow down; doubles with each such request in a row
+PATIENCE = 6  # such requests in a row after which it gives up
+# yt-dlp's messages when the server refuses more requests; anything else is about the one video.
 SLOW_DOWN = re.compile(r"HTTP Error 429|Too Many Requests|rate.?limit|not a bot|try again later", re.IGNORECASE)
-# What it says of a video that will not be there tomorrow either.
+# Its messages about a video that is not available for good.
 GONE = re.compile(
     r"video unavailable|private video|has been removed|no longer available|account .{0,40}terminated|copyright"
     r"|not available in your country|not made this video available in your country|blocked it"
@@ -54,21 +59,15 @@ class Outcome:
 
 
 class Pace:
-    """When the next download may begin: never sooner than ``interval`` after the last, later after a complaint.
+    """When the next download may begin: ``interval`` seconds after the last, later after a complaint of the server."""
 
-    Args:
-        interval: seconds between two starts, over all workers.
-        pause: seconds to wait after the first complaint; doubles with each further one in a row.
-        patience: complaints in a row after which it gives up.
-    """
-
-    def __init__(self, interval: float, pause: float, patience: int) -> None:
-        self.interval, self.pause, self.patience = interval, pause, patience
+    def __init__(self, interval: float) -> None:
+        self.interval = interval
         self.complaints = 0
         self.given_up = threading.Event()
         self._lock = threading.Lock()
         self._next = time.monotonic()
-        self._heard = time.monotonic()
+        self._complained = time.monotonic()
 
     def wait(self) -> float:
         """Sleep until it is this worker's turn; returns when that was, for ``complain``."""
@@ -83,17 +82,17 @@ class Pace:
         return time.monotonic()
 
     def complain(self, started: float) -> None:
-        """The server asked to slow down. Downloads that were under way at the last complaint are no new one."""
+        """The server asked to slow down. For downloads that began before the last complaint, it is the same one."""
         with self._lock:
-            if started < self._heard:
+            if started < self._complained:
                 return
-            self._heard = time.monotonic()
+            self._complained = time.monotonic()
             self.complaints += 1
-            if self.complaints > self.patience:
+            if self.complaints > PATIENCE:
                 self.given_up.set()
                 return
-            pause = self.pause * 2 ** (self.complaints - 1)
-            self._next = max(self._next, self._heard + pause)
+            pause = PAUSE * 2 ** (self.complaints - 1)
+            self._next = max(self._next, self._complained + pause)
         print(f"fetch: asked to slow down; waiting {pause:.0f} s", flush=True)
 
     def praise(self) -> None:
@@ -102,37 +101,24 @@ class Pace:
             self.complaints = 0
 
 
-def command(clip: Clip, out: Path, program: str = "yt-dlp") -> list[str]:
+def command(clip: Clip, out: Path) -> list[str]:
     """The call of yt-dlp that writes ``out`` (a .flac) from ten seconds of the clip's video."""
     from captions import CLIP_SECONDS
 
+    options = "--no-playlist --no-progress --force-overwrites --socket-timeout 30 --retries 3 --format bestaudio/best"
+    section = f"*{clip.start}-{clip.start + CLIP_SECONDS}"
+    target = f"{str(out.with_suffix('')).replace('%', '%%')}.%(ext)s"
     return [
-        program,
-        "--no-playlist",
-        "--no-progress",
-        "--format",
-        "bestaudio/best",
-        "--download-sections",
-        f"*{clip.start}-{clip.start + CLIP_SECONDS}",
-        "--extract-audio",
-        "--audio-format",
-        "flac",
-        "--socket-timeout",
-        "30",
-        "--retries",
-        "3",
-        "--force-overwrites",
-        "--output",
-        f"{str(out.with_suffix('')).replace('%', '%%')}.%(ext)s",
-        f"https://www.youtube.com/watch?v={clip.video}",
+        *["yt-dlp", *options.split(), "--extract-audio", "--audio-format", "flac"],
+        *["--download-sections", section, "--output", target, f"https://www.youtube.com/watch?v={clip.video}"],
     ]
 
 
-def fetch_one(clip: Clip, out: Path, pace: Pace, tries: int, timeout: float) -> Outcome:
-    """Fetch one clip to ``out/<youtube_id>_<start>.flac``; at most ``tries`` times, complaints not counted."""
+def fetch_one(clip: Clip, out: Path, pace: Pace) -> Outcome:
+    """Fetch one clip to ``out/<youtube_id>_<start>.flac``; at most ``TRIES`` times, complaints not counted."""
     name = f"{clip.video}_{clip.start}"
     part = out / ".part" / f"{name}.flac"
-    reason = ""
+    reason, tries = "", TRIES
     while tries > 0:
         started = pace.wait()
         if pace.given_up.is_set():
@@ -141,10 +127,10 @@ def fetch_one(clip: Clip, out: Path, pace: Pace, tries: int, timeout: float) -> 
         try:
             done = subprocess.run(
                 command(clip, part), capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL,
-                timeout=timeout, check=False,
+                timeout=TIMEOUT, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            reason, tries = f"took longer than {timeout:.0f} s", tries - 1
+            reason, tries = f"took longer than {TIMEOUT:.0f} s", tries - 1
             continue
         if done.returncode == 0:
             problem = _problem(part)
@@ -186,7 +172,7 @@ def _last_error(text: str) -> str:
 
 
 def read_journal(folder: str | Path) -> dict[str, Outcome]:
-    """Clip name -> its last outcome; a half line that a killed run left is passed over."""
+    """Clip name -> its last outcome; a half line that a killed run left is skipped."""
     path = Path(folder) / JOURNAL
     if not path.is_file():
         return {}
@@ -216,8 +202,8 @@ def fetch(args: argparse.Namespace) -> None:
     from clips import find_clip, index_audio
     from tqdm import tqdm
 
-    if args.jobs < 1 or args.tries < 1 or args.interval < 0 or args.pause < 0:
-        raise ConfigError("--jobs and --tries must be at least 1, --interval and --pause at least 0")
+    check_number(args.jobs, "--jobs", at_least=1)
+    check_number(args.interval, "--interval", at_least=0)
     for program, how in (("yt-dlp", "python -m pip install yt-dlp"), ("ffmpeg", "apt install ffmpeg")):
         if shutil.which(program) is None:
             raise ConfigError(f"--fetch true needs {program}, which is not on PATH\n  -> {how}")
@@ -227,11 +213,11 @@ def fetch(args: argparse.Namespace) -> None:
     known = read_journal(args.out)
     todo = {}
     for name, clip in clips.items():
-        gone = name in known and known[name].status == "gone" and not args.retry_gone
+        gone = name in known and known[name].status == "gone"
         if not gone and not (args.out / f"{name}.flac").is_file() and find_clip(clip, have) is None:
             todo[name] = clip
     print(f"fetch: {len(clips)} clips, {len(todo)} to fetch, {args.jobs} at a time, one every {args.interval:g} s")
-    pace = Pace(args.interval, args.pause, args.patience)
+    pace = Pace(args.interval)
     counts = dict.fromkeys(("ok", "gone", "failed"), 0)
     with (
         open(args.out / JOURNAL, "a", encoding="utf-8") as journal,
@@ -239,7 +225,7 @@ def fetch(args: argparse.Namespace) -> None:
         tqdm(total=len(todo), desc="fetch", unit="clip", disable=not todo) as bar,
     ):
         journal.write("\n")  # ends a half line that a killed run may have left
-        futures = [pool.submit(fetch_one, clip, args.out, pace, args.tries, args.timeout) for clip in todo.values()]
+        futures = [pool.submit(fetch_one, clip, args.out, pace) for clip in todo.values()]
         try:
             for future in as_completed(futures):
                 outcome = future.result()
@@ -255,12 +241,12 @@ def fetch(args: argparse.Namespace) -> None:
         raise DataError(
             args.out,
             f"the server asked to slow down {pace.complaints} times in a row",
-            hint="run the same command again in some hours (it goes on), with a longer --fetch_interval",
+            hint="run the same command again in some hours (it continues), with a longer --fetch_interval",
         )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fetch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", type=int, required=True, help="release of the captions: 1 or 2")
     parser.add_argument("--csv", type=Path, required=True, help="folder with train.csv, val.csv, test.csv")
@@ -268,17 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder to fill")
     parser.add_argument("--jobs", type=int, default=2, help="downloads at a time (2)")
     parser.add_argument("--interval", type=float, default=5.0, help="seconds between two starts (5)")
-    parser.add_argument("--pause", type=float, default=60.0, help="seconds to wait when asked to slow down (60)")
-    parser.add_argument("--patience", type=int, default=6, help="give up after so many such requests in a row (6)")
-    parser.add_argument("--tries", type=int, default=2, help="per clip (2)")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds per download (600)")
-    parser.add_argument("--retry_gone", action="store_true", help="ask again for videos that were gone")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Fetch."""
-    fetch(build_parser().parse_args(argv))
+    fetch(parser.parse_args(argv))
     return 0
 
 

@@ -1,7 +1,6 @@
 """Refuse a data directory that has voices of LibriSpeech's test sets (LibriCount's are those of test-clean) in it.
 
-Reads SPEAKERS.TXT and, in each directory, ``utt2spk``, ``mix_speakers`` and ``mix_sources``. For whoever trains on
-several corpora at once and scores on LibriSpeech.
+Reads SPEAKERS.TXT and, in each directory, ``utt2spk``, ``mix_speakers`` and ``mix_sources``.
 """
 
 from __future__ import annotations
@@ -17,20 +16,15 @@ sys.path.insert(0, str(LOCAL.parents[3]))
 from pam_espnet.cli import run_main  # noqa: E402
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check each directory; stop at the first that is refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--librispeech", type=Path, required=True, help="folder with SPEAKERS.TXT or LibriSpeech/")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="directories that are to be trained on")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check each directory; stop at the first that is refused."""
+    args = parser.parse_args(argv)
     from pam_espnet.data.leakage import readers_of_tests, refuse_barred
     from pam_espnet.data.librispeech import find_root, read_speakers
 
-    args = build_parser().parse_args(argv)
     barred = readers_of_tests(read_speakers(find_root(args.librispeech, [])))
     for folder in args.data:
         refuse_barred(folder, barred)

@@ -1,7 +1,7 @@
 """Fetch LibriCount from Zenodo (record 1216072), check its MD5 and unpack it to ``DOWNLOADS/LibriCount10-0dB/test``.
 
-A folder with the marker of the right archive is kept; an interrupted download goes on where it stopped. An archive that
-was put into ``DOWNLOADS`` by hand is used.
+A folder with the marker of the right archive is kept; an interrupted download continues where it stopped. An archive
+that was put into ``DOWNLOADS`` by hand is used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MD5 = "md5:30c8f844dc59fa65d216d53db9dc37e2"
 
 
 def get(downloads: Path, remove_archive: bool, urls: Sequence[str] = URLS, checksum: str = MD5) -> Path:
-    """Leave LibriCount, whole, in a folder of ``downloads``; return the folder.
+    """The folder of ``downloads`` with LibriCount, whole; fetched where it is not there.
 
     Raises:
         DataError: the archive is not the published one, or is damaged.
@@ -48,17 +48,12 @@ def get(downloads: Path, remove_archive: bool, urls: Sequence[str] = URLS, check
     return folder
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Download and unpack what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--downloads", type=Path, default=Path("downloads"), help="folder to fill (downloads)")
     parser.add_argument("--remove_archive", choices=("true", "false"), default="false", help="once unpacked (false)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Download and unpack what is missing."""
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     get(args.downloads, args.remove_archive == "true")
     return 0
 

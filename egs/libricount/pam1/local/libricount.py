@@ -86,6 +86,6 @@ def folds_of(clips: list[Clip]) -> list[list[Clip]]:
     for count in range(MOST + 1):
         own = [clip for clip in clips if clip.count == count]
         own.sort(key=lambda clip: hashlib.sha256(clip.stem.encode()).hexdigest())
-        for place, clip in enumerate(own):
-            folds[(place + count) % FOLDS].append(clip)
+        for index, clip in enumerate(own):
+            folds[(index + count) % FOLDS].append(clip)
     return folds

@@ -1,8 +1,8 @@
 """Training clips by LibriCount's construction, from readers of LibriSpeech's training (and dev) sets.
 
-A clip lasts 5 s and has 0 to 10 voices, all different, all at the same power (0 dB). Each voice begins to speak at the
-first sample (what comes before is cut away), goes on to the last one with the pauses it has, and is joined from several
-utterances where one is too short. The label is the largest number of voices that are active at once; a mixture in which
+A clip lasts 5 s and has 0 to 10 voices, all different, all at the same power (0 dB). Each voice speaks from the first
+sample (what comes before is cut away) to the last one with the pauses it has, and is joined from several utterances
+where one is too short. The label is the largest number of voices that are active at once; a mixture in which
 that is less than the number of its voices is drawn again. Shape letter: N samples.
 """
 
@@ -31,8 +31,8 @@ from pam_espnet.errors import DataError
 
 SECONDS = 5.0
 SHORTEST = 0.5  # seconds of an utterance behind its first word; a shorter one is left out
-PER_VOICE = 4  # utterances at hand for each voice of a clip
-DRAWS = 20  # mixtures tried until all voices are heard at once
+PER_VOICE = 4  # utterances to choose from for each voice of a clip
+DRAWS = 20  # mixtures tried until all voices are active at once
 LEVEL = (-33.0, -17.0)  # dB RMS of a clip; LibriCount's own levels are not documented
 
 Spec = tuple[int, str, list[list[str]], list[str]]
@@ -110,7 +110,7 @@ def render(spec: Spec) -> np.ndarray:
     """The mixture of one clip: (N,) float32, N = 5 s.
 
     Raises:
-        DataError: in no mixture drawn are all voices heard at once.
+        DataError: in no mixture drawn are all voices active at once.
     """
     seed, key, voices, noises = spec
     rng = seeded(seed, f"{key} audio")
@@ -125,4 +125,4 @@ def render(spec: Spec) -> np.ndarray:
         streams = [voice(rng, paths, samples) for paths in voices]
         if most_at_once(streams) == len(voices):
             return at_random_level(rng, add_voices(streams), LEVEL)
-    raise DataError(voices[0][0], f"{key}: its {len(voices)} voices are never heard at once", hint="change --seed")
+    raise DataError(voices[0][0], f"{key}: its {len(voices)} voices are never active at once", hint="change --seed")

@@ -2,8 +2,8 @@
 
 Reads ``LIBRICOUNT/test/*.{wav,json}``, ``LIBRISPEECH/<subset>``, ``local/sizes.yaml``, ``conf/prompts/*.txt``; writes
 ``DATA/{train,dev,test_count,test_verify}``, with ``--folds true`` ``DATA/{train,dev,test}_fold<0..4>``, and
-``DATA/audio/{train,dev}/*.flac``. Mixtures that are complete with the same options are kept, unfinished ones go on. The
-same options give the same bytes.
+``DATA/audio/{train,dev}/*.flac``. Mixtures that are complete with the same options are kept, unfinished ones continue.
+The same options give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ LOCAL = Path(__file__).resolve().parent
 sys.path[:0] = [str(LOCAL), str(LOCAL.parents[3])]
 
 from pam_espnet.cli import run_main  # noqa: E402
+from pam_espnet.config import check_number, load_yaml  # noqa: E402
 from pam_espnet.errors import ConfigError, DataError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -33,13 +34,7 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
 
 def size_of(name: str) -> dict:
-    """A size of sizes.yaml.
-
-    Raises:
-        ConfigError: unknown size.
-    """
-    from pam_espnet.config import load_yaml
-
+    """A size of sizes.yaml."""
     sizes = load_yaml(LOCAL / "sizes.yaml")
     if name not in sizes:
         raise ConfigError(f"--size {name}: local/sizes.yaml has {', '.join(sizes)}")
@@ -105,7 +100,7 @@ def make_mixtures(args: argparse.Namespace) -> None:
     barred = readers_of_tests(librispeech.read_speakers(root))
     read = {subset: librispeech.read_subset(root, subset) for subset in subsets}
     if args.check_counts == "true":
-        numbers = {name: (len(read[name]), librispeech.PUBLISHED[name].hours or 0.0) for name in subsets}
+        numbers = {name: (len(read[name]), librispeech.PUBLISHED[name][1] or 0.0) for name in subsets}
         librispeech.check_counts(root, numbers, strict=True)
     utterances = {split: [u for subset in size[split] for u in read[subset]] for split in ("train", "dev")}
     if barred_here := sorted({u.speaker for own in utterances.values() for u in own} & barred.keys()):
@@ -188,8 +183,8 @@ def prepare(args: argparse.Namespace) -> None:
     print(f"prepare: done in {time.monotonic() - begin:.1f} s")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the data directories, or say which subsets of LibriSpeech they need."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--librispeech", type=Path, help="folder with LibriSpeech/ or its subsets")
     parser.add_argument("--libricount", type=Path, help="folder with LibriCount's clips, or the one above it")
@@ -203,18 +198,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=2026, help="of everything random (2026)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (all cores)")
     parser.add_argument("--list_subsets", choices=("true", "false"), default="false", help="print them, stop (false)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Make the data directories, or say which subsets of LibriSpeech they need."""
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     if args.list_subsets == "true":
         size = size_of(args.size)
         print(*size["dev"], *size["train"])
         return 0
-    if args.jobs < 1:
-        raise ConfigError(f"--jobs {args.jobs}: must be 1 or more")
+    check_number(args.jobs, "--jobs", at_least=1)
     if args.librispeech is None or args.libricount is None:
         raise ConfigError("--librispeech and --libricount are needed; local/data.sh downloads what is not given")
     prepare(args)

@@ -1,7 +1,7 @@
-"""The two framings of a clip: how many people speak, and whether it is so many (speaker number verification).
+"""The two framings of a clip: the number of people who speak, and whether it is n (speaker number verification).
 
 Half of the verification questions of each number of voices ask for that number (yes); the others go round the ten other
-numbers in turn (no). So each number is asked about as often with either answer, and the question alone tells nothing.
+numbers in turn (no). So each number is asked about equally often with either answer: the question tells nothing.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def asked_numbers(counts: Mapping[str, int], seed: int) -> dict[str, int]:
         order = [own[row] for row in rng.permutation(len(own))]
         others = rng.permutation([number for number in range(MOST + 1) if number != count]).tolist()
         positive = (len(own) + count % 2) // 2
-        for place, clip in enumerate(order):
-            asked[clip] = count if place < positive else others[(place - positive) % len(others)]
+        for index, clip in enumerate(order):
+            asked[clip] = count if index < positive else others[(index - positive) % len(others)]
     return asked
 
 

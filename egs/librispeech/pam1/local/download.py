@@ -1,7 +1,7 @@
 """Fetch LibriSpeech's archives, check their MD5 and unpack them to ``DOWNLOADS/LibriSpeech/<subset>``.
 
-Reads ``local/archives.yaml`` and ``local/sizes.yaml``. A subset whose folder holds a ``.completed`` marker is skipped;
-an interrupted download goes on where it stopped. An archive that was put into ``DOWNLOADS`` by hand is used.
+Reads ``local/archives.yaml`` and ``local/sizes.yaml``. A subset whose folder has a ``.completed`` marker is skipped;
+an interrupted download continues where it stopped. An archive that was put into ``DOWNLOADS`` by hand is used.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ LOCAL = Path(__file__).resolve().parent
 sys.path.insert(0, str(LOCAL.parents[3]))
 
 from pam_espnet.cli import run_main  # noqa: E402
+from pam_espnet.config import load_yaml  # noqa: E402
 from pam_espnet.errors import ConfigError, DataError  # noqa: E402
 
 TEST_SETS = ("test-clean", "test-other")
@@ -24,17 +25,11 @@ TEST_SETS = ("test-clean", "test-other")
 
 def read_sizes(path: Path = LOCAL / "sizes.yaml") -> dict[str, dict[str, list[str]]]:
     """sizes.yaml: {size: {train: subsets, dev: subsets}}."""
-    from pam_espnet.config import load_yaml
-
     return load_yaml(path)
 
 
 def subsets_of(size: str) -> list[str]:
-    """All subsets that a size needs, the small ones first.
-
-    Raises:
-        ConfigError: unknown size.
-    """
+    """All subsets that a size needs, the small ones first."""
     sizes = read_sizes()
     if size not in sizes:
         raise ConfigError(f"--size {size}: local/sizes.yaml has {', '.join(sizes)}")
@@ -58,7 +53,7 @@ def remote_file(subset: str, table: dict[str, Any], mirror: str = "") -> Any:
 
 
 def get_subset(subset: str, downloads: Path, remote: Any, remove_archive: bool) -> None:
-    """Leave ``DOWNLOADS/LibriSpeech/<subset>``, whole.
+    """Make ``DOWNLOADS/LibriSpeech/<subset>`` from its archive.
 
     Raises:
         DataError: the archive is damaged, or holds something else; or the folder is not from here.
@@ -87,22 +82,15 @@ def get_subset(subset: str, downloads: Path, remote: Any, remove_archive: bool) 
     print(f"download: unpacked {folder}", flush=True)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Download and unpack what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--downloads", type=Path, default=Path("downloads"), help="folder to fill (downloads)")
     parser.add_argument("--size", default="clean100", help="all that this size needs (clean100)")
     parser.add_argument("--subsets", nargs="+", metavar="NAME", help="these subsets instead, such as train-clean-100")
     parser.add_argument("--mirror", default="", help="address to ask first, such as https://host/resources")
     parser.add_argument("--remove_archives", choices=("true", "false"), default="false", help="once unpacked (false)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Download and unpack what is missing."""
-    from pam_espnet.config import load_yaml
-
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     table = load_yaml(LOCAL / "archives.yaml")
     subsets = args.subsets or subsets_of(args.size)
     remotes = {subset: remote_file(subset, table, args.mirror) for subset in subsets}

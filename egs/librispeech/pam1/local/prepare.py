@@ -21,7 +21,7 @@ sys.path[:0] = [str(LOCAL), str(LOCAL.parents[3])]
 from download import TEST_SETS, read_sizes, subsets_of  # noqa: E402
 
 from pam_espnet.cli import run_main  # noqa: E402
-from pam_espnet.errors import ConfigError  # noqa: E402
+from pam_espnet.config import check_number  # noqa: E402
 
 if TYPE_CHECKING:
     from pam_espnet.data.librispeech import Speaker, Spoken
@@ -119,8 +119,8 @@ def prepare(args: argparse.Namespace) -> None:
     print(f"prepare: done in {time.monotonic() - begin:.1f} s")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the data directories."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--librispeech", type=Path, required=True, help="folder with LibriSpeech/ or its subsets")
     parser.add_argument("--size", default="clean100", help="a size of local/sizes.yaml (clean100)")
@@ -131,14 +131,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--check_counts", choices=("true", "false"), default="true", help="stop if they differ (true)")
     parser.add_argument("--seed", type=int, default=2026, help="of prompts and dev utterances (2026)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="threads (all cores)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the data directories."""
-    args = build_parser().parse_args(argv)
-    if args.jobs < 1 or args.dev_utterances < 0:
-        raise ConfigError("--jobs must be 1 or more, --dev_utterances 0 or more")
+    args = parser.parse_args(argv)
+    check_number(args.jobs, "--jobs", at_least=1)
+    check_number(args.dev_utterances, "--dev_utterances", at_least=0)
     prepare(args)
     return 0
 

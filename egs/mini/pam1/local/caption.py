@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from recordings import read_16k, sound_path
 
+from pam_espnet.config import load_yaml
 from pam_espnet.data.rendering import SPLITS, Job, Utterance, seeded
 from pam_espnet.data.signals import SAMPLE_RATE, change_speed, coloured_noise, fade, set_level, speech_only
 
@@ -50,7 +50,7 @@ Spec = tuple[int, str, str, str, list[str]]
 
 def read_sounds(table: Path) -> dict[str, dict[str, list[str]]]:
     """sounds.yaml: {class: {phrases, train, dev, test}}."""
-    return yaml.safe_load(table.read_text(encoding="utf-8"))
+    return load_yaml(table)
 
 
 def all_recordings(sounds: dict[str, dict[str, list[str]]]) -> list[str]:
@@ -98,7 +98,7 @@ def _sound(path: str) -> np.ndarray:
 
 
 def event(rng: np.random.Generator, path: str, split: str) -> np.ndarray:
-    """One sound of 1.2 to 4 s: a short recording is repeated with pauses, a long one cut at a random place; (N,)."""
+    """One sound of 1.2 to 4 s: a short recording is repeated with pauses, a long one cut at a random offset; (N,)."""
     wave = _sound(path)
     if split == "train":
         wave = change_speed(wave, rng.uniform(*SPEEDS))
@@ -122,7 +122,7 @@ def render(spec: Spec) -> np.ndarray:
     if scene == "sequence":
         starts.append(len(events[0]) + round(rng.uniform(0.2, 0.8) * SAMPLE_RATE))
     elif scene == "overlap":
-        # at least half of the shorter sound is heard together with the other one
+        # at least half of the shorter sound overlaps with the other one
         shorter = min(map(len, events))
         starts.append(int(rng.integers(0, len(events[0]) - shorter // 2)))
     length = max(start + len(wave) for start, wave in zip(starts, events, strict=True))

@@ -1,4 +1,4 @@
-"""Speaker count after LibriCount (Stoeter, Chakrabarty, Edler, Habets: CountNet, 2018): how many talk at once, 0 to 4.
+"""Speaker count after LibriCount (Stoeter, Chakrabarty, Edler, Habets: CountNet, 2018): 0 to 4 concurrent voices.
 
 A clip is 5 s. Each voice talks from its first to its last sample (pauses are cut out, clips of one voice joined), all
 voices at equal RMS (0 dB); the answer is the number of concurrent voices. Clips without a voice are soft noise or a
@@ -12,17 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from recordings import read_16k, sound_path, voice_clips
 
-from pam_espnet.data.mixtures import (
-    add_voices,
-    at_random_level,
-    background,
-    choose_voices,
-    empty_clip,
-    over_noise,
-)
+from pam_espnet.config import load_yaml
+from pam_espnet.data.mixtures import add_voices, at_random_level, background, choose_voices, empty_clip, over_noise
 from pam_espnet.data.rendering import SPLITS, Job, Utterance, seeded
 from pam_espnet.data.signals import SAMPLE_RATE, change_speed, fade, set_level, speech_only
 
@@ -31,7 +24,7 @@ MAX_VOICES = 4
 MIN_CLIP = 0.2  # seconds; shorter pieces of speech are clicks
 SPEEDS = (0.85, 1.15)
 FLOOR_BELOW = (35.0, 50.0)  # dB from the mix down to the noise floor
-# classes of sounds.yaml that go on and are no voices
+# classes of sounds.yaml that are long and no voices
 BACKGROUND = ("water", "rain", "harbor", "machine", "cricket", "train", "car", "motorcycle", "vacuum", "shaker")
 
 Spec = tuple[int, str, int, str, list[tuple[list[str], str]], list[str]]
@@ -39,13 +32,13 @@ Spec = tuple[int, str, int, str, list[tuple[list[str], str]], list[str]]
 
 def read_voices(table: Path) -> dict[str, dict[str, str]]:
     """voices.yaml: {split: {voice: group}}."""
-    return yaml.safe_load(table.read_text(encoding="utf-8"))
+    return load_yaml(table)
 
 
 def plan(downloads: Path, folder: Path, options: dict[str, Any], seed: int, tables: Path) -> list[Job]:
     """What to make: for each clip its number of voices (all equally often) and who they are."""
     voices = read_voices(tables / "voices.yaml")
-    sounds = yaml.safe_load((tables / "sounds.yaml").read_text(encoding="utf-8"))
+    sounds = load_yaml(tables / "sounds.yaml")
     jobs = []
     for split in SPLITS:
         clips = {voice: [str(path) for path in voice_clips(downloads, voice)] for voice in voices[split]}
@@ -72,7 +65,7 @@ def _speech(path: str) -> np.ndarray:
 
 
 def talk(rng: np.random.Generator, paths: list[str], samples: int, speed: float) -> np.ndarray:
-    """One voice talking without a pause: clips in random order, joined, cut to ``samples`` from a random place."""
+    """One voice talking without a pause: clips in random order, joined, cut to ``samples`` from a random offset."""
     wanted, parts, total = samples + SAMPLE_RATE // 2, [], 0
     while total < wanted:
         before = total

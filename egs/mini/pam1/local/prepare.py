@@ -2,7 +2,7 @@
 
 Reads the packages that download.py unpacked, and packages.yaml, sizes.yaml, sounds.yaml, voices.yaml; writes
 ``DATA/{train,dev,test_*}`` and ``DATA/audio/<task>/<split>/*.flac`` (16 kHz). A task that is complete with the same
-options is kept; an unfinished one goes on. The same size and seed give the same bytes.
+options is kept; an unfinished one continues. The same size and seed give the same bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ LOCAL = Path(__file__).resolve().parent
 sys.path[:0] = [str(LOCAL), str(LOCAL.parents[3])]
 
 from pam_espnet.cli import run_main  # noqa: E402
+from pam_espnet.config import check_number, load_yaml  # noqa: E402
 from pam_espnet.errors import ConfigError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -92,12 +93,11 @@ def prepare(args: argparse.Namespace) -> None:
     """Make all tasks and sets."""
     import caption
     import count
-    import yaml
 
     from pam_espnet.fileio import write_json
 
     begin = time.monotonic()
-    sizes = yaml.safe_load((LOCAL / "sizes.yaml").read_text(encoding="utf-8"))
+    sizes = load_yaml(LOCAL / "sizes.yaml")
     if args.size not in sizes:
         raise ConfigError(f"--size {args.size}: sizes.yaml has {', '.join(sizes)}")
     voices = count.read_voices(LOCAL / "voices.yaml")
@@ -112,22 +112,16 @@ def prepare(args: argparse.Namespace) -> None:
     print(f"prepare: done in {time.monotonic() - begin:.1f} s")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the corpus."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="quick", help="a size of sizes.yaml: quick, full (quick)")
     parser.add_argument("--downloads", type=Path, default=Path("downloads"), help="what download.py filled (downloads)")
     parser.add_argument("--data_dir", type=Path, default=Path("data/quick"), help="folder to fill (data/quick)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of processes (all cores)")
     parser.add_argument("--seed", type=int, default=2026, help="seed of everything random (2026)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Make the corpus."""
-    args = build_parser().parse_args(argv)
-    if args.jobs < 1:
-        raise ConfigError(f"--jobs {args.jobs}: must be 1 or more")
+    args = parser.parse_args(argv)
+    check_number(args.jobs, "--jobs", at_least=1)
     prepare(args)
     return 0
 

@@ -1,7 +1,4 @@
-"""Where each package keeps its recordings and transcripts: one reader per package, all give paths and texts.
-
-Knows the folder layouts only; what becomes of the recordings is decided in asr.py, count.py and caption.py.
-"""
+"""Readers of the packages' recordings and transcripts, one per package; all give paths and texts."""
 
 from __future__ import annotations
 
@@ -38,9 +35,7 @@ class Clip:
 def read_16k(path: Path) -> np.ndarray:
     """A recording at 16 kHz without its mean: (N,) float32."""
     if path.suffix == ".gsm":  # has no header, so its format is stated
-        wave, rate = soundfile.read(
-            path, dtype="float32", format="RAW", subtype="GSM610", samplerate=8000, channels=1
-        )
+        wave, rate = soundfile.read(path, dtype="float32", format="RAW", subtype="GSM610", samplerate=8000, channels=1)
     else:
         wave, rate = read_audio(path)
     wave = resample(wave, rate, SAMPLE_RATE)

@@ -17,19 +17,14 @@ sys.path.insert(0, str(LOCAL.parents[3]))
 from pam_espnet.cli import run_main  # noqa: E402
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check each directory; stop at the first that is refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, nargs="+", required=True, help="directories that are to be trained on")
     parser.add_argument("--tests", type=Path, nargs="+", required=True, help="directories that are scored")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check each directory; stop at the first that is refused."""
+    args = parser.parse_args(argv)
     from pam_espnet.data.leakage import refuse_shared
 
-    args = build_parser().parse_args(argv)
     for folder in args.train:
         refuse_shared(folder, args.tests)
         print(f"{folder}: no utterance and no speaker of {', '.join(path.name for path in args.tests)}")

@@ -1,1 +1,0 @@
-"""Converters from other packages' weight formats to safetensors; run once, by recipes."""
