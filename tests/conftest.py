@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def mini_models() -> Path:
     """The mini recipe's converted models; its packages are fetched on first use, so only slow tests may ask.
 
-    They stay in the checkout's ``downloads``, the one place beside temporary folders that tests write to.
+    They stay in the checkout's ``downloads``, the only folder beside temporary ones that tests write to.
     """
     recipe = REPO_ROOT / "egs" / "mini" / "pam1"
     with locked(recipe / "downloads") as downloads:
