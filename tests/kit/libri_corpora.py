@@ -76,11 +76,11 @@ def make_libricount(root: Path, each: int = 2, readers: tuple[int, ...] = tuple(
     for count in range(11):
         for index in range(each):
             rng = np.random.default_rng(100 * count + index)
-            waves = [voice(rng, 4.7, 90 + 11 * index) for index in range(count)]
+            waves = [voice(rng, 4.7, 90 + 11 * speaker) for speaker in range(count)]
             clip = np.sum(waves, axis=0) / max(count, 1) if waves else 0.001 * rng.standard_normal(5 * RATE)
             stem = f"{count}_{rng.integers(16**12):012x}"
             soundfile.write(folder / f"{stem}.wav", clip.astype(np.float32), RATE, subtype="PCM_16")
-            speakers = [{"sex": "F", "activity": [[0, 80000]], "speaker_id": readers[number]} for number in range(count)]
+            speakers = [{"sex": "F", "activity": [[0, 80000]], "speaker_id": reader} for reader in readers[:count]]
             (folder / f"{stem}.json").write_text(json.dumps(speakers))
     return root
 
