@@ -26,7 +26,7 @@ from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.frontend.ctc_head import EmbeddingCTC
 from pam_espnet.frontend.frontend import AudioEmbeddings, PaMFrontend
 from pam_espnet.frontend.fusion.routing import router_loss
-from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.llm.llm import LLM
 from pam_espnet.llm.prompt_layout import Placed, layout, place
 
 FEATURE_PREFIX = "feats_"
@@ -54,7 +54,7 @@ class ESPnetPaMModel(AbsESPnetModel):
     def __init__(
         self,
         frontend: PaMFrontend,
-        decoder: LLMDecoder,
+        decoder: LLM,
         tasks: Sequence[str],
         ctc: EmbeddingCTC | None = None,
         router_loss_weight: float = 0.0,
@@ -261,7 +261,7 @@ def model_options(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not config.get("llm"):
         raise ConfigError("config key 'llm' is missing: give the LLM's folder or its Hugging Face id")
     readers: tuple[tuple[Callable[..., Any], ...], ...] = (
-        (LLMDecoder.from_pretrained, LLMDecoder),
+        (LLM.from_pretrained, LLM),
         (PaMFrontend,),
         (ESPnetPaMModel, _model_options),
     )
@@ -287,7 +287,7 @@ def build_model(config: Mapping[str, Any]) -> ESPnetPaMModel:
         ConfigError: unknown keys, missing model folders, values that cannot work.
     """
     llm_conf, frontend_conf, model_conf = model_options(config)
-    decoder = LLMDecoder.from_pretrained(config["llm"], **llm_conf)
+    decoder = LLM.from_pretrained(config["llm"], **llm_conf)
     frontend = PaMFrontend(width=decoder.width, prompt_width=decoder.width, **frontend_conf)
     tokens = model_conf.get("ctc_tokens")
     options = {k: v for k, v in model_conf.items() if k not in inspect.signature(_model_options).parameters}
@@ -304,7 +304,7 @@ def build_model(config: Mapping[str, Any]) -> ESPnetPaMModel:
     return model
 
 
-def _read_token_ids(path: Path, decoder: LLMDecoder) -> list[int]:
+def _read_token_ids(path: Path, decoder: LLM) -> list[int]:
     if not path.is_file():
         raise ConfigError(f"model_conf.ctc_tokens: no such file: {path}\n  -> run stage 3, which writes it")
     words = path.read_text(encoding="utf-8").split()

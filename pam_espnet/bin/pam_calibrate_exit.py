@@ -1,4 +1,4 @@
-"""Fit maps and gates of early exit on development data, and say whether they are worth it.
+"""Fit maps and gates of early exit on development data, and judge whether they are worth it.
 
 Writes <exp>/exit.safetensors (maps, gates, threshold) and <exp>/exit.json (what was judged). Half of the utterances are
 fitted to, the other half judge. To decode with it: exit: {mode: gate, calibration: <exp>/exit.safetensors} in the
@@ -22,8 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--exp", required=True, type=Path, help="experiment directory")
     parser.add_argument("--data", required=True, help="formatted development data, dump/raw/dev")
     parser.add_argument("--layers", type=int, nargs="+", help="candidate blocks (default: upper half, every second)")
-    parser.add_argument("--precision", type=float, default=0.95, help="of the tokens that leave (default: 0.95)")
-    parser.add_argument("--no_maps", action="store_true", help="gates alone; blocks speak as they are")
+    parser.add_argument("--precision", type=float, default=0.95, help="of the tokens that exit (default: 0.95)")
+    parser.add_argument("--no_maps", action="store_true", help="gates alone; hidden states are read as they are")
     parser.add_argument("--batch_size", type=int, default=8, help="utterances run together (default: 8)")
     add_compute_options(parser, default_dtype="float32", dtypes=("float32", "bfloat16"))
     return parser
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from pam_espnet.decode.options import AnswerOptions
     from pam_espnet.decode.speech_llm import SpeechLLM
-    from pam_espnet.early_exit.fitting import calibrate, candidate_blocks, cost_model, observe
+    from pam_espnet.early_exit.fitting import CostModel, calibrate, candidate_blocks, observe
     from pam_espnet.errors import ConfigError
     from pam_espnet.fileio import write_json
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers = list(candidate_blocks(args.layers or (), blocks))
     observed = observe(speech, args.data, layers, args.batch_size)
     calibration, judgement = calibrate(observed, layers, model.decoder, args.precision, not args.no_maps)
-    calibration.save(args.exp / "exit.safetensors", judgement)
+    calibration.save(args.exp / "exit.safetensors", asdict(judgement))
     verdict = "on" if judgement.worth_it else "off"
     write_json(
         args.exp / "exit.json",
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "maps": not args.no_maps,
             "precision_wanted": args.precision,
             "judgement": asdict(judgement),
-            "cost_model": asdict(cost_model(model.decoder)),
+            "cost_model": asdict(CostModel.of(model.decoder)),
             "tokens": len(observed.last),
             "data": str(args.data),
         },
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.info(f"wrote {args.exp / 'exit.safetensors'}, {args.exp / 'exit.json'}")
     print(
         f"early exit: {verdict}; predicted speed-up of a step {judgement.speedup:.3f}x, {judgement.coverage:.1%} of "
-        f"the tokens leave, {judgement.precision:.1%} of them right, {judgement.mean_depth:.1f} of {blocks} blocks on "
+        f"the tokens exit, {judgement.precision:.1%} of them right, {judgement.mean_depth:.1f} of {blocks} blocks on "
         "average"
     )
     return 0

@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
+    from pam_espnet.data.datadir import DataDir
     from pam_espnet.decode.options import AnswerOptions
     from pam_espnet.decode.shards import DecodeOptions, decode_shard, is_complete, merge_shards
     from pam_espnet.decode.speech_llm import SpeechLLM
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if todo and not args.merge:
         device = chosen_device(args.device)
         model = SpeechLLM.load(args.exp, answers, device, args.dtype)
+        model.keep_prompts({prompt for data, _ in todo for prompt in DataDir.load(data).prompt.values()})
         for data, out in todo:
             decode_shard(model, data, out, options)
     if args.merge or shards == 1:

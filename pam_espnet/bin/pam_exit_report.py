@@ -42,10 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pam_espnet.decode.options import AnswerOptions
     from pam_espnet.decode.shards import DecodeOptions, decoded_of
     from pam_espnet.decode.speech_llm import SpeechLLM
-    from pam_espnet.early_exit.plot import plot_exits
     from pam_espnet.early_exit.report import one_search, profile_sets, read_decoded, read_sweep
     from pam_espnet.early_exit.sweep import default_points, parse_point, sweep
-    from pam_espnet.early_exit.tables import markdown
+    from pam_espnet.early_exit.tables import markdown, plot_exits
     from pam_espnet.errors import ConfigError
     from pam_espnet.fileio import write_json, write_text
 

@@ -1,16 +1,16 @@
 """How answers are decoded: the beam search's options, and what a task's answers may be. One YAML holds them all.
 
-    beam_size: 4              any option of ``search.options.BeamOptions``
+    beam_size: 4              any option of ``search.hypothesis.BeamOptions``
     no_repeat_ngram: 0        no n-gram twice in an answer; 0 allows all
     tokens_per_second: 0      length cap from the audio's duration (plus eight tokens); 0 leaves max_new_tokens alone
     answer_sets:              task -> the only answers there are
       count: ["0", "1", "2", "3", "4"]
     task_vocabulary: false    only token types of the training answers (those of the warm start's head)
-    exit:                     early exit, see decoder.exits.ExitOptions
+    exit:                     early exit, see engine.exits.ExitOptions
       mode: never
-    draft:                    tokens that the LLM verifies instead of finding them one by one, see search.drafting
+    draft:                    tokens that the LLM verifies instead of finding them one by one, see search.drafts
       kind: none
-    ctc:                      the warm start's CTC head beside the LLM, see search.joint
+    ctc:                      the warm start's CTC head beside the LLM, see search.ctc
       weight: 0
 """
 
@@ -26,27 +26,16 @@ from pam_espnet.config import drop_removed
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.engine.exits import ExitOptions
 from pam_espnet.errors import ConfigError
-from pam_espnet.search.drafters import DraftOptions
-from pam_espnet.search.joint import JointOptions
-from pam_espnet.search.options import BeamOptions
+from pam_espnet.search.ctc import CTCOptions
+from pam_espnet.search.drafts import DraftOptions
+from pam_espnet.search.hypothesis import BeamOptions
 
 SPARE_TOKENS = 8  # for short clips, in which a word or two and the end token must fit
 
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """Options of decoding; see the module's example.
-
-    Attributes:
-        beam: of the search.
-        no_repeat_ngram: n, or 0.
-        tokens_per_second: tokens allowed per second of audio, or 0.
-        answer_sets: task -> its answers.
-        task_vocabulary: whether the output layer is cut to the token types of the training answers.
-        exit: when a token may be taken from a block before the last.
-        draft: who guesses tokens ahead; the answers do not change.
-        ctc: the warm start's CTC head beside the LLM, in the tasks that it was fitted to.
-    """
+    """Options of decoding; see the module's example."""
 
     beam: BeamOptions = field(default_factory=BeamOptions)
     no_repeat_ngram: int = 0
@@ -55,7 +44,7 @@ class AnswerOptions:
     task_vocabulary: bool = False
     exit: ExitOptions = field(default_factory=ExitOptions)
     draft: DraftOptions = field(default_factory=DraftOptions)
-    ctc: JointOptions = field(default_factory=JointOptions)
+    ctc: CTCOptions = field(default_factory=CTCOptions)
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
@@ -97,7 +86,7 @@ class AnswerOptions:
         try:
             if "eos_ids" in beam:
                 raise ConfigError("eos_ids: the LLM's own end tokens are used")
-            for key, group in (("exit", ExitOptions), ("draft", DraftOptions), ("ctc", JointOptions)):
+            for key, group in (("exit", ExitOptions), ("draft", DraftOptions), ("ctc", CTCOptions)):
                 if key in own:
                     if not isinstance(own[key], Mapping):
                         raise ConfigError(f"{key}: {own[key]!r}; must be a mapping of its options")

@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,20 +34,13 @@ CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak o
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How a data directory is decoded.
+    """How a data directory is decoded."""
 
-    Attributes:
-        batch_size: utterances decoded together.
-        audio: "on", or "zero": the waveform is set to zero, the control that shows what listening is worth.
-        shard, shards: decode the ``shard``-th (from 1) of ``shards`` parts.
-        limit: at most this many utterances (0 = all); for trying things out.
-    """
-
-    batch_size: int = 8
-    audio: str = "on"
-    shard: int = 1
-    shards: int = 1
-    limit: int = 0
+    batch_size: int = 8  # utterances decoded together
+    audio: str = "on"  # or "zero": the waveform is set to zero, the control that shows what the audio contributes
+    shard: int = 1  # decode the ``shard``-th (from 1) ...
+    shards: int = 1  # ... of ``shards`` parts
+    limit: int = 0  # at most this many utterances (0 = all); for trying things out
 
     def __post_init__(self) -> None:
         if self.audio not in ("on", "zero"):
@@ -67,7 +60,7 @@ def shard_keys(keys: Sequence[str], seconds: dict[str, float], shard: int, shard
 def decode_shard(model: SpeechLLM, data_dir: str | Path, out_dir: str | Path, options: DecodeOptions) -> Path:
     """Decode one shard into ``<out_dir>/split<shards>/<shard>/journal.jsonl``, one line per utterance.
 
-    A killed run goes on with the first batch that is not whole, and decodes it again: batches are the same ones in
+    A killed run continues with the first batch that is not whole, and decodes it again: batches are the same ones in
     every run, so that the results are too, to the last digit.
     """
     data = DataDir.load(data_dir)
@@ -121,26 +114,21 @@ def journal_lines(
     """One JSON object per utterance of a batch that took ``wall`` seconds; ``seconds`` is each one's audio."""
     lines = []
     for key, length, answer in zip(batch, seconds, answers, strict=True):
+        ranked = zip(answer.texts, answer.tokens, answer.scores, answer.depths, strict=True)
         line = {
             "utt": key,
             "task": data.utt2task[key],
             "prompt": data.prompt[key],
-            "hypotheses": [
-                {"text": text, "tokens": tokens, "score": score, "depths": depths}
-                for text, tokens, score, depths in zip(
-                    answer.texts, answer.tokens, answer.scores, answer.depths, strict=True
-                )
-            ],
+            "hypotheses": [dict(zip(("text", "tokens", "score", "depths"), one, strict=True)) for one in ranked],
             "seconds_audio": round(length, 4),
             "seconds_wall": wall / len(batch),
             "routing": answer.routing,
             "constraints": answer.constraints,
+            "draft": answer.draft,
+            "answer_log_probs": answer.answer_log_probs,
         }
-        if answer.draft is not None:
-            line["draft"] = asdict(answer.draft)
-        if answer.answer_log_probs is not None:
-            line["answer_log_probs"] = answer.answer_log_probs
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        known = {name: value for name, value in line.items() if value is not None}
+        lines.append(json.dumps(known, ensure_ascii=False) + "\n")
     return "".join(lines)
 
 
@@ -152,13 +140,13 @@ def note_machine(journal: Path, model: SpeechLLM) -> None:
             "peak_memory_bytes": peak_memory(model.device),
             "device": _device_name(model.device),
             "threads": torch.get_num_threads(),
-            "dtype": model.model.decoder.precision,
+            "dtype": model.engine.precision,
         },
     )
 
 
 def _show_steps(bar: Any) -> Callable[[list[PartialAnswer]], None]:
-    """A callback that writes the running batch's step and unfinished utterances behind a tqdm bar."""
+    """A callback that writes the step and the number of unfinished utterances behind a tqdm bar."""
     shown = time.monotonic()
 
     def show(partials: list[PartialAnswer]) -> None:
@@ -174,16 +162,10 @@ def _show_steps(bar: Any) -> Callable[[list[PartialAnswer]], None]:
 def merge_shards(
     data_dir: str | Path, out_dir: str | Path, options: DecodeOptions, run: dict[str, Any]
 ) -> dict[str, Any]:
-    """Join all shards into ``text``, ``score``, ``nbest.jsonl`` and ``stats.json``.
-
-    Args:
-        data_dir: what was decoded.
-        out_dir: where the shards are.
-        options: with the number of shards.
-        run: command, checkpoint hash and the like, kept in ``stats.json``.
+    """Join all shards into ``text``, ``score``, ``nbest.jsonl`` and ``stats.json``, which keeps ``run``, too.
 
     Raises:
-        DataError: an utterance is missing or stands in two shards.
+        DataError: an utterance is missing or in two shards.
     """
     out_dir = Path(out_dir)
     expected = DataDir.load(data_dir).utterances[: options.limit or None]
@@ -197,7 +179,7 @@ def merge_shards(
             entries[key] = entry
         machine = journal.with_name("machine.json")
         if not machine.exists():
-            raise DataError(machine, "this shard did not finish", hint="run stage 4 again; it goes on where it stopped")
+            raise DataError(machine, "this shard did not finish", hint="run stage 4 again; what is done is kept")
         machines.append(read_json(machine))
     if missing := [key for key in expected if key not in entries]:
         raise DataError(out_dir, f"{len(missing)} utterances were not decoded, first {missing[0]!r}", hint="stage 4")

@@ -5,9 +5,10 @@ Dimension letters: B utterances, N samples, U adapter frames, P prefix positions
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from pam_espnet.config import load_yaml
 from pam_espnet.data.tables import one_line
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.waveforms import as_waveform
-from pam_espnet.engine.view import DecoderView
+from pam_espnet.engine.engine import make_engine
+from pam_espnet.engine.exits import ExitOptions
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import MODEL_FILE, load_strict, read_trained
 from pam_espnet.frontend.frontend import AudioEmbeddings
@@ -30,16 +32,22 @@ from pam_espnet.search.answer_scores import answer_log_probs
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
 from pam_espnet.search.ctc import CTCScorer
-from pam_espnet.search.drafters import NoDraft, WholeAnswer
-from pam_espnet.search.drafting import DraftCount, Drafter, draft_search
-from pam_espnet.search.hypothesis import Partial
+from pam_espnet.search.drafts import WholeAnswer, draft_search
+from pam_espnet.search.hypothesis import Hypothesis, Partial
 
 
 @dataclass
 class Answer:
-    """The n-best answers to one utterance, best first, with the block of the LLM that named each token; how its
-    encoders were combined; which constraints fired and how often (over steps and hypotheses; ``length_cap`` is 1 where
-    the best answer was cut); what drafts were worth, where there were any."""
+    """The n-best answers to one utterance, best first.
+
+    Attributes:
+        texts, tokens (token ids), scores, depths (of each token, the LLM's block that predicted it): by rank.
+        routing: how the encoders were combined.
+        constraints: which fired and how often (over steps and hypotheses); ``length_cap`` is 1 where the best answer
+            was cut.
+        answer_log_probs: of every answer, where the task has a set of them.
+        draft: what drafts were worth, where they are on, and their kind.
+    """
 
     texts: list[str]
     tokens: list[list[int]]
@@ -47,16 +55,16 @@ class Answer:
     depths: list[list[int]]
     routing: dict[str, Any]
     constraints: dict[str, int]
-    answer_log_probs: dict[str, float] | None = None  # of every answer, where the task has a set of them
-    draft: DraftCount | None = None
+    answer_log_probs: dict[str, float] | None = None
+    draft: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class PartialAnswer:
     """How far the answer to an utterance is; ``text`` costs nothing until it is read."""
 
-    utterance: int  # place among the waveforms
-    tokens: list[int]  # of the best running hypothesis, of the answer once ``done``; the LLM's ids
+    utterance: int  # index among the waveforms
+    tokens: list[int]  # ids of the best running hypothesis, of the answer once ``done``
     score: float  # sum of log-probabilities; once done, divided as ``length_penalty`` says
     done: bool
     decode: Callable[[Sequence[int]], str]
@@ -72,11 +80,12 @@ class SpeechLLM:
     """A trained model that answers prompts about audio.
 
     Args:
-        model: built and loaded.
+        model: built and loaded; its weights must not change afterwards.
         options: how answers are decoded.
         device: a torch device.
         warm_losses: the warm start's loss of each task whose answers the task vocabulary was made from; None: it was
             made from all, and only the CTC head of ASR was trained.
+        int8: round the LLM's weights to 8 bits.
 
     Raises:
         ConfigError: a task vocabulary or a draft by CTC is asked for, but the model has no list of the training
@@ -90,30 +99,26 @@ class SpeechLLM:
         options: AnswerOptions,
         device: str = "cpu",
         warm_losses: Mapping[str, str] | None = None,
+        int8: bool = False,
     ) -> None:
-        self.model = model.to(device).eval()
-        self.options = options
-        self.device = device
+        self.model, self.options, self.device = model.to(device).eval(), options, device
         self.vocabulary_tasks = warm_losses
         self.ctc_tasks = {task for task, loss in (warm_losses or {"asr": "ctc"}).items() if loss == "ctc"}
         if options.task_vocabulary and model.ctc is None:
             raise ConfigError("task_vocabulary: this model was trained without the warm start's list of tokens")
-        vocabulary = model.ctc.token_ids.tolist() if options.task_vocabulary and model.ctc is not None else None
-        self.decoder = DecoderView(model.decoder, vocabulary, options.exit)
-        # Answers of a set are compared at full depth, whatever the search does.
-        self._judge = self.decoder if options.exit.mode == "never" else DecoderView(model.decoder, vocabulary)
-        if options.draft.kind != "none":
-            self.decoder.verifier()
         if model.ctc is None or not self.ctc_tasks:
             if options.draft.kind == "ctc":
                 raise ConfigError("draft.kind: ctc needs a model whose warm start fitted a task with CTC")
             if options.ctc.weight > 0:
                 raise ConfigError("ctc.weight: needs a model whose warm start fitted a task with CTC; set it to 0")
-        fused = model.decoder.fused_blocks()  # now, or the first batch would be charged for it
-        if fused is not None and vocabulary is None:
-            fused.pack_output()
+        vocabulary = model.ctc.token_ids.tolist() if options.task_vocabulary and model.ctc is not None else None
+        # Answers of a set are compared at full depth, whatever the search does.
+        self.full_depth = make_engine(model.decoder, vocabulary, int8=int8)
+        self.engine = self.full_depth.with_exits(options.exit)
+        if options.draft.kind != "none" and not self.engine.can_verify:
+            raise ConfigError("draft: only Llama-type LLMs with llm_conf.fused_decoding: true; set draft.kind: none")
         self._answer_sets = {
-            task: [self.decoder.places(answer_ids(model.decoder.tokenizer, answer)[:-1]) for answer in answers]
+            task: [self.engine.indices(answer_ids(model.decoder.tokenizer, answer)[:-1]) for answer in answers]
             for task, answers in options.answer_sets.items()
         }
         for task, answers in self._answer_sets.items():
@@ -135,26 +140,39 @@ class SpeechLLM:
             exp_dir: experiment directory.
             options: see ``AnswerOptions``.
             device: "cpu", "cuda", ...
-            dtype: precision of the LLM in place of the configured one: "float32", "bfloat16", or "int8" (weights of
-                its products in the search, all else in float32).
-            config: in place of ``config.yaml``, whose paths start at the recipe's folder.
+            dtype: precision of the LLM: "float32", "bfloat16", or "int8" (weights of its products in the search, all
+                else in float32); None: as configured.
+            config: replaces ``config.yaml``, whose paths start at the recipe's folder.
 
         Raises:
             ConfigError, CheckpointError: what is missing or does not fit, and which stage makes it.
         """
         config = dict(load_yaml(Path(exp_dir) / "config.yaml") if config is None else config)
-        if dtype is not None:
-            int8 = {"dtype": "float32", "int8_decoding": True}
-            config["llm_conf"] = {**(config.get("llm_conf") or {}), **(int8 if dtype == "int8" else {"dtype": dtype})}
+        llm_conf = dict(config.get("llm_conf") or {})
+        int8 = bool(llm_conf.pop("int8_decoding", False)) if dtype is None else dtype == "int8"  # a key of version 0.1
+        config["llm_conf"] = llm_conf | ({} if dtype is None else {"dtype": "float32" if int8 else dtype})
         model = build_model(config)
         checkpoint = Path(exp_dir) / MODEL_FILE
         load_strict(model, read_trained(checkpoint), checkpoint)
         warm_start = config.get("warm_start_conf") or {}
-        return cls(model, options, device, warm_start.get("losses"))
+        return cls(model, options, device, warm_start.get("losses"), int8)
+
+    def with_exits(self, exits: ExitOptions) -> SpeechLLM:
+        """The same model and weights with another ``options.exit``."""
+        other = copy.copy(self)
+        other.options = replace(self.options, exit=exits)
+        other.engine = self.full_depth.with_exits(exits)
+        return other
+
+    def keep_prompts(self, prompts: Collection[str]) -> None:
+        """Free the LLM's own weights, which the engine has packed: from now on it answers these prompts, no others."""
+        for prompt in sorted(set(prompts)):
+            self.model.decoder.prompt_vector(prompt)
+        self.engine.take_over()
 
     @torch.no_grad()
-    def listen(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> AudioEmbeddings:
-        """What the LLM is given of waveforms, each (N,) float32 at the frontend's sample rate, one prompt for each."""
+    def encode(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> AudioEmbeddings:
+        """Audio embeddings of waveforms, each (N,) float32 at the frontend's sample rate, one prompt for each."""
         lengths = torch.tensor([len(wave) for wave in waves])
         batch = torch.zeros(len(waves), int(lengths.max()))
         for row, wave in zip(batch, waves, strict=True):
@@ -177,10 +195,11 @@ class SpeechLLM:
             waves: each (N,) at the frontend's sample rate, float in [-1, 1] or int16, int32, uint8.
             prompts: as many.
             tasks: as many names; without them no answer set applies.
-            audio: what ``listen`` made of them, where they are answered more than once.
+            audio: what ``encode`` made of them, where they are answered more than once.
             on_partial: called after every step of the search with the utterances that took it: for streaming and
                 progress bars.
-            score_answers: also say how likely each answer is, where a task has a set of them; costs a few steps.
+            score_answers: also return the log-probability of each answer, where a task has a set of them; costs a few
+                steps.
 
         Raises:
             ConfigError: not as many of each, a waveform that cannot be one (see ``as_waveform``), a task whose answers
@@ -193,35 +212,39 @@ class SpeechLLM:
         waves = [as_waveform(wave, f"answer: waveform {index}") for index, wave in enumerate(waves)]
         if not waves:
             return []
-        audio = self.listen(waves, prompts) if audio is None else audio
-        placed = self.model.place(prompts, audio, None)
-        tasks = tasks or [""] * len(waves)
-        known = self.vocabulary_tasks if self.options.task_vocabulary else None
+        options, tasks = self.options, tasks or [""] * len(waves)
+        known = self.vocabulary_tasks if options.task_vocabulary else None
         if known is not None and (strange := sorted(set(tasks) - set(known))):
             made_of, asked = ", ".join(known), ", ".join(strange) or "no task"
             raise ConfigError(f"task_vocabulary: it was made from answers of {made_of}, not of {asked}")
-        caps = self.options.length_caps([len(wave) / self.model.frontend.sample_rate for wave in waves])
+        caps = options.length_caps([len(wave) / self.model.frontend.sample_rate for wave in waves])
         if caps is not None:  # one of a set of answers is never cut
             sets = [self._answer_sets.get(task, [[]]) for task in tasks]
             caps = [max(cap, 1 + max(map(len, answers))) for cap, answers in zip(caps, sets, strict=True)]
+        audio = self.encode(waves, prompts) if audio is None else audio
+        placed = self.model.place(prompts, audio, None)
+        prefix, lengths = placed.embeds, placed.prefix_lengths
         constraints = self._constraints(tasks)
         show = None if on_partial is None else partial(self._show, on_partial)
-        drafts: Sequence[DraftCount | None] = [None] * len(waves)
-        prefix = (placed.embeds, placed.prefix_lengths, self.options.beam)
-        if self.options.draft.kind == "none":
-            nbest = beam_search(self.decoder, *prefix, caps, show, constraints, self._ctc_scorer(tasks, audio))
+        drafts: list[dict[str, Any] | None] = [None] * len(waves)
+        if options.draft.kind == "none":
+            ctc = self._ctc_scorer(tasks, audio)
+            nbest = beam_search(self.engine, prefix, lengths, options.beam, caps, show, constraints, ctc)
         else:
-            drafters, most = self.drafters(tasks, audio), self.options.draft.most
-            nbest, drafts = draft_search(self.decoder, *prefix, drafters, most, caps, show, constraints)
-        log_probs = self._answer_log_probs(tasks, placed.embeds, placed.prefix_lengths) if score_answers else {}
+            whole, most = self.drafts(tasks, audio), options.draft.most
+            nbest, counts = draft_search(
+                self.engine, prefix, lengths, options.beam, whole, most, caps, show, constraints
+            )
+            kinds = ["none" if one is None else options.draft.kind for one in whole]
+            drafts = [{"drafter": kind, **asdict(count)} for kind, count in zip(kinds, counts, strict=True)]
+        log_probs = self._answer_log_probs(tasks, prefix, lengths) if score_answers else {}
         answers = []
         for b, hypotheses in enumerate(nbest):
             if not hypotheses:
-                raise ConfigError(f"the decoding options leave no answer to {prompts[b]!r}: {self.options}")
-            tokens = [self.decoder.tokens(one.tokens) for one in hypotheses]
-            fired: Counter[str] = Counter({"length_cap": int(not hypotheses[0].ended)})
-            for constraint in constraints:
-                fired[constraint.name] += constraint.fired[b]
+                raise ConfigError(f"the decoding options leave no answer to {prompts[b]!r}: {options}")
+            tokens = [self.engine.token_ids(one.tokens) for one in hypotheses]
+            fired = Counter({one.name: one.fired[b] for one in constraints})
+            fired["length_cap"] = int(not hypotheses[0].ended)
             answers.append(
                 Answer(
                     texts=[self.text(one) for one in tokens],
@@ -236,60 +259,62 @@ class SpeechLLM:
             )
         return answers
 
-    @torch.no_grad()
-    def drafters(self, tasks: Sequence[str], audio: AudioEmbeddings) -> list[Drafter]:
-        """One for each utterance: the CTC head's answer, in tasks that it was fitted to."""
-        model = self.model
-        heard: list[list[int]] = [[] for _ in tasks]
-        own = [b for b, task in enumerate(tasks) if task in self.ctc_tasks]
-        if own and model.ctc is not None:
-            for b, tokens in zip(own, model.ctc.greedy(audio.embeddings[own], audio.lengths[own]), strict=True):
-                heard[b] = self.decoder.places(tokens)
-        whole = WholeAnswer(heard, "ctc")
-        return [whole if b in own else NoDraft() for b in range(len(tasks))]
-
-    def _ctc_scorer(self, tasks: Sequence[str], audio: AudioEmbeddings) -> CTCScorer | None:
-        ctc, options = self.model.ctc, self.options.ctc
-        own = [b for b, task in enumerate(tasks) if task in self.ctc_tasks]
-        if ctc is None or options.weight == 0 or not own:
-            return None
-        return CTCScorer(ctc, self.decoder, audio.embeddings[own], audio.lengths[own], own, options)
-
     def text(self, tokens: Sequence[int]) -> str:
         """The words of an answer's token ids."""
         kept = [token for token in tokens if token not in self.model.decoder.eos_ids]
         return one_line(self.model.decoder.tokenizer.decode(kept, skip_special_tokens=True))
 
+    @torch.no_grad()
+    def drafts(self, tasks: Sequence[str], audio: AudioEmbeddings) -> list[WholeAnswer | None]:
+        """The CTC head's best path of each utterance, in tasks that it was fitted to."""
+        found: list[WholeAnswer | None] = [None] * len(tasks)
+        covered = self._ctc_rows(tasks)
+        if covered and self.model.ctc is not None:
+            paths = self.model.ctc.greedy(audio.embeddings[covered], audio.lengths[covered])
+            for b, tokens in zip(covered, paths, strict=True):
+                found[b] = WholeAnswer(self.engine.indices(tokens))
+        return found
+
+    def _ctc_rows(self, tasks: Sequence[str]) -> list[int]:
+        return [b for b, task in enumerate(tasks) if task in self.ctc_tasks]
+
+    def _ctc_scorer(self, tasks: Sequence[str], audio: AudioEmbeddings) -> CTCScorer | None:
+        head, options, covered = self.model.ctc, self.options.ctc, self._ctc_rows(tasks)
+        if head is None or options.weight == 0 or not covered:
+            return None
+        log_probs = head.log_probs(audio.embeddings[covered]).cpu().numpy()  # (B',U,C)
+        rows = zip(covered, log_probs, audio.lengths[covered].tolist(), strict=True)
+        classes = {token: number for number, token in enumerate(head.token_ids.tolist(), start=1)}
+        if self.engine.ids is not None:
+            classes = {self.engine.index[token]: number for token, number in classes.items()}
+        return CTCScorer({b: row[:length] for b, row, length in rows}, classes, self.engine.eos_ids, options)
+
     def _show(self, on_partial: Callable[[list[PartialAnswer]], None], found: Sequence[Partial]) -> None:
-        places = self.decoder.tokens
-        on_partial(
-            [
-                PartialAnswer(one.utterance, places(one.hypothesis.tokens), one.hypothesis.score, one.done, self.text)
-                for one in found
-            ]
-        )
+        def shown(utterance: int, best: Hypothesis, done: bool) -> PartialAnswer:
+            return PartialAnswer(utterance, self.engine.token_ids(best.tokens), best.score, done, self.text)
+
+        on_partial([shown(one.utterance, one.hypothesis, one.done) for one in found])
 
     def _answer_log_probs(self, tasks: Sequence[str], prefix: Tensor, lengths: Tensor) -> dict[int, dict[str, float]]:
-        """Place in the batch -> log-probability of each answer, where the task has a set of answers."""
+        """Utterance -> log-probability of each answer, where the task has a set of answers."""
         found = {}
         for task, answers in self._answer_sets.items():
-            if rows := [place for place, name in enumerate(tasks) if name == task]:
-                own = lengths[rows]
-                temperature = self.options.beam.temperature
-                scores = answer_log_probs(self._judge, prefix[rows, : int(own.max())], own, answers, temperature)
+            if rows := [b for b, name in enumerate(tasks) if name == task]:
+                own, temperature = lengths[rows], self.options.beam.temperature
+                scores = answer_log_probs(self.full_depth, prefix[rows, : int(own.max())], own, answers, temperature)
                 names = self.options.answer_sets[task]
-                for row, values in zip(rows, scores.tolist(), strict=True):
-                    found[row] = {name: round(value, 6) for name, value in zip(names, values, strict=True)}
+                for b, values in zip(rows, scores.tolist(), strict=True):
+                    found[b] = {name: round(value, 6) for name, value in zip(names, values, strict=True)}
         return found
 
     def _constraints(self, tasks: Sequence[str]) -> list[Constraint]:
         found: list[Constraint] = []
         if self.options.no_repeat_ngram:  # an answer of a set may repeat itself
-            free = [place for place, task in enumerate(tasks) if task not in self._answer_sets]
+            free = [b for b, task in enumerate(tasks) if task not in self._answer_sets]
             found.append(NoRepeatNgram(self.options.no_repeat_ngram, free))
         for task, answers in self._answer_sets.items():
-            if places := [place for place, name in enumerate(tasks) if name == task]:
-                found.append(AnswerSet(answers, self.decoder.eos_ids, places))
+            if rows := [b for b, name in enumerate(tasks) if name == task]:
+                found.append(AnswerSet(answers, self.engine.eos_ids, rows))
         return found
 
     def _routing(self, routing: Any, b: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The early-exit report of an experiment: what its blocks say, what gates would do, what decoding at exit points did.
+"""The early-exit report of an experiment: what its blocks predict, what gates would do, how it decodes at exit points.
 
     <decode>/<set>/{nbest.jsonl, key.json}        the model's own answers                              read
     <out>/profile/<set>.json                      figures of a test set; not made twice                written
@@ -20,10 +20,9 @@ from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.decode.shards import decoded_of
 from pam_espnet.decode.speech_llm import SpeechLLM
-from pam_espnet.early_exit.answer_states import reference_answers
-from pam_espnet.early_exit.fitting import candidate_blocks, cost_model
-from pam_espnet.early_exit.profile import profile
-from pam_espnet.early_exit.summary import summarise
+from pam_espnet.early_exit.fitting import CostModel, candidate_blocks
+from pam_espnet.early_exit.profile import profile, summarise
+from pam_espnet.early_exit.states import reference_answers
 from pam_espnet.early_exit.sweep import NEVER, read_timing
 from pam_espnet.engine.calibration import Calibration
 from pam_espnet.engine.exits import MODES
@@ -87,7 +86,7 @@ def profile_sets(
     out: str | Path,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """Figures of every test set (``summary``), read from ``<out>/profile`` where they were made before.
+    """Figures of every test set (``profile.summarise``), read from ``<out>/profile`` where they were made before.
 
     Args:
         exp: experiment directory.
@@ -104,20 +103,23 @@ def profile_sets(
         ``{"blocks", "layers", "cost_model", "calibration", "sets": {set: {task: figures}}}``.
     """
     found: dict[str, Any] = {}
+    calibration_sha256 = None if calibration is None else sha256_file(calibration)
     for data_dir in data_dirs:
         name = Path(data_dir).name
         given = None if answers is None else json.dumps(answers[name], sort_keys=True)
         key = {
             **decoded_of(exp, data_dir),
             "answers": "reference" if given is None else hashlib.sha256(given.encode()).hexdigest(),
-            "calibration_sha256": None if calibration is None else sha256_file(calibration),
+            "calibration_sha256": calibration_sha256,
             "layers": list(layers),
             "search": dict(search),
         }
         path = Path(out) / "profile" / f"{name}.json"
         record = read_json(path) if path.is_file() else {}
         if record.get("key") != key:
-            record = {"key": key, **_profile(load(), data_dir, answers, layers, calibration, search, batch_size)}
+            own = None if answers is None else answers[name]
+            figures = _profile(load(), data_dir, own, layers, calibration, calibration_sha256, batch_size)
+            record = {"key": key, **figures}
             write_json(path, record)
         tasks = record.pop("tasks")
         found = {**found, **record, "sets": {**found.get("sets", {}), name: tasks}}
@@ -128,32 +130,30 @@ def profile_sets(
 def _profile(
     speech: SpeechLLM,
     data_dir: str | Path,
-    answers: Mapping[str, Mapping[str, Sequence[int]]] | None,
+    answers: Mapping[str, Sequence[int]] | None,
     layers: Sequence[int],
     calibration: str | Path | None,
-    search: Mapping[str, Any],
+    calibration_sha256: str | None,
     batch_size: int,
 ) -> dict[str, Any]:
-    data, decoder = DataDir.load(data_dir), speech.model.decoder
+    data, llm, fitted = DataDir.load(data_dir), speech.model.decoder, None
     if calibration is None:
-        fitted, layers = None, candidate_blocks(layers, decoder.num_layers)
+        layers = candidate_blocks(layers, llm.num_layers)
     else:
-        fitted = Calibration.load(calibration, decoder.width).to(decoder.device, decoder.dtype)
+        fitted = Calibration.load(calibration, llm.width).to(llm.device, llm.dtype)
         layers = fitted.layers
-    said = reference_answers(speech, data) if answers is None else answers[data.path.name]
-    logging.info(f"{data.path.name}: {sum(map(len, said.values()))} tokens through {decoder.num_layers} blocks")
-    beam_size = speech.options.beam.beam_size
-    found = profile(speech, data, said, layers, fitted, beam_size, batch_size)
-    cost = cost_model(decoder)
+    answers = reference_answers(speech, data) if answers is None else answers
+    logging.info(f"{data.path.name}: {sum(map(len, answers.values()))} tokens through {llm.num_layers} blocks")
+    beam_size, cost = speech.options.beam.beam_size, CostModel.of(llm)
+    threshold = None if fitted is None else fitted.threshold
+    shown = fitted and {"maps": fitted.maps is not None, "threshold": threshold, "sha256": calibration_sha256}
     return {
-        "blocks": decoder.num_layers,
+        "blocks": llm.num_layers,
         "layers": list(layers),
         "beam_size": beam_size,
         "cost_model": asdict(cost),
-        "calibration": None
-        if fitted is None
-        else {"maps": fitted.maps is not None, "threshold": fitted.threshold, "sha256": sha256_file(str(calibration))},
-        "tasks": summarise(found, cost, None if fitted is None else fitted.threshold),
+        "calibration": shown,
+        "tasks": summarise(profile(speech, data, answers, layers, fitted, beam_size, batch_size), cost, threshold),
     }
 
 
@@ -204,8 +204,7 @@ def _entry(decoding: Decoding, full: Decoding | None, task: str) -> dict[str, An
         entry["difference"] = {name: pair._asdict() for name, pair in pairs.items() if pair is not None}
         texts = _best(full.path, task)
         entry["same_answers"] = sum(own[utt][0] == texts[utt][0] for utt in own) / len(own)
-        timing = read_timing(decoding.path, full.path)
-        entry["timing"] = None if timing is None else asdict(timing)  # of the whole set, whatever its tasks
+        entry["timing"] = read_timing(decoding.path, full.path)  # of the whole set, whatever its tasks
     return entry
 
 

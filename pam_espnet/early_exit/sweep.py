@@ -1,10 +1,10 @@
 """Decode test sets at several exit points and at full depth, so that their times can be compared.
 
-Every point has a decode directory of its own, as ``bin/pam_decode.py`` would write it, and is scored as stage 5 does.
-Points take turns batch by batch: the encoders run once, then every point and ``never`` answer the same batch, in an
-order that rotates. So a machine that slows down slows all of them, and each point is compared with ``never`` on the
-very same batches of the same run; times of different runs are not compared. A killed sweep goes on with the batches
-that are missing; a finished point is not decoded again.
+Every point has a decode directory, as ``bin/pam_decode.py`` would write it, and is scored as stage 5 does. Points take
+turns batch by batch: the encoders run once, then every point and ``never`` answer the same batch, in an order that
+rotates. So a machine that slows down slows all of them, and each point is compared with ``never`` on the very same
+batches of the same run; times of different runs are not compared. A killed sweep continues with the batches that are
+missing; a finished point is not decoded again.
 
     <out>/decode_<point>/<set>/timing/<run>.jsonl   a line per batch: seconds of wall clock and of CPU
 """
@@ -15,12 +15,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import Passport
@@ -37,11 +36,8 @@ from pam_espnet.decode.shards import (
 )
 from pam_espnet.decode.speech_llm import Answer, SpeechLLM
 from pam_espnet.engine.exits import ExitOptions
-from pam_espnet.engine.stepping import DecoderState
-from pam_espnet.engine.view import DecoderView
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import exclusive, sha256_file
-from pam_espnet.frontend.frontend import AudioEmbeddings
 from pam_espnet.score.scoring import SCORES, score_directory
 
 CLOCKS = ("search_wall", "search_cpu", "steps_wall", "steps_cpu")  # search: prefix, steps and bookkeeping
@@ -49,7 +45,7 @@ CLOCKS = ("search_wall", "search_cpu", "steps_wall", "steps_cpu")  # search: pre
 
 @dataclass(frozen=True)
 class Point:
-    """One way to leave; ``name`` is what the user typed, e.g. "gate:0.9"."""
+    """One way to exit; ``name`` is what the user typed, e.g. "gate:0.9"."""
 
     name: str
     exits: ExitOptions
@@ -74,21 +70,23 @@ def parse_point(name: str, layers: Sequence[int], calibration: str | Path | None
         ConfigError: not one of these, or a value that cannot be.
     """
     mode, _, value = name.partition(":")
-    file = None if calibration is None else str(calibration)
+    options: dict[str, Any] = {"calibration": None if calibration is None else str(calibration)}
     try:
-        if mode == "never" and not value:
+        if name == "never":
             return NEVER
-        if mode == "gate":
-            return Point(name, ExitOptions(mode, threshold=float(value) if value else None, calibration=file))
         if mode == "fixed":
-            return Point(name, ExitOptions(mode, (int(value),), calibration=file))
-        if mode in ("confidence", "entropy"):
-            return Point(name, ExitOptions(mode, tuple(layers), threshold=float(value), calibration=file))
-        if mode == "patience":
-            return Point(name, ExitOptions(mode, tuple(layers), patience=int(value), calibration=file))
+            options |= {"layers": (int(value),)}
+        elif mode == "gate":
+            options |= {"threshold": float(value) if value else None}
+        elif mode in ("confidence", "entropy"):
+            options |= {"layers": tuple(layers), "threshold": float(value)}
+        elif mode == "patience":
+            options |= {"layers": tuple(layers), "patience": int(value)}
+        else:
+            raise ConfigError("write never, fixed:24, gate, gate:0.9, confidence:0.9, entropy:0.9, patience:2")
+        return Point(name, ExitOptions(mode, **options))
     except (ValueError, ConfigError) as error:
         raise ConfigError(f"--sweep {name}: {error}") from error
-    raise ConfigError(f"--sweep {name}: write never, fixed:24, gate, gate:0.9, confidence:0.9, entropy:0.9, patience:2")
 
 
 def default_points(layers: Sequence[int], calibrated: bool) -> list[str]:
@@ -98,55 +96,33 @@ def default_points(layers: Sequence[int], calibrated: bool) -> list[str]:
     return [NEVER.name, *(f"fixed:{layer}" for layer in layers), *gates, *measures]
 
 
-class TimedView(DecoderView):
-    """A view that adds up what its steps take.
-
-    Attributes:
-        wall, cpu: seconds in ``step`` since they were set to zero.
-    """
-
-    wall = 0.0
-    cpu = 0.0
-
-    @torch.no_grad()
-    def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
-        """See ``DecoderView``."""
-        began = _now(self.decoder.device)
-        logits = super().step(tokens, state)
-        ended = _now(self.decoder.device)
-        self.wall += ended[0] - began[0]
-        self.cpu += ended[1] - began[1]
-        return logits
-
-
-def _now(device: torch.device) -> tuple[float, float]:
-    """Seconds on the wall clock and of the process's CPU time."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter(), time.process_time()
-
-
 class Runner:
-    """Answers at one point, and says what that took."""
+    """Answers at one point, with the seconds of ``CLOCKS``."""
 
     def __init__(self, speech: SpeechLLM, point: Point) -> None:
-        self.speech = SpeechLLM(
-            speech.model, replace(speech.options, exit=point.exits), speech.device, speech.vocabulary_tasks
-        )
-        ids = self.speech.decoder.ids
-        self.view = TimedView(speech.model.decoder, None if ids is None else ids.tolist(), point.exits)
-        self.speech.decoder = self.view
+        self.speech = speech.with_exits(point.exits)
+        self.steps = [0.0, 0.0]  # seconds, wall and CPU
+        step = self.speech.engine.step
 
-    def answer(
-        self, waves: Sequence[Any], prompts: Sequence[str], tasks: Sequence[str], audio: AudioEmbeddings
-    ) -> tuple[list[Answer], dict[str, float]]:
-        """The answers, and the seconds of ``CLOCKS``."""
-        self.view.wall = self.view.cpu = 0.0
-        device = self.view.decoder.device
-        began = _now(device)
-        answers = self.speech.answer(waves, prompts, tasks, audio=audio, score_answers=False)  # the search alone
-        ended = _now(device)
-        times = (ended[0] - began[0], ended[1] - began[1], self.view.wall, self.view.cpu)
+        def timed(*args: Any) -> Any:
+            began = self._now()
+            logits = step(*args)
+            self.steps = [so_far + now - then for so_far, now, then in zip(self.steps, self._now(), began, strict=True)]
+            return logits
+
+        self.speech.engine.step = timed  # type: ignore[method-assign, assignment]
+
+    def _now(self) -> tuple[float, float]:
+        if self.speech.device.startswith("cuda"):
+            torch.cuda.synchronize(self.speech.device)
+        return time.perf_counter(), time.process_time()
+
+    def answer(self, batch: tuple[Any, Any, Any], audio: Any) -> tuple[list[Answer], dict[str, float]]:
+        """Waveforms, prompts, tasks, and the waveforms' audio embeddings -> the answers, and the seconds."""
+        self.steps, began = [0.0, 0.0], self._now()
+        answers = self.speech.answer(*batch, audio, score_answers=False)  # the search alone
+        ended = self._now()
+        times = (ended[0] - began[0], ended[1] - began[1], *self.steps)
         return answers, dict(zip(CLOCKS, times, strict=True))
 
 
@@ -158,7 +134,7 @@ def sweep(
     out: str | Path,
     search: Mapping[str, Any],
     run: Mapping[str, Any],
-    options: DecodeOptions | None = None,
+    options: DecodeOptions,
 ) -> None:
     """Decode and score ``data_dirs`` at ``never`` and ``points``; see the module.
 
@@ -176,8 +152,7 @@ def sweep(
     Raises:
         DataError: a decode directory belongs to another checkpoint, other data or other options.
     """
-    options, out = options or DecodeOptions(), Path(out)
-    points = [NEVER, *(point for point in points if point != NEVER)]
+    out, points = Path(out), [NEVER, *(point for point in points if point != NEVER)]
     runners: dict[str, Runner] = {}
     for data_dir in data_dirs:
         name = Path(data_dir).name
@@ -186,14 +161,11 @@ def sweep(
             exits = json.loads(json.dumps(asdict(point.exits)))  # as a file gives it back
             if point.exits.calibration:  # by its contents, not by its name
                 exits = {**exits, "calibration": None, "calibration_sha256": sha256_file(point.exits.calibration)}
-            noted = {**search, "exit": exits}
-            if not is_complete(exp, data_dir, point.directory(out) / name, options, noted):
+            if not is_complete(exp, data_dir, point.directory(out) / name, options, {**search, "exit": exits}):
                 todo.append(point)
         if todo:
             speech = load()
-            for point in (NEVER, *todo):
-                if point.name not in runners:
-                    runners[point.name] = Runner(speech, point)
+            runners |= {one.name: Runner(speech, one) for one in (NEVER, *todo) if one.name not in runners}
             with exclusive(out / ".lock"):
                 _decode(speech, data_dir, todo, runners, out, options)
             for point in todo:
@@ -228,26 +200,25 @@ def _decode(
         missing = [point for point in points if not done[point.name].issuperset(batch)]
         if not missing:
             continue
-        waves = [read_wave(data, key, rate) for key in batch]
-        prompts, tasks = [data.prompt[key] for key in batch], [data.utt2task[key] for key in batch]
+        waves, prompts = [read_wave(data, key, rate) for key in batch], [data.prompt[key] for key in batch]
+        asked = (waves, prompts, [data.utt2task[key] for key in batch])
         if not warm:  # what is made once and kept would be charged to the first in turn
-            runners[NEVER.name].answer(waves, prompts, tasks, speech.listen(waves, prompts))
+            runners[NEVER.name].answer(asked, speech.encode(waves, prompts))
             warm = True
         began = time.perf_counter()
-        audio = speech.listen(waves, prompts)
-        heard = time.perf_counter() - began
+        audio = speech.encode(waves, prompts)
+        encoders = time.perf_counter() - began
         turns = [NEVER, *(point for point in missing if point != NEVER)]
         for turn in range(len(turns)):
             point = turns[(turn + number) % len(turns)]
-            answers, seconds = runners[point.name].answer(waves, prompts, tasks, audio)
+            answers, seconds = runners[point.name].answer(asked, audio)
             _append(
                 point.directory(out) / data.path.name / "timing" / f"{run}.jsonl",
-                json.dumps({"batch": number, "utterances": len(batch), "encoders_wall": heard, **seconds}) + "\n",
+                json.dumps({"batch": number, "utterances": len(batch), "encoders_wall": encoders, **seconds}) + "\n",
             )
             if point in missing:
-                lines = [len(wave) / rate for wave in waves]
-                wall = heard + seconds["search_wall"]
-                _append(_journal(point, out, data.path.name), journal_lines(data, batch, lines, answers, wall))
+                lengths, wall = [len(wave) / rate for wave in waves], encoders + seconds["search_wall"]
+                _append(_journal(point, out, data.path.name), journal_lines(data, batch, lengths, answers, wall))
 
 
 def _append(path: Path, text: str) -> None:
@@ -256,34 +227,25 @@ def _append(path: Path, text: str) -> None:
         file.write(text)
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of a point and of ``never`` on the batches that both decoded in the same runs.
+def read_timing(own: str | Path, never: str | Path) -> dict[str, Any] | None:
+    """Seconds of a point and of ``never`` on the batches that both decoded in the same runs of the program.
 
-    Attributes:
-        own, never: by ``CLOCKS``, and ``encoders_wall``.
-        batches: how many.
-        runs: in how many runs of the program.
+    Args:
+        own, never: their decode directories of a test set.
+
+    Returns:
+        ``own`` and ``never`` (by ``CLOCKS``, and ``encoders_wall``), how many ``batches`` and ``runs``; None where they
+        share no batch of a run.
     """
-
-    own: dict[str, float]
-    never: dict[str, float]
-    batches: int
-    runs: int
-
-
-def read_timing(own: str | Path, never: str | Path) -> Timing | None:
-    """From two decode directories of a test set; None where they share no batch of a run."""
     left, right = _seconds(Path(own)), _seconds(Path(never))
     if not (shared := sorted(left.keys() & right.keys())):
         return None
-    clocks = (*CLOCKS, "encoders_wall")
-    return Timing(
-        own={clock: sum(left[key][clock] for key in shared) for clock in clocks},
-        never={clock: sum(right[key][clock] for key in shared) for clock in clocks},
-        batches=len({number for _, number in shared}),
-        runs=len({run for run, _ in shared}),
-    )
+
+    def sums(of: Mapping[tuple[str, int], Mapping[str, float]]) -> dict[str, float]:
+        return {clock: sum(of[key][clock] for key in shared) for clock in (*CLOCKS, "encoders_wall")}
+
+    batches, runs = {number for _, number in shared}, {run for run, _ in shared}
+    return {"own": sums(left), "never": sums(right), "batches": len(batches), "runs": len(runs)}
 
 
 def _seconds(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
@@ -291,7 +253,6 @@ def _seconds(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
     found = {}
     for path in sorted((directory / "timing").glob("*.jsonl")):
         whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-        for line in whole.splitlines():
-            entry = json.loads(line)
+        for entry in map(json.loads, whole.splitlines()):
             found[path.stem, entry["batch"]] = entry
     return found

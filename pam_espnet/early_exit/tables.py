@@ -1,17 +1,19 @@
-"""``EXIT.md`` from the early-exit report's figures (``pam_espnet.early_exit.report``): tables and what they mean."""
+"""``EXIT.md`` and ``exit.png`` from the figures of ``early_exit.report``."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.score.compare import Column, Difference, show_difference
+from pam_espnet.score.plots import COLOURS, new_figure, save_figure
 from pam_espnet.score.report import table
 from pam_espnet.score.result import MAIN_METRICS, METRICS
 
-PRECISIONS = (0.95, 0.99)  # of the tokens that leave, for which the gates' table shows the best threshold
+PRECISIONS = (0.95, 0.99)  # of the tokens that exit, for which the gates' table shows the best threshold
 GROUPS = {"all": "all", "first": "first piece", "later": "later piece", "end": "end token"}
 
 
@@ -33,7 +35,7 @@ def markdown(report: Mapping[str, Any], picture: str | None) -> str:
     if picture:
         parts.append(f"![Early exit]({picture})\n")
     for name, tasks in report["sets"].items():
-        parts += [f"## {name}: {task}\n\n{_said(report, figures)}" for task, figures in tasks.items()]
+        parts += [f"## {name}: {task}\n\n{_agreement(report, figures)}" for task, figures in tasks.items()]
     parts += ["## Oracle\n", _ORACLE, _oracle(report), "## Gates\n", _GATES, _gates(report)]
     if report["sweep"]:
         parts += ["## Decoding\n", _DECODING, _quality(report["sweep"]), _SPEED, _speed(report["sweep"])]
@@ -42,21 +44,21 @@ def markdown(report: Mapping[str, Any], picture: str | None) -> str:
 
 
 _ORACLE = (
-    "An oracle knows the last block's token and leaves at the first block that names it (first match), or at the first "
-    "from which all later ones do (saturated). *Speed-up* is a bound by the cost model, not a measurement: blocks, "
-    "keys and values of skipped blocks and the output layer by their numbers of weights, against full depth. *4 rows*: "
-    "four independent tokens that must leave together. *Steps* are all tokens but an answer's first, which decoding "
-    "takes from the prefix at full depth.\n"
+    "An oracle knows the last block's token and exits at the first block that predicts it (first match), or at the "
+    "first from which all later ones do (saturated). *Speed-up* is a bound by the cost model, not a measurement: "
+    "blocks, keys and values of skipped blocks and the output layer by their numbers of weights, against full depth. "
+    "*4 rows*: four independent tokens that must exit together. *Steps* are all tokens but an answer's first, which "
+    "decoding takes from the prefix at full depth.\n"
 )
 _GATES = (
     "For each measure the threshold with the greatest predicted speed-up among those that are precise enough; where "
-    "none is, the most precise one. Steps only. Coverage: share of steps that leave early; precision: share of those "
+    "none is, the most precise one. Steps only. Coverage: share of steps that exit early; precision: share of those "
     "whose token is the last block's. Confidence, entropy and patience are charged for every output layer that they "
     "run to decide, a gate is counted as free.\n"
 )
 _DECODING = (
     "Beam search as in the recipe, with and without exits. In brackets: 95 % interval, bootstrap over utterances; "
-    "differences to *never* are paired, bold where the interval leaves zero out, with the p-value of approximate "
+    "differences to *never* are paired, bold where the interval excludes zero, with the p-value of approximate "
     "randomisation. *Same*: utterances whose best answer is that of *never*. Depth: blocks per step of the best "
     "answer, its first token apart.\n"
 )
@@ -78,19 +80,17 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _said(report: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+def _agreement(report: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     """Agreement of the upper half of the blocks."""
     counts = ", ".join(f"{GROUPS[name]} {figures['tokens'][name]}" for name in GROUPS)
     agreement, overlap = figures["agreement"], figures["overlap"]
-    inner = "inner" in agreement
     head = ["block", *(f"bare, {shown}" for shown in GROUPS.values())]
-    head += ["after attention, all"] * inner + ["mapped, all"] * ("mapped" in agreement)
+    head += ["mapped, all"] * ("mapped" in agreement)
     head += [f"top {report['beam_size']}, bare"] + [f"top {report['beam_size']}, mapped"] * ("mapped" in overlap)
     rows = []
     for block in range(report["blocks"] // 2, report["blocks"] + 1):
-        places = [agreement["bare"][name] for name in GROUPS]
-        row = [str(block), *(_share(None if one is None else one[block - 1]) for one in places)]
-        row += [_share(agreement["inner"]["all"][block - 1])] if inner else []
+        by_group = [agreement["bare"][name] for name in GROUPS]
+        row = [str(block), *(_share(None if one is None else one[block - 1]) for one in by_group)]
         mapped = []
         for one in (agreement, overlap):
             at = report["layers"].index(block) if block in report["layers"] else None
@@ -98,8 +98,7 @@ def _said(report: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         row += [*mapped[0], _share(overlap["bare"]["all"][block - 1]), *mapped[1]]
         rows.append(row)
     text = f"Tokens: {counts}. Agreement with the last block in % of them; *top {report['beam_size']}*: mean share of "
-    text += "its most likely tokens that are among the block's. *After attention*: before the block's feed-forward "
-    return f"{text}network.\n\n{table(head, rows)}"
+    return f"{text}its most likely tokens that are among the block's.\n\n{table(head, rows)}"
 
 
 def _oracle(report: Mapping[str, Any]) -> str:
@@ -115,7 +114,7 @@ def _oracle(report: Mapping[str, Any]) -> str:
                             f"{entry['mean_depth']:.1f}", f"{entry['speedup']:.2f}x",
                             f"{entry['mean_depth_together']:.1f}", f"{entry['speedup_together']:.2f}x",
                         ])  # fmt: skip
-    head = ("set", "tokens", "may leave at", "exit", "mean depth", "speed-up", "4 rows: depth", "4 rows: speed-up")
+    head = ("set", "tokens", "may exit at", "exit", "mean depth", "speed-up", "4 rows: depth", "4 rows: speed-up")
     return table(head, rows)
 
 
@@ -139,12 +138,12 @@ def _chosen(outcomes: Sequence[Mapping[str, Any]], own: float | None) -> list[tu
     if len(outcomes) == 1:  # patience has none
         return [("", outcomes[0])]
     found = [("calibrated", one) for one in outcomes if one["threshold"] == own]
-    leaving = [one for one in outcomes if one["coverage"] > 0]
+    exiting = [one for one in outcomes if one["coverage"] > 0]
     for wanted in PRECISIONS:
-        if good := [one for one in leaving if one["precision"] >= wanted]:
+        if good := [one for one in exiting if one["precision"] >= wanted]:
             found.append((f"precision {wanted:.0%}", max(good, key=lambda one: one["speedup"])))
-        elif leaving:
-            found.append(("most precise", max(leaving, key=lambda one: one["precision"])))
+        elif exiting:
+            found.append(("most precise", max(exiting, key=lambda one: one["precision"])))
             break
     return found
 
@@ -208,3 +207,86 @@ def _made(report: Mapping[str, Any]) -> str:
         if others := {str(one["commit"]) for one in report["sweep"]} - {str(report["commit"])}:
             lines.append(f"- points decoded at other commits: {', '.join(sorted(others))}")
     return "\n".join(lines) + f"\n\n```\n{shlex.join(report['command'])}\n```\n"
+
+
+# ---- the picture -----------------------------------------------------------------------------------------------------
+
+# Mode of exit -> colour and marker.
+_MODES = {
+    "never": (COLOURS[6], "*"),
+    "fixed": (COLOURS[0], "o"),
+    "gate": (COLOURS[1], "s"),
+    "confidence": (COLOURS[2], "^"),
+    "entropy": (COLOURS[3], "D"),
+    "patience": (COLOURS[4], "v"),
+}
+
+
+def plot_exits(report: Mapping[str, Any], path: str | Path, title: str = "") -> None:
+    """Draw the report.
+
+    Args:
+        report: what ``exit_report.json`` holds; without a sweep the right side is left out.
+        path: the PNG file to write.
+        title: above the picture.
+    """
+    lines = [(name, task, figures) for name, tasks in report["sets"].items() for task, figures in tasks.items()]
+    columns = 2 if report["sweep"] else 1
+    figure, grid = new_figure(len(lines), columns, (5.4 * columns, 2.9 * len(lines) + 0.9))
+    for (name, task, figures), axes in zip(lines, grid, strict=True):
+        _draw_agreement(axes[0], report, figures)
+        axes[0].set_title(f"{name}: blocks that predict the last block's token")
+        if columns == 2:
+            points = [one for one in report["sweep"] if (one["set"], one["task"]) == (name, task)]
+            axes[1].set_visible(bool(points))
+            if points:
+                _draw_quality(axes[1], points, task)
+            axes[1].set_title(f"{name}: quality against depth")
+    for column in range(columns):
+        handles: dict[str, Any] = {}
+        for axes in grid[:, column]:
+            handles.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)})
+        depth = "blocks per step; bars: 95 % of the difference to full depth"
+        grid[-1, column].set_xlabel(("block", depth)[column])
+        grid[0, column].legend(handles.values(), handles.keys(), frameon=False, fontsize=8)
+    figure.suptitle(title)
+    save_figure(figure, Path(path))
+
+
+def _draw_agreement(axes: Any, report: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+    blocks, agreement = report["blocks"], figures["agreement"]
+    first = blocks // 3
+    where = range(first, blocks + 1)
+    if "mapped" in agreement:
+        values = [100 * value for value in agreement["mapped"]["all"]]
+        axes.plot(report["layers"], values, color=COLOURS[1], marker="s", markersize=5, label="with the calibrated map")
+    bare = [100 * agreement["bare"]["all"][block - 1] for block in where]
+    axes.plot(where, bare, color=COLOURS[0], marker="o", markersize=3, label="as it is")
+    axes.set(ylim=(-2, 103), ylabel=f"agreement, % of {figures['tokens']['all']} tokens")
+    axes.grid(alpha=0.3)
+
+
+def _draw_quality(axes: Any, entries: Sequence[Mapping[str, Any]], task: str) -> None:
+    """Scores; the bars are those of the paired difference to ``never``, which is the line."""
+    name = MAIN_METRICS[task_spec(task).metric][0]
+    metric = METRICS[name]
+    full = next((one["scores"][name]["value"] for one in entries if one["point"] == "never"), None)
+    if full is not None:
+        axes.axhline(full, color=COLOURS[6], linewidth=0.8, alpha=0.6)
+    for mode, (colour, marker) in _MODES.items():
+        points = [one for one in entries if one["point"].partition(":")[0] == mode and one["mean_depth"] is not None]
+        if not points:
+            continue
+        points.sort(key=lambda one: one["mean_depth"])
+        depths = [one["mean_depth"] for one in points]
+        values = [one["scores"][name]["value"] for one in points]
+        size, label = (12, "full depth") if mode == "never" else (6, mode)
+        axes.plot(depths, values, marker=marker, color=colour, markersize=size, linewidth=0.8, label=label)
+        for one, depth in zip(points, depths, strict=True):
+            pair = one.get("difference", {}).get(name)
+            if pair and pair["low"] is not None and full is not None:
+                axes.plot([depth, depth], [full + pair["low"], full + pair["high"]], color=colour, alpha=0.5)
+    if metric.lower_is_better:
+        axes.invert_yaxis()
+    axes.set_ylabel(metric.title)
+    axes.grid(alpha=0.3)

@@ -2,19 +2,18 @@
 
 Early exit is a natural capability of decoder-only LLMs (Shan et al., arXiv 2412.01455): no head is added, the hard part
 is to know at which block. One decision is made per step and utterance, from the row of its best hypothesis, so that
-the hypotheses that compete within a step are scored at the same depth; an utterance's decision looks at its own row.
+the hypotheses that compete within a step are scored at the same depth; an utterance's decision depends on its own row
+alone. Skipped blocks store the keys and values that they make of the state that exited (Schuster et al., CALM, NeurIPS
+2022), for later steps.
 
 Measures of a block's row, before the threshold:
 
-confidence  the largest softmax probability (Schuster et al., CALM, NeurIPS 2022)
+confidence  the largest softmax probability (CALM)
 entropy     one minus the entropy of the softmax over its largest value, log V, so that more is surer, as above
-gate        the probability of a fitted gate (``decoder.calibration``), which needs no output layer
-patience    so many candidate blocks in a row name the same token (Zhou et al., PABEE, NeurIPS 2020); no threshold
+gate        the probability of a fitted gate (``engine.calibration``), which needs no output layer
+patience    n neighbouring candidate blocks predict the same token (Zhou et al., PABEE, NeurIPS 2020); no threshold
 
-Later steps attend to the blocks that were skipped too: those remember what they would have made of the state that left
-(Schuster et al., CALM, NeurIPS 2022).
-
-R rows, B utterances, D width, V vocabulary.
+B utterances, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,13 +27,14 @@ from torch import Tensor
 
 from pam_espnet.engine.calibration import Calibration
 from pam_espnet.errors import ConfigError
+from pam_espnet.llm.llm import LLM
 
 MODES = ("never", "fixed", "confidence", "entropy", "gate", "patience")
 
 
 @dataclass(frozen=True)
 class ExitOptions:
-    """When to leave.
+    """When to exit.
 
     Attributes:
         mode: never, fixed (always at the first of ``layers``), confidence, entropy, gate or patience.
@@ -107,41 +107,53 @@ class ExitPolicy:
             self.threshold = calibration.threshold if options.threshold is None else options.threshold
         if self.layers and max(self.layers) >= num_layers:
             raise ConfigError(f"exit.layers: {max(self.layers)}; must be below {num_layers}, the LLM's last block")
-        self._named = torch.empty(0, dtype=torch.long)  # (B,) token that each utterance's last candidate named
-        self._agreed = torch.empty(0, dtype=torch.long)  # (B,) how many candidates in a row have named it
+        self._predicted = torch.empty(0, dtype=torch.long)  # (B,) token that each utterance's last candidate predicted
+        self._agreed = torch.empty(0, dtype=torch.long)  # (B,) how many candidates in a row have predicted it
+
+    @classmethod
+    def of(
+        cls, options: ExitOptions, llm: LLM, norm: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor]
+    ) -> ExitPolicy:
+        """With the calibration read from its file.
+
+        Raises:
+            CheckpointError: it cannot be read or belongs to another LLM.
+        """
+        calibration = None
+        if options.calibration:
+            calibration = Calibration.load(options.calibration, llm.width).to(llm.device, llm.dtype)
+        return cls(options, llm.num_layers, norm, head, calibration)
 
     def begin(self, utterances: int, device: torch.device) -> None:
         """A step of ``utterances`` begins."""
-        self._named = torch.full((utterances,), -1, device=device)
+        self._predicted = torch.full((utterances,), -1, device=device)
         self._agreed = torch.zeros(utterances, dtype=torch.long, device=device)
 
-    def spoken(self, layer: int, hidden: Tensor) -> Tensor:
-        """What a block's hidden states (...,D) are read as: mapped towards the last block's where there is a map."""
+    def mapped(self, layer: int, hidden: Tensor) -> Tensor:
+        """A block's hidden states (...,D), mapped towards the last block's where there is a map."""
         if self.calibration is None or layer not in self.calibration.layers:
             return hidden
         return self.calibration.mapped(layer, hidden)
 
-    def leave(self, layer: int, utterances: Tensor, hidden: Tensor) -> Tensor:
-        """Who leaves at a candidate block.
+    def decide(self, layer: int, utterances: Tensor, hidden: Tensor) -> Tensor:
+        """Which utterances exit at a candidate block.
 
         Args:
             layer: the block.
-            utterances: (B',) those that are still under way.
+            utterances: (B',) those that have not exited.
             hidden: (B',D) the block's output at the row of each one's best hypothesis.
 
         Returns:
             (B',) bool.
         """
         options = self.options
-        if self.threshold is None:  # a calibration that found nothing worth it
-            return torch.zeros(len(utterances), dtype=torch.bool, device=hidden.device)
-        if options.mode == "fixed":
-            return torch.ones(len(utterances), dtype=torch.bool, device=hidden.device)
+        if self.threshold is None or options.mode == "fixed":  # None: a calibration that found nothing worth it
+            return torch.full((len(utterances),), options.mode == "fixed", device=hidden.device)
         if options.mode == "patience":
-            named = self.head(self.norm(self.spoken(layer, hidden))).argmax(dim=-1)
-            same = named == self._named[utterances]
+            predicted = self.head(self.norm(self.mapped(layer, hidden))).argmax(dim=-1)
+            same = predicted == self._predicted[utterances]
             self._agreed[utterances] = torch.where(same, self._agreed[utterances] + 1, 1)
-            self._named[utterances] = named
+            self._predicted[utterances] = predicted
             return self._agreed[utterances] >= options.patience
         return self.measure(layer, hidden) >= self.threshold
 
@@ -149,7 +161,7 @@ class ExitPolicy:
         """How sure a block is, (B',D) -> (B',): what gate, confidence and entropy compare with the threshold."""
         if self.options.mode == "gate" and self.calibration is not None:
             return self.calibration.probability(layer, self.norm(hidden))
-        log_probs = self.head(self.norm(self.spoken(layer, hidden))).log_softmax(dim=-1)
+        log_probs = self.head(self.norm(self.mapped(layer, hidden))).log_softmax(dim=-1)
         if self.options.mode == "confidence":
             return log_probs.amax(dim=-1).exp()
         entropy = -(log_probs.exp() * log_probs).sum(dim=-1)

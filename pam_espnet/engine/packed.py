@@ -30,12 +30,13 @@ WEIGHT_STEPS = 127  # of a weight on either side of zero
 STEPS = 63  # of an activation row's 7-bit value on either side of zero
 OFFSET = 64  # of FBGEMM's unsigned activations, which are then at most 127
 BASE = 2 * STEPS + 1  # one row counts in these, the other has the remainder
+PIECE = 2048  # rows of the output layer that are packed together where it is the embedding matrix too
 
 
 class Linear(Protocol):
     """A weight matrix with its bias."""
 
-    nbytes: int  # what the packed weights take
+    nbytes: int  # bytes that it holds beside the LLM's own weights
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rows (R,I) -> (R,O), in the dtype of the rows."""
@@ -65,6 +66,28 @@ class Blocked:
     def __call__(self, x: Tensor) -> Tensor:
         """See ``Linear``."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class BlockedTable:
+    """``Blocked`` in pieces, whose rows can be read: one copy is the output layer and the embedding matrix."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.pieces = [Blocked(piece, None) for piece in weight.split(PIECE)]
+        self.width, self.dtype = weight.shape[1], weight.dtype
+        self.nbytes = weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See ``Linear``."""
+        return torch.cat([piece(x) for piece in self.pieces], dim=1)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows (...,I) of the matrix by index (...)."""
+        found = torch.empty(ids.numel(), self.width, dtype=self.dtype)
+        piece_of = ids.flatten() // PIECE
+        for piece in piece_of.unique().tolist():
+            mine = (piece_of == piece).nonzero()[:, 0]
+            found[mine] = self.pieces[piece].weight.to_dense()[ids.flatten()[mine] % PIECE]
+        return found.view(*ids.shape, self.width)
 
 
 class Int8:
@@ -101,13 +124,14 @@ class Int8:
         return found[len(x) :].add_(found[: len(x)], alpha=BASE)
 
 
-def pack(weight: Tensor, bias: Tensor | None = None, int8: bool = False) -> Linear:
+def pack(weight: Tensor, bias: Tensor | None = None, int8: bool = False, table: bool = False) -> Linear:
     """A linear layer for decoding.
 
     Args:
         weight: (O,I) floats.
         bias: (O,).
         int8: round the weights.
+        table: the weights are an embedding matrix, too, whose rows will be read; no bias then.
 
     Raises:
         ConfigError: int8 where FBGEMM is not: on a GPU or on a CPU that is not x86.
@@ -116,7 +140,9 @@ def pack(weight: Tensor, bias: Tensor | None = None, int8: bool = False) -> Line
         if weight.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
             raise ConfigError("dtype int8: only on x86 CPUs; use float32, or bfloat16 on a GPU")
         return Int8(weight, bias)
-    return Blocked(weight, bias) if _blocks_help(weight) else Plain(weight, bias)
+    if not _blocks_help(weight):
+        return Plain(weight, bias)
+    return BlockedTable(weight) if table and bias is None else Blocked(weight, bias)
 
 
 def _blocks_help(weight: Tensor) -> bool:

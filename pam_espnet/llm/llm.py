@@ -1,27 +1,23 @@
-"""The LLM that answers: any Hugging Face causal LM, frozen, with LoRA beside it.
+"""The LLM as training runs it: any Hugging Face causal LM, frozen, with LoRA beside it.
 
-It knows embeddings, masks and tokens; it knows nothing of audio, prompts' layout in a batch, beams or files of data.
-No token is ever added to its vocabulary and its tokenizer is kept as it is.
+No token is added to its vocabulary and its tokenizer is kept as it is. Decoding runs an ``engine.Engine`` made from it.
 
-B utterances, R rows (utterances or hypotheses), P positions, D width, V vocabulary.
+B utterances, P positions, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pam_espnet.engine import stepping
-from pam_espnet.engine.blocks import FusedLlama
-from pam_espnet.engine.exits import ExitPolicy
-from pam_espnet.engine.stepping import DecoderState
-from pam_espnet.errors import ConfigError
+from pam_espnet.errors import ConfigError, PamError
 from pam_espnet.llm.lora import add_lora, lora_off, lora_precision, set_lora_training
-from pam_espnet.llm.pretrained import choose_dtype, hub_source, load_tokenizer
 from pam_espnet.llm.prompt_layout import Placed, end_of_turn_id, layout
 
 # Settings of models whose logits are more than final norm + output layer; exit_logits and loss would be wrong.
@@ -37,15 +33,28 @@ class TokenLosses(NamedTuple):
     exit_nll: Tensor | None  # float32 (targets,), the same from an intermediate block
 
 
-class LLMDecoder(nn.Module):
+class LLM(nn.Module):
     """A frozen causal LLM with optional LoRA.
 
+    Args:
+        lm: a transformers causal LM; it is frozen in place.
+        tokenizer: its tokenizer, with a chat template.
+        lora: options of ``llm.lora.add_lora``, or None for a frozen LLM.
+        gradient_checkpointing: recompute activations in the backward pass (less memory, more time).
+        prompt_position: where the prompt vector is read: "prompt" (last token of the prompt text) or "template" (last
+            token of the whole template).
+        system: system prompt of every conversation; "" is an empty one, None the template's default.
+        fused_decoding: decode with the engine's own blocks where the LLM is of that kind; False goes through
+            transformers, slower and without a packed copy.
+
     Attributes:
-        tokenizer: the model's own Hugging Face tokenizer.
-        width: D, size of its embeddings.
+        width: D, size of the embeddings.
         num_layers: transformer blocks.
-        vocab_size: V, rows of its embedding matrix.
+        vocab_size: V, rows of the embedding matrix.
         eos_ids: tokens that end an answer, the chat template's end of turn first.
+
+    Raises:
+        ConfigError: a value out of range, or an LLM whose logits are not final norm + output layer.
     """
 
     def __init__(
@@ -57,50 +66,32 @@ class LLMDecoder(nn.Module):
         prompt_position: str = "prompt",
         system: str | None = "",
         fused_decoding: bool = True,
-        int8_decoding: bool = False,
     ) -> None:
-        """
-        Args:
-            lm: a transformers causal LM; it is frozen in place.
-            tokenizer: its tokenizer, with a chat template.
-            lora: options of ``decoder.lora.add_lora``, or None for a frozen LLM.
-            gradient_checkpointing: recompute activations in the backward pass (less memory, more time).
-            prompt_position: where the prompt vector is read: "prompt" (last token of the prompt text) or "template"
-                (last token of the whole template).
-            system: system prompt of every conversation; "" is an empty one, None the template's default.
-            fused_decoding: let the search run a copy of the blocks with LoRA merged (``decoder.fused``) where the LLM
-                is of that kind; False goes through transformers, slower and without the copy's memory.
-            int8_decoding: round that copy's weights, and the output layer's as the search uses it, to 8 bits
-                (``decoder.packed``); training and prompts know nothing of it.
-
-        Raises:
-            ConfigError: a value out of range, or an LLM whose logits are not final norm + output layer.
-        """
         super().__init__()
-        if int8_decoding and not fused_decoding:
-            raise ConfigError("dtype int8: only fused decoding has it; remove llm_conf.fused_decoding: false")
         if prompt_position not in ("prompt", "template"):
             raise ConfigError(f"prompt_position must be 'prompt' or 'template', not {prompt_position!r}")
-        scaled = [name for name in _SCALED_LOGITS if getattr(lm.config, name, None) not in (None, 1, 1.0)]
-        if scaled:
+        if scaled := [name for name in _SCALED_LOGITS if getattr(lm.config, name, None) not in (None, 1, 1.0)]:
             raise ConfigError(f"this LLM scales its logits ({', '.join(scaled)}), which is not supported yet")
         self.lm: Any = lm.requires_grad_(False)
         self.tokenizer = tokenizer
         self.prompt_position = prompt_position
         self.system = system
+        self.fused_decoding = fused_decoding
         self.gradient_checkpointing = gradient_checkpointing
         if lora is not None:
             add_lora(lm, lora)
         if gradient_checkpointing:
             lm.activation_checkpointing_enable({"use_reentrant": False})
-        self.width: int = lm.get_input_embeddings().weight.size(1)
+        self.vocab_size: int
+        self.width: int
+        self.vocab_size, self.width = lm.get_input_embeddings().weight.shape
         self.num_layers: int = lm.config.num_hidden_layers
-        self.vocab_size: int = lm.get_input_embeddings().weight.size(0)
         self.end_id = end_of_turn_id(tokenizer)
-        self.eos_ids = _eos_ids(self.end_id, tokenizer, lm)
-        self.fused_decoding = fused_decoding
-        self.int8_decoding = int8_decoding
-        self._fused: tuple[Any, FusedLlama | None] | None = None  # and what it was made from
+        named = lm.generation_config.eos_token_id if lm.generation_config is not None else None
+        ends = [self.end_id, tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(int(token) for token in ends if token is not None))
+        self.freed = False  # whether an engine took the weights
+        self._lookup: Callable[[Tensor], Tensor] | None = None  # replaces the embedding matrix once that is freed
         self._prompt_vectors: dict[str, Tensor] = {}
         self.register_load_state_dict_post_hook(_forget_prompt_vectors)
         self.train(self.training)
@@ -116,7 +107,7 @@ class LLMDecoder(nn.Module):
         local_files_only: bool = False,
         chat_template: str | None = None,
         **options: Any,
-    ) -> LLMDecoder:
+    ) -> LLM:
         """Load from a Hugging Face folder or id.
 
         Args:
@@ -128,7 +119,7 @@ class LLMDecoder(nn.Module):
                 "sdpa", but "eager" for bfloat16 on a CPU, where the fused kernel's backward pass is slower.
             revision: commit, branch or tag of an id.
             local_files_only: for an id: use the local Hugging Face cache only.
-            chat_template: a Jinja text or file, in place of the tokenizer's own.
+            chat_template: a Jinja text or file that replaces the tokenizer's own.
             options: further options of the constructor.
 
         Raises:
@@ -141,16 +132,13 @@ class LLMDecoder(nn.Module):
             attention = "eager" if chosen == torch.bfloat16 and not torch.cuda.is_available() else "sdpa"
         source = hub_source(path_or_id, revision, local_files_only)
         tokenizer = load_tokenizer(path_or_id, revision, local_files_only, chat_template)
-
         try:
             lm = AutoModelForCausalLM.from_pretrained(path_or_id, dtype=chosen, attn_implementation=attention, **source)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"cannot load the LLM {path_or_id!r}: {error}") from error
         return cls(lm, tokenizer, lora=lora, **options)
 
-    # ---- module behaviour -------------------------------------------------------------------------------------
-
-    def train(self, mode: bool = True) -> LLMDecoder:
+    def train(self, mode: bool = True) -> LLM:
         """Training mode switches on LoRA's dropout alone; the frozen LLM's dropout stays off."""
         super().train(mode)
         self.lm.eval()
@@ -160,10 +148,9 @@ class LLMDecoder(nn.Module):
                 layer.training = mode  # the flag by which transformers decides to checkpoint; not recursive
         return self
 
-    def _apply(self, fn: Any, recurse: bool = True) -> LLMDecoder:
+    def _apply(self, fn: Any, recurse: bool = True) -> LLM:
         """Devices change, dtypes do not: a trainer's ``model.to(dtype)`` must not blow a bfloat16 LLM up."""
-        self._prompt_vectors.clear()  # they live on the old device
-        self._fused = None
+        self._prompt_vectors.clear()  # they are on the old device
         return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
 
     @property
@@ -180,28 +167,26 @@ class LLMDecoder(nn.Module):
         """Of the frozen weights and of the hidden states."""
         return self.lm.get_input_embeddings().weight.dtype
 
-    # ---- the pieces of a forward pass -------------------------------------------------------------------------
-
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (...) -> input embeddings (...,D)."""
-        return self.lm.get_input_embeddings()(ids)
+        return self.lm.get_input_embeddings()(ids) if self._lookup is None else self._lookup(ids)
 
-    def forward(self, embeds: Tensor, mask: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(self, embeds: Tensor, mask: Tensor) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
             embeds: (B,P,D), right-padded, any floating dtype.
             mask: (B,P) bool, False on padding.
-            positions: (B,P) positions, by default 0..P-1 in every row.
 
         Returns:
             (B,P,D) in the LLM's dtype; rows at padding are meaningless.
         """
-        return self._outputs(embeds, mask, positions).last_hidden_state
+        return self._outputs(embeds, mask).last_hidden_state
 
-    def _outputs(self, embeds: Tensor, mask: Tensor, positions: Tensor | None = None, **options: Any) -> Any:
-        if positions is None:
-            positions = torch.arange(embeds.size(1), device=embeds.device).expand(embeds.shape[:2])
+    def _outputs(self, embeds: Tensor, mask: Tensor, **options: Any) -> Any:
+        if self.freed:
+            raise PamError("the LLM's weights were handed to the engine and freed; load the experiment again")
+        positions = torch.arange(embeds.size(1), device=embeds.device).expand(embeds.shape[:2])
         with lora_precision(self.lm):
             # use_cache=False: keys and values are not kept, and gradient checkpointing is allowed.
             return self.transformer(
@@ -233,8 +218,8 @@ class LLMDecoder(nn.Module):
 
         Args:
             placed: the batch.
-            exit_layer: a block (from 1) whose output is to name the tokens too, through the shared final norm and
-                output layer.
+            exit_layer: a block (from 1) whose output predicts the tokens too, through the shared final norm and output
+                layer.
         """
         outputs = self._outputs(placed.embeds, placed.mask, output_hidden_states=exit_layer is not None)
         logits = self.logits(outputs.last_hidden_state.flatten(0, 1)[placed.target_index])  # (targets,V)
@@ -261,86 +246,77 @@ class LLMDecoder(nn.Module):
             self._prompt_vectors[prompt] = hidden[0, -1].float()
         return self._prompt_vectors[prompt]
 
-    # ---- stepping, for the search -----------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def prefill(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, DecoderState]:
-        """Run the prefix of every utterance once.
+    def free(self, lookup: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Free the weights of the blocks and of the output layer for good; ``embed`` and known prompt vectors stay.
 
         Args:
-            prefix: (B,P,D) embeddings, right-padded.
-            lengths: (B,) valid positions, at least 1.
-
-        Returns:
-            float32 logits (B,V) of the first answer token, and the state for ``step``.
+            lookup: does what ``embed`` does, without the embedding matrix, which is then freed, too.
         """
-        hidden, state = self.prefill_hidden(prefix, lengths)
-        return self.search_logits(hidden), state
-
-    @torch.no_grad()
-    def prefill_hidden(
-        self, prefix: Tensor, lengths: Tensor, policy: ExitPolicy | None = None
-    ) -> tuple[Tensor, DecoderState]:
-        """``prefill`` without the output layer: last hidden states after the final norm (B,D).
-
-        With a ``policy`` the state's steps may leave before the last block; fused blocks only.
-        """
-        fused = self.fused_blocks()
-        return stepping.prefill(self.lm, fused, prefix.to(self.dtype), lengths, policy)
-
-    @torch.no_grad()
-    def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
-        """Append one token to every row; ``state`` is updated in place.
-
-        Args:
-            tokens: (R,) ids.
-            state: of the same R rows.
-
-        Returns:
-            float32 logits (R,V) of the next token.
-        """
-        return self.search_logits(state.step(self.embed(tokens)))
-
-    @torch.no_grad()
-    def search_logits(self, hidden: Tensor) -> Tensor:
-        """``logits`` (R,V) of rows (R,D), through the output layer that ``prefill`` packed where it did."""
-        fused = None if self._fused is None else self._fused[1]
-        return self.logits(hidden) if fused is None else fused.logits(hidden)
-
-    @property
-    def precision(self) -> str:
-        """What decoding multiplies with: the LLM's dtype, or int8."""
-        return "int8" if self.int8_decoding else str(self.dtype).removeprefix("torch.")
-
-    def fused_blocks(self) -> FusedLlama | None:
-        """The LLM as the search runs it, made anew when a weight has changed; None where transformers must do it.
-
-        Raises:
-            ConfigError: ``int8_decoding`` of an LLM that transformers must run.
-        """
-        if not self.fused_decoding:
-            return None
-        if self._fused is None or self._fused[0] != self._made_from():
-            self._fused = None  # frees the old copy before the new one is made
-            fused = stepping.fuse(self.lm, self.int8_decoding)
-            self._fused = (self._made_from(), fused)
-        if self.int8_decoding and self._fused[1] is None:
-            raise ConfigError(f"dtype int8: {type(self.lm).__name__} has blocks that cannot be fused; use float32")
-        return self._fused[1]
-
-    def _made_from(self) -> Any:
-        """What fused blocks depend on. Optimizers and load_state_dict raise a tensor's version; a write to ``.data``
-        does not, but moves the storage."""
-        weights = [(weight.data_ptr(), weight._version) for weight in self.lm.parameters()]
-        return weights, self.int8_decoding
+        table, output = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
+        weights = [*self.transformer.layers.parameters()]
+        weights += [] if output.weight is table.weight else [output.weight]
+        if lookup is not None:
+            self._lookup = lookup
+            weights.append(table.weight)
+        for weight in weights:
+            weight.data = weight.data.new_empty(0)
+        self.freed = True
 
 
-def _forget_prompt_vectors(decoder: LLMDecoder, _: Any) -> None:
-    decoder._prompt_vectors.clear()
+def _forget_prompt_vectors(llm: LLM, _: Any) -> None:
+    llm._prompt_vectors.clear()
 
 
-def _eos_ids(end_id: int, tokenizer: Any, lm: Any) -> tuple[int, ...]:
-    """End of turn, then the EOS tokens that the tokenizer and the model name."""
-    named = lm.generation_config.eos_token_id if lm.generation_config is not None else None
-    named = named if isinstance(named, list) else [named]
-    return tuple(dict.fromkeys(int(token) for token in [end_id, tokenizer.eos_token_id, *named] if token is not None))
+# ---- where a pretrained LLM comes from ------------------------------------------------------------------------------
+
+
+def load_tokenizer(
+    path_or_id: str, revision: str | None = None, local_files_only: bool = False, chat_template: str | None = None
+) -> Any:
+    """The LLM's own tokenizer, from a folder or id; ``chat_template`` (Jinja text or file) replaces its template.
+
+    Raises:
+        ConfigError: no such folder or id.
+    """
+    from transformers import AutoTokenizer
+
+    source = hub_source(path_or_id, revision, local_files_only)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id, **source)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"cannot load the tokenizer of {path_or_id!r}: {error}") from error
+    if chat_template is not None:
+        is_file = "\n" not in chat_template and os.path.isfile(chat_template)
+        tokenizer.chat_template = Path(chat_template).read_text("utf-8") if is_file else chat_template
+    return tokenizer
+
+
+def hub_source(path_or_id: str, revision: str | None, local_files_only: bool) -> dict[str, Any]:
+    """Options of transformers' ``from_pretrained`` that say where to look; for a folder nothing is fetched.
+
+    Raises:
+        ConfigError: a path that does not exist.
+    """
+    if os.path.isdir(path_or_id):
+        return {"local_files_only": True}
+    if path_or_id.count("/") > 1 or path_or_id.startswith((".", "/", "~", "downloads")):
+        raise ConfigError(
+            f"the LLM folder {path_or_id} does not exist; make it with stage 1 of the recipe: "
+            "./run.sh --stage 1 --stop_stage 1"
+        )
+    return {"local_files_only": local_files_only, **({} if revision is None else {"revision": revision})}
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """Precision by name; "auto" is bfloat16 where the device computes it natively (emulation is slower than float32).
+
+    Raises:
+        ConfigError: another name.
+    """
+    if name not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', not {name!r}")
+    if name == "auto":
+        on_gpu = torch.cuda.is_available()
+        native = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu.get_capabilities().get("avx512_bf16", False)
+        name = "bfloat16" if native else "float32"
+    return getattr(torch, name)

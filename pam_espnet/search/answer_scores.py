@@ -1,9 +1,8 @@
-"""How likely each answer of a set is: its log-probability under the decoder, of all of them, not of the best alone.
+"""Log-probabilities of all answers of a set, for a closed question ("how many?", "yes or no?").
 
-A search returns what it found; for a closed question ("how many?", "yes or no?") it is worth knowing how sure the
-answer is. Every answer is read token by token behind the same prefix, all of them side by side, so nothing is pruned.
+Every answer is read token by token behind the same prefix, all of them side by side, so nothing is pruned.
 
-It knows tensors and a decoder. B utterances, A answers, R = B * A rows, P prefix positions, D width, V vocabulary.
+B utterances, A answers, R = B * A rows, P prefix positions, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,23 +12,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pam_espnet.search.beam import SteppingDecoder
+from pam_espnet.engine.engine import Engine
 
 
 @torch.no_grad()
 def answer_log_probs(
-    decoder: SteppingDecoder,
+    engine: Engine,
     prefix: Tensor,
     lengths: Tensor,
     answers: Sequence[Sequence[int]],
     temperature: float = 1.0,
 ) -> Tensor:
-    """Log-probabilities (B,A), each of an answer's tokens and an end token behind them (any of the decoder's).
+    """Log-probabilities (B,A), each of an answer's tokens and an end token behind them (any of the engine's).
 
-    They are not normalised over the set: what is left to 1 is what the decoder would rather have said.
+    They are not normalised over the set: what is left to 1 belongs to other answers.
 
     Args:
-        decoder: steps with a cache.
+        engine: the LLM.
         prefix: (B,P,D) embeddings, right-padded.
         lengths: (B,) valid positions.
         answers: token sequences, none of them empty, without an end token.
@@ -37,10 +36,10 @@ def answer_log_probs(
     """
     count, size = len(lengths), len(answers)
     longest = max(map(len, answers))
-    ends = list(decoder.eos_ids)
-    logits, state = decoder.prefill(prefix, lengths)
+    ends = list(engine.eos_ids)
+    logits, state = engine.prefill(prefix, lengths)
     state.select(torch.arange(count, device=logits.device).repeat_interleave(size))
-    # What stands behind a short answer is read by no one; it keeps the rows in step.
+    # What follows a short answer is never read; it keeps the rows in step.
     padded = torch.tensor([[*answer, *[answer[-1]] * (longest - len(answer))] for answer in answers])
     tokens = padded.repeat(count, 1).to(logits.device)  # (R, longest)
     own = torch.tensor([len(answer) for answer in answers]).repeat(count).to(logits.device)  # (R,)
@@ -50,7 +49,7 @@ def answer_log_probs(
         log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
         total = torch.where(own == step, total + log_probs[:, ends].logsumexp(dim=-1), total)
         if step < longest:
-            said = log_probs.gather(1, tokens[:, step : step + 1])[:, 0]
-            total = torch.where(own > step, total + said, total)
-            logits = decoder.step(tokens[:, step], state)
+            chosen = log_probs.gather(1, tokens[:, step : step + 1])[:, 0]
+            total = torch.where(own > step, total + chosen, total)
+            logits = engine.step(tokens[:, step], state)
     return total.view(count, size)

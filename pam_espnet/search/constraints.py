@@ -3,8 +3,6 @@
 Semantics are those of transformers' logits processors in beam search: forbidden tokens lose their probability, the
 others keep theirs (nothing is renormalised), so scores with and without a constraint can be compared.
 
-It knows token ids; it knows no text and no LLM.
-
 R rows (running hypotheses), V vocabulary.
 """
 
@@ -24,11 +22,11 @@ class Constraint(ABC):
     """Forbids tokens.
 
     Args:
-        utterances: places in the batch to which it applies; None for all.
+        utterances: indices in the batch to which it applies; None for all.
 
     Attributes:
         name: in reports.
-        fired: utterance (its place in the batch) -> how often, counted over steps and running hypotheses, the LLM's
+        fired: utterance -> how often, counted over steps and running hypotheses, the LLM's
             most likely next token was forbidden.
     """
 
@@ -50,7 +48,7 @@ class Constraint(ABC):
         Args:
             log_probs: of each row's next token.
             best: each row's most likely next token before any constraint.
-            utterances: whose row it is.
+            utterances: of each row.
             tokens: of each row so far.
         """
         for row, (utterance, past) in enumerate(zip(utterances, tokens, strict=True)):

@@ -1,4 +1,4 @@
-"""One answer, and the hypotheses of one utterance: which go on, which are finished, when to stop.
+"""The beam of one utterance: its options, which hypotheses continue, which are finished, when to stop.
 
 The rules are those of transformers' beam search (``GenerationMixin._beam_search``), for one utterance, so that
 nothing here can depend on its neighbours. Pure Python: no tensors, no LLM.
@@ -6,12 +6,51 @@ nothing here can depend on its neighbours. Pure Python: no tensors, no LLM.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from pam_espnet.search.options import BeamOptions
+from pam_espnet.errors import ConfigError
 
 IMPOSSIBLE = -1e9  # a candidate at or below this log-probability stands for "none"
+
+
+@dataclass(frozen=True)
+class BeamOptions:
+    """How to search; names and meaning follow transformers' ``generate``.
+
+    beam_size 1 is greedy search: the first end token ends an answer.
+    """
+
+    beam_size: int = 4
+    max_new_tokens: int = 128  # length cap, the end token included
+    min_new_tokens: int = 0  # no end token before n tokens
+    nbest: int = 1  # hypotheses returned per utterance, at most beam_size
+    length_penalty: float = 1.0  # score = sum of log-probabilities / length ** length_penalty
+    early_stopping: bool | str = False  # True: stop at beam_size finished; False: heuristic; "never": exact
+    temperature: float = 1.0  # divides the logits
+    eos_ids: tuple[int, ...] | None = None  # tokens that end an answer; None: the engine's own
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError, naming the option."""
+        for name in ("beam_size", "max_new_tokens", "nbest", "min_new_tokens"):
+            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be a whole number, not {getattr(self, name)!r}")
+        for name in ("beam_size", "max_new_tokens", "nbest"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.nbest > self.beam_size:
+            raise ConfigError(f"nbest ({self.nbest}) must not be larger than beam_size ({self.beam_size})")
+        if self.min_new_tokens < 0 or self.min_new_tokens > self.max_new_tokens:
+            raise ConfigError(f"min_new_tokens must be 0 to max_new_tokens, not {self.min_new_tokens}")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise ConfigError(f"early_stopping must be true, false or 'never', not {self.early_stopping!r}")
+        for name in ("length_penalty", "temperature"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise ConfigError(f"{name} must be a number, not {value!r}")
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature must be above 0, not {self.temperature}")
 
 
 @dataclass(frozen=True)
@@ -22,7 +61,7 @@ class Hypothesis:
     score: float = 0.0  # running: sum of log-probabilities; finished: divided by length ** length_penalty
     log_probs: list[float] = field(default_factory=list)  # of each token
     ended: bool = False  # an end token was found; False: running, or cut at the length cap
-    depths: list[int] = field(default_factory=list)  # of each token, the block that named it; 0 where nobody says
+    depths: list[int] = field(default_factory=list)  # of each token, the block that predicted it
 
     @property
     def answer(self) -> list[int]:
@@ -35,17 +74,17 @@ class Candidate:
     """A running hypothesis continued by one token."""
 
     total: float  # sum of log-probabilities of the continued hypothesis
-    parent: int  # place of the hypothesis among the running ones
+    parent: int  # index of the hypothesis among the running ones
     token: int
     log_prob: float  # of the token alone
-    depth: int = 0  # block of the LLM that named it
+    depth: int = 0  # block of the LLM that predicted it
 
 
 @dataclass(frozen=True)
 class Partial:
     """How far the search of an utterance is."""
 
-    utterance: int  # place in its batch
+    utterance: int  # index in its batch
     hypothesis: Hypothesis  # the best running one; once done, the answer (empty where the search found none)
     done: bool
 
@@ -56,8 +95,8 @@ def new_beams(
     """One for each of ``count`` utterances; ``max_new_tokens`` has their own length caps, below the options'."""
     caps = [options.max_new_tokens] * count if max_new_tokens is None else [int(cap) for cap in max_new_tokens]
     return [
-        UtteranceBeam(options, eos_ids, max(1, min(cap, options.max_new_tokens)), place)
-        for place, cap in enumerate(caps)
+        UtteranceBeam(options, eos_ids, max(1, min(cap, options.max_new_tokens)), utterance)
+        for utterance, cap in enumerate(caps)
     ]
 
 
@@ -68,12 +107,12 @@ class UtteranceBeam:
         options: of the search.
         eos_ids: tokens that end an answer.
         max_new_tokens: this utterance's own length cap.
-        place: of the utterance in its batch.
+        utterance: its index in the batch.
     """
 
-    def __init__(self, options: BeamOptions, eos_ids: Collection[int], max_new_tokens: int, place: int = 0) -> None:
+    def __init__(self, options: BeamOptions, eos_ids: Collection[int], max_new_tokens: int, utterance: int = 0) -> None:
         self.options = options
-        self.place = place
+        self.utterance = utterance
         self.eos_ids = frozenset(eos_ids)
         self.max_new_tokens = max_new_tokens
         self.running: list[Hypothesis] = [Hypothesis()]
@@ -105,7 +144,7 @@ class UtteranceBeam:
                 if len(running) < size:
                     parents.append(one.parent)
                     running.append(self._extend(one, one.total, ended=False))
-            elif rank < size:  # a lower end is only a reserve, so that beam_size hypotheses can go on
+            elif rank < size:  # a lower end is only a reserve, so that beam_size hypotheses can continue
                 score = one.total / length**self.options.length_penalty
                 self.finished.append(self._extend(one, score, ended))
         self.finished.sort(key=lambda hypothesis: -hypothesis.score)  # stable: the older one wins a tie
@@ -121,7 +160,7 @@ class UtteranceBeam:
     def partial(self) -> Partial:
         """How far it is."""
         best = self.finished if self.done else self.running
-        return Partial(self.place, best[0] if best else Hypothesis(), self.done)
+        return Partial(self.utterance, best[0] if best else Hypothesis(), self.done)
 
     def _extend(self, one: Candidate, score: float, ended: bool) -> Hypothesis:
         parent = self.running[one.parent]

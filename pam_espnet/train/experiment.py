@@ -207,8 +207,8 @@ def bare_llm(config: Mapping[str, Any], cuda: bool = False) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from pam_espnet.llm.llm import choose_dtype, hub_source
     from pam_espnet.llm.lora import add_lora
-    from pam_espnet.llm.pretrained import choose_dtype, hub_source
 
     conf = dict(config.get("llm_conf") or {})
     name = conf.get("dtype", "auto")

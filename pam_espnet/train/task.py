@@ -25,7 +25,7 @@ from pam_espnet.data.tables import read_table
 from pam_espnet.data.tasks import TASKS
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import load_strict, read_trained
-from pam_espnet.llm.pretrained import load_tokenizer
+from pam_espnet.llm.llm import load_tokenizer
 from pam_espnet.model import IGNORE, ESPnetPaMModel, build_model
 from pam_espnet.train.experiment import read_options
 from pam_espnet.train.iterator import FreshPrompts, PaMIterFactory, PaMPreprocessor
@@ -49,7 +49,7 @@ class PaMTask(AbsTask):
         group = parser.add_argument_group(description="Prompt-aware speech LLM")
         group.add_argument("--llm", type=str_or_none, default=None, help="LLM folder or Hugging Face id")
         for name, text in (
-            ("llm_conf", "options of LLMDecoder.from_pretrained (lora, dtype, ...)"),
+            ("llm_conf", "options of LLM.from_pretrained (lora, dtype, ...)"),
             ("frontend_conf", "options of PaMFrontend (encoders, fusion, ...)"),
             ("model_conf", "options of ESPnetPaMModel"),
             ("batching_conf", "options of BatchingOptions"),

@@ -24,26 +24,27 @@ import torch
 from torch import Tensor
 
 from pam_espnet.decode.shards import peak_memory, reset_peak_memory
-from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.engine.engine import Engine, make_engine
+from pam_espnet.llm.llm import LLM
 from pam_espnet.search.beam import beam_search
-from pam_espnet.search.options import BeamOptions
+from pam_espnet.search.hypothesis import BeamOptions
 
 Way = Callable[[list[Tensor], int], list[list[int]]]  # prefixes (P,D), tokens -> best answer of each
 
 
 class Uncached:
-    """A decoder for ``beam_search`` that remembers embeddings and runs all of them at every step."""
+    """An engine for ``beam_search`` that stores embeddings and runs all of them at every step."""
 
     eos_ids: tuple[int, ...] = ()
 
-    def __init__(self, decoder: LLMDecoder) -> None:
-        self.decoder = decoder
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
 
     def prefill(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, Any]:
-        state = SimpleNamespace(embeds=prefix, lengths=lengths)
+        state = SimpleNamespace(embeds=prefix, lengths=lengths, depths=torch.full_like(lengths, self.llm.num_layers))
 
         def select(rows: Tensor) -> None:
-            state.embeds, state.lengths = state.embeds[rows], state.lengths[rows]
+            state.embeds, state.lengths, state.depths = state.embeds[rows], state.lengths[rows], state.depths[rows]
 
         state.select = select
         return self._run(state), state
@@ -51,24 +52,24 @@ class Uncached:
     def step(self, tokens: Tensor, state: Any) -> Tensor:
         rows = torch.arange(len(tokens), device=tokens.device)
         state.embeds = torch.nn.functional.pad(state.embeds, (0, 0, 0, 1))
-        state.embeds[rows, state.lengths] = self.decoder.embed(tokens).to(state.embeds.dtype)
+        state.embeds[rows, state.lengths] = self.llm.embed(tokens).to(state.embeds.dtype)
         state.lengths = state.lengths + 1
         return self._run(state)
 
     def _run(self, state: Any) -> Tensor:
         positions = torch.arange(state.embeds.shape[1], device=state.lengths.device)
-        hidden = self.decoder(state.embeds, positions < state.lengths[:, None])
-        return self.decoder.logits(hidden[torch.arange(len(hidden), device=hidden.device), state.lengths - 1])
+        hidden = self.llm(state.embeds, positions < state.lengths[:, None])
+        return self.llm.logits(hidden[torch.arange(len(hidden), device=hidden.device), state.lengths - 1])
 
 
-def own(decoder: Any, beam: int) -> Way:
-    """This project's search over ``decoder``; no end tokens, so that every way takes the same number of steps."""
+def own(engine: Any, beam: int) -> Way:
+    """This project's search over ``engine``; no end tokens, so that every way takes the same number of steps."""
 
     def run(prefixes: list[Tensor], tokens: int) -> list[list[int]]:
         options = BeamOptions(beam_size=beam, nbest=1, max_new_tokens=tokens, eos_ids=())
         lengths = torch.tensor([len(one) for one in prefixes], device=prefixes[0].device)
         padded = torch.nn.utils.rnn.pad_sequence(prefixes, batch_first=True)
-        return [nbest[0].tokens for nbest in beam_search(decoder, padded, lengths, options)]
+        return [nbest[0].tokens for nbest in beam_search(engine, padded, lengths, options)]
 
     return run
 
@@ -135,14 +136,14 @@ def espnet(llm: str, lm: Any, beam: int) -> Way:
     return run
 
 
-def load(args: argparse.Namespace) -> LLMDecoder:
-    """The LLM alone, or with the LoRA of a trained experiment; only the decoder is kept.
+def load(args: argparse.Namespace) -> LLM:
+    """The LLM alone, or with the LoRA of a trained experiment.
 
     Baselines run LoRA merged into the weights, the fair way to decode with it; the fused blocks merge it themselves.
     """
     fused = args.way == "fused"
     if not args.exp:
-        return LLMDecoder.from_pretrained(
+        return LLM.from_pretrained(
             args.llm, dtype=args.dtype, attention="sdpa", fused_decoding=fused, local_files_only=True
         ).eval()
     from pam_espnet.config import load_yaml
@@ -153,21 +154,24 @@ def load(args: argparse.Namespace) -> LLMDecoder:
     config["llm_conf"] = {**(config.get("llm_conf") or {}), "dtype": args.dtype, "fused_decoding": fused}
     model = build_model(config)
     load_strict(model, read_trained(Path(args.exp) / MODEL_FILE), args.exp)
-    decoder = model.decoder
     if not fused:
-        for module in decoder.lm.modules():
+        for module in model.decoder.lm.modules():
             if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
                 module.merge()
-    return decoder.eval()
+    return model.decoder.eval()
 
 
-def make(args: argparse.Namespace, decoder: LLMDecoder) -> Way:
+def make(args: argparse.Namespace, llm: LLM) -> Way:
     """The way that ``args.way`` names."""
     if args.way == "generate":
-        return generate(decoder.lm, args.beam)
+        return generate(llm.lm, args.beam)
     if args.way == "espnet":
-        return espnet(args.llm, decoder.lm, args.beam)
-    return own(Uncached(decoder) if args.way == "uncached" else decoder, args.beam)
+        return espnet(args.llm, llm.lm, args.beam)
+    if args.way == "uncached":
+        return own(Uncached(llm), args.beam)
+    engine: Engine = make_engine(llm)
+    engine.take_over()  # as pam_decode does
+    return own(engine, args.beam)
 
 
 def measure(way: Way, prefixes: list[Tensor], tokens: int, device: str) -> dict[str, Any]:
@@ -220,8 +224,7 @@ def main() -> None:
     parser.add_argument("--device", required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    decoder = load(args).to(args.device)
-    way = make(args, decoder)
+    way = make(args, load(args).to(args.device))
     print(json.dumps({"ready": args.way}), file=REPLIES, flush=True)
     for line in sys.stdin:
         print(json.dumps(reply(way, json.loads(line), args.device)), file=REPLIES, flush=True)

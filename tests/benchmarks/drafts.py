@@ -7,7 +7,6 @@ with one thread they are the wall clock of an idle machine. Ways, whose tokens a
     greedy       no drafts (beam_search with beam_size 1)
     prefix       the first token of greedy alone: the part of the time that no draft can save
     ctc          the CTC head's best path, verified together with the prefix (draft.kind: ctc)
-    ctc_apart    the same, verified in a pass of its own behind the prefix
     oracle       greedy's own answers as drafts: what drafts that are always right would be worth
 
 Rounds of the ways alternate, so that a machine that slows down slows them all; medians over the rounds are reported.
@@ -54,9 +53,8 @@ def main() -> None:
     from pam_espnet.decode.shards import read_wave
     from pam_espnet.decode.speech_llm import SpeechLLM
     from pam_espnet.search.beam import beam_search
-    from pam_espnet.search.drafters import DraftOptions, WholeAnswer
-    from pam_espnet.search.drafting import draft_search
-    from pam_espnet.search.options import BeamOptions
+    from pam_espnet.search.drafts import DraftOptions, WholeAnswer, draft_search
+    from pam_espnet.search.hypothesis import BeamOptions
 
     torch.set_num_threads(args.threads)
     search = BeamOptions(beam_size=1, max_new_tokens=args.max_new_tokens)
@@ -64,7 +62,7 @@ def main() -> None:
         beam=search, draft=DraftOptions("ctc", args.most), task_vocabulary=args.task_vocabulary
     )
     speech = SpeechLLM.load(args.exp, options, args.device, args.dtype)
-    view = speech.decoder
+    engine = speech.engine
     data = DataDir.load(args.data)
     chosen = data.utterances[: args.limit or None]
     waves = {key: read_wave(data, key, speech.model.frontend.sample_rate) for key in chosen}
@@ -72,14 +70,9 @@ def main() -> None:
 
     def prepare(keys: list[str]) -> dict[str, Any]:
         """A batch up to the prefix's embeddings."""
-        lengths = torch.tensor([len(waves[key]) for key in keys], device=args.device)
-        batch = torch.zeros(len(keys), int(lengths.max()), device=args.device)
-        for row, key in zip(batch, keys, strict=True):
-            row[: len(waves[key])] = torch.from_numpy(waves[key])
         prompts = [data.prompt[key] for key in keys]
-        with torch.no_grad():
-            audio = speech.model.audio_embeddings(prompts, lengths, batch)
-            placed = speech.model.place(prompts, audio, None)
+        audio = speech.encode([waves[key] for key in keys], prompts)
+        placed = speech.model.place(prompts, audio, None)
         tasks = [data.utt2task[key] for key in keys]
         return {"prefix": (placed.embeds, placed.prefix_lengths), "about": (tasks, audio), "keys": keys}
 
@@ -91,15 +84,15 @@ def main() -> None:
 
     def greedy(batch: dict[str, Any], cap: int | None = None) -> Any:
         caps = None if cap is None else [cap] * len(batch["keys"])
-        return beam_search(view, *batch["prefix"], search, caps), []
+        return beam_search(engine, *batch["prefix"], search, caps), []
 
-    def drafted(kind: str, with_prefix: bool = True) -> Callable[[dict[str, Any]], Any]:
+    def drafted(kind: str) -> Callable[[dict[str, Any]], Any]:
         def run(batch: dict[str, Any]) -> Any:
             if kind == "oracle":
-                drafters: Any = [WholeAnswer([answers[key] for key in batch["keys"]], kind)] * len(batch["keys"])
+                drafts = [WholeAnswer(answers[key]) for key in batch["keys"]]
             else:
-                drafters = speech.drafters(*batch["about"])
-            return draft_search(view, *batch["prefix"], search, drafters, args.most, with_prefix=with_prefix)
+                drafts = speech.drafts(*batch["about"])
+            return draft_search(engine, *batch["prefix"], search, drafts, args.most)
 
         return run
 
@@ -107,7 +100,6 @@ def main() -> None:
         "greedy": greedy,
         "prefix": lambda batch: greedy(batch, 1),
         "ctc": drafted("ctc"),
-        "ctc_apart": drafted("ctc", with_prefix=False),
         "oracle": drafted("oracle"),
     }
     rows = []

@@ -39,13 +39,13 @@ def main() -> None:
 
     import torch
 
-    from pam_espnet.llm.llm import LLMDecoder
+    from pam_espnet.llm.llm import LLM
     from pam_espnet.llm.prompt_layout import layout, place
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     lora = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
-    decoder = LLMDecoder.from_pretrained(
+    decoder = LLM.from_pretrained(
         args.llm, lora=lora, dtype=args.dtype, gradient_checkpointing=args.checkpointing
     ).train()
     blocks = decoder.num_layers

@@ -4,7 +4,6 @@
     float32   packed (the default)
     bfloat16  weights and activations
     int8      weights alone, activations in float32
-    *+compile the same with torch.compile for the blocks (``ready_s``: wall seconds until the copy can be used)
 
 Negative log-likelihoods are teacher-forced through the search's own path, a prefill and then a step per token, of text
 that comes with every Python (pydoc_data) and, with --exp and --data, of reference answers after real audio (the same
@@ -26,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-WAYS = ("plain", "float32", "bfloat16", "int8", "float32+compile", "bfloat16+compile", "int8+compile")
+WAYS = ("plain", "float32", "bfloat16", "int8")
 PREFIX, SPAN = 32, 96  # tokens of text: context, and those that count
 BATCH = 16  # texts together
 
@@ -37,7 +36,7 @@ def main() -> None:
     parser.add_argument("--llm", help="folder of a Llama-type causal LLM: text")
     parser.add_argument("--exp", help="experiment directory: answers, and text with its LoRA")
     parser.add_argument("--data", help="formatted data directory with the answers")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS[:4]), choices=WAYS)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--texts", type=int, default=64, help=f"pieces of text of {PREFIX}+{SPAN} tokens (64)")
     parser.add_argument("--limit", type=int, default=0, help="answers (0: all)")
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 4], help="hypotheses per utterance (1 4)")
@@ -53,25 +52,24 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    decoders, prefixes, ready = {}, [], {}
+    engines, prefixes, ready = {}, [], {}
     for way in args.ways:
         began = time.perf_counter()
-        model = load(way, args.llm, args.exp)
+        engines[way], speech = load(way, args.llm, args.exp)
         ready[way] = time.perf_counter() - began
-        decoders[way] = model if args.llm else model.decoder
         if args.data and not prefixes:
-            prefixes = answer_prefixes(model, args.data, args.limit)
+            prefixes = answer_prefixes(speech.model, args.data, args.limit)
     rows: dict[str, dict[str, Any]] = {way: {"ready_s": ready[way]} for way in args.ways}
-    for way, decoder in decoders.items():
-        rows[way]["packed_mb"] = packed_bytes(decoder) / 2**20
-        rows[way]["text"] = text_nll(decoder, args.texts)
+    for way, engine in engines.items():
+        rows[way]["packed_mb"] = packed_bytes(engine) / 2**20
+        rows[way]["text"] = text_nll(engine, args.texts)
         if prefixes:
-            rows[way]["answers"] = answer_nll(decoder, prefixes)
-        rows[way]["invariance"] = invariance(decoder)
+            rows[way]["answers"] = answer_nll(engine, prefixes)
+        rows[way]["invariance"] = invariance(engine)
         print(way, rows[way], flush=True)
     for batch in args.batch:
         for beams in args.beams:
-            for way, found in step_times(decoders, batch, beams, args.prefix, args.rounds).items():
+            for way, found in step_times(engines, batch, beams, args.prefix, args.rounds).items():
                 rows[way][f"batch{batch}_beam{beams}"] = found
     for way, row in rows.items():
         print(f"{way:16s} " + "  ".join(show(name, value, rows[args.ways[0]][name]) for name, value in row.items()))
@@ -94,66 +92,61 @@ def show(name: str, value: Any, base: Any) -> str:
     return f"{name} {value:.4g} ({value / base:.4f})"
 
 
-def load(way: str, llm: str | None, exp: str | None) -> Any:
-    """A decoder, or the whole model of an experiment, with its packed weights made."""
+def load(way: str, llm: str | None, exp: str | None) -> tuple[Any, Any]:
+    """An engine, and the whole model of an experiment or None."""
+    from pam_espnet.decode.options import AnswerOptions
+    from pam_espnet.decode.speech_llm import SpeechLLM
     from pam_espnet.engine import packed
-    from pam_espnet.llm.llm import LLMDecoder
+    from pam_espnet.engine.engine import make_engine
+    from pam_espnet.llm.llm import LLM
 
     helps = packed._blocks_help
     if way == "plain":
         packed._blocks_help = lambda _: False
-    dtype, _, compiled = way.partition("+")
-    int8 = dtype == "int8"
-    dtype = "bfloat16" if dtype == "bfloat16" else "float32"
+    dtype = "bfloat16" if way == "bfloat16" else "float32"
     try:
-        if llm is not None:
-            decoder = LLMDecoder.from_pretrained(llm, dtype=dtype, attention="sdpa", int8_decoding=int8).eval()
-            decoder.compile_decoding = bool(compiled)
-            decoder.fused_blocks()
-            return decoder
-        from pam_espnet.decode.options import AnswerOptions
-        from pam_espnet.decode.speech_llm import SpeechLLM
-
-        options = AnswerOptions(compile=bool(compiled))
-        return SpeechLLM.load(str(exp), options, dtype="int8" if int8 else dtype).model
+        if llm is None:
+            speech = SpeechLLM.load(str(exp), AnswerOptions(), dtype="int8" if way == "int8" else dtype)
+            return speech.engine, speech
+        model = LLM.from_pretrained(llm, dtype=dtype, attention="sdpa").eval()
+        return make_engine(model, int8=way == "int8"), None
     finally:
         packed._blocks_help = helps
 
 
-def packed_bytes(decoder: Any) -> int:
+def packed_bytes(engine: Any) -> int:
     """What the search's own copy of the weights takes."""
-    fused = decoder.fused_blocks()
-    blocks = [layer for block in fused.blocks for layer in (block.qkv, block.out, block.gate_up, block.down)]
-    return sum(layer.nbytes for layer in [*blocks, fused.output])
+    blocks = [layer for block in engine.blocks for layer in (block.qkv, block.out, block.gate_up, block.down)]
+    return sum(layer.nbytes for layer in [*blocks, engine.output])
 
 
-def forced_nll(decoder: Any, prefix: Any, lengths: Any, answers: Sequence[Sequence[int]]) -> Iterator[float]:
+def forced_nll(engine: Any, prefix: Any, lengths: Any, answers: Sequence[Sequence[int]]) -> Iterator[float]:
     """Of each answer token, one step after the other; all answers stay until the longest is done."""
     import torch
 
     with torch.no_grad():
-        logits, state = decoder.prefill(prefix, lengths)
+        logits, state = engine.prefill(prefix, lengths)
         for step in range(max(map(len, answers))):
             nll = -logits.log_softmax(-1)
             yield from (float(nll[row, answer[step]]) for row, answer in enumerate(answers) if step < len(answer))
             tokens = [answer[min(step, len(answer) - 1)] for answer in answers]
-            logits = decoder.step(torch.tensor(tokens), state)
+            logits = engine.step(torch.tensor(tokens), state)
 
 
-def text_nll(decoder: Any, count: int) -> float:
+def text_nll(engine: Any, count: int) -> float:
     """Of ``count`` pieces of Python's own help texts."""
     import pydoc_data.topics
 
     import torch
 
-    ids = decoder.tokenizer("\n".join(pydoc_data.topics.topics.values()))["input_ids"]
+    ids = engine.llm.tokenizer("\n".join(pydoc_data.topics.topics.values()))["input_ids"]
     starts = [place * (len(ids) - PREFIX - SPAN) // count for place in range(count)]
     found: list[float] = []
     for at in range(0, count, BATCH):
         some = starts[at : at + BATCH]
-        prefix = decoder.embed(torch.tensor([ids[start : start + PREFIX] for start in some])).detach()
+        prefix = engine.llm.embed(torch.tensor([ids[start : start + PREFIX] for start in some])).detach()
         answers = [ids[start + PREFIX : start + PREFIX + SPAN] for start in some]
-        found += forced_nll(decoder, prefix, torch.full((len(some),), PREFIX), answers)
+        found += forced_nll(engine, prefix, torch.full((len(some),), PREFIX), answers)
     return statistics.fmean(found)
 
 
@@ -182,50 +175,50 @@ def answer_prefixes(model: Any, data_dir: str, limit: int) -> list[tuple[str, An
     return found
 
 
-def answer_nll(decoder: Any, prefixes: Sequence[tuple[str, Any, Any, list[list[int]]]]) -> dict[str, float]:
+def answer_nll(engine: Any, prefixes: Sequence[tuple[str, Any, Any, list[list[int]]]]) -> dict[str, float]:
     """Per answer token, by task."""
     found: dict[str, list[float]] = {}
     for task, *batch in prefixes:
-        found.setdefault(task, []).extend(forced_nll(decoder, *batch))
+        found.setdefault(task, []).extend(forced_nll(engine, *batch))
     every = [value for values in found.values() for value in values]
     return {**{task: statistics.fmean(values) for task, values in found.items()}, "all": statistics.fmean(every)}
 
 
-def invariance(decoder: Any) -> float:
+def invariance(engine: Any) -> float:
     """Largest difference of logits between 32 rows together and 1, 3 and 8 of them, after a prefill and two steps."""
     import torch
 
-    ids = torch.randint(0, decoder.vocab_size, (32, 22), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, engine.llm.vocab_size, (32, 22), generator=torch.Generator().manual_seed(0))
 
     def run(count: int) -> Any:
         with torch.no_grad():
-            _, state = decoder.prefill(decoder.embed(ids[:count, :20]), torch.full((count,), 20))
-            return torch.stack([decoder.step(ids[:count, place], state) for place in (20, 21)])
+            _, state = engine.prefill(engine.llm.embed(ids[:count, :20]), torch.full((count,), 20))
+            return torch.stack([engine.step(ids[:count, place], state) for place in (20, 21)])
 
     whole = run(32)
     return max(float((run(count) - whole[:, :count]).abs().max()) for count in (1, 3, 8))
 
 
 def step_times(
-    decoders: dict[str, Any], batch: int, beams: int, prefix: int, rounds: int
+    engines: dict[str, Any], batch: int, beams: int, prefix: int, rounds: int
 ) -> dict[str, dict[str, float]]:
     """Median CPU milliseconds of a prefill and of a step with ``batch * beams`` rows."""
     import torch
 
-    times: dict[str, dict[str, list[float]]] = {way: {"prefill": [], "step": []} for way in decoders}
+    times: dict[str, dict[str, list[float]]] = {way: {"prefill": [], "step": []} for way in engines}
     generator = torch.Generator().manual_seed(0)
     for place in range(rounds + 1):
-        for way, decoder in decoders.items():
-            ids = torch.randint(0, decoder.vocab_size, (batch, prefix), generator=generator)
+        for way, engine in engines.items():
+            ids = torch.randint(0, engine.llm.vocab_size, (batch, prefix), generator=generator)
             began = time.process_time()
-            _, state = decoder.prefill(decoder.embed(ids), torch.full((batch,), prefix))
+            _, state = engine.prefill(engine.llm.embed(ids), torch.full((batch,), prefix))
             prefilled = time.process_time()
             state.select(torch.arange(batch).repeat_interleave(beams))
             steps = []
             for _ in range(8):
-                tokens = torch.randint(0, decoder.vocab_size, (batch * beams,), generator=generator)
+                tokens = torch.randint(0, engine.llm.vocab_size, (batch * beams,), generator=generator)
                 start = time.process_time()
-                decoder.step(tokens, state)
+                engine.step(tokens, state)
                 steps.append(time.process_time() - start)
             if place > 0:  # the first round warms up
                 times[way]["prefill"].append(1000 * (prefilled - began))

@@ -13,7 +13,7 @@ import torch
 from benchmarks import decode, decode_ways
 from torch.nn import functional as F
 
-from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.llm.llm import LLM
 
 
 def way(name: str, llm: Path) -> decode_ways.Way:
@@ -26,7 +26,7 @@ def test_every_way_finds_the_best_answers(name: str, tiny_llm_dir: Path) -> None
     """Against a beam search without cache, padding or batch, written down in a few lines."""
     generator = torch.Generator().manual_seed(1)
     prefixes = [torch.randn(length, 32, generator=generator) for length in (7, 4, 9)]
-    decoder = LLMDecoder.from_pretrained(str(tiny_llm_dir), dtype="float32")
+    decoder = LLM.from_pretrained(str(tiny_llm_dir), dtype="float32")
     expected = []
     with torch.no_grad():
         for prefix in prefixes:

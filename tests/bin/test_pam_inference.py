@@ -18,7 +18,7 @@ from pam_espnet.data.tasks import TASKS
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.speech_llm import PartialAnswer, SpeechLLM
 from pam_espnet.errors import ConfigError, DataError
-from pam_espnet.search.options import BeamOptions
+from pam_espnet.search.hypothesis import BeamOptions
 
 PROMPT = "Describe the sounds."
 

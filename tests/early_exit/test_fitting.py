@@ -13,7 +13,7 @@ from pam_espnet.bin.pam_decode import main as decode
 from pam_espnet.config import write_config
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.speech_llm import SpeechLLM
-from pam_espnet.early_exit.fitting import cost_model, observe
+from pam_espnet.early_exit.fitting import CostModel, observe
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import read_json, save_trained
 from pam_espnet.model import build_model
@@ -61,7 +61,7 @@ def test_calibrate_and_decode(exp: Path, data: Path, more: list[str], capsys: py
 
 def test_the_cost_model_knows_the_llm(tiny_llm_dir: Path) -> None:
     model = build_model(tiny_config(tiny_llm_dir))
-    cost = cost_model(model.decoder)
+    cost = CostModel.of(model.decoder)
     block = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32  # q, o; k, v; the feed-forward network; norms
     assert cost.blocks == 2
     assert cost.head == pytest.approx(300 * 32 / block) and cost.memory == pytest.approx(2 * 32 * 16 / block)

@@ -19,16 +19,16 @@ from pam_espnet.config import write_config
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.speech_llm import SpeechLLM
-from pam_espnet.early_exit.answer_states import answer_states, reference_answers
-from pam_espnet.early_exit.profile import Profile, Reading, places, profile
-from pam_espnet.early_exit.summary import mean_of_deepest, oracle, summarise
+from pam_espnet.early_exit.fitting import CostModel, Judgement, outcome
+from pam_espnet.early_exit.profile import Profile, Reading, kinds, mean_of_deepest, oracle, profile, summarise
+from pam_espnet.early_exit.states import reference_answers
 from pam_espnet.early_exit.sweep import parse_point, read_timing
-from pam_espnet.engine.calibration import Calibration, CostModel, Judgement, outcome
+from pam_espnet.engine.calibration import Calibration
 from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.fileio import read_json, save_trained, write_json
 from pam_espnet.model import build_model
 
-BLOCKS, SPEAKING = 4, 2  # blocks after the first two change nothing
+BLOCKS, CHANGING = 4, 2  # blocks after the first two change nothing
 BEAM = 3
 
 
@@ -42,7 +42,7 @@ def llm_dir(tiny_llm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     config.initializer_range = 0.3
     torch.manual_seed(4)
     lm = AutoModelForCausalLM.from_config(config).float()
-    for layer in lm.model.layers[SPEAKING:]:
+    for layer in lm.model.layers[CHANGING:]:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
     path = tmp_path_factory.mktemp("models") / "four"
@@ -77,7 +77,7 @@ def calibration(path: Path) -> Calibration:
     gates = torch.zeros(2, 33)
     gates[:, -1] = torch.tensor([0.6, 0.8]).logit()
     found = Calibration((1, 2), maps, gates, 0.7)
-    found.save(path, Judgement(0.7, 1.0, 1.0, 2.0, 1.5))
+    found.save(path, {})
     return found
 
 
@@ -86,32 +86,15 @@ def speech(exp: Path) -> SpeechLLM:
     return SpeechLLM.load(exp, AnswerOptions())
 
 
-def test_states_within_a_block_are_those_that_its_network_reads(speech: SpeechLLM, data: Path) -> None:
-    tables = DataDir.load(data)
-    answers = reference_answers(speech, tables)
-    count = 0
-    for states in answer_states(speech, tables, answers, batch_size=5):
-        for layer, inner, after in zip(
-            speech.model.decoder.transformer.layers, states.inner, states.blocks, strict=True
-        ):
-            with torch.no_grad():
-                network = layer.mlp(layer.post_attention_layernorm(inner))
-            assert torch.allclose(inner + network, after, atol=1e-4)
-        count += len(states.utterance)
-    assert count == sum(map(len, answers.values()))
-    assert not any(layer._forward_hooks for layer in speech.model.decoder.transformer.layers)
-
-
 def test_blocks_that_change_nothing_agree_with_the_last(speech: SpeechLLM, data: Path, tmp_path: Path) -> None:
     tables = DataDir.load(data)
     answers = reference_answers(speech, tables)
     found = profile(speech, tables, answers, [1, 2], calibration(tmp_path / "c"), beam_size=BEAM, batch_size=5)
     count = sum(map(len, answers.values()))
-    assert found.bare.same.shape == (BLOCKS, count) and len(found.task) == len(found.place) == count
+    assert found.bare.same.shape == (BLOCKS, count) and len(found.task) == len(found.kind) == count
     assert int(found.step.sum()) == count - len(answers)
-    assert found.inner is not None and found.mapped is not None
-    assert found.bare.same[SPEAKING - 1 :].all() and (found.bare.overlap[SPEAKING - 1 :] == 1).all()
-    assert found.inner.same[SPEAKING:].all()
+    assert found.mapped is not None
+    assert found.bare.same[CHANGING - 1 :].all() and (found.bare.overlap[CHANGING - 1 :] == 1).all()
     assert not found.bare.same[0].all() and found.bare.overlap[0].mean() < 1
     assert torch.equal(found.mapped.same, found.bare.same[:2])  # this map is the identity
     assert found.sureness["gate"].mean(dim=1).tolist() == pytest.approx([0.6, 0.8])
@@ -119,8 +102,8 @@ def test_blocks_that_change_nothing_agree_with_the_last(speech: SpeechLLM, data:
     assert not found.patience[2][0].any()  # nothing has agreed with the first candidate yet
     figures = summarise(found, CostModel(BLOCKS, 2.0, 0.1), 0.7)
     for task in ("asr", "count", "caption"):
-        assert figures[task]["agreement"]["bare"]["all"][SPEAKING - 1 :] == [1.0, 1.0, 1.0]
-        assert figures[task]["oracle"]["all"]["every block, bare"]["saturated"]["mean_depth"] <= SPEAKING
+        assert figures[task]["agreement"]["bare"]["all"][CHANGING - 1 :] == [1.0, 1.0, 1.0]
+        assert figures[task]["oracle"]["all"]["every block, bare"]["saturated"]["mean_depth"] <= CHANGING
     assert figures["count"]["tokens"] == {"all": 8, "step": 4, "first": 4, "later": 0, "end": 4}
     assert figures["count"]["agreement"]["bare"]["later"] is None
     (gate,) = [one for one in figures["asr"]["gates"]["gate"] if one["threshold"] == 0.7]
@@ -136,7 +119,7 @@ def test_the_beams_choice_and_the_probe_do_not_depend_on_batches(speech: SpeechL
     assert torch.allclose(one.sureness["entropy"], many.sureness["entropy"], atol=1e-5)
 
 
-def test_places_in_words(tiny_llm_dir: Path) -> None:
+def test_kinds_of_tokens(tiny_llm_dir: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_llm_dir)
@@ -146,12 +129,12 @@ def test_places_in_words(tiny_llm_dir: Path) -> None:
     for at, piece in enumerate(pieces):
         if at == 0 or (piece.startswith("Ġ") and piece != "Ġ") or pieces[at - 1] == "Ġ":
             expected[at] = "first"  # after a space of its own the word begins with the next piece
-    found = places(tokenizer, tokens, {tokenizer.eos_token_id})
+    found = kinds(tokenizer, tokens, {tokenizer.eos_token_id})
     assert found == expected and found.count("first") == 3 and "later" in found
-    assert places(tokenizer, tokens[:2], {tokenizer.eos_token_id}) == expected[:2]  # an answer that was cut
+    assert kinds(tokenizer, tokens[:2], {tokenizer.eos_token_id}) == expected[:2]  # an answer that was cut
 
 
-def test_places_in_words_of_another_kind_of_tokenizer() -> None:
+def test_kinds_of_tokens_of_another_kind_of_tokenizer() -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -161,7 +144,7 @@ def test_places_in_words_of_another_kind_of_tokenizer() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="[UNK]", sep_token="[SEP]")
     tokens = tokenizer("barking dog", add_special_tokens=False)["input_ids"]
     assert tokens == [2, 3, 4]
-    assert places(tokenizer, [*tokens, 1], {1}) == ["first", "later", "first", "end"]
+    assert kinds(tokenizer, [*tokens, 1], {1}) == ["first", "later", "first", "end"]
 
 
 def test_the_oracle_on_a_table_made_by_hand() -> None:
@@ -197,8 +180,8 @@ def test_gates_on_a_table_made_by_hand() -> None:
 def test_groups_of_tokens_are_kept_apart() -> None:
     same = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
     found = Profile(
-        task=["asr", "asr", "asr", "count"], place=["first", "later", "end", "end"],
-        step=torch.tensor([False, True, True, False]), layers=(1,), bare=Reading(same, same.float()), inner=None,
+        task=["asr", "asr", "asr", "count"], kind=["first", "later", "end", "end"],
+        step=torch.tensor([False, True, True, False]), layers=(1,), bare=Reading(same, same.float()),
         mapped=None, sureness={"confidence": torch.tensor([[0.1, 0.2, 0.95, 0.9]])}, patience={},
     )  # fmt: skip
     figures = summarise(found, CostModel(2, 0.0, 0.0), None)
@@ -228,7 +211,8 @@ def test_times_are_compared_within_a_run(tmp_path: Path) -> None:
     write("point", "c", {0: 0.1})
     found = read_timing(tmp_path / "point", tmp_path / "never")
     assert found is not None
-    assert (found.own["steps_wall"], found.never["steps_wall"], found.batches, found.runs) == (5.0, 14.0, 2, 2)
+    assert (found["own"]["steps_wall"], found["never"]["steps_wall"]) == (5.0, 14.0)
+    assert (found["batches"], found["runs"]) == (2, 2)
     assert read_timing(tmp_path / "point", tmp_path / "absent") is None
 
 

@@ -10,12 +10,12 @@ import torch
 from reference_search import EOS, LENGTHS, make_prefix, search
 from torch.nn import functional as F
 
-from pam_espnet.engine import packed, stepping
+from pam_espnet.engine import packed
+from pam_espnet.engine.engine import make_engine, self_check
 from pam_espnet.engine.packed import pack
 from pam_espnet.errors import ConfigError
-from pam_espnet.llm.llm import LLMDecoder
-from pam_espnet.llm.lora import add_lora
-from pam_espnet.search.options import BeamOptions
+from pam_espnet.llm.llm import LLM
+from pam_espnet.search.hypothesis import BeamOptions
 
 needs_int8 = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="int8 needs FBGEMM (x86)"
@@ -107,15 +107,28 @@ def test_int8_takes_a_quarter_of_the_memory() -> None:
     assert pack(weight).nbytes == weight.nbytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_table_gives_its_rows_back(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "PIECE", 16)
+    weight = make_layer()[0].to(dtype)
+    table = pack(weight, table=True)
+    if not isinstance(table, packed.BlockedTable):
+        pytest.skip("this machine packs no such weights")
+    x = torch.randn(5, 96).to(dtype)
+    assert torch.allclose(table(x), F.linear(x, weight), rtol=1e-2, atol=1e-2) and table.nbytes == weight.nbytes
+    ids = torch.tensor([[79, 0, 15], [16, 16, 33]])
+    assert torch.equal(table.rows(ids), weight[ids]) and table.rows(ids[:0]).shape == (0, 3, 96)
+
+
 def test_int8_is_refused_where_there_is_no_kernel() -> None:
     with pytest.raises(ConfigError, match="x86"):
         pack(torch.ones(2, 2, device="meta"), int8=True)
 
 
-# ---- in the blocks --------------------------------------------------------------------------------------------------
+# ---- in the engine --------------------------------------------------------------------------------------------------
 
 
-def build(family: str = "llama", **options: Any) -> Any:
+def build(folder: Path, family: str = "Llama", lora: Any = None) -> LLM:
     import transformers
 
     torch.manual_seed(0)
@@ -123,67 +136,75 @@ def build(family: str = "llama", **options: Any) -> Any:
         "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 256,
     }  # fmt: skip
-    config, model = {
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-    }[family]
-    lm = model(config(**sizes, **options)).eval().requires_grad_(False)
+    lm = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes)).eval()
     for parameter in lm.parameters():
         parameter.data = parameter.data + 0.1 * torch.randn_like(parameter)
-    return lm
+    return LLM(lm, transformers.AutoTokenizer.from_pretrained(folder), lora=lora).eval()
 
 
 @needs_int8
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_int8_blocks_are_exact_for_weights_that_are_whole_already(family: str) -> None:
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_int8_blocks_are_exact_for_weights_that_are_whole_already(tiny_llm_dir: Path, family: str) -> None:
     """Whatever is left of the difference from transformers is rounded activations, not a slip."""
-    lm = build(family)
-    for module in lm.model.layers.modules():
+    llm = build(tiny_llm_dir, family)
+    for module in llm.lm.modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.data = rounded(module.weight.data)
-    fused = stepping.fuse(lm, int8=True)
-    assert fused is not None and fused.int8 and stepping.self_check(fused, lm) < 2e-3
+    engine = make_engine(llm, int8=True)
+    assert engine.precision == "int8" and self_check(engine) < 2e-3
 
 
 @needs_int8
-def test_int8_rounds_after_lora_is_merged() -> None:
-    lm = build()
-    add_lora(lm, {"r": 2, "alpha": 4, "dropout": 0.0})
-    for name, parameter in lm.named_parameters():
+def test_int8_rounds_after_lora_is_merged(tiny_llm_dir: Path) -> None:
+    llm = build(tiny_llm_dir, lora={"r": 2, "alpha": 4, "dropout": 0.0})
+    for name, parameter in llm.named_parameters():
         if "lora_B" in name:
             parameter.data = 0.2 * torch.randn_like(parameter)
-    fused = stepping.fuse(lm, int8=True)
-    assert fused is not None and stepping.self_check(fused, lm) < 0.05
+    assert self_check(make_engine(llm, int8=True)) < 0.05
 
 
 @needs_int8
-def test_rounding_that_breaks_an_llm_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_that_breaks_an_llm_is_found_out(tiny_llm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "WEIGHT_STEPS", 1)
     with pytest.raises(ConfigError, match="dtype int8: rounded weights change"):
-        stepping.fuse(build(), int8=True)
+        make_engine(build(tiny_llm_dir), int8=True)
 
 
-def test_int8_without_fused_blocks_is_refused(tiny_llm_dir: Path) -> None:
+@needs_int8
+def test_int8_hardly_changes_the_loss(tiny_llm_dir: Path) -> None:
+    """Of 400 tokens, by at most 0.3 %."""
+    llm = LLM.from_pretrained(str(tiny_llm_dir), dtype="float32").eval()
+    tokens = torch.randint(3, llm.vocab_size, (40, 10), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for int8 in (False, True):
+        engine = make_engine(llm, int8=int8)
+        logits, state = engine.prefill(llm.embed(tokens[:, :4]), torch.full((40,), 4))
+        nll = []
+        for at in range(4, 10):
+            nll.append(F.cross_entropy(logits, tokens[:, at]))
+            logits = engine.step(tokens[:, at], state)
+        losses.append(float(torch.stack(nll).mean()))
+    assert losses[1] == pytest.approx(losses[0], rel=3e-3)
+
+
+def test_int8_through_transformers_is_refused(tiny_llm_dir: Path) -> None:
+    llm = LLM.from_pretrained(str(tiny_llm_dir), dtype="float32", fused_decoding=False)
     with pytest.raises(ConfigError, match="fused_decoding"):
-        LLMDecoder.from_pretrained(str(tiny_llm_dir), fused_decoding=False, int8_decoding=True)
-    decoder = LLMDecoder.from_pretrained(str(tiny_llm_dir), dtype="float32", int8_decoding=True)
-    decoder.lm.config.hidden_act = "gelu"
-    with pytest.raises(ConfigError, match="cannot be fused"):
-        decoder.fused_blocks()
+        make_engine(llm, int8=True)
+    llm = LLM.from_pretrained(str(tiny_llm_dir), dtype="float32")
+    llm.lm.config.hidden_act = "gelu"
+    with pytest.raises(ConfigError, match="not Llama"):
+        make_engine(llm, int8=True)
 
 
 @needs_int8
 @pytest.mark.parametrize("beam_size", [1, 4])
 def test_int8_answers_do_not_depend_on_neighbours(tiny_llm_dir: Path, beam_size: int) -> None:
-    decoder = LLMDecoder.from_pretrained(str(tiny_llm_dir), dtype="float32", int8_decoding=True).eval()
-    assert decoder.precision == "int8"
+    engine = make_engine(LLM.from_pretrained(str(tiny_llm_dir), dtype="float32").eval(), int8=True)
     prefix = make_prefix()
     options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=9, eos_ids=EOS)
-    alone = [search(decoder, prefix, [row], options)[0] for row in range(len(LENGTHS))]
+    alone = [search(engine, prefix, [row], options)[0] for row in range(len(LENGTHS))]
     for rows in ([2, 0, 1], [5, 5, 4, 3], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0] * 5):
-        for row, nbest in zip(rows, search(decoder, prefix, rows, options), strict=True):
+        for row, nbest in zip(rows, search(engine, prefix, rows, options), strict=True):
             assert [one.tokens for one in nbest] == [one.tokens for one in alone[row]]
             assert [one.score for one in nbest] == pytest.approx([one.score for one in alone[row]], abs=1e-4)
-
-

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.llm.llm import LLM
 from pam_espnet.search.beam import beam_search
-from pam_espnet.search.options import BeamOptions
+from pam_espnet.search.hypothesis import BeamOptions
 
 LENGTHS = [1, 9, 4, 12, 3, 7]
 # Frequent tokens of the random model, so that hypotheses end early, late and never.
@@ -21,31 +21,31 @@ def make_prefix() -> Tensor:
     return 0.5 * torch.randn(len(LENGTHS), max(LENGTHS), 32, generator=torch.Generator().manual_seed(3))
 
 
-def search(decoder: Any, prefix: Tensor, rows: list[int], options: BeamOptions, **more: Any) -> Any:
+def search(engine: Any, prefix: Tensor, rows: list[int], options: BeamOptions, **more: Any) -> Any:
     """The n-best of ``rows``; what lies behind an utterance's own length is poisoned."""
     lengths = torch.tensor([LENGTHS[row] for row in rows])
     batch = prefix[rows, : int(lengths.max())].clone()
     for b, length in enumerate(lengths.tolist()):
         batch[b, length:] = 1e4
-    return beam_search(decoder, batch, lengths, options, **more)
+    return beam_search(engine, batch, lengths, options, **more)
 
 
 def generate(
-    decoder: LLMDecoder, embeds: Tensor, options: BeamOptions, **more: Any
+    llm: LLM, embeds: Tensor, options: BeamOptions, **more: Any
 ) -> list[tuple[list[int], float]]:
     """The same search of one utterance (P,D) by transformers, without padding: its n-best tokens and scores."""
-    return generate_batch(decoder, [embeds], options, **more)[0]
+    return generate_batch(llm, [embeds], options, **more)[0]
 
 
 def generate_batch(
-    decoder: LLMDecoder, prefixes: list[Tensor], options: BeamOptions, **more: Any
+    llm: LLM, prefixes: list[Tensor], options: BeamOptions, **more: Any
 ) -> list[list[tuple[list[int], float]]]:
     """The same search of several utterances, each (P,D), by transformers in one batch, padded on the left."""
-    eos = list(options.eos_ids or decoder.eos_ids)
+    eos = list(options.eos_ids or llm.eos_ids)
     most = max(map(len, prefixes))
     padded = torch.stack([torch.nn.functional.pad(one, (0, 0, most - len(one), 0)) for one in prefixes])
     mask = torch.stack([torch.arange(most) >= most - len(one) for one in prefixes]).long()
-    output = decoder.lm.generate(
+    output = llm.lm.generate(
         inputs_embeds=padded,
         attention_mask=mask,
         do_sample=False,

@@ -99,7 +99,7 @@ def test_the_same_experiment_gives_the_same_bytes(package: Path, exp: Path) -> N
 
 def test_absolute_paths_and_the_calibration_are_made_relocatable(recipe: Path, exp: Path, data: Path) -> None:
     """With early exit: an LLM with enough blocks, its calibration, an absolute path."""
-    from pam_espnet.engine.calibration import Calibration, Judgement
+    from pam_espnet.engine.calibration import Calibration
 
     folder = deeper_llm(recipe / "downloads/tiny-llm", Path("deep").resolve(), 4)
     config = load_yaml(exp / "config.yaml") | {"llm": str(folder)}
@@ -108,7 +108,7 @@ def test_absolute_paths_and_the_calibration_are_made_relocatable(recipe: Path, e
     write_config(config, exp / "config.yaml")
     write_json(exp / "results.json", {})
     gates = Calibration((2,), None, torch.zeros(1, 33), 0.4)
-    gates.save("gates.safetensors", Judgement(0.4, 1.0, 1.0, 2.0, 1.5))
+    gates.save("gates.safetensors", {})
     write_config({"beam_size": 2, "exit": {"mode": "gate", "calibration": "gates.safetensors"}}, "gate.yaml")
     args = ["--exp", str(exp), "--data", str(data), "--config", "gate.yaml"]
     assert pam_decode.main([*args, "--out", str(exp / "decode_gate/test")]) == 0

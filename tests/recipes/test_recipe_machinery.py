@@ -147,7 +147,7 @@ def check_configuration(recipe: Path, files: list[Path], changes: list[str], tmp
     from pam_espnet.frontend.frontend import PaMFrontend
     from pam_espnet.frontend.fusion.registry import build_fusion
     from pam_espnet.frontend.masking import MaskOptions
-    from pam_espnet.llm.llm import LLMDecoder
+    from pam_espnet.llm.llm import LLM
     from pam_espnet.model import ESPnetPaMModel
     from pam_espnet.train.experiment import merged_config
     from pam_espnet.train.task import PaMTask
@@ -161,7 +161,7 @@ def check_configuration(recipe: Path, files: list[Path], changes: list[str], tmp
     read_wordings({task: recipe / path for task, path in args.prompt_files.items()})
     frontend = args.frontend_conf
     MaskOptions(**frontend.get("mask_conf", {}))
-    check_options(config["llm_conf"], "llm_conf", LLMDecoder.from_pretrained, LLMDecoder)
+    check_options(config["llm_conf"], "llm_conf", LLM.from_pretrained, LLM)
     check_options(frontend, "frontend_conf", PaMFrontend)
     model_conf = {k: v for k, v in config["model_conf"].items() if k != "extract_feats_in_collect_stats"}
     check_options(model_conf, "model_conf", ESPnetPaMModel)

@@ -9,18 +9,18 @@ import torch
 from reference_search import EOS, LENGTHS, generate, make_prefix, search
 from torch import Tensor
 
-from pam_espnet.engine.view import DecoderView
+from pam_espnet.engine.engine import Engine, make_engine
 from pam_espnet.errors import ConfigError
-from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.llm.llm import LLM
 from pam_espnet.search.constraints import AnswerSet, NoRepeatNgram
-from pam_espnet.search.options import BeamOptions
+from pam_espnet.search.hypothesis import BeamOptions
 
 ROWS = list(range(len(LENGTHS)))
 
 
 @pytest.fixture(scope="module")
-def decoder(tiny_llm_dir: Path) -> LLMDecoder:
-    return LLMDecoder.from_pretrained(str(tiny_llm_dir), dtype="float32").eval()
+def engine(tiny_llm_dir: Path) -> Engine:
+    return make_engine(LLM.from_pretrained(str(tiny_llm_dir), dtype="float32").eval())
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +30,12 @@ def prefix() -> Tensor:
 
 @pytest.mark.parametrize("beam_size", [1, 4])
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_no_repeated_ngram_equals_generate(decoder: LLMDecoder, prefix: Tensor, size: int, beam_size: int) -> None:
+def test_no_repeated_ngram_equals_generate(engine: Engine, prefix: Tensor, size: int, beam_size: int) -> None:
     options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=12, eos_ids=EOS[:1])
     guard = NoRepeatNgram(size)
-    free = search(decoder, prefix, ROWS, options)
-    for row, nbest in enumerate(search(decoder, prefix, ROWS, options, constraints=[guard])):
-        expected = generate(decoder, prefix[row, : LENGTHS[row]], options, no_repeat_ngram_size=size)
+    free = search(engine, prefix, ROWS, options)
+    for row, nbest in enumerate(search(engine, prefix, ROWS, options, constraints=[guard])):
+        expected = generate(engine.llm, prefix[row, : LENGTHS[row]], options, no_repeat_ngram_size=size)
         assert [one.tokens for one in nbest] == [tokens for tokens, _ in expected]
         for one in nbest:
             grams = [tuple(one.tokens[at : at + size]) for at in range(len(one.tokens) - size + 1)]
@@ -47,22 +47,22 @@ def test_no_repeated_ngram_equals_generate(decoder: LLMDecoder, prefix: Tensor, 
 
 @pytest.mark.parametrize("beam_size", [1, 3])
 def test_an_answer_set_gives_its_answers_with_their_probabilities(
-    decoder: LLMDecoder, prefix: Tensor, beam_size: int
+    engine: Engine, prefix: Tensor, beam_size: int
 ) -> None:
     answers = [[11], [11, 12], [200, 3]]
     options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=6, eos_ids=EOS[:1], length_penalty=0.0)
     only_here = AnswerSet(answers, EOS[:1], utterances=[0, 2, 5])
-    free = search(decoder, prefix, ROWS, options)
-    for row, nbest in enumerate(search(decoder, prefix, ROWS, options, constraints=[only_here])):
+    free = search(engine, prefix, ROWS, options)
+    for row, nbest in enumerate(search(engine, prefix, ROWS, options, constraints=[only_here])):
         if row not in (0, 2, 5):
             assert [one.tokens for one in nbest] == [one.tokens for one in free[row]]
             continue
         assert only_here.fired[row] > 0
         assert nbest and all(one.ended and one.answer in answers for one in nbest)
         for one in nbest:  # the probabilities are the LLM's own
-            embeds = torch.cat([prefix[row, : LENGTHS[row]], decoder.embed(torch.tensor(one.tokens))])[None]
+            embeds = torch.cat([prefix[row, : LENGTHS[row]], engine.llm.embed(torch.tensor(one.tokens))])[None]
             with torch.no_grad():
-                log_probs = decoder.lm(inputs_embeds=embeds).logits[0, LENGTHS[row] - 1 : -1].log_softmax(-1)
+                log_probs = engine.llm.lm(inputs_embeds=embeds).logits[0, LENGTHS[row] - 1 : -1].log_softmax(-1)
             own = log_probs.gather(1, torch.tensor(one.tokens)[:, None]).sum().item()
             assert one.score == pytest.approx(own, abs=1e-4)
         if beam_size == 3:
@@ -70,25 +70,25 @@ def test_an_answer_set_gives_its_answers_with_their_probabilities(
 
 
 @pytest.mark.parametrize("beam_size", [1, 4])
-def test_a_task_vocabulary_equals_suppressed_tokens(decoder: LLMDecoder, prefix: Tensor, beam_size: int) -> None:
-    kept = sorted({*range(0, decoder.vocab_size, 7), *decoder.eos_ids})
-    suppressed = sorted(set(range(decoder.vocab_size)) - set(kept))
-    view = DecoderView(decoder, kept)
+def test_a_task_vocabulary_equals_suppressed_tokens(engine: Engine, prefix: Tensor, beam_size: int) -> None:
+    kept = sorted({*range(0, engine.llm.vocab_size, 7), *engine.llm.eos_ids})
+    suppressed = sorted(set(range(engine.llm.vocab_size)) - set(kept))
+    narrow = make_engine(engine.llm, kept)
     options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=8)
-    for row, nbest in enumerate(search(view, prefix, ROWS, options)):
+    for row, nbest in enumerate(search(narrow, prefix, ROWS, options)):
         expected = generate(
-            decoder, prefix[row, : LENGTHS[row]], options, suppress_tokens=suppressed, renormalize_logits=True
+            engine.llm, prefix[row, : LENGTHS[row]], options, suppress_tokens=suppressed, renormalize_logits=True
         )
-        assert [view.tokens(one.tokens) for one in nbest] == [tokens for tokens, _ in expected]
+        assert [narrow.token_ids(one.tokens) for one in nbest] == [tokens for tokens, _ in expected]
         if beam_size > 1:
             assert [one.score for one in nbest] == pytest.approx([score for _, score in expected], abs=1e-4)
 
 
-def test_what_cannot_be_said_is_an_error(decoder: LLMDecoder) -> None:
+def test_what_cannot_be_said_is_an_error(engine: Engine) -> None:
     with pytest.raises(ConfigError, match="not in it"):
-        DecoderView(decoder, [4, 9]).places([4, 10])
+        make_engine(engine.llm, [4, 9]).indices([4, 10])
     with pytest.raises(ConfigError, match="ids must be"):
-        DecoderView(decoder, [decoder.vocab_size])
+        make_engine(engine.llm, [engine.llm.vocab_size])
     with pytest.raises(ConfigError, match="answers"):
         AnswerSet([[]], [0])
     with pytest.raises(ConfigError, match="no_repeat_ngram"):

@@ -15,26 +15,24 @@ from torch.nn import functional as F
 
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.speech_llm import SpeechLLM
-from pam_espnet.engine.view import DecoderView
+from pam_espnet.engine.engine import Engine, make_engine
 from pam_espnet.errors import ConfigError
 from pam_espnet.frontend.ctc_head import EmbeddingCTC
-from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.llm.llm import LLM
 from pam_espnet.model import build_model
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.constraints import NoRepeatNgram
-from pam_espnet.search.ctc import CTCScorer
-from pam_espnet.search.hypothesis import Hypothesis
-from pam_espnet.search.joint import JointOptions
-from pam_espnet.search.options import BeamOptions
+from pam_espnet.search.ctc import CTCOptions, CTCScorer
+from pam_espnet.search.hypothesis import BeamOptions, Hypothesis
 
 KNOWN = [40, 41, 42]
 FRAMES, LENGTHS = 5, [5, 3, 4]
-OPTIONS = JointOptions(weight=0.8, candidates=1000, unknown=-2.5)
+OPTIONS = CTCOptions(weight=0.8, candidates=1000, unknown=-2.5)
 
 
 @pytest.fixture(scope="module")
-def decoder(tiny_llm_dir: Path) -> LLMDecoder:
-    return LLMDecoder.from_pretrained(str(tiny_llm_dir), dtype="float32").eval()
+def engine(tiny_llm_dir: Path) -> Engine:
+    return make_engine(LLM.from_pretrained(str(tiny_llm_dir), dtype="float32").eval())
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +47,17 @@ def frames() -> Tensor:
 
 
 def scorer(
-    ctc: EmbeddingCTC, view: DecoderView, frames: Tensor, places: list[int], options: JointOptions = OPTIONS
+    ctc: EmbeddingCTC, engine: Engine, frames: Tensor, utterances: list[int], options: CTCOptions = OPTIONS,
+    lengths: list[int] = LENGTHS,
 ) -> CTCScorer:
     with torch.no_grad():
-        return CTCScorer(ctc, view, frames, torch.tensor(LENGTHS), places, options)
+        log_probs = ctc.log_probs(frames).numpy()
+    rows = {b: row[:length] for b, row, length in zip(utterances, log_probs, lengths, strict=True)}
+    return CTCScorer(rows, {engine.indices([token])[0]: n for n, token in enumerate(KNOWN, 1)}, engine.eos_ids, options)
 
 
 def begins(ctc: EmbeddingCTC, frames: Tensor, prefix: tuple[int, ...], whole: bool) -> float:
-    """Probability that what is heard begins with ``prefix`` (is it, if ``whole``), summed over all paths."""
+    """Probability that the tokens in the audio begin with ``prefix`` (is it, if ``whole``), summed over all paths."""
     with torch.no_grad():
         probs = ctc.log_probs(frames[None])[0].exp()
     total = 0.0
@@ -67,9 +68,9 @@ def begins(ctc: EmbeddingCTC, frames: Tensor, prefix: tuple[int, ...], whole: bo
     return total
 
 
-def test_scores_are_those_of_all_paths(decoder: LLMDecoder, ctc: EmbeddingCTC, frames: Tensor) -> None:
-    found = scorer(ctc, DecoderView(decoder), frames, [7, 8, 9])
-    heard, end = frames[1, : LENGTHS[1]], decoder.eos_ids[0]
+def test_scores_are_those_of_all_paths(engine: Engine, ctc: EmbeddingCTC, frames: Tensor) -> None:
+    found = scorer(ctc, engine, frames, [7, 8, 9])
+    heard, end = frames[1, : LENGTHS[1]], engine.eos_ids[0]
     prefix: tuple[int, ...] = ()
     for token in (41, 41, 40):  # a repeat needs a blank between, so three frames hold no more than the first two
         scores = found.score(8, prefix, [*KNOWN, end])
@@ -85,21 +86,21 @@ def test_scores_are_those_of_all_paths(decoder: LLMDecoder, ctc: EmbeddingCTC, f
 
 
 def search(
-    decoder: DecoderView, joint: CTCScorer | None, rows: list[int], beam_size: int = 3
+    engine: Engine, joint: CTCScorer | None, rows: list[int], beam_size: int = 3
 ) -> list[list[Hypothesis]]:
     prefix = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(9))[rows]
     options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=6, length_penalty=0.0)
     constraints = [NoRepeatNgram(3)]
-    return beam_search(decoder, prefix, torch.tensor([6, 4, 5, 6])[rows], options, constraints=constraints, joint=joint)
+    return beam_search(engine, prefix, torch.tensor([6, 4, 5, 6])[rows], options, constraints=constraints, ctc=joint)
 
 
 @pytest.mark.parametrize(("vocabulary", "unknown"), [(None, -2.5), (range(30, 60), -1.2)])
 def test_the_search_adds_both_up(
-    decoder: LLMDecoder, ctc: EmbeddingCTC, frames: Tensor, vocabulary: range | None, unknown: float
+    engine: Engine, ctc: EmbeddingCTC, frames: Tensor, vocabulary: range | None, unknown: float
 ) -> None:
-    view, places = DecoderView(decoder, vocabulary), [0, 1, 3]  # utterance 2 is of another task
-    found = search(view, scorer(ctc, view, frames, places, replace(OPTIONS, unknown=unknown)), [0, 1, 2, 3])
-    alone = search(view, None, [0, 1, 2, 3])
+    narrow, places = make_engine(engine.llm, vocabulary), [0, 1, 3]  # utterance 2 is of another task
+    found = search(narrow, scorer(ctc, narrow, frames, places, replace(OPTIONS, unknown=unknown)), [0, 1, 2, 3])
+    alone = search(narrow, None, [0, 1, 2, 3])
     assert [one.tokens for one in found[2]] == [one.tokens for one in alone[2]]
     prefix = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
@@ -107,14 +108,14 @@ def test_the_search_adds_both_up(
     ended = skipped = 0
     for row, place in enumerate(places):
         for one in found[place]:
-            tokens = view.tokens(one.tokens)
-            logits, state = decoder.prefill(prefix[place : place + 1], torch.tensor([[6, 4, 5, 6][place]]))
+            tokens = narrow.token_ids(one.tokens)
+            logits, state = engine.prefill(prefix[place : place + 1], torch.tensor([[6, 4, 5, 6][place]]))
             llm = 0.0
             for token in tokens:
-                scores = logits[0] if vocabulary is None else logits[0, view.ids]
-                at = token if vocabulary is None else view.ids.tolist().index(token)
+                scores = logits[0] if vocabulary is None else logits[0, narrow.ids]
+                at = token if vocabulary is None else narrow.ids.tolist().index(token)
                 llm += float(scores.log_softmax(-1)[at])
-                logits = decoder.step(torch.tensor([token]), state)
+                logits = engine.step(torch.tensor([token]), state)
             if not one.ended:
                 continue
             ended += 1
@@ -128,29 +129,25 @@ def test_the_search_adds_both_up(
     assert ended >= 3 and skipped > 0
 
 
-def test_neighbours_do_not_matter(decoder: LLMDecoder, ctc: EmbeddingCTC, frames: Tensor) -> None:
-    view = DecoderView(decoder)
-    together = search(view, scorer(ctc, view, frames, [0, 1, 2]), [0, 1, 2])
+def test_neighbours_do_not_matter(engine: Engine, ctc: EmbeddingCTC, frames: Tensor) -> None:
+    together = search(engine, scorer(ctc, engine, frames, [0, 1, 2]), [0, 1, 2])
     for row in range(3):
-        with torch.no_grad():
-            own = CTCScorer(ctc, view, frames[row : row + 1], torch.tensor(LENGTHS[row : row + 1]), [0], OPTIONS)
-        (alone,) = search(view, own, [row])
+        own = scorer(ctc, engine, frames[row : row + 1], [0], lengths=LENGTHS[row : row + 1])
+        (alone,) = search(engine, own, [row])
         assert [one.tokens for one in alone] == [one.tokens for one in together[row]]
         assert [one.score for one in alone] == pytest.approx([one.score for one in together[row]], abs=1e-5)
 
 
-def test_an_answer_may_end_where_the_llm_would_not(decoder: LLMDecoder, ctc: EmbeddingCTC, frames: Tensor) -> None:
+def test_an_answer_may_end_where_the_llm_would_not(engine: Engine, ctc: EmbeddingCTC, frames: Tensor) -> None:
     """One frame holds one token: then CTC leaves nothing but the end, which may be none of the LLM's best tokens."""
-    view = DecoderView(decoder)
-    with torch.no_grad():
-        few = replace(OPTIONS, candidates=2, unknown=-100.0)
-        short = CTCScorer(ctc, view, frames[:, :1], torch.tensor([1, 1, 1]), [0, 1, 2], few)
+    few = replace(OPTIONS, candidates=2, unknown=-100.0)
+    short = scorer(ctc, engine, frames[:, :1], [0, 1, 2], few, [1, 1, 1])
     prefix = torch.randn(3, 6, 32, generator=torch.Generator().manual_seed(9))
-    logits, _ = decoder.prefill(prefix, torch.tensor([6, 4, 5]))
-    ranks = (logits[:, list(decoder.eos_ids)].amax(1, keepdim=True) < logits).sum(1)
+    logits, _ = engine.prefill(prefix, torch.tensor([6, 4, 5]))
+    ranks = (logits[:, list(engine.eos_ids)].amax(1, keepdim=True) < logits).sum(1)
     assert (ranks > 6).any()  # an end token that neither beam nor candidates reach
     for beam_size in (1, 2):
-        for found in search(view, short, [0, 1, 2], beam_size):
+        for found in search(engine, short, [0, 1, 2], beam_size):
             assert found and found[0].ended and found[0].score > -torch.inf
 
 
@@ -164,4 +161,4 @@ def test_what_does_not_go_together_is_refused(tiny_llm_dir: Path) -> None:
         with pytest.raises(ConfigError, match=said):
             AnswerOptions.from_dict(options)
     with pytest.raises(ConfigError, match=r"ctc\.weight"):
-        SpeechLLM(build_model(tiny_config(tiny_llm_dir)), AnswerOptions(ctc=JointOptions(0.3)))
+        SpeechLLM(build_model(tiny_config(tiny_llm_dir)), AnswerOptions(ctc=CTCOptions(0.3)))

@@ -14,12 +14,12 @@ from reference_search import EOS, LENGTHS, make_prefix, search
 from torch import Tensor
 from torch.nn import functional as F
 
-from pam_espnet.engine.calibration import Calibration, Judgement
+from pam_espnet.engine.calibration import Calibration
+from pam_espnet.engine.engine import Engine, make_engine
 from pam_espnet.engine.exits import ExitOptions, ExitPolicy
-from pam_espnet.engine.view import DecoderView
 from pam_espnet.errors import ConfigError
-from pam_espnet.llm.llm import LLMDecoder
-from pam_espnet.search.options import BeamOptions
+from pam_espnet.llm.llm import LLM
+from pam_espnet.search.hypothesis import BeamOptions
 
 ROWS = list(range(len(LENGTHS)))
 BLOCKS = 4
@@ -33,7 +33,7 @@ SOME = [
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory, tiny_llm_dir: Path) -> LLMDecoder:
+def engine(tmp_path_factory: pytest.TempPathFactory, tiny_llm_dir: Path) -> Engine:
     """The tiny LLM with four blocks."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -42,7 +42,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory, tiny_llm_dir: Path) -> LLM
     config.initializer_range = 0.3  # blocks that change something, tokens that are sure of themselves
     torch.manual_seed(4)
     lm = AutoModelForCausalLM.from_config(config).float().eval()
-    return LLMDecoder(lm, AutoTokenizer.from_pretrained(tiny_llm_dir)).eval()
+    return make_engine(LLM(lm, AutoTokenizer.from_pretrained(tiny_llm_dir)).eval())
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +50,21 @@ def prefix() -> Tensor:
     return make_prefix()
 
 
-def test_who_never_leaves_is_the_plain_search_bit_for_bit(decoder: LLMDecoder, prefix: Tensor) -> None:
+def test_who_never_leaves_is_the_plain_search_bit_for_bit(engine: Engine, prefix: Tensor) -> None:
     options = BeamOptions(beam_size=3, nbest=3, max_new_tokens=8, eos_ids=EOS)
-    plain = search(decoder, prefix, ROWS, options)
+    plain = search(engine, prefix, ROWS, options)
     asked = ExitOptions("confidence", (1, 2, 3), threshold=1.0)  # which this random LLM never reaches
-    never = search(DecoderView(decoder, exits=asked), prefix, ROWS, options)
-    assert never == search(DecoderView(decoder), prefix, ROWS, options)
+    never = search(engine.with_exits(asked), prefix, ROWS, options)
     assert never == plain  # tokens, scores and log-probabilities
     assert {depth for nbest in plain for one in nbest for depth in one.depths} == {BLOCKS}
 
 
-def reference(decoder: LLMDecoder, prefix: Tensor, depths: Sequence[int]) -> tuple[list[int], list[float]]:
+def reference(engine: Engine, prefix: Tensor, depths: Sequence[int]) -> tuple[list[int], list[float]]:
     """Greedy decoding of one prefix (P,D) with transformers' modules: prefix at full depth, then so many blocks per
     token; the keys and values of the others come from the hidden state of the last one that was run."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    transformer = decoder.transformer
+    transformer = engine.llm.transformer
     memory: list[tuple[Tensor, Tensor]] = []
 
     def heads(layer: Any, name: str, x: Tensor) -> Tensor:
@@ -93,11 +92,11 @@ def reference(decoder: LLMDecoder, prefix: Tensor, depths: Sequence[int]) -> tup
     with torch.no_grad():
         hidden, tokens, scores = run(prefix[None], 0, BLOCKS), [], []
         for step in range(len(depths) + 1):
-            log_probs = decoder.exit_logits(hidden).log_softmax(-1)
+            log_probs = engine.llm.exit_logits(hidden).log_softmax(-1)
             tokens.append(int(log_probs.argmax()))
             scores.append(float(log_probs.max()))
             if step < len(depths):
-                hidden = run(decoder.embed(torch.tensor([[tokens[-1]]])), len(prefix) + step, depths[step])
+                hidden = run(engine.llm.embed(torch.tensor([[tokens[-1]]])), len(prefix) + step, depths[step])
     return tokens, scores
 
 
@@ -110,33 +109,32 @@ class Planned(ExitPolicy):
     def begin(self, utterances: int, device: torch.device) -> None:
         del self.depths[0]
 
-    def leave(self, layer: int, utterances: Tensor, hidden: Tensor) -> Tensor:
+    def decide(self, layer: int, utterances: Tensor, hidden: Tensor) -> Tensor:
         return torch.full((len(utterances),), layer == self.depths[0])
 
 
 @pytest.mark.parametrize("depths", [[1] * 6, [1, 4, 2, 2, 3, 4, 1, 4], [3, 1, 4, 1, 2, 4]])
-def test_skipped_blocks_remember_what_the_last_one_said(decoder: LLMDecoder, prefix: Tensor, depths: list[int]) -> None:
-    view = DecoderView(decoder, exits=ExitOptions("confidence", (1, 2, 3)))
-    policy = Planned(ExitOptions("confidence", (1, 2, 3)), BLOCKS, decoder.final_norm, view.logits)
-    view._policy = policy
+def test_skipped_blocks_remember_what_the_last_one_said(engine: Engine, prefix: Tensor, depths: list[int]) -> None:
+    planned: Any = engine.with_exits(ExitOptions("confidence", (1, 2, 3)))
+    policy = planned.exits = Planned(ExitOptions("confidence", (1, 2, 3)), BLOCKS, planned.norm, planned.logits)
     policy.plan(depths)
     options = BeamOptions(beam_size=1, max_new_tokens=len(depths) + 1, eos_ids=())
-    for row, ((found,),) in enumerate(zip(search(view, prefix, ROWS, options), strict=True)):
-        tokens, scores = reference(decoder, prefix[row, : LENGTHS[row]], depths)
+    for row, ((found,),) in enumerate(zip(search(planned, prefix, ROWS, options), strict=True)):
+        tokens, scores = reference(engine, prefix[row, : LENGTHS[row]], depths)
         assert found.tokens == tokens
         assert found.log_probs == pytest.approx(scores, abs=1e-4)
         assert found.depths == [BLOCKS, *depths]  # the first token comes from the prefix
 
 
 @pytest.fixture(scope="module")
-def calibration(decoder: LLMDecoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calibration(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random gates that open now and then, random maps."""
     torch.manual_seed(7)
-    width, layers = decoder.width, (1, 2, 3)
+    width, layers = engine.llm.width, (1, 2, 3)
     maps = torch.eye(width + 1, width) + 0.02 * torch.randn(3, width + 1, width)
     gates = 0.4 * torch.randn(3, width + 1)
     path = tmp_path_factory.mktemp("exit") / "exit.safetensors"
-    Calibration(layers, maps, gates, 0.6).save(path, Judgement(0.6, 0.5, 0.9, 2.0, 1.2))
+    Calibration(layers, maps, gates, 0.6).save(path, {})
     return path
 
 
@@ -150,7 +148,7 @@ def everyone(calibration: Path) -> list[ExitOptions]:
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data(), st.sampled_from([1, 8, 32]), st.sampled_from([1, 4]))
 def test_neighbours_do_not_matter(
-    decoder: LLMDecoder,
+    engine: Engine,
     prefix: Tensor,
     calibration: Path,
     kind: int,
@@ -160,21 +158,20 @@ def test_neighbours_do_not_matter(
 ) -> None:
     """Any utterances, any number of them, in any order, repeated too: the same n-best from the same blocks as alone."""
     rows = data.draw(st.lists(st.integers(0, len(LENGTHS) - 1), min_size=size, max_size=size))
-    view = DecoderView(decoder, exits=everyone(calibration)[kind])
+    early = engine.with_exits(everyone(calibration)[kind])
     options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=8, eos_ids=EOS)
-    alone = {row: search(view, prefix, [row], options)[0] for row in set(rows)}
-    for row, nbest in zip(rows, search(view, prefix, rows, options), strict=True):
+    alone = {row: search(early, prefix, [row], options)[0] for row in set(rows)}
+    for row, nbest in zip(rows, search(early, prefix, rows, options), strict=True):
         assert [(one.tokens, one.depths) for one in nbest] == [(one.tokens, one.depths) for one in alone[row]]
         assert [one.score for one in nbest] == pytest.approx([one.score for one in alone[row]], abs=1e-5)
 
 
-def test_rows_that_left_cost_nothing_more(decoder: LLMDecoder, prefix: Tensor, rows_run: list[list[int]]) -> None:
+def test_rows_that_left_cost_nothing_more(engine: Engine, prefix: Tensor, rows_run: list[list[int]]) -> None:
     """Rows run through each block are those that the depths tell of, whatever leaves where."""
-    decoder.fused_blocks()  # made, and checked, before anything is counted
     for exits in SOME:
         rows_run.clear()
         found = search(
-            DecoderView(decoder, exits=exits), prefix, ROWS, BeamOptions(beam_size=3, max_new_tokens=9, eos_ids=())
+            engine.with_exits(exits), prefix, ROWS, BeamOptions(beam_size=3, max_new_tokens=9, eos_ids=())
         )
         depths = [depth for nbest in found for depth in nbest[0].depths[1:]]  # three hypotheses at each of them
         expected = [sum(LENGTHS) + 3 * sum(depth > block for depth in depths) for block in range(BLOCKS)]
@@ -184,18 +181,18 @@ def test_rows_that_left_cost_nothing_more(decoder: LLMDecoder, prefix: Tensor, r
 
 
 @pytest.mark.parametrize("kind", range(1, len(SOME) + 2))
-def test_tokens_leave_at_several_depths(decoder: LLMDecoder, prefix: Tensor, calibration: Path, kind: int) -> None:
+def test_tokens_leave_at_several_depths(engine: Engine, prefix: Tensor, calibration: Path, kind: int) -> None:
     exits = everyone(calibration)[kind]
-    view = DecoderView(decoder, exits=exits)
-    found = search(view, prefix, ROWS, BeamOptions(beam_size=1, max_new_tokens=12, eos_ids=()))
+    early = engine.with_exits(exits)
+    found = search(early, prefix, ROWS, BeamOptions(beam_size=1, max_new_tokens=12, eos_ids=()))
     depths = [depth for (one,) in found for depth in one.depths[1:]]
     assert len(set(depths)) >= 3 and set(depths) <= {1, 2, 3, BLOCKS}
     assert exits.mode != "patience" or min(depths) == 2  # two candidates must have agreed
 
 
-def test_hypotheses_of_a_step_are_scored_at_one_depth(decoder: LLMDecoder, prefix: Tensor) -> None:
-    view = DecoderView(decoder, exits=SOME[1])
-    nbests = search(view, prefix, ROWS, BeamOptions(beam_size=4, nbest=4, max_new_tokens=9, eos_ids=()))
+def test_hypotheses_of_a_step_are_scored_at_one_depth(engine: Engine, prefix: Tensor) -> None:
+    early = engine.with_exits(SOME[1])
+    nbests = search(early, prefix, ROWS, BeamOptions(beam_size=4, nbest=4, max_new_tokens=9, eos_ids=()))
     for nbest in nbests:
         assert len({tuple(one.depths) for one in nbest}) == 1
     assert len({depth for nbest in nbests for depth in nbest[0].depths}) > 2
@@ -206,12 +203,12 @@ def test_measures() -> None:
     for mode in ("confidence", "entropy"):
         policy = ExitPolicy(ExitOptions(mode, (1,), threshold=0.9), 2, lambda hidden: hidden, lambda normed: normed)
         policy.begin(2, torch.device("cpu"))
-        assert policy.leave(1, torch.tensor([0, 1]), logits).tolist() == [True, False]
+        assert policy.decide(1, torch.tensor([0, 1]), logits).tolist() == [True, False]
     policy = ExitPolicy(ExitOptions("patience", (1, 2, 3), patience=2), 4, lambda hidden: hidden, lambda normed: normed)
     policy.begin(3, torch.device("cpu"))
-    assert policy.leave(1, torch.tensor([0, 2]), logits).tolist() == [False, False]
-    assert policy.leave(1, torch.tensor([0, 2]), logits.flip(1)).tolist() == [False, False]
-    assert policy.leave(1, torch.tensor([2]), logits[1:].flip(1)).tolist() == [True]
+    assert policy.decide(1, torch.tensor([0, 2]), logits).tolist() == [False, False]
+    assert policy.decide(1, torch.tensor([0, 2]), logits.flip(1)).tolist() == [False, False]
+    assert policy.decide(1, torch.tensor([2]), logits[1:].flip(1)).tolist() == [True]
 
 
 @pytest.mark.parametrize(
@@ -229,20 +226,20 @@ def test_measures() -> None:
         ({"mode": "patience", "layers": (1, 2), "patience": 2.0}, "patience"),
     ],
 )
-def test_bad_options(decoder: LLMDecoder, options: dict[str, Any], message: str) -> None:
+def test_bad_options(engine: Engine, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        DecoderView(decoder, exits=ExitOptions(**options))
+        engine.with_exits(ExitOptions(**options))
 
 
-def test_one_view_does_not_change_another(decoder: LLMDecoder, prefix: Tensor) -> None:
+def test_one_view_does_not_change_another(engine: Engine, prefix: Tensor) -> None:
     options = BeamOptions(beam_size=2, nbest=2, max_new_tokens=6, eos_ids=())
-    plain = DecoderView(decoder)
+    plain = engine
     before = search(plain, prefix, ROWS, options)
-    early = search(DecoderView(decoder, exits=SOME[0]), prefix, ROWS, options)
+    early = search(engine.with_exits(SOME[0]), prefix, ROWS, options)
     assert search(plain, prefix, ROWS, options) == before != early
 
 
 def test_transformers_cannot_exit(tiny_llm_dir: Path) -> None:
-    decoder = LLMDecoder.from_pretrained(str(tiny_llm_dir), dtype="float32", fused_decoding=False)
+    llm = LLM.from_pretrained(str(tiny_llm_dir), dtype="float32", fused_decoding=False)
     with pytest.raises(ConfigError, match="fused_decoding"):
-        DecoderView(decoder, exits=ExitOptions("fixed", (1,)))
+        make_engine(llm, exits=ExitOptions("fixed", (1,)))

@@ -15,16 +15,16 @@ import torch
 from reference_search import generate_batch
 from torch import Tensor
 
-from pam_espnet.llm.llm import LLMDecoder
+from pam_espnet.engine.engine import Engine, make_engine
+from pam_espnet.llm.llm import LLM
 from pam_espnet.search.beam import beam_search
-from pam_espnet.search.hypothesis import IMPOSSIBLE, Candidate, Hypothesis, UtteranceBeam
-from pam_espnet.search.options import BeamOptions
+from pam_espnet.search.hypothesis import IMPOSSIBLE, BeamOptions, Candidate, Hypothesis, UtteranceBeam
 
 MARGIN = 2e-5  # log-probability; float32 sums of a dozen tokens differ by less
 COUNT, WANTED = 212, 200  # prefixes, and how many must be decided by more than the margin
 
 
-def build(family: str, folder: Path) -> LLMDecoder:
+def build(family: str, folder: Path) -> LLM:
     """A random LLM whose next token depends on what came before."""
     import transformers
 
@@ -34,12 +34,12 @@ def build(family: str, folder: Path) -> LLMDecoder:
         num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     lm = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
-    return LLMDecoder(lm, transformers.AutoTokenizer.from_pretrained(folder)).eval()
+    return LLM(lm, transformers.AutoTokenizer.from_pretrained(folder)).eval()
 
 
 @pytest.fixture(scope="module", params=["Llama", "Qwen2"])
-def decoder(request: pytest.FixtureRequest, tiny_llm_dir: Path) -> LLMDecoder:
-    return build(request.param, tiny_llm_dir)
+def engine(request: pytest.FixtureRequest, tiny_llm_dir: Path) -> Engine:
+    return make_engine(build(request.param, tiny_llm_dir))
 
 
 @pytest.fixture
@@ -54,48 +54,49 @@ def margins(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
         for ranked in (candidates, going):
             if len(ranked) > size and ranked[size].total > IMPOSSIBLE:
                 gap = ranked[size - 1].total - ranked[size].total
-                found[beam.place] = min(gap, found.get(beam.place, math.inf))
+                found[beam.utterance] = min(gap, found.get(beam.utterance, math.inf))
         return advance(beam, candidates)
 
     monkeypatch.setattr(UtteranceBeam, "advance", watched)
     return found
 
 
-def search(decoder: LLMDecoder, prefixes: list[Tensor], options: BeamOptions) -> list[list[Hypothesis]]:
+def search(engine: Engine, prefixes: list[Tensor], options: BeamOptions) -> list[list[Hypothesis]]:
     lengths = torch.tensor([len(one) for one in prefixes])
     padded = torch.nn.utils.rnn.pad_sequence(prefixes, batch_first=True, padding_value=1e4)
-    return beam_search(decoder, padded, lengths, options)
+    return beam_search(engine, padded, lengths, options)
 
 
 def compare(
-    decoder: LLMDecoder, prefixes: list[Tensor], options: BeamOptions, margins: dict[int, float]
+    engine: Engine, prefixes: list[Tensor], options: BeamOptions, margins: dict[int, float]
 ) -> tuple[int, int]:
     """How many utterances were decided clearly, all of them equal; and how many hypotheses ended by themselves."""
-    found = search(decoder, prefixes, options)
+    found = search(engine, prefixes, options)
     decided = ended = 0
-    for place, (nbest, expected) in enumerate(zip(found, generate_batch(decoder, prefixes, options), strict=True)):
+    wanted = generate_batch(engine.llm, prefixes, options)
+    for utterance, (nbest, expected) in enumerate(zip(found, wanted, strict=True)):
         scores = [one.score for one in nbest]
-        closest = min([margins[place], *(abs(a - b) for a, b in itertools.pairwise(scores))])
+        closest = min([margins[utterance], *(abs(a - b) for a, b in itertools.pairwise(scores))])
         if closest < MARGIN:
             continue
         decided += 1
         ended += sum(one.ended for one in nbest)
-        assert [one.tokens for one in nbest] == [tokens for tokens, _ in expected], (place, closest)
+        assert [one.tokens for one in nbest] == [tokens for tokens, _ in expected], (utterance, closest)
         assert scores == pytest.approx([score for _, score in expected], abs=1e-4)
     return decided, ended
 
 
 @pytest.mark.parametrize("beam_size", [1, 2, 4, 8])
-def test_two_hundred_prefixes(decoder: LLMDecoder, margins: dict[int, float], beam_size: int) -> None:
+def test_two_hundred_prefixes(engine: Engine, margins: dict[int, float], beam_size: int) -> None:
     generator = torch.Generator().manual_seed(beam_size)
     lengths = torch.randint(1, 30, (COUNT,), generator=generator).tolist()
-    prefixes = [torch.randn(length, decoder.width, generator=generator) for length in lengths]
-    endless = search(decoder, prefixes, BeamOptions(beam_size=beam_size, max_new_tokens=6, eos_ids=()))
+    prefixes = [torch.randn(length, engine.llm.width, generator=generator) for length in lengths]
+    endless = search(engine, prefixes, BeamOptions(beam_size=beam_size, max_new_tokens=6, eos_ids=()))
     named = torch.tensor([nbest[0].tokens[2:] for nbest in endless])
     frequent = named.flatten().bincount().topk(3).indices.tolist()  # so that answers end early, late and never
     margins.clear()
     options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=12, eos_ids=tuple(frequent))
-    decided, ended = compare(decoder, prefixes, options, margins)
+    decided, ended = compare(engine, prefixes, options, margins)
     assert decided >= WANTED
     assert 0 < ended < decided * beam_size
 
@@ -104,10 +105,11 @@ def test_two_hundred_prefixes(decoder: LLMDecoder, margins: dict[int, float], be
 @pytest.mark.parametrize("beam_size", [1, 4])
 def test_a_real_llm(margins: dict[int, float], beam_size: int, mini_models: Path) -> None:
     folder = mini_models / "smollm2-135m-instruct"
-    decoder = LLMDecoder.from_pretrained(str(folder), dtype="float32").eval()
+    llm = LLM.from_pretrained(str(folder), dtype="float32").eval()
+    engine = make_engine(llm)
     text = Path(__file__).read_text(encoding="utf-8") + (folder / "LICENSE").read_text(encoding="utf-8")
-    ids = torch.tensor(decoder.tokenizer(text)["input_ids"])
-    prefixes = [decoder.embed(ids[start : start + 5 + 3 * k]) for k, start in enumerate(range(0, 640, 40))]
+    ids = torch.tensor(llm.tokenizer(text)["input_ids"])
+    prefixes = [llm.embed(ids[start : start + 5 + 3 * k]) for k, start in enumerate(range(0, 640, 40))]
     options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=10)
-    decided, _ = compare(decoder, prefixes, options, margins)
+    decided, _ = compare(engine, prefixes, options, margins)
     assert decided >= 12
