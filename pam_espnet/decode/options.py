@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pam_espnet.config import drop_removed
+from pam_espnet.config import check_number, drop_removed
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.engine.exits import ExitOptions
 from pam_espnet.errors import ConfigError
@@ -48,11 +48,8 @@ class AnswerOptions:
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
-        if not isinstance(self.no_repeat_ngram, int) or self.no_repeat_ngram < 0:
-            raise ConfigError(f"no_repeat_ngram: {self.no_repeat_ngram!r}; must be a whole number, 0 turns it off")
-        rate = self.tokens_per_second
-        if not isinstance(rate, int | float) or not 0 <= rate < math.inf:
-            raise ConfigError(f"tokens_per_second: {rate!r}; must be a number, 0 turns it off")
+        check_number(self.no_repeat_ngram, "no_repeat_ngram", at_least=0, whole=True)
+        check_number(self.tokens_per_second, "tokens_per_second", at_least=0)
         if not isinstance(self.task_vocabulary, bool):
             raise ConfigError(f"task_vocabulary: {self.task_vocabulary!r}; must be true or false")
         if not isinstance(self.answer_sets, Mapping):
