@@ -1,6 +1,6 @@
 """Decode formatted data directories with a trained experiment.
 
-Writes text, score, nbest.jsonl and stats.json into each --out. A killed run goes on where it stopped; a finished one
+Writes text, score, nbest.jsonl and stats.json into each --out. A killed run continues where it stopped; a finished one
 returns at once. With --shard i/n several processes share the work and --merge joins their parts.
 """
 

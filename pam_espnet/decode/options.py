@@ -59,7 +59,7 @@ class AnswerOptions:
             if not isinstance(answers, list | tuple) or not answers or not all(_is_answer(one) for one in answers):
                 raise ConfigError(f"answer_sets.{task}: must be a list of quoted, non-empty answers")
         if self.answer_sets and self.beam.min_new_tokens > 0:
-            raise ConfigError("min_new_tokens: an answer set says how long answers are; leave it at 0")
+            raise ConfigError("min_new_tokens: an answer set fixes how long answers are; set it to 0")
         if self.draft.kind != "none" and self.beam.beam_size != 1:
             raise ConfigError(f"draft: greedy search only; set beam_size to 1, not {self.beam.beam_size}")
         if self.draft.kind != "none" and self.exit.mode != "never":
@@ -93,7 +93,7 @@ class AnswerOptions:
             raise ConfigError(f"{source}: {error}") from error
 
     def length_caps(self, seconds: Sequence[float]) -> list[int] | None:
-        """A cap on the tokens of each utterance, or None for no cap of its own."""
+        """A cap on the tokens of each utterance, or None for ``max_new_tokens`` alone."""
         if self.tokens_per_second == 0:
             return None
         return [SPARE_TOKENS + math.ceil(duration * self.tokens_per_second) for duration in seconds]

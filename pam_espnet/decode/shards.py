@@ -210,7 +210,7 @@ def merge_shards(
 
 
 def decoded_of(exp_dir: str | Path, data_dir: str | Path) -> dict[str, str]:
-    """The part of a decode directory's ``key.json`` that says whose answers to what it holds.
+    """The part of a decode directory's ``key.json`` that names checkpoint and data.
 
     Raises:
         CheckpointError: nothing was trained yet.

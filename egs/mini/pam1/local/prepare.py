@@ -40,19 +40,16 @@ def make_task(task: str, args: argparse.Namespace, options: dict) -> list[Uttera
     from pam_espnet.data import mixtures, rendering, signals
 
     folder = args.data_dir / "audio" / task
-    plans: dict[str, Callable[[], list[Job]]] = {
-        "asr": partial(asr.plan, args.downloads, folder, options, args.seed),
-        "count": partial(count.plan, args.downloads, folder, options, args.seed, LOCAL),
-        "caption": partial(caption.plan, args.downloads, folder, options, args.seed, LOCAL),
-    }
     module = {"asr": asr, "count": count, "caption": caption}[task]
+    plan: Callable[[], list[Job]] = partial(module.plan, args.downloads, folder, options, args.seed)
     if task != "asr":
+        plan = partial(plan, LOCAL)
         recordings.extract_gcompris(args.downloads, caption.all_recordings(caption.read_sounds(LOCAL / "sounds.yaml")))
     own = {"asr": ["text.py"], "count": ["voices.yaml", "sounds.yaml"], "caption": ["sounds.yaml"]}[task]
     files = [LOCAL / name for name in (f"{task}.py", "recordings.py", "packages.yaml", *own)]
     files += [Path(module.__file__) for module in (mixtures, rendering, signals) if module.__file__]
     key = rendering.fingerprint((options, str(folder), str(args.downloads)), args.seed, files)
-    return rendering.build_task(task, folder, key, plans[task], module.render, args.jobs)
+    return rendering.build_task(task, folder, key, plan, module.render, args.jobs)
 
 
 def write_sets(made: dict[str, list[Utterance]], data: Path) -> None:
