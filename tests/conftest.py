@@ -28,6 +28,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
+LONGEST = "test_mini_recipe.py"
 
 # ChatML: the layout that SmolLM2 and Qwen use. An absent system turn stays absent.
 CHAT_TEMPLATE = (
@@ -57,16 +58,26 @@ def _one_torch_thread() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: no worker should begin a long one when the other has no work left."""
+    """The order in which two workers take files: the longest, those with slow tests, those that need downloads, others.
+
+    So no worker begins something long when the other has no work left, and one tests while the other fetches.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    fetching = {item.path for item in items if "mini_models" in getattr(item, "fixturenames", ())}
+
+    def rank(item: pytest.Item) -> int:
+        if item.path not in slow | fetching:
+            return 3
+        return 0 if item.path.name == LONGEST else 1 + (item.path in fetching)
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")
 def mini_models() -> Path:
     """The mini recipe's converted models; its packages are fetched on first use, so only slow tests may ask.
 
-    They stay in the checkout's ``downloads``, the one place beside temporary folders that tests write to.
+    They stay in the checkout's ``downloads``, the only folder beside temporary ones that tests write to.
     """
     recipe = REPO_ROOT / "egs" / "mini" / "pam1"
     with locked(recipe / "downloads") as downloads:

@@ -57,7 +57,7 @@ begun=${SECONDS}
 echo "== pytest"
 # A file stays in one process, which makes its fixtures once; files begin in the order of tests/conftest.py.
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 -m "${marks}" "$@" 2>&1 |
-    tee "${work}/pytest" | sed '$d' || echo " pytest" >>"${work}/failed"
+    tee "${work}/pytest" | sed -u '$d' || echo " pytest" >>"${work}/failed"
 times+=", pytest $((SECONDS - begun)) s"
 wait
 cat "${work}/static"

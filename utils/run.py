@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from job_contract import count, exit_on_signals, ignore_signals, parse_gib, parse_work, positive, show_failures
+from job_contract import SIGNALS, count, exit_on_signals, ignore_signals, parse_gib, parse_work, positive, show_failures
 
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 POLL_SECONDS = 0.05
@@ -89,8 +89,9 @@ def at_once(args: argparse.Namespace, gpus: list[str]) -> int:
     return min(limits)
 
 
-def die_with_parent() -> None:
-    """In the child, on Linux: be killed when run.py is (even by SIGKILL), so that no orphan keeps writing."""
+def in_child() -> None:
+    """Signals are no longer blocked; on Linux: be killed when run.py is (even by SIGKILL): no orphan keeps writing."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if sys.platform == "linux":
         import ctypes
 
@@ -117,7 +118,7 @@ def start(command: list[str], log: Path, slot: int, args: argparse.Namespace, gp
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
-            preexec_fn=die_with_parent,  # safe: this program has no threads
+            preexec_fn=in_child,  # safe: this program has no threads
         )
     except OSError as error:
         file.write(f"{command[0]}: {error.strerror}\n".encode())
@@ -173,7 +174,9 @@ def main(argv: list[str] | None = None) -> int:
         while pending or running:
             while pending and free:
                 log, *command = pending.popleft()
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # or a command could start that nobody knows of
                 running.append(start(command, Path(log), free.pop(0), args, gpus))
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             time.sleep(POLL_SECONDS)
             for run in [run for run in running if run.process.poll() is not None]:
                 running.remove(run)

@@ -1,6 +1,6 @@
 """Decode formatted data directories with a trained experiment.
 
-Writes text, score, nbest.jsonl and stats.json into each --out. A killed run goes on where it stopped; a finished one
+Writes text, score, nbest.jsonl and stats.json into each --out. A killed run continues where it stopped; a finished one
 returns at once. With --shard i/n several processes share the work and --merge joins their parts.
 """
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pam_espnet.cli import chosen_device, run_main, run_record
+from pam_espnet.cli import add_compute_options, compute_device, run_main, run_record
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,13 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="decode the I-th of N parts (default: 1/1)")
     parser.add_argument("--merge", action="store_true", help="only join the N finished parts")
     parser.add_argument("--limit", type=int, default=0, help="decode only the first utterances (default: 0 = all)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "int8"),
-        help="precision of the LLM; int8: its weights in the search, on x86 CPUs (default: as trained)",
-    )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0 = torch's choice)")
+    add_compute_options(parser)
     return parser
 
 
@@ -47,16 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise ConfigError(f"--shard must look like 2/8, got {args.shard!r}") from error
 
-    import torch
-
     from pam_espnet.data.datadir import DataDir
     from pam_espnet.decode.options import AnswerOptions
     from pam_espnet.decode.shards import DecodeOptions, decode_shard, is_complete, merge_shards
     from pam_espnet.decode.speech_llm import SpeechLLM
     from pam_espnet.fileio import sha256_file
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
     options = DecodeOptions(args.batch_size, args.audio, shard, shards, args.limit)
     search = load_yaml(args.config) if args.config else {}
     answers = AnswerOptions.from_dict(search, args.config)
@@ -73,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             todo.append((data, out))
     if todo and not args.merge:
-        device = chosen_device(args.device)
-        model = SpeechLLM.load(args.exp, answers, device, args.dtype)
+        model = SpeechLLM.load(args.exp, answers, compute_device(args), args.dtype)
         model.keep_prompts({prompt for data, _ in todo for prompt in DataDir.load(data).prompt.values()})
         for data, out in todo:
             decode_shard(model, data, out, options)

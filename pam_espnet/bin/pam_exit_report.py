@@ -3,7 +3,7 @@
 Runs the model's own best answers (or the references) through all blocks once, per test set: agreement of every block
 with the last one, the exit of an oracle, precision and coverage of gates. With --sweep it also decodes the sets at exit
 points (never, fixed:24, gate, gate:0.9, confidence:0.9, entropy:0.9, patience:2), in turns with full depth, and scores
-them. Both go on where a killed run stopped, and a later call adds points.
+them. Both continue where a killed run stopped, and a later call adds points.
 
 Writes <exp>/exit_report/: EXIT.md, exit_report.json, exit.png, and a decode directory for each point.
 """

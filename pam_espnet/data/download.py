@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import http.client
 import logging
@@ -19,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pam_espnet.cli import DISK_ERRORS
 from pam_espnet.errors import ConfigError, DataError, PamError
 from pam_espnet.fileio import exclusive
 
@@ -155,7 +155,7 @@ def _from_mirrors(remote: RemoteFile, part: Path, attempts: int, wait: float, ti
                 mirrors.remove(url)
                 answers[url] = str(error)
             except (OSError, http.client.HTTPException) as error:
-                if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+                if isinstance(error, OSError) and error.errno in DISK_ERRORS:  # no mirror can help
                     message = f"cannot be written: {error.strerror}"
                     raise DataError(part, message, hint="free some space, run the same command again") from error
                 answers[url] = str(error) or type(error).__name__
@@ -167,9 +167,6 @@ def _from_mirrors(remote: RemoteFile, part: Path, attempts: int, wait: float, ti
         f"{remote.name} could not be fetched:{listed}\n  -> check the network and run the same command again: "
         f"it continues where it stopped. Or fetch the file in another way and put it at {part.with_suffix('')}"
     )
-
-
-_DISK_ERRORS = (errno.EACCES, errno.ENOSPC, errno.EROFS, errno.EDQUOT)  # no mirror can help
 
 
 def _transfer(url: str, part: Path, remote: RemoteFile, timeout: float) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pam_espnet.config import drop_removed
+from pam_espnet.config import check_number, drop_removed
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.engine.exits import ExitOptions
 from pam_espnet.errors import ConfigError
@@ -48,11 +48,8 @@ class AnswerOptions:
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
-        if not isinstance(self.no_repeat_ngram, int) or self.no_repeat_ngram < 0:
-            raise ConfigError(f"no_repeat_ngram: {self.no_repeat_ngram!r}; must be a whole number, 0 turns it off")
-        rate = self.tokens_per_second
-        if not isinstance(rate, int | float) or not 0 <= rate < math.inf:
-            raise ConfigError(f"tokens_per_second: {rate!r}; must be a number, 0 turns it off")
+        check_number(self.no_repeat_ngram, "no_repeat_ngram", at_least=0, whole=True)
+        check_number(self.tokens_per_second, "tokens_per_second", at_least=0)
         if not isinstance(self.task_vocabulary, bool):
             raise ConfigError(f"task_vocabulary: {self.task_vocabulary!r}; must be true or false")
         if not isinstance(self.answer_sets, Mapping):
@@ -62,7 +59,7 @@ class AnswerOptions:
             if not isinstance(answers, list | tuple) or not answers or not all(_is_answer(one) for one in answers):
                 raise ConfigError(f"answer_sets.{task}: must be a list of quoted, non-empty answers")
         if self.answer_sets and self.beam.min_new_tokens > 0:
-            raise ConfigError("min_new_tokens: an answer set says how long answers are; leave it at 0")
+            raise ConfigError("min_new_tokens: an answer set fixes how long answers are; set it to 0")
         if self.draft.kind != "none" and self.beam.beam_size != 1:
             raise ConfigError(f"draft: greedy search only; set beam_size to 1, not {self.beam.beam_size}")
         if self.draft.kind != "none" and self.exit.mode != "never":
@@ -96,7 +93,7 @@ class AnswerOptions:
             raise ConfigError(f"{source}: {error}") from error
 
     def length_caps(self, seconds: Sequence[float]) -> list[int] | None:
-        """A cap on the tokens of each utterance, or None for no cap of its own."""
+        """A cap on the tokens of each utterance, or None for ``max_new_tokens`` alone."""
         if self.tokens_per_second == 0:
             return None
         return [SPARE_TOKENS + math.ceil(duration * self.tokens_per_second) for duration in seconds]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pam_espnet.config import check_number
 from pam_espnet.data.audio import read_audio
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import Passport
@@ -45,8 +46,8 @@ class DecodeOptions:
     def __post_init__(self) -> None:
         if self.audio not in ("on", "zero"):
             raise ConfigError(f"audio must be 'on' or 'zero', got {self.audio!r}")
-        if self.batch_size < 1 or self.limit < 0:
-            raise ConfigError("batch_size must be at least 1 and limit at least 0")
+        check_number(self.batch_size, "batch_size", at_least=1, whole=True)
+        check_number(self.limit, "limit", at_least=0, whole=True)
         if not 1 <= self.shard <= self.shards:
             raise ConfigError(f"shard {self.shard} of {self.shards}: counts from 1 to the number of shards")
 
@@ -209,7 +210,7 @@ def merge_shards(
 
 
 def decoded_of(exp_dir: str | Path, data_dir: str | Path) -> dict[str, str]:
-    """The part of a decode directory's ``key.json`` that says whose answers to what it holds.
+    """The part of a decode directory's ``key.json`` that names checkpoint and data.
 
     Raises:
         CheckpointError: nothing was trained yet.

@@ -7,12 +7,12 @@ knows the last block's token: it exits at the first block that predicts it (*fir
 all later ones do (*saturated*); it bounds what gates can reach. Speeds are bounds by the cost model
 (``fitting.CostModel``), not measurements.
 
-N tokens, P points of reading, C candidate blocks, K tokens of a beam's size, D width.
+N tokens, P points of reading, C candidate blocks, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,25 +25,9 @@ from pam_espnet.early_exit.fitting import CostModel, outcome
 from pam_espnet.early_exit.states import answer_states
 from pam_espnet.engine.calibration import Calibration
 from pam_espnet.engine.exits import ExitOptions, ExitPolicy
-from pam_espnet.llm.llm import LLM
 
-KINDS = ("first", "later", "end")  # of a token: it begins a word, continues one, ends the answer
 PATIENCES = (2, 3)
-ROWS = 4  # rows that must exit together, in the oracle's second bound
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 0.999)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The blocks at P points against the last one.
-
-    Attributes:
-        same: (P,N) bool, whether the most likely token is the last block's.
-        overlap: (P,N) share of the last block's K most likely tokens among the point's K most likely ones.
-    """
-
-    same: Tensor
-    overlap: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,36 +35,22 @@ class Profile:
     """Of one test set.
 
     Attributes:
-        task, kind: of each of N tokens; the kinds are ``KINDS``.
+        task: of each of N tokens.
         step: (N,) bool; False for the first token of an answer, which decoding takes from the prefix at full depth.
         layers: C candidate blocks.
-        bare: at every block.
-        mapped: at the candidate blocks; None without maps.
+        bare: (P,N) bool, whether the most likely token is the last block's, at every block.
+        mapped: (C,N) the same at the candidate blocks; None without maps.
         sureness: confidence, entropy, gate -> (C,N), what is compared with a threshold.
         patience: number of candidates that must agree -> (C,N) bool, whether a token may exit there.
     """
 
     task: Sequence[str]
-    kind: Sequence[str]
     step: Tensor
     layers: tuple[int, ...]
-    bare: Reading
-    mapped: Reading | None
+    bare: Tensor
+    mapped: Tensor | None
     sureness: Mapping[str, Tensor]
     patience: Mapping[int, Tensor]
-
-
-def kinds(tokenizer: Any, tokens: Sequence[int], end_ids: Collection[int]) -> list[str]:
-    """Of each token of an answer one of ``KINDS``; a token with which the text has a word more begins one."""
-    found, words = [], 0
-    for count, token in enumerate(tokens, start=1):
-        if token in end_ids:
-            found.append("end")
-            continue
-        before = words
-        words = len(tokenizer.decode(list(tokens[:count]), clean_up_tokenization_spaces=False).split())
-        found.append("first" if words > before else "later")
-    return found
 
 
 def profile(
@@ -89,7 +59,6 @@ def profile(
     answers: Mapping[str, Sequence[int]],
     layers: Sequence[int],
     calibration: Calibration | None,
-    beam_size: int,
     batch_size: int = 8,
 ) -> Profile:
     """Run ``answers`` (token ids by utterance) through all blocks once.
@@ -100,7 +69,6 @@ def profile(
         answers: token ids by utterance.
         layers: candidate blocks; those of the calibration where there is one.
         calibration: its maps and gates, on the model's device.
-        beam_size: K.
         batch_size: utterances run together.
 
     Raises:
@@ -115,15 +83,14 @@ def profile(
     policies = {
         mode: ExitPolicy(one, llm.num_layers, llm.final_norm, llm.logits, calibration) for mode, one in options.items()
     }
-    parts: dict[str, list[Reading]] = {"bare": [], "mapped": []}
-    opened: dict[str, list[Tensor]] = {mode: [] for mode in policies}
+    opened: dict[str, list[Tensor]] = {mode: [] for mode in ("bare", "mapped", *policies)}
     for states in answer_states(speech, data, answers, batch_size):
-        last = llm.exit_logits(states.blocks[-1]).topk(min(beam_size, llm.vocab_size), dim=-1).indices
-        parts["bare"].append(_read(llm, states.blocks, last))
+        last = llm.exit_logits(states.blocks[-1]).argmax(-1)
+        opened["bare"].append(torch.stack([llm.exit_logits(one).argmax(-1) == last for one in states.blocks]).cpu())
         candidates = {layer: states.blocks[layer - 1] for layer in layers}
         if calibration is not None and calibration.maps is not None:
             mapped = [calibration.mapped(layer, hidden) for layer, hidden in candidates.items()]
-            parts["mapped"].append(_read(llm, mapped, last))
+            opened["mapped"].append(torch.stack([llm.exit_logits(one).argmax(-1) == last for one in mapped]).cpu())
         for mode, policy in policies.items():
             if policy.options.mode == "patience":  # every token taken for an utterance
                 rows = torch.arange(len(last), device=last.device)
@@ -132,37 +99,24 @@ def profile(
             else:
                 found = [policy.measure(layer, hidden) for layer, hidden in candidates.items()]
             opened[mode].append(torch.stack(found).cpu())
-    joined = {mode: torch.cat(rows, dim=1) for mode, rows in opened.items()}
+    joined = {mode: torch.cat(rows, dim=1) for mode, rows in opened.items() if rows}
     keys = data.utterances
     return Profile(
         task=[data.utt2task[key] for key in keys for _ in answers[key]],
-        kind=[kind for key in keys for kind in kinds(llm.tokenizer, answers[key], llm.eos_ids)],
         step=torch.tensor([at > 0 for key in keys for at in range(len(answers[key]))]),
         layers=chosen,
-        bare=_joined(parts["bare"]),
-        mapped=_joined(parts["mapped"]) if parts["mapped"] else None,
+        bare=joined.pop("bare"),
+        mapped=joined.pop("mapped", None),
         sureness={mode: rows for mode, rows in joined.items() if not mode.isdigit()},
         patience={int(mode): rows for mode, rows in joined.items() if mode.isdigit()},
     )
 
 
-def _read(llm: LLM, states: Sequence[Tensor], last: Tensor) -> Reading:
-    """Tokens that P states (N,D) predict, against ``last`` (N,K), the last block's most likely ones."""
-    tops = [llm.exit_logits(hidden).topk(last.shape[1], dim=-1).indices for hidden in states]
-    same = [top[:, 0] == last[:, 0] for top in tops]
-    overlap = [(top[:, :, None] == last[:, None]).any(dim=1).float().mean(dim=1) for top in tops]
-    return Reading(torch.stack(same).cpu(), torch.stack(overlap).cpu())
-
-
-def _joined(parts: Sequence[Reading]) -> Reading:
-    return Reading(torch.cat([one.same for one in parts], dim=1), torch.cat([one.overlap for one in parts], dim=1))
-
-
 def summarise(found: Profile, cost: CostModel, threshold: float | None) -> dict[str, Any]:
     """All figures of a test set by task, as JSON values.
 
-    Groups of tokens: ``all``; ``step``, all but an answer's first; and by kind ``first``, ``later``, ``end``. An empty
-    group has no agreement (None). Oracle: ``all`` and ``step``. Gates: ``step``, as only steps can exit.
+    Groups of tokens: ``all``; and ``step``, all but an answer's first. An empty group has no agreement (None). Gates:
+    ``step``, as only steps can exit.
 
     Args:
         found: the profile.
@@ -177,10 +131,9 @@ def summarise(found: Profile, cost: CostModel, threshold: float | None) -> dict[
 
 def _summary(found: Profile, chosen: Tensor, cost: CostModel, threshold: float | None) -> dict[str, Any]:
     groups = {"all": chosen, "step": chosen & found.step}
-    groups |= {kind: chosen & torch.tensor([one == kind for one in found.kind]) for kind in KINDS}
     readings = {"bare": found.bare} | ({} if found.mapped is None else {"mapped": found.mapped})
     at = [layer - 1 for layer in found.layers]
-    right = found.bare.same[at] if found.mapped is None else found.mapped.same  # (C,N)
+    right = found.bare[at] if found.mapped is None else found.mapped  # (C,N)
     steps, gates = groups["step"], {}
     for mode, sureness in found.sureness.items():
         own = [threshold] if mode == "gate" and threshold is not None else []
@@ -196,14 +149,13 @@ def _summary(found: Profile, chosen: Tensor, cost: CostModel, threshold: float |
 
     return {
         "tokens": {name: int(group.sum()) for name, group in groups.items()},
-        "agreement": {name: means(one.same) for name, one in readings.items()},
-        "overlap": {name: means(one.overlap) for name, one in readings.items()},
+        "agreement": {name: means(one) for name, one in readings.items()},
         "oracle": {
             name: {
-                "every block, bare": oracle(found.bare.same[:, groups[name]], range(1, cost.blocks + 1), cost),
+                "every block, bare": oracle(found.bare[:, groups[name]], range(1, cost.blocks + 1), cost),
                 "candidate blocks": oracle(right[:, groups[name]], found.layers, cost),
             }
-            for name in ("all", "step")
+            for name in groups
         },
         "gates": {mode: [asdict(one) for one in rows] for mode, rows in gates.items()} if steps.any() else {},
     }
@@ -218,8 +170,7 @@ def oracle(same: Tensor, layers: Sequence[int], cost: CostModel) -> dict[str, di
         cost: of steps.
 
     Returns:
-        for ``first match`` and ``saturated`` the mean depth and the speed-up, of single rows and of ``ROWS`` rows that
-        must exit together; None without tokens.
+        for ``first match`` and ``saturated`` the mean depth and the speed-up; None without tokens.
     """
     if not same.shape[1]:
         return None
@@ -228,18 +179,5 @@ def oracle(same: Tensor, layers: Sequence[int], cost: CostModel) -> dict[str, di
     found = {}
     for name, table in (("first match", same), ("saturated", same.flip(0).cummin(dim=0).values.flip(0))):
         exited = depths[table.to(torch.int8).argmax(dim=0)]
-        together = mean_of_deepest(exited, ROWS)
-        found[name] = {
-            "mean_depth": float(exited.double().mean()),
-            "speedup": cost.speedup(exited),
-            "mean_depth_together": together,
-            "speedup_together": cost.speedup(torch.tensor([together])),  # costs are linear in the depth
-        }
+        found[name] = {"mean_depth": float(exited.double().mean()), "speedup": cost.speedup(exited)}
     return found
-
-
-def mean_of_deepest(depths: Tensor, rows: int) -> float:
-    """The mean depth of ``rows`` independent tokens, drawn from ``depths`` (N,), that all go as deep as the deepest."""
-    levels = depths.unique()
-    below = (depths[None] <= levels[:, None]).double().mean(dim=1) ** rows  # that none is deeper than the level
-    return float((levels * below.diff(prepend=torch.zeros(1, dtype=torch.double))).sum())

@@ -95,7 +95,7 @@ def profile_sets(
         answers: set -> utterance -> tokens; None for the reference answers.
         layers: candidate blocks where there is no calibration, see ``fitting.candidate_blocks``.
         calibration: file of ``bin/pam_calibrate_exit.py``; its maps and gates are used.
-        search: options of decoding; the beam's size is that of the sets that are compared.
+        search: options of decoding, noted.
         out: of the report.
         batch_size: utterances run together.
 
@@ -144,16 +144,15 @@ def _profile(
         layers = fitted.layers
     answers = reference_answers(speech, data) if answers is None else answers
     logging.info(f"{data.path.name}: {sum(map(len, answers.values()))} tokens through {llm.num_layers} blocks")
-    beam_size, cost = speech.options.beam.beam_size, CostModel.of(llm)
+    cost = CostModel.of(llm)
     threshold = None if fitted is None else fitted.threshold
     shown = fitted and {"maps": fitted.maps is not None, "threshold": threshold, "sha256": calibration_sha256}
     return {
         "blocks": llm.num_layers,
         "layers": list(layers),
-        "beam_size": beam_size,
         "cost_model": asdict(cost),
         "calibration": shown,
-        "tasks": summarise(profile(speech, data, answers, layers, fitted, beam_size, batch_size), cost, threshold),
+        "tasks": summarise(profile(speech, data, answers, layers, fitted, batch_size), cost, threshold),
     }
 
 

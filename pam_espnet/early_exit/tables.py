@@ -14,7 +14,7 @@ from pam_espnet.score.report import table
 from pam_espnet.score.result import MAIN_METRICS, METRICS
 
 PRECISIONS = (0.95, 0.99)  # of the tokens that exit, for which the gates' table shows the best threshold
-GROUPS = {"all": "all", "first": "first piece", "later": "later piece", "end": "end token"}
+GROUPS = {"all": "all", "step": "steps"}
 
 
 def markdown(report: Mapping[str, Any], picture: str | None) -> str:
@@ -47,8 +47,7 @@ _ORACLE = (
     "An oracle knows the last block's token and exits at the first block that predicts it (first match), or at the "
     "first from which all later ones do (saturated). *Speed-up* is a bound by the cost model, not a measurement: "
     "blocks, keys and values of skipped blocks and the output layer by their numbers of weights, against full depth. "
-    "*4 rows*: four independent tokens that must exit together. *Steps* are all tokens but an answer's first, which "
-    "decoding takes from the prefix at full depth.\n"
+    "*Steps* are all tokens but an answer's first, which decoding takes from the prefix at full depth.\n"
 )
 _GATES = (
     "For each measure the threshold with the greatest predicted speed-up among those that are precise enough; where "
@@ -83,38 +82,30 @@ def _share(value: float | None) -> str:
 def _agreement(report: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     """Agreement of the upper half of the blocks."""
     counts = ", ".join(f"{GROUPS[name]} {figures['tokens'][name]}" for name in GROUPS)
-    agreement, overlap = figures["agreement"], figures["overlap"]
-    head = ["block", *(f"bare, {shown}" for shown in GROUPS.values())]
-    head += ["mapped, all"] * ("mapped" in agreement)
-    head += [f"top {report['beam_size']}, bare"] + [f"top {report['beam_size']}, mapped"] * ("mapped" in overlap)
-    rows = []
+    bare, mapped, rows = figures["agreement"]["bare"], figures["agreement"].get("mapped"), []
     for block in range(report["blocks"] // 2, report["blocks"] + 1):
-        by_group = [agreement["bare"][name] for name in GROUPS]
-        row = [str(block), *(_share(None if one is None else one[block - 1]) for one in by_group)]
-        mapped = []
-        for one in (agreement, overlap):
-            at = report["layers"].index(block) if block in report["layers"] else None
-            mapped += [[_share(None if at is None else one["mapped"]["all"][at])] if "mapped" in one else []]
-        row += [*mapped[0], _share(overlap["bare"]["all"][block - 1]), *mapped[1]]
+        row = [str(block), *(_share(None if bare[name] is None else bare[name][block - 1]) for name in GROUPS)]
+        if mapped:
+            layers = report["layers"]
+            row.append(_share(mapped["all"][layers.index(block)] if block in layers else None))
         rows.append(row)
-    text = f"Tokens: {counts}. Agreement with the last block in % of them; *top {report['beam_size']}*: mean share of "
-    return f"{text}its most likely tokens that are among the block's.\n\n{table(head, rows)}"
+    head = ["block", *(f"bare, {shown}" for shown in GROUPS.values()), *(["mapped, all"] if mapped else [])]
+    return f"Tokens: {counts}. Agreement with the last block in % of them.\n\n{table(head, rows)}"
 
 
 def _oracle(report: Mapping[str, Any]) -> str:
     rows, maps = [], (report["calibration"] or {}).get("maps")
     for name, tasks in report["sets"].items():
         for task, figures in tasks.items():
-            for group in ("all", "step"):
+            for group in GROUPS:
                 for may, found in figures["oracle"][group].items():
                     for kind, entry in (found or {}).items():
                         rows.append([
-                            f"{name}: {task}", {"all": "all", "step": "steps"}[group],
+                            f"{name}: {task}", GROUPS[group],
                             may + (", mapped" if maps and "bare" not in may else ""), kind,
                             f"{entry['mean_depth']:.1f}", f"{entry['speedup']:.2f}x",
-                            f"{entry['mean_depth_together']:.1f}", f"{entry['speedup_together']:.2f}x",
                         ])  # fmt: skip
-    head = ("set", "tokens", "may exit at", "exit", "mean depth", "speed-up", "4 rows: depth", "4 rows: speed-up")
+    head = ("set", "tokens", "may exit at", "exit", "mean depth", "speed-up")
     return table(head, rows)
 
 

@@ -1,10 +1,8 @@
 """A calibration of early exit: maps and gates of the candidate blocks, fitted after training (``early_exit.fitting``).
 
 A *map* brings a block's hidden state towards the last block's (least squares with a ridge towards the identity, as the
-linear short-cuts of Yom Din et al., "Jump to Conclusions", LREC-COLING 2024). The identity is the setting of early
-exit as a natural capability (Shan et al., arXiv 2412.01455). A *gate* is a logistic regression on the state itself (a
-map may erase what gives doubts away): the probability that the block's most likely token is the last block's. No
-gradient reaches the LLM, no output layer is added.
+linear short-cuts of Yom Din et al., "Jump to Conclusions", LREC-COLING 2024). A *gate* is a logistic regression on the
+unmapped state: the probability that the block's most likely token is the last block's.
 
 C candidate blocks, D width.
 """
@@ -34,7 +32,7 @@ class Calibration:
         layers: C blocks, from 1.
         maps: (C, D+1, D), the last row a constant; None leaves hidden states as they are.
         gates: (C, D+1), the last entry a constant.
-        threshold: the gates' probability at which to leave; None: at none, which is "off".
+        threshold: the gates' probability at which to exit; None: at none, which is "off".
     """
 
     layers: tuple[int, ...]
@@ -69,11 +67,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path, width: int) -> Calibration:
-        """Read what ``save`` wrote.
-
-        Raises:
-            CheckpointError: no such file, another kind of file, or one of an LLM of another width.
-        """
+        """Read what ``save`` wrote; CheckpointError: no such file, or not of this kind, or of another width."""
         try:
             with safe_open(str(path), "pt") as file:
                 described = json.loads((file.metadata() or {})["calibration"])

@@ -3,15 +3,15 @@
     engine = make_engine(llm)                   # LoRA merged, weights packed: a copy
     engine.take_over()                          # where no new prompt will come: the LLM's own weights are freed
     logits, state = engine.prefill(prefix, lengths)
-    state.select(rows)                          # beams fork, die, change places
+    state.select(rows)                          # beams fork, end, are re-ordered
     logits = engine.step(tokens, state)
 
 Llama-type LLMs run in ``engine.llama``, any other causal LLM through transformers and its cache, below; another
 implementation is another subclass. Both give the same logits up to rounding.
 
-For a task whose answers use a thousand token types the output layer of a small LLM is most of a step. Cut to a
-vocabulary, its probabilities are normalised over what is left, as transformers' ``suppress_tokens`` with
-``renormalize_logits`` does. The search then works with vocabulary indices; ``token_ids`` translates back.
+The output layer can be cut to a vocabulary, for tasks whose answers use few token types: probabilities are normalised
+over what is left, as transformers' ``suppress_tokens`` with ``renormalize_logits`` does, and the search works with
+vocabulary indices; ``token_ids`` translates back.
 
 B utterances, P prefix positions, R rows (hypotheses), N rows with drafts, W tokens that can be predicted, D width.
 """
@@ -134,7 +134,7 @@ class Engine(ABC):
 
     @abstractmethod
     def take_over(self) -> None:
-        """Free the LLM's own weights for good; it knows the prompts whose vectors were asked for before, no others."""
+        """Free the LLM's own weights for good; prompts whose vectors were not computed before are then errors."""
 
 
 def make_engine(
@@ -143,8 +143,7 @@ def make_engine(
     """The engine of a trained LLM.
 
     A self-check compares it with transformers, so that a family member with a twist that is not known here is left to
-    transformers instead of being decoded wrongly. int8 weights are checked as floats first, then rounded, and checked
-    again for what rounding must not exceed.
+    transformers. int8 weights are checked as floats first, and again after rounding.
 
     Args:
         llm: with or without LoRA; later changes of its weights are not followed.
@@ -206,7 +205,7 @@ def self_check(engine: Engine) -> float:
     token = torch.arange(9, device=llm.device) * (llm.vocab_size // 9)
     last = torch.tensor([engine.eos_ids[0]], device=llm.device)
     training = [module for module in llm.lm.modules() if module.training]
-    llm.lm.eval()  # LoRA's dropout would make a difference of its own
+    llm.lm.eval()  # LoRA's dropout would make a difference, too
     try:
         found, expected = [_two_passes(one, llm.embed(token[None, :8]), last) for one in (engine, reference)]
     finally:

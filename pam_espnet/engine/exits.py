@@ -1,10 +1,9 @@
 """Early exit: when may a token be taken from an intermediate block, through the LLM's own final norm and output layer?
 
-Early exit is a natural capability of decoder-only LLMs (Shan et al., arXiv 2412.01455): no head is added, the hard part
-is to know at which block. One decision is made per step and utterance, from the row of its best hypothesis, so that
-the hypotheses that compete within a step are scored at the same depth; an utterance's decision depends on its own row
-alone. Skipped blocks store the keys and values that they make of the state that exited (Schuster et al., CALM, NeurIPS
-2022), for later steps.
+Early exit is a natural capability of decoder-only LLMs (Shan et al., arXiv 2412.01455): no head is added. One decision
+is made per step and utterance, from the row of its best hypothesis alone, so that the hypotheses that compete within a
+step are scored at the same depth. Skipped blocks store the keys and values that they make of the state that exited
+(Schuster et al., CALM, NeurIPS 2022), for later steps.
 
 Measures of a block's row, before the threshold:
 
@@ -114,11 +113,7 @@ class ExitPolicy:
     def of(
         cls, options: ExitOptions, llm: LLM, norm: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor]
     ) -> ExitPolicy:
-        """With the calibration read from its file.
-
-        Raises:
-            CheckpointError: it cannot be read or belongs to another LLM.
-        """
+        """With the calibration read from its file; CheckpointError as ``Calibration.load``."""
         calibration = None
         if options.calibration:
             calibration = Calibration.load(options.calibration, llm.width).to(llm.device, llm.dtype)

@@ -131,19 +131,19 @@ class LlamaEngine(Engine):
     ) -> tuple[Tensor, Tree]:
         """See ``Engine``; padding is neither computed nor stored."""
         parts = [row[:length] for row, length in zip(prefix, lengths.tolist(), strict=True)]
-        asked = torch.ones_like(lengths)  # (B,) last positions that become rows
+        predicting = torch.ones_like(lengths)  # (B,) how many of the last positions become rows
         if drafts is not None:
             drafted = [self.embed(torch.tensor(draft, dtype=torch.long, device=prefix.device)) for draft in drafts]
             parts = [torch.cat([part, draft.to(part)]) for part, draft in zip(parts, drafted, strict=True)]
-            asked = asked + torch.tensor([len(draft) for draft in drafts], device=prefix.device)
+            predicting = predicting + torch.tensor([len(draft) for draft in drafts], device=prefix.device)
         x = torch.cat(parts).to(self.llm.dtype)  # (T,D)
-        lengths = lengths + asked - 1
+        lengths = lengths + predicting - 1
         count, most = len(lengths), max(map(len, parts))
-        places = torch.arange(most, device=x.device).expand(count, -1)
-        valid = places < lengths[:, None]  # (B,P)
-        owner = torch.arange(count, device=x.device).repeat_interleave(asked)  # (R,)
-        behind = asked.cumsum(0)[owner] - 1 - torch.arange(len(owner), device=x.device)  # positions behind a row's own
-        rotary = self._rotary(places[valid])
+        positions = torch.arange(most, device=x.device).expand(count, -1)
+        valid = positions < lengths[:, None]  # (B,P)
+        owner = torch.arange(count, device=x.device).repeat_interleave(predicting)  # (R,)
+        behind = predicting.cumsum(0)[owner] - 1 - torch.arange(len(owner), device=x.device)  # positions after a row's
+        rotary = self._rotary(positions[valid])
         all_keys, all_values = [], []
         for block in self.blocks:
             query, key, value = block.project(x, rotary)  # (T,A,E), (T,J,E), (T,J,E)
@@ -153,7 +153,7 @@ class LlamaEngine(Engine):
             queries = query.new_zeros(count, most, *query.shape[1:])
             queries[valid] = query
             attended = _causal(queries, keys[:, :, :most], values[:, :, :most], self.scale)[valid]  # (T,A*E)
-            if block is self.blocks[-1]:  # only these positions are asked for
+            if block is self.blocks[-1]:  # only these positions predict
                 wanted = lengths.cumsum(0)[owner] - 1 - behind
                 x, attended = x[wanted], attended[wanted]
             x = block.finish(x, attended)

@@ -2,15 +2,13 @@
 
 The time of such a product is the time it takes to read the weights. Kernels, by precision of the weights:
 
-float32, bfloat16  on an x86 CPU oneDNN's, which want the weights in blocks of their own; elsewhere torch's own product.
+float32, bfloat16  on an x86 CPU oneDNN's, which want the weights in their own layout; elsewhere torch's own product.
                    A row's result is the same, to the last bit, however many rows run with it (torch's own float32
                    product on a CPU is not: it changes kernels with the number of rows).
 int8               symmetric, one scale per output channel, activations in float32: FBGEMM's product of two 8-bit
                    matrices. Every activation row is rounded to steps of its largest value / 8001 and given as two rows
                    of 7 bits, so that on CPUs without VNNI, where pairs of products are added in 16 bits, no pair
-                   exceeds 32,767. Integers are summed exactly, so a row's result is the same, to the last bit,
-                   whatever its neighbours are. (A difference in a row's last bits, such as attention has, may round
-                   the other way and come out as one step.)
+                   exceeds 32,767. Integers are summed exactly, so a row's result does not depend on its neighbours.
 
 R rows, I input and O output features.
 """
@@ -18,6 +16,7 @@ R rows, I input and O output features.
 from __future__ import annotations
 
 import warnings
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +29,8 @@ WEIGHT_STEPS = 127  # of a weight on either side of zero
 STEPS = 63  # of an activation row's 7-bit value on either side of zero
 OFFSET = 64  # of FBGEMM's unsigned activations, which are then at most 127
 BASE = 2 * STEPS + 1  # one row counts in these, the other has the remainder
-PIECE = 2048  # rows of the output layer that are packed together where it is the embedding matrix too
+PIECE = 2048  # rows of the output layer that are packed together where it is the embedding matrix, too
+CACHED = 2048  # of its rows
 
 
 class Linear(Protocol):
@@ -72,9 +72,10 @@ class BlockedTable:
     """``Blocked`` in pieces, whose rows can be read: one copy is the output layer and the embedding matrix."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.pieces = [Blocked(piece, None) for piece in weight.split(PIECE)]
-        self.width, self.dtype = weight.shape[1], weight.dtype
+        self.piece, self.width, self.dtype = PIECE, weight.shape[1], weight.dtype
+        self.pieces = [Blocked(piece, None) for piece in weight.split(self.piece)]
         self.nbytes = weight.nbytes
+        self._row = lru_cache(CACHED)(self._read)  # tokens return, and a piece must be unpacked for one row
 
     def __call__(self, x: Tensor) -> Tensor:
         """See ``Linear``."""
@@ -82,12 +83,12 @@ class BlockedTable:
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows (...,I) of the matrix by index (...)."""
-        found = torch.empty(ids.numel(), self.width, dtype=self.dtype)
-        piece_of = ids.flatten() // PIECE
-        for piece in piece_of.unique().tolist():
-            mine = (piece_of == piece).nonzero()[:, 0]
-            found[mine] = self.pieces[piece].weight.to_dense()[ids.flatten()[mine] % PIECE]
-        return found.view(*ids.shape, self.width)
+        if not ids.numel():
+            return torch.empty(*ids.shape, self.width, dtype=self.dtype)
+        return torch.stack([self._row(index) for index in ids.flatten().tolist()]).view(*ids.shape, self.width)
+
+    def _read(self, index: int) -> Tensor:
+        return self.pieces[index // self.piece].weight.to_dense()[index % self.piece].clone()
 
 
 class Int8:
@@ -146,7 +147,7 @@ def pack(weight: Tensor, bias: Tensor | None = None, int8: bool = False, table: 
 
 
 def _blocks_help(weight: Tensor) -> bool:
-    """Whether oneDNN has kernels of its own for these floats on this machine."""
+    """Whether oneDNN has kernels for these floats on this machine."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):

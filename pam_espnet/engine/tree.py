@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 RESERVE = 64  # slots for steps, allocated with the prefix
 GROWTH = 1.5  # of the memory when it is full
-DEAD = 2  # compact when there are so many times more slots behind the prefix than the live ones need
+DEAD = 2  # compact when there are this many times more slots behind the prefix than the live ones need
 
 
 @dataclass(frozen=True)

@@ -292,7 +292,7 @@ def load_tokenizer(
 
 
 def hub_source(path_or_id: str, revision: str | None, local_files_only: bool) -> dict[str, Any]:
-    """Options of transformers' ``from_pretrained`` that say where to look; for a folder nothing is fetched.
+    """Options of transformers' ``from_pretrained`` that choose where to look; for a folder nothing is fetched.
 
     Raises:
         ConfigError: a path that does not exist.

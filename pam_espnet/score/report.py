@@ -212,10 +212,6 @@ def _words(key: str) -> str:
     return key.replace("_", " ")
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-
-
 def _covered(decoding: Decoding) -> str:
     """A line of a list where not all of a set was scored, else nothing."""
     coverage, ids = decoding.scores.get("coverage"), decoding.scores.get("ids")
@@ -250,14 +246,16 @@ def _spread_table(spreads: Sequence[dict[str, Any]]) -> str:
 
 
 def _speed_table(decodings: list[Decoding]) -> str:
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
     rows = []
     for decoding in decodings:
         if speed := decoding.scores["speed"]:
             memory = speed["peak_memory_bytes"]
-            memory = "–" if memory is None else f"{memory / 2**30:.2f}"
-            figures = [_number(speed["rtf"]), _number(speed["tokens_per_second"]), memory]
+            figures = [speed["rtf"], speed["tokens_per_second"], memory and memory / 2**30, speed["seconds_audio"]]
             conditions = ["–" if speed[key] is None else str(speed[key]) for key in SPEED_CONDITIONS]
-            rows.append([decoding.name, decoding.set, *figures, _number(speed["seconds_audio"]), *conditions])
+            rows.append([decoding.name, decoding.set, *map(number, figures), *conditions])
     head = ("decoding", "set", "real-time factor", "tokens/s", "peak memory GiB", "audio s")
     return table((*head, *map(_words, SPEED_CONDITIONS)), rows)
 
@@ -267,8 +265,8 @@ def _details(details: dict[str, Any]) -> str:
     plain = [f"{_words(key)} {value}" for key, value in details.items() if isinstance(value, int | str)]
     parts = [", ".join(plain) + ".\n"] if plain else []
     if absent := details.get("not_computed"):
-        lines = [f"- {METRICS[name].label}: {reason}" for name, reason in absent.items()]
-        parts.append("Not computed:\n\n" + "\n".join(lines) + "\n")
+        lines = "\n".join(f"- {METRICS[name].label}: {reason}" for name, reason in absent.items())
+        parts.append(f"Not computed:\n\n{lines}\n")
     if per_count := details.get("per_count"):
         rows = []
         for entry in per_count:

@@ -37,12 +37,11 @@ SCORES = "scores.json"
 UTT_SCORES = "utt_scores.jsonl"
 DECODE_PREFIX = "decode_"
 WORDINGS = "prompts"  # folder of a decode directory: the set in other wordings, by their number
-
-# What a speed depends on, kept beside it.
-SPEED_CONDITIONS = ("batch_size", "shards", "device", "threads", "dtype")
+SPEED_CONDITIONS = ("batch_size", "shards", "device", "threads", "dtype")  # kept beside a speed
 _SPEED = ("peak_memory_bytes", "seconds_audio", "seconds_wall", "tokens")
 
-_LISTED = 20  # keys named in a message
+_PACKAGES = ("jiwer", "whisper-normalizer", "numpy", "scipy")
+_LISTED = 20  # keys in a message
 
 
 def _score_task(metric: str, data: DataDir, keys: list[str], hypotheses: dict[str, str]) -> TaskResult:
@@ -64,12 +63,7 @@ def _score_task(metric: str, data: DataDir, keys: list[str], hypotheses: dict[st
 
 
 def score_directory(
-    decode_dir: str | Path,
-    data_dir: str | Path,
-    *,
-    ids: str | Path | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = SEED,
+    decode_dir: Path, data_dir: str | Path, *, ids: Path | None = None, resamples: int = RESAMPLES, seed: int = SEED
 ) -> dict[str, Any]:
     """Score the hypotheses of ``decode_dir`` against ``data_dir``, which was decoded; write and return the scores.
 
@@ -86,14 +80,14 @@ def score_directory(
         DataError: a table is wrong, the keys of the two directories differ, a reference cannot be scored, or ``ids``
             names no utterance of the set.
     """
-    decode_dir, data_dir = Path(decode_dir), Path(data_dir)
+    data_dir = Path(data_dir)
     data = DataDir.load(data_dir)
     hypotheses = read_table(decode_dir / "text", allow_empty=True)
     _check_keys(decode_dir / "text", data, hypotheses)
-    target, listed = decode_dir, None
+    target = subset_folder(decode_dir, ids)
+    chosen = None
     if ids is not None:
-        data, listed = _restrict(data, Path(ids))
-        target = subset_folder(decode_dir, Path(ids))
+        data, chosen = _restrict(data, ids)
 
     tasks: dict[str, Any] = {}
     details: dict[str, Any] = {}
@@ -112,16 +106,13 @@ def score_directory(
         "data_dir": str(data_dir),
         "utterances": len(data),
         "coverage": _coverage(data_dir, len(data)),
-        "ids": None if ids is None else {"file": str(ids), "listed": listed},
+        "ids": chosen,
         "tasks": tasks,
         "details": details,
         "speed": _speed(decode_dir / "stats.json"),
         "bootstrap": {"method": "percentile over utterances", "level": LEVEL, "resamples": resamples, "seed": seed},
         "normaliser": normaliser_record(),
-        "versions": {
-            "pam_espnet": pam_espnet.__version__,
-            **{package: version(package) for package in ("jiwer", "whisper-normalizer", "numpy", "scipy")},
-        },
+        "versions": {"pam_espnet": pam_espnet.__version__, **{name: version(name) for name in _PACKAGES}},
     }
     if target != decode_dir:
         target.mkdir(parents=True, exist_ok=True)
@@ -138,11 +129,7 @@ def decoded_sets(
 ) -> list[tuple[Path, Path]]:
     """(decode directory, data directory) of every set in every decoding ``<exp>/decode_<name>/<set>``.
 
-    Args:
-        exp: experiment directory.
-        data_dirs: formatted sets; a set has the name of its folder.
-        decode_names: of the decodings.
-        prompts: folder of ``<set>/<number>``, the sets in other wordings; those that were decoded are listed too.
+    A set has the name of its folder. Decoded sets in other wordings are included, ``<prompts>/<set>/<number>``.
 
     Raises:
         DataError: a set was not decoded, or two have one name.
@@ -169,15 +156,15 @@ def subset_folder(decode_dir: Path, ids: Path | None) -> Path:
     return decode_dir.parent.with_name(f"{decode_dir.parent.name}.{ids.stem}") / decode_dir.name
 
 
-def _restrict(data: DataDir, ids: Path) -> tuple[DataDir, int]:
-    """The utterances that the file ``ids`` names, and how many it names."""
+def _restrict(data: DataDir, ids: Path) -> tuple[DataDir, dict[str, Any]]:
+    """The utterances in the list ``ids``, and a record of the list."""
     listed = set(read_keys(ids, data.text))
     if not listed & data.text.keys():
         hint = f"one key on a line, as in the first column of {data.path / 'text'}"
         raise DataError(ids, f"names no utterance of {data.path}", hint=hint)
     if unknown := sorted(listed - data.text.keys()):
         logging.warning("%s: %s not in %s", ids, _listing(unknown), data.path)
-    return data.subset(listed & data.text.keys()), len(listed)
+    return data.subset(listed & data.text.keys()), {"file": str(ids), "listed": len(listed)}
 
 
 def _coverage(data_dir: Path, scored: int) -> dict[str, Any] | None:

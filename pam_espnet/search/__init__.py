@@ -1,1 +1,1 @@
-"""Search over a decoder: knows tensors and a decoder, nothing of audio, files or tokenizers."""
+"""Search over an engine: tensors, no audio, files or tokenizers."""

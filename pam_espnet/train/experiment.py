@@ -70,20 +70,13 @@ def merged_config(files: Sequence[str | Path], changes: Sequence[str] = ()) -> d
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment is made of.
+    """What an experiment is made of."""
 
-    Attributes:
-        exp: its directory.
-        train, valid: formatted data directories.
-        feats: root of the feature cache; None: trained on waveforms.
-        config: the merged configuration.
-    """
-
-    exp: Path
-    train: Path
+    exp: Path  # its directory
+    train: Path  # formatted data directories
     valid: Path
-    feats: Path | None
-    config: dict[str, Any]
+    feats: Path | None  # root of the feature cache; None: trained on waveforms
+    config: dict[str, Any]  # merged
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Experiment:
@@ -194,11 +187,8 @@ def read_options[T](cls: type[T], config: Mapping[str, Any], key: str) -> T:
 
 
 def bare_llm(config: Mapping[str, Any], cuda: bool = False) -> Any:
-    """The LLM with its LoRA on torch's meta device: shapes without weights, from its ``config.json``.
-
-    Args:
-        config: keys ``llm`` and ``llm_conf``.
-        cuda: whether a GPU will train; precision "auto" is bfloat16 there.
+    """The configured LLM with its LoRA on torch's meta device: shapes without weights, from its ``config.json``; with
+    ``cuda`` in the precision in which a GPU will train it.
 
     Raises:
         ConfigError: no such folder, or LoRA options that do not fit it.

@@ -98,10 +98,11 @@ class Reworded(Dataset):
         return key, {**data, "prompt": prompt_bytes(self.prompts.draw(key, self.epoch))}
 
 
+@dataclass
 class PaMIterFactory(AbsIterFactory):
     """A ``DataLoader`` per epoch; training epochs are slices of freshly shuffled passes, validation is in order.
 
-    Args:
+    Attributes:
         dataset: ESPnet's dataset (keys -> arrays).
         seconds, tasks: duration (seconds) and task of every utterance.
         options: limits of a batch.
@@ -109,45 +110,23 @@ class PaMIterFactory(AbsIterFactory):
         batches_per_epoch: length of a training epoch; None = one pass.
         rank, world_size: each batch is dealt out over the ranks, utterance by utterance.
         fresh_prompts: where given, training asks each epoch in wordings drawn anew.
-
-    Attributes:
         announce: whether the log has how much of each task is in an epoch.
     """
 
-    announce = True
-
-    def __init__(
-        self,
-        dataset: Any,
-        seconds: Mapping[str, float],
-        tasks: Mapping[str, str],
-        options: BatchingOptions,
-        *,
-        train: bool,
-        seed: int,
-        batches_per_epoch: int | None,
-        collate_fn: Callable[..., Any],
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        fresh_prompts: FreshPrompts | None = None,
-    ) -> None:
-        self.dataset = dataset
-        self.seconds = seconds
-        self.tasks = tasks
-        self.options = options
-        self.train = train
-        self.seed = seed
-        self.batches_per_epoch = batches_per_epoch
-        self.rank = rank
-        self.world_size = world_size
-        self.fresh_prompts = fresh_prompts if train else None
-        self.loader_options: dict[str, Any] = {
-            "collate_fn": functools.partial(_collate, collate_fn) if num_workers else collate_fn,
-            "num_workers": num_workers,
-            "pin_memory": pin_memory,
-        }
+    dataset: Any
+    seconds: Mapping[str, float]
+    tasks: Mapping[str, str]
+    options: BatchingOptions
+    train: bool
+    seed: int
+    batches_per_epoch: int | None
+    collate_fn: Callable[..., Any]
+    num_workers: int = 0
+    pin_memory: bool = False
+    rank: int = 0
+    world_size: int = 1
+    fresh_prompts: FreshPrompts | None = None
+    announce: bool = True
 
     def batches(self, epoch: int) -> list[list[str]]:
         """This rank's share of the epoch's batches; the same number of batches on every rank, none empty."""
@@ -164,12 +143,14 @@ class PaMIterFactory(AbsIterFactory):
 
     def build_iter(self, epoch: int, shuffle: bool | None = None) -> DataLoader:
         """The batches of ``epoch`` (from 1); ``shuffle`` is fixed by ``train`` and kept for ESPnet's contract."""
-        dataset = self.dataset if self.fresh_prompts is None else Reworded(self.dataset, self.fresh_prompts, epoch)
+        prompts = self.fresh_prompts if self.train else None
         return _Loader(
-            dataset=dataset,
+            dataset=self.dataset if prompts is None else Reworded(self.dataset, prompts, epoch),
             batch_sampler=self.batches(epoch),
             worker_init_fn=functools.partial(worker_init_fn, base_seed=epoch + self.seed),
-            **self.loader_options,
+            collate_fn=functools.partial(_collate, self.collate_fn) if self.num_workers else self.collate_fn,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
         )
 
 

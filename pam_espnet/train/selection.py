@@ -104,18 +104,12 @@ def select_by_scores(
     What was decoded before is kept; a killed run continues where it stopped.
 
     Args:
-        exp_dir: a trained experiment.
-        data_dir: the formatted validation set.
-        search: options of decoding (conf/decode.yaml).
-        options: of one shard.
+        exp_dir, data_dir: a trained experiment, the formatted validation set.
+        search, options, device, dtype: as for decoding.
         run: command and commit, kept beside the answers.
-        device, dtype: as for decoding.
 
     Returns:
         what ``selection.json`` holds.
-
-    Raises:
-        CheckpointError, DataError, ConfigError: nothing was trained; what is there belongs to another run.
     """
     answers = AnswerOptions.from_dict(dict(search))
     losses = _losses(exp_dir / "curve.jsonl")

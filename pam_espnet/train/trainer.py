@@ -157,15 +157,15 @@ class PaMTrainer(Trainer):
             _write_curve(Path(options.output_dir) / CURVE, reporter, "valid", None)
 
 
+@dataclasses.dataclass
 class _Steps:
     """An iterable over batches: with a tqdm bar over all epochs, written to a file that a shell can follow, and an end
     when training has diverged (gradients are the same on all ranks, so all of them end)."""
 
-    def __init__(self, epoch: ResumableEpoch, reporter: Any, options: Any, optimizers: Any) -> None:
-        self.epoch = epoch
-        self.reporter = reporter
-        self.options = options
-        self.optimizers = optimizers
+    epoch: ResumableEpoch
+    reporter: Any
+    options: Any
+    optimizers: Any
 
     def __len__(self) -> int:
         return len(self.epoch)

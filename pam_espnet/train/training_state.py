@@ -19,20 +19,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Training:
-    """The objects that a step changes.
+    """The objects that a step changes."""
 
-    Attributes:
-        model: bare or inside DistributedDataParallel; what its ``state_dict`` leaves out never changes.
-        optimizers, schedulers: as many of one as of the other; a scheduler may be None.
-        scaler: of mixed precision, or None.
-        reporter: ESPnet's statistics of the epoch.
-    """
-
-    model: nn.Module
+    model: nn.Module  # bare or inside DistributedDataParallel; what its ``state_dict`` omits never changes
     optimizers: Sequence[Any]
-    schedulers: Sequence[Any]
-    scaler: Any
-    reporter: SubReporter
+    schedulers: Sequence[Any]  # one for each optimizer, or None
+    scaler: Any  # of mixed precision, or None
+    reporter: SubReporter  # ESPnet's statistics of the epoch
 
     @property
     def bare_model(self) -> nn.Module:

@@ -92,13 +92,6 @@ class WarmStartOptions:
         check_number(self.single_steps, "warm_start_conf.single_steps", at_least=0, at_most=self.steps, whole=True)
 
 
-def write_token_ids(texts: Sequence[str], tokenizer: Any, path: str | Path) -> int:
-    """Write the ids of all token types in ``texts``, one per line, sorted; returns how many."""
-    ids = sorted({token for text in texts for token in answer_ids(tokenizer, text)[:-1]})
-    write_text(path, "".join(f"{token}\n" for token in ids))
-    return len(ids)
-
-
 def fit_router(model: ESPnetPaMModel, pairs: Sequence[tuple[str, int]], steps: int = 200, lr: float = 1e-3) -> float:
     """Fit a supervised router to distinct (prompt, task index); returns its loss at the end.
 
@@ -140,14 +133,12 @@ def fit(
     Args:
         model: with a CTC head; its LLM is not trained.
         train, valid: ``PaMIterFactory`` over utterances of the chosen tasks.
-        options: how long and how fast.
-        output_dir: the experiment directory.
-        device: a torch device.
+        options, output_dir, device: how long and how fast; the experiment directory; a torch device.
         lr_scales: parameter-name prefix -> factor on the learning rate.
         router_pairs: (prompt, task index) to fit the router to first, where it is supervised.
 
     Raises:
-        ConfigError: no utterance can be aligned.
+        ConfigError: no utterance can be aligned, or the loss is not finite.
     """
     from tqdm import tqdm
 
@@ -310,10 +301,10 @@ def run(args: argparse.Namespace) -> Path:
         raise ConfigError("model_conf.ctc_tokens is missing: the file for the head's token ids (pam.sh sets it)")
     tokens = Path(args.model_conf["ctc_tokens"])
     if not tokens.exists():
-        texts = read_table(paths["text"])
-        answers = [texts[utt] for utt in factories["train"].tasks]
-        count = write_token_ids(answers, tokenizer_of(args), tokens)
-        logging.info(f"{tokens}: {count} token types in {len(answers)} training answers")
+        texts, tokenizer = read_table(paths["text"]), tokenizer_of(args)
+        ids = {token for utt in factories["train"].tasks for token in answer_ids(tokenizer, texts[utt])[:-1]}
+        write_text(tokens, "".join(f"{token}\n" for token in sorted(ids)))
+        logging.info(f"{tokens}: {len(ids)} token types in {len(factories['train'].tasks)} training answers")
     scales = {**(args.lr_scale_conf or {}), **options.lr_scales}
     with disk_errors(output_dir):
         return fit(

@@ -117,7 +117,7 @@ class Worker:
 
 
 def make_prefixes(args: argparse.Namespace, length: int, batch: int) -> Path | None:
-    """A file with ``batch`` prefixes (P,D) of about ``length`` positions; None where there are not so many."""
+    """A file with ``batch`` prefixes (P,D) of about ``length`` positions; None where there are fewer."""
     import torch
 
     folder = args.output.with_suffix(".prefixes")

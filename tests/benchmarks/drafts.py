@@ -79,7 +79,7 @@ def main() -> None:
     answers: dict[str, list[int]] = {}  # greedy's
 
     def of_length(seconds: list[float], low: int, high: int) -> list[float]:
-        """Those of utterances whose answer has so many tokens."""
+        """Those of utterances whose answer has ``low`` to ``high`` tokens."""
         return [one for one, key in zip(seconds, keys, strict=True) if low <= len(answers[key]) <= high]
 
     def greedy(batch: dict[str, Any], cap: int | None = None) -> Any:

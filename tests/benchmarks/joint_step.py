@@ -63,8 +63,8 @@ def main() -> None:
     )
 
     def step(way: str, draw: int) -> None:
-        speaks = None if way == "plain" else layers[draw % len(layers)]
-        losses = decoder.token_losses(placed, speaks)
+        exit_block = None if way == "plain" else layers[draw % len(layers)]
+        losses = decoder.token_losses(placed, exit_block)
         loss = losses.nll.mean()
         if losses.exit_nll is not None:
             loss = loss + 0.3 * losses.exit_nll.mean()

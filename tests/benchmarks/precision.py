@@ -140,7 +140,7 @@ def text_nll(engine: Any, count: int) -> float:
     import torch
 
     ids = engine.llm.tokenizer("\n".join(pydoc_data.topics.topics.values()))["input_ids"]
-    starts = [place * (len(ids) - PREFIX - SPAN) // count for place in range(count)]
+    starts = [index * (len(ids) - PREFIX - SPAN) // count for index in range(count)]
     found: list[float] = []
     for at in range(0, count, BATCH):
         some = starts[at : at + BATCH]
@@ -193,7 +193,7 @@ def invariance(engine: Any) -> float:
     def run(count: int) -> Any:
         with torch.no_grad():
             _, state = engine.prefill(engine.llm.embed(ids[:count, :20]), torch.full((count,), 20))
-            return torch.stack([engine.step(ids[:count, place], state) for place in (20, 21)])
+            return torch.stack([engine.step(ids[:count, at], state) for at in (20, 21)])
 
     whole = run(32)
     return max(float((run(count) - whole[:, :count]).abs().max()) for count in (1, 3, 8))
@@ -207,7 +207,7 @@ def step_times(
 
     times: dict[str, dict[str, list[float]]] = {way: {"prefill": [], "step": []} for way in engines}
     generator = torch.Generator().manual_seed(0)
-    for place in range(rounds + 1):
+    for turn in range(rounds + 1):
         for way, engine in engines.items():
             ids = torch.randint(0, engine.llm.vocab_size, (batch, prefix), generator=generator)
             began = time.process_time()
@@ -220,7 +220,7 @@ def step_times(
                 start = time.process_time()
                 engine.step(tokens, state)
                 steps.append(time.process_time() - start)
-            if place > 0:  # the first round warms up
+            if turn > 0:  # the first round warms up
                 times[way]["prefill"].append(1000 * (prefilled - began))
                 times[way]["step"] += [1000 * one for one in steps]
     return {way: {name: statistics.median(values) for name, values in found.items()} for way, found in times.items()}

@@ -47,8 +47,8 @@ def test_states_are_those_that_name_the_answers(exp: Path, data: Path, tiny_llm_
 @pytest.mark.parametrize("more", [[], ["--no_maps"]])
 def test_calibrate_and_decode(exp: Path, data: Path, more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert calibrate(["--exp", str(exp), "--data", str(data), "--layers", "1", "--precision", "0.6", *more]) == 0
-    said, record = capsys.readouterr().out, read_json(exp / "exit.json")
-    assert f"early exit: {record['advice']}" in said
+    shown, record = capsys.readouterr().out, read_json(exp / "exit.json")
+    assert f"early exit: {record['advice']}" in shown
     assert (record["judgement"]["speedup"] >= 1.05) == (record["advice"] == "on")
     assert record["maps"] == (more != ["--no_maps"]) and record["layers"] == [1]
     gate = {"mode": "gate", "calibration": str(exp / "exit.safetensors"), "threshold": 0.0}
@@ -56,7 +56,7 @@ def test_calibrate_and_decode(exp: Path, data: Path, more: list[str], capsys: py
     args = ["--exp", str(exp), "--data", str(data), "--out", str(exp / "out"), "--config", str(exp / "decode.yaml")]
     assert decode([*args, "--limit", "4"]) == 0
     lines = (exp / "out" / "nbest.jsonl").read_text()
-    assert '"depths": [2, 1' in lines  # at threshold zero every token after the first leaves at block 1
+    assert '"depths": [2, 1' in lines  # at threshold zero every token after the first exits at block 1
 
 
 def test_the_cost_model_knows_the_llm(tiny_llm_dir: Path) -> None:

@@ -20,7 +20,7 @@ def world(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Last states (N,D) of a made-up LLM, its output layer (V,D), and a rotation (D,D)."""
     generator = torch.Generator().manual_seed(seed)
     table = torch.randn(VOCAB, WIDTH, generator=generator)
-    table[:, 0] = 0.0  # says nothing about the token
+    table[:, 0] = 0.0  # does not depend on the token
     last = table[torch.randint(0, VOCAB, (TOKENS,), generator=generator)]
     last = last + 0.3 * torch.randn(TOKENS, WIDTH, generator=generator)
     rotation, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))

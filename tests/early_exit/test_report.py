@@ -1,10 +1,8 @@
-"""The early-exit report: what blocks say, the oracle, gates, and the sweep from a command line to its files."""
+"""The early-exit report: what blocks predict, the oracle, gates, and the sweep from a command line to its files."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +18,7 @@ from pam_espnet.data.datadir import DataDir
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.early_exit.fitting import CostModel, Judgement, outcome
-from pam_espnet.early_exit.profile import Profile, Reading, kinds, mean_of_deepest, oracle, profile, summarise
+from pam_espnet.early_exit.profile import Profile, oracle, profile, summarise
 from pam_espnet.early_exit.states import reference_answers
 from pam_espnet.early_exit.sweep import parse_point, read_timing
 from pam_espnet.engine.calibration import Calibration
@@ -72,7 +70,7 @@ def exp(llm_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def calibration(path: Path) -> Calibration:
-    """Maps that change nothing and gates that say 0.6 and 0.8 whatever they see."""
+    """Maps that change nothing and gates that give 0.6 and 0.8 for any state."""
     maps = torch.cat([torch.eye(32), torch.zeros(1, 32)]).expand(2, -1, -1).contiguous()
     gates = torch.zeros(2, 33)
     gates[:, -1] = torch.tensor([0.6, 0.8]).logit()
@@ -89,14 +87,14 @@ def speech(exp: Path) -> SpeechLLM:
 def test_blocks_that_change_nothing_agree_with_the_last(speech: SpeechLLM, data: Path, tmp_path: Path) -> None:
     tables = DataDir.load(data)
     answers = reference_answers(speech, tables)
-    found = profile(speech, tables, answers, [1, 2], calibration(tmp_path / "c"), beam_size=BEAM, batch_size=5)
+    found = profile(speech, tables, answers, [1, 2], calibration(tmp_path / "c"), batch_size=5)
     count = sum(map(len, answers.values()))
-    assert found.bare.same.shape == (BLOCKS, count) and len(found.task) == len(found.kind) == count
+    assert found.bare.shape == (BLOCKS, count) and len(found.task) == count
     assert int(found.step.sum()) == count - len(answers)
     assert found.mapped is not None
-    assert found.bare.same[CHANGING - 1 :].all() and (found.bare.overlap[CHANGING - 1 :] == 1).all()
-    assert not found.bare.same[0].all() and found.bare.overlap[0].mean() < 1
-    assert torch.equal(found.mapped.same, found.bare.same[:2])  # this map is the identity
+    assert found.bare[CHANGING - 1 :].all()
+    assert not found.bare[0].all()
+    assert torch.equal(found.mapped, found.bare[:2])  # this map is the identity
     assert found.sureness["gate"].mean(dim=1).tolist() == pytest.approx([0.6, 0.8])
     assert set(found.patience) == {2}
     assert not found.patience[2][0].any()  # nothing has agreed with the first candidate yet
@@ -104,47 +102,18 @@ def test_blocks_that_change_nothing_agree_with_the_last(speech: SpeechLLM, data:
     for task in ("asr", "count", "caption"):
         assert figures[task]["agreement"]["bare"]["all"][CHANGING - 1 :] == [1.0, 1.0, 1.0]
         assert figures[task]["oracle"]["all"]["every block, bare"]["saturated"]["mean_depth"] <= CHANGING
-    assert figures["count"]["tokens"] == {"all": 8, "step": 4, "first": 4, "later": 0, "end": 4}
-    assert figures["count"]["agreement"]["bare"]["later"] is None
+    assert figures["count"]["tokens"] == {"all": 8, "step": 4}
     (gate,) = [one for one in figures["asr"]["gates"]["gate"] if one["threshold"] == 0.7]
     assert gate["coverage"] == gate["precision"] == 1.0 and gate["mean_depth"] == 2.0
 
 
-def test_the_beams_choice_and_the_probe_do_not_depend_on_batches(speech: SpeechLLM, data: Path) -> None:
+def test_batch_does_not_change_the_profile(speech: SpeechLLM, data: Path) -> None:
     tables = DataDir.load(data)
     answers = reference_answers(speech, tables)
-    one, many = (profile(speech, tables, answers, [1], None, BEAM, size) for size in (1, 12))
-    assert torch.equal(one.bare.same, many.bare.same) and torch.equal(one.bare.overlap, many.bare.overlap)
+    one, many = (profile(speech, tables, answers, [1], None, size) for size in (1, 12))
+    assert torch.equal(one.bare, many.bare)
     assert one.mapped is None and "gate" not in one.sureness
     assert torch.allclose(one.sureness["entropy"], many.sureness["entropy"], atol=1e-5)
-
-
-def test_kinds_of_tokens(tiny_llm_dir: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llm_dir)
-    tokens = [*tokenizer("a dog quacks", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    pieces = tokenizer.convert_ids_to_tokens(tokens)
-    expected = ["later"] * (len(pieces) - 1) + ["end"]
-    for at, piece in enumerate(pieces):
-        if at == 0 or (piece.startswith("Ġ") and piece != "Ġ") or pieces[at - 1] == "Ġ":
-            expected[at] = "first"  # after a space of its own the word begins with the next piece
-    found = kinds(tokenizer, tokens, {tokenizer.eos_token_id})
-    assert found == expected and found.count("first") == 3 and "later" in found
-    assert kinds(tokenizer, tokens[:2], {tokenizer.eos_token_id}) == expected[:2]  # an answer that was cut
-
-
-def test_kinds_of_tokens_of_another_kind_of_tokenizer() -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {"[UNK]": 0, "[SEP]": 1, "bark": 2, "##ing": 3, "dog": 4}
-    pieces = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="[UNK]", sep_token="[SEP]")
-    tokens = tokenizer("barking dog", add_special_tokens=False)["input_ids"]
-    assert tokens == [2, 3, 4]
-    assert kinds(tokenizer, [*tokens, 1], {1}) == ["first", "later", "first", "end"]
 
 
 def test_the_oracle_on_a_table_made_by_hand() -> None:
@@ -156,13 +125,9 @@ def test_the_oracle_on_a_table_made_by_hand() -> None:
     assert found["first match"]["mean_depth"] == pytest.approx((1 + 3 + 1) / 3)
     assert found["saturated"]["mean_depth"] == pytest.approx((1 + 3 + 3) / 3)
     assert found["first match"]["speedup"] == pytest.approx(4 / ((2.2 + 4 + 2.2) / 3))
-    deepest = statistics.mean(max(drawn) for drawn in itertools.product((1, 3, 1), repeat=4))
-    assert found["first match"]["mean_depth_together"] == pytest.approx(deepest)
-    assert found["first match"]["speedup_together"] == pytest.approx(4 / (deepest + (3 - deepest) * 0.1 + 1))
-    partly = oracle(same[:1], [1], cost)  # the middle token leaves nowhere: block 3
+    partly = oracle(same[:1], [1], cost)  # the middle token exits nowhere: block 3
     assert partly is not None and partly["saturated"]["mean_depth"] == pytest.approx(5 / 3)
     assert oracle(same[:, :0], range(1, 4), cost) is None
-    assert mean_of_deepest(torch.tensor([2, 5, 5, 7]), 1) == pytest.approx(4.75)
 
 
 def test_gates_on_a_table_made_by_hand() -> None:
@@ -180,15 +145,14 @@ def test_gates_on_a_table_made_by_hand() -> None:
 def test_groups_of_tokens_are_kept_apart() -> None:
     same = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
     found = Profile(
-        task=["asr", "asr", "asr", "count"], kind=["first", "later", "end", "end"],
-        step=torch.tensor([False, True, True, False]), layers=(1,), bare=Reading(same, same.float()),
-        mapped=None, sureness={"confidence": torch.tensor([[0.1, 0.2, 0.95, 0.9]])}, patience={},
+        task=["asr", "asr", "asr", "count"],
+        step=torch.tensor([False, True, True, False]), layers=(1,), bare=same, mapped=None,
+        sureness={"confidence": torch.tensor([[0.1, 0.2, 0.95, 0.9]])}, patience={},
     )  # fmt: skip
     figures = summarise(found, CostModel(2, 0.0, 0.0), None)
     assert set(figures) == {"asr", "count"}
     agreement = figures["asr"]["agreement"]["bare"]
     assert agreement["all"] == pytest.approx([2 / 3, 1.0]) and agreement["step"] == [0.5, 1.0]
-    assert (agreement["first"], agreement["later"], agreement["end"]) == ([1, 1], [0, 1], [1, 1])
     (strict,) = [one for one in figures["asr"]["gates"]["confidence"] if one["threshold"] == 0.9]
     assert strict["coverage"] == 0.5 and strict["precision"] == 1.0  # the end token alone
     assert figures["count"]["gates"] == {} and figures["count"]["oracle"]["step"]["candidate blocks"] is None
@@ -241,12 +205,12 @@ def test_the_command_line_from_end_to_end(exp: Path, data: Path, tmp_path: Path)
     assert report([*args, "--batch_size", "5", "--sweep", "fixed:1", "fixed:2", "gate"]) == 0
     assert (out / "profile" / "test.json").stat().st_mtime_ns == first  # not made twice
     record = read_json(out / "exit_report.json")
-    assert record["answers"] == "own" and record["beam_size"] == BEAM and record["layers"] == [1, 2]
+    assert record["answers"] == "own" and record["layers"] == [1, 2]
     assert record["calibration"]["threshold"] == 0.7 and set(record["sets"]["test"]) == {"asr", "count", "caption"}
     entries = {(one["task"], one["point"]): one for one in record["sweep"]}
     assert len(entries) == 3 * 4
     assert entries["asr", "never"]["mean_depth"] == BLOCKS and entries["asr", "fixed:1"]["mean_depth"] == 1
-    for point in ("fixed:2", "gate"):  # blocks 3 and 4 say what block 2 says; the gate opens there
+    for point in ("fixed:2", "gate"):  # blocks 3 and 4 predict what block 2 does; the gate opens there
         assert entries["asr", point]["mean_depth"] == 2 and entries["asr", point]["same_answers"] == 1
         assert entries["asr", point]["difference"]["wer"]["value"] == 0
     assert any(entries[task, "fixed:1"]["same_answers"] < 1 for task in ("asr", "count", "caption"))
@@ -262,15 +226,15 @@ def test_the_command_line_from_end_to_end(exp: Path, data: Path, tmp_path: Path)
     assert runs == {"decode_never": 2, "decode_fixed_2": 1}
 
     # A killed run: the last batch of one point is missing, and nothing was joined.
-    place = out / "decode_gate" / "test"
-    kept = (place / "text").read_text()
-    journal = place / "split1" / "1" / "journal.jsonl"
+    folder = out / "decode_gate" / "test"
+    kept = (folder / "text").read_text()
+    journal = folder / "split1" / "1" / "journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:-2]) + lines[-2][:30])
     for name in ("stats.json", "scores.json", "text"):
-        (place / name).unlink()
+        (folder / name).unlink()
     assert report([*args, "--batch_size", "5", "--sweep", "gate"]) == 0
-    assert (place / "text").read_text() == kept
+    assert (folder / "text").read_text() == kept
     entries = {(one["task"], one["point"]): one for one in read_json(out / "exit_report.json")["sweep"]}
     timing = entries["asr", "gate"]["timing"]
     assert timing["runs"] == 2 and timing["batches"] == 3

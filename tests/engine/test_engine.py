@@ -84,7 +84,7 @@ def test_forks_and_drops_give_the_logits_of_transformers(build: Build, family: s
     engines = both(build(family, **options))
     found, expected = (engine.prefill(prefixes(), LENGTHS) for engine in engines)
     assert torch.allclose(found[0], expected[0], atol=1e-4)
-    # one row per utterance becomes several, of unequal number; beams fork, die, change places; utterances finish
+    # one row per utterance becomes several, of unequal number; beams fork, end, are re-ordered; utterances finish
     for rows in ([0, 0, 1, 2, 2, 2], [1, 0, 2, 2, 5, 3], [0, 0, 4, 4], [3, 3, 2], [0, 2, 1], [2]):
         tokens = torch.arange(len(rows)) * 7 + len(rows)
         logits = []

@@ -22,7 +22,7 @@ def rows_of(split: str, first_id: int) -> list[tuple[str, str, str, str]]:
     """CSV rows; the captions of a clip do not stand one after the other in the official files, nor here."""
     captions = WORDS[:1] if split == "train" else WORDS
     pairs = [(video, text) for text in captions for video in VIDEOS[split]]
-    starts = {video: 10 * place for place, video in enumerate(VIDEOS[split])}
+    starts = {video: 10 * index for index, video in enumerate(VIDEOS[split])}
     return [(str(first_id + n), video, str(starts[video]), text) for n, (video, text) in enumerate(pairs)]
 
 

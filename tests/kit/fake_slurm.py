@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Stands in for sbatch, squeue and scancel, by the name under which it is called: enough to test utils/slurm.py.
+"""A replacement of sbatch, squeue and scancel, by the name under which it is called: enough to test utils/slurm.py.
 
 Jobs are processes of this machine. $FAKE_SLURM is a folder with the state: ``<job>_<task>`` holds a task's state while
 it is in the queue, ``calls`` the command lines of sbatch, ``<job>.sh`` its script; a file ``squeue_fails`` with a
-number makes squeue fail so many times, a file ``slow`` makes sbatch take a second.
+number makes squeue fail that number of times, a file ``slow`` makes sbatch take a second.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def voice(rng: np.random.Generator, seconds: float, pitch: float) -> np.ndarray:
 
 
 def make_librispeech(root: Path, readers: dict[str, int], utterances: int = 3, named: tuple[str, ...] = ()) -> Path:
-    """``root/LibriSpeech`` with subsets of so many ``readers``, each with one chapter of ``utterances``.
+    """``root/LibriSpeech`` with subsets of ``readers[subset]`` readers, each with one chapter of ``utterances``.
 
     ``named``: subsets that SPEAKERS.TXT lists besides, without audio.
     """
@@ -76,11 +76,11 @@ def make_libricount(root: Path, each: int = 2, readers: tuple[int, ...] = tuple(
     for count in range(11):
         for index in range(each):
             rng = np.random.default_rng(100 * count + index)
-            waves = [voice(rng, 4.7, 90 + 11 * place) for place in range(count)]
+            waves = [voice(rng, 4.7, 90 + 11 * speaker) for speaker in range(count)]
             clip = np.sum(waves, axis=0) / max(count, 1) if waves else 0.001 * rng.standard_normal(5 * RATE)
             stem = f"{count}_{rng.integers(16**12):012x}"
             soundfile.write(folder / f"{stem}.wav", clip.astype(np.float32), RATE, subtype="PCM_16")
-            speakers = [{"sex": "F", "activity": [[0, 80000]], "speaker_id": readers[place]} for place in range(count)]
+            speakers = [{"sex": "F", "activity": [[0, 80000]], "speaker_id": reader} for reader in readers[:count]]
             (folder / f"{stem}.json").write_text(json.dumps(speakers))
     return root
 

@@ -44,5 +44,5 @@ class SerialPool:
 
 
 def in_this_process() -> SimpleNamespace:
-    """What stands in for ``multiprocessing``."""
+    """A replacement of ``multiprocessing``."""
     return SimpleNamespace(get_context=lambda method: SimpleNamespace(Pool=lambda jobs: SerialPool()))

@@ -31,7 +31,7 @@ def tiny_config(llm: Path, fusion: str = "pam", **model_conf: Any) -> dict[str, 
 
 
 def deeper_llm(llm: Path, path: Path, blocks: int) -> Path:
-    """The tiny LLM of folder ``llm`` with so many blocks and weights of its own, saved to ``path``."""
+    """The tiny LLM of folder ``llm`` with ``blocks`` blocks and other weights, saved to ``path``."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config = AutoConfig.from_pretrained(llm)

@@ -135,7 +135,7 @@ def test_a_package_on_a_disk_that_cannot_be_written_loads(
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EIO])
-@pytest.mark.parametrize("step", ["tempfile.mkdtemp", "zipfile.ZipFile.extract"])
+@pytest.mark.parametrize("step", ["tempfile.mkdtemp", "shutil.copyfileobj"])
 def test_without_a_disk_to_unpack_to_it_says_what_to_do(
     package: Path, monkeypatch: pytest.MonkeyPatch, code: int, step: str
 ) -> None:
@@ -143,7 +143,7 @@ def test_without_a_disk_to_unpack_to_it_says_what_to_do(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(step, fail)
-    with pytest.raises(DataError, match=r"mine\.zip: (.|\n)*-> (free some space|make room)"):
+    with pytest.raises(DataError, match=r"mine\.zip: (.|\n)*-> free some space"):
         pam_espnet.load(package)
 
 

@@ -73,7 +73,7 @@ def test_hypotheses_explain_their_scores(engine: Engine, prefix: Tensor) -> None
 @pytest.mark.parametrize("size", [1, 8, 32])
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data(), st.sampled_from([1, 4]))
-def test_neighbours_do_not_matter(
+def test_batch_does_not_change_nbest(
     engine: Engine, prefix: Tensor, size: int, data: st.DataObject, beam_size: int
 ) -> None:
     """Any utterances, any number of them, in any order, repeated too: the same n-best as alone."""

@@ -62,25 +62,25 @@ def begins(ctc: EmbeddingCTC, frames: Tensor, prefix: tuple[int, ...], whole: bo
         probs = ctc.log_probs(frames[None])[0].exp()
     total = 0.0
     for path in itertools.product(range(4), repeat=len(frames)):
-        said = tuple(KNOWN[one - 1] for one, _ in itertools.groupby(path) if one)
-        if said == prefix or (not whole and said[: len(prefix)] == prefix):
+        path_tokens = tuple(KNOWN[one - 1] for one, _ in itertools.groupby(path) if one)
+        if path_tokens == prefix or (not whole and path_tokens[: len(prefix)] == prefix):
             total += math.prod(float(probs[at, one]) for at, one in enumerate(path))
     return total
 
 
 def test_scores_are_those_of_all_paths(engine: Engine, ctc: EmbeddingCTC, frames: Tensor) -> None:
     found = scorer(ctc, engine, frames, [7, 8, 9])
-    heard, end = frames[1, : LENGTHS[1]], engine.eos_ids[0]
+    own, end = frames[1, : LENGTHS[1]], engine.eos_ids[0]
     prefix: tuple[int, ...] = ()
     for token in (41, 41, 40):  # a repeat needs a blank between, so three frames hold no more than the first two
         scores = found.score(8, prefix, [*KNOWN, end])
-        before = begins(ctc, heard, prefix, whole=False)
+        before = begins(ctc, own, prefix, whole=False)
         for one, score in zip([*KNOWN, end], scores, strict=True):
             tokens = prefix if one == end else (*prefix, one)
-            expected = begins(ctc, heard, tokens, whole=one == end) / before
+            expected = begins(ctc, own, tokens, whole=one == end) / before
             assert math.exp(score) == pytest.approx(expected, rel=1e-3, abs=1e-9), (prefix, one)
         prefix = (*prefix, token)
-        if begins(ctc, heard, prefix, whole=False) == 0:
+        if begins(ctc, own, prefix, whole=False) == 0:
             break
     assert found.covers(8) and not found.covers(0)
 
@@ -98,18 +98,18 @@ def search(
 def test_the_search_adds_both_up(
     engine: Engine, ctc: EmbeddingCTC, frames: Tensor, vocabulary: range | None, unknown: float
 ) -> None:
-    narrow, places = make_engine(engine.llm, vocabulary), [0, 1, 3]  # utterance 2 is of another task
-    found = search(narrow, scorer(ctc, narrow, frames, places, replace(OPTIONS, unknown=unknown)), [0, 1, 2, 3])
+    narrow, covered = make_engine(engine.llm, vocabulary), [0, 1, 3]  # utterance 2 is of another task
+    found = search(narrow, scorer(ctc, narrow, frames, covered, replace(OPTIONS, unknown=unknown)), [0, 1, 2, 3])
     alone = search(narrow, None, [0, 1, 2, 3])
     assert [one.tokens for one in found[2]] == [one.tokens for one in alone[2]]
     prefix = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         log_probs = ctc.log_probs(frames)
     ended = skipped = 0
-    for row, place in enumerate(places):
-        for one in found[place]:
+    for row, b in enumerate(covered):
+        for one in found[b]:
             tokens = narrow.token_ids(one.tokens)
-            logits, state = engine.prefill(prefix[place : place + 1], torch.tensor([[6, 4, 5, 6][place]]))
+            logits, state = engine.prefill(prefix[b : b + 1], torch.tensor([[6, 4, 5, 6][b]]))
             llm = 0.0
             for token in tokens:
                 scores = logits[0] if vocabulary is None else logits[0, narrow.ids]
@@ -119,17 +119,17 @@ def test_the_search_adds_both_up(
             if not one.ended:
                 continue
             ended += 1
-            said = [KNOWN.index(token) + 1 for token in tokens[:-1] if token in KNOWN]
-            skipped += len(tokens) - 1 - len(said)
-            targets, length = torch.tensor([said]), torch.tensor([len(said)])
-            heard = log_probs[row : row + 1, : LENGTHS[row]].transpose(0, 1)
-            second = -float(F.ctc_loss(heard, targets, torch.tensor([LENGTHS[row]]), length, reduction="sum"))
-            second += unknown * (len(tokens) - 1 - len(said))
+            known = [KNOWN.index(token) + 1 for token in tokens[:-1] if token in KNOWN]
+            skipped += len(tokens) - 1 - len(known)
+            targets, length = torch.tensor([known]), torch.tensor([len(known)])
+            columns = log_probs[row : row + 1, : LENGTHS[row]].transpose(0, 1)
+            second = -float(F.ctc_loss(columns, targets, torch.tensor([LENGTHS[row]]), length, reduction="sum"))
+            second += unknown * (len(tokens) - 1 - len(known))
             assert one.score == pytest.approx(0.2 * llm + 0.8 * second, abs=1e-3)
     assert ended >= 3 and skipped > 0
 
 
-def test_neighbours_do_not_matter(engine: Engine, ctc: EmbeddingCTC, frames: Tensor) -> None:
+def test_batch_does_not_change_nbest(engine: Engine, ctc: EmbeddingCTC, frames: Tensor) -> None:
     together = search(engine, scorer(ctc, engine, frames, [0, 1, 2]), [0, 1, 2])
     for row in range(3):
         own = scorer(ctc, engine, frames[row : row + 1], [0], lengths=LENGTHS[row : row + 1])
@@ -139,7 +139,7 @@ def test_neighbours_do_not_matter(engine: Engine, ctc: EmbeddingCTC, frames: Ten
 
 
 def test_an_answer_may_end_where_the_llm_would_not(engine: Engine, ctc: EmbeddingCTC, frames: Tensor) -> None:
-    """One frame holds one token: then CTC leaves nothing but the end, which may be none of the LLM's best tokens."""
+    """One frame holds one token: then CTC allows nothing but the end, which may be none of the LLM's best tokens."""
     few = replace(OPTIONS, candidates=2, unknown=-100.0)
     short = scorer(ctc, engine, frames[:, :1], [0, 1, 2], few, [1, 1, 1])
     prefix = torch.randn(3, 6, 32, generator=torch.Generator().manual_seed(9))
@@ -152,13 +152,13 @@ def test_an_answer_may_end_where_the_llm_would_not(engine: Engine, ctc: Embeddin
 
 
 def test_what_does_not_go_together_is_refused(tiny_llm_dir: Path) -> None:
-    for options, said in (
+    for options, message in (
         ({"ctc": {"weight": 1.0}}, "below 1"),
         ({"ctc": {"weight": 0.3, "candidates": 0}}, "at least 1"),
         ({"ctc": {"weight": 0.3}, "beam_size": 1, "draft": {"kind": "ctc"}}, "verifies drafts"),
         ({"ctc": {"height": 0.3}}, "height"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             AnswerOptions.from_dict(options)
     with pytest.raises(ConfigError, match=r"ctc\.weight"):
         SpeechLLM(build_model(tiny_config(tiny_llm_dir)), AnswerOptions(ctc=CTCOptions(0.3)))

@@ -22,7 +22,7 @@ from pam_espnet.search.drafts import DraftCount, DraftOptions, WholeAnswer, draf
 from pam_espnet.search.hypothesis import BeamOptions, Hypothesis
 
 ROWS = list(range(len(LENGTHS)))
-Edits = list[tuple[int, str, int]]  # place, what is done there, a token
+Edits = list[tuple[int, str, int]]  # index, what is done there, a token
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
@@ -73,10 +73,10 @@ def same(found: list[list[Hypothesis]], expected: list[list[Hypothesis]]) -> Non
 
 
 def edited(answer: list[int], edits: Edits) -> list[int]:
-    """A draft that is wrong in places: substituted, inserted, deleted tokens, its end cut off, or nothing left."""
+    """A draft with errors: substituted, inserted, deleted tokens, its end cut off, or nothing left."""
     draft = list(answer)
-    for place, what, token in edits:
-        at = place % (len(draft) + 1)
+    for index, what, token in edits:
+        at = index % (len(draft) + 1)
         if what == "cut":
             del draft[at:]
         elif what == "insert":
@@ -87,7 +87,7 @@ def edited(answer: list[int], edits: Edits) -> list[int]:
 
 
 def greedy_ends(engine: Engine, prefix: Tensor, **more: Any) -> tuple[int, ...]:
-    """End tokens that the random LLM says early, late and never: taken from where its answers lead without one."""
+    """End tokens that the random LLM predicts early, late and never: taken from where its answers lead without one."""
     free = BeamOptions(beam_size=1, max_new_tokens=12, eos_ids=(), **more)
     answers = [one.tokens for (one,) in search(engine, prefix, ROWS, free)]
     return answers[1][7], answers[4][4]

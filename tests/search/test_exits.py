@@ -1,4 +1,4 @@
-"""Early exit inside beam search: what leaves where, what the skipped blocks remember, and who may not notice."""
+"""Early exit inside beam search: which rows exit where, what skipped blocks store, and what must not change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pam_espnet.search.hypothesis import BeamOptions
 
 ROWS = list(range(len(LENGTHS)))
 BLOCKS = 4
-# thresholds between the surest and the least sure token of the random LLM, so that tokens leave at every block
+# thresholds between the surest and the least sure token of the random LLM, so that tokens exit at every block
 SOME = [
     ExitOptions("fixed", (2,)),
     ExitOptions("confidence", (1, 2, 3), threshold=0.14),
@@ -50,7 +50,7 @@ def prefix() -> Tensor:
     return make_prefix()
 
 
-def test_who_never_leaves_is_the_plain_search_bit_for_bit(engine: Engine, prefix: Tensor) -> None:
+def test_never_exiting_is_the_plain_search_bit_for_bit(engine: Engine, prefix: Tensor) -> None:
     options = BeamOptions(beam_size=3, nbest=3, max_new_tokens=8, eos_ids=EOS)
     plain = search(engine, prefix, ROWS, options)
     asked = ExitOptions("confidence", (1, 2, 3), threshold=1.0)  # which this random LLM never reaches
@@ -60,7 +60,7 @@ def test_who_never_leaves_is_the_plain_search_bit_for_bit(engine: Engine, prefix
 
 
 def reference(engine: Engine, prefix: Tensor, depths: Sequence[int]) -> tuple[list[int], list[float]]:
-    """Greedy decoding of one prefix (P,D) with transformers' modules: prefix at full depth, then so many blocks per
+    """Greedy decoding of one prefix (P,D) with transformers' modules: prefix at full depth, then ``depths`` blocks per
     token; the keys and values of the others come from the hidden state of the last one that was run."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -101,7 +101,7 @@ def reference(engine: Engine, prefix: Tensor, depths: Sequence[int]) -> tuple[li
 
 
 class Planned(ExitPolicy):
-    """Leaves where it is told, step by step."""
+    """Exits at planned depths, step by step."""
 
     def plan(self, depths: Sequence[int]) -> None:
         self.depths = [0, *depths]
@@ -114,7 +114,7 @@ class Planned(ExitPolicy):
 
 
 @pytest.mark.parametrize("depths", [[1] * 6, [1, 4, 2, 2, 3, 4, 1, 4], [3, 1, 4, 1, 2, 4]])
-def test_skipped_blocks_remember_what_the_last_one_said(engine: Engine, prefix: Tensor, depths: list[int]) -> None:
+def test_skipped_blocks_store_keys_of_the_exited_state(engine: Engine, prefix: Tensor, depths: list[int]) -> None:
     planned: Any = engine.with_exits(ExitOptions("confidence", (1, 2, 3)))
     policy = planned.exits = Planned(ExitOptions("confidence", (1, 2, 3)), BLOCKS, planned.norm, planned.logits)
     policy.plan(depths)
@@ -147,7 +147,7 @@ def everyone(calibration: Path) -> list[ExitOptions]:
 @pytest.mark.parametrize("kind", range(len(SOME) + 2))
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data(), st.sampled_from([1, 8, 32]), st.sampled_from([1, 4]))
-def test_neighbours_do_not_matter(
+def test_batch_does_not_change_nbest(
     engine: Engine,
     prefix: Tensor,
     calibration: Path,
@@ -166,8 +166,8 @@ def test_neighbours_do_not_matter(
         assert [one.score for one in nbest] == pytest.approx([one.score for one in alone[row]], abs=1e-5)
 
 
-def test_rows_that_left_cost_nothing_more(engine: Engine, prefix: Tensor, rows_run: list[list[int]]) -> None:
-    """Rows run through each block are those that the depths tell of, whatever leaves where."""
+def test_exited_rows_cost_nothing_more(engine: Engine, prefix: Tensor, rows_run: list[list[int]]) -> None:
+    """Rows run through each block are those that the depths name, wherever they exit."""
     for exits in SOME:
         rows_run.clear()
         found = search(
@@ -181,7 +181,7 @@ def test_rows_that_left_cost_nothing_more(engine: Engine, prefix: Tensor, rows_r
 
 
 @pytest.mark.parametrize("kind", range(1, len(SOME) + 2))
-def test_tokens_leave_at_several_depths(engine: Engine, prefix: Tensor, calibration: Path, kind: int) -> None:
+def test_tokens_exit_at_several_depths(engine: Engine, prefix: Tensor, calibration: Path, kind: int) -> None:
     exits = everyone(calibration)[kind]
     early = engine.with_exits(exits)
     found = search(early, prefix, ROWS, BeamOptions(beam_size=1, max_new_tokens=12, eos_ids=()))
@@ -231,7 +231,7 @@ def test_bad_options(engine: Engine, options: dict[str, Any], message: str) -> N
         engine.with_exits(ExitOptions(**options))
 
 
-def test_one_view_does_not_change_another(engine: Engine, prefix: Tensor) -> None:
+def test_one_engine_does_not_change_another(engine: Engine, prefix: Tensor) -> None:
     options = BeamOptions(beam_size=2, nbest=2, max_new_tokens=6, eos_ids=())
     plain = engine
     before = search(plain, prefix, ROWS, options)

@@ -92,8 +92,8 @@ def test_two_hundred_prefixes(engine: Engine, margins: dict[int, float], beam_si
     lengths = torch.randint(1, 30, (COUNT,), generator=generator).tolist()
     prefixes = [torch.randn(length, engine.llm.width, generator=generator) for length in lengths]
     endless = search(engine, prefixes, BeamOptions(beam_size=beam_size, max_new_tokens=6, eos_ids=()))
-    named = torch.tensor([nbest[0].tokens[2:] for nbest in endless])
-    frequent = named.flatten().bincount().topk(3).indices.tolist()  # so that answers end early, late and never
+    later = torch.tensor([nbest[0].tokens[2:] for nbest in endless])
+    frequent = later.flatten().bincount().topk(3).indices.tolist()  # so that answers end early, late and never
     margins.clear()
     options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=12, eos_ids=tuple(frequent))
     decided, ended = compare(engine, prefixes, options, margins)

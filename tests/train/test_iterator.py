@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pam_espnet.data.batching import BatchingOptions
 from pam_espnet.data.prompts import Wordings
@@ -50,6 +52,11 @@ class Stored:
         return utterance, {"prompt": prompt_bytes("Say it."), "text": np.array([1])}
 
 
+def pairs_alone(utterances: list[Any]) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """A batch of ESPnet's shape, without tensors."""
+    return utterances, {}
+
+
 def asked(
     epoch: int, *, train: bool, workers: int = 0, rank: int = 0, ranks: int = 1, files: bool = True
 ) -> dict[str, str]:
@@ -63,13 +70,13 @@ def asked(
         train=train,
         seed=0,
         batches_per_epoch=None,
-        collate_fn=list,
+        collate_fn=pairs_alone,
         num_workers=workers,
         rank=rank,
         world_size=ranks,
         fresh_prompts=FreshPrompts(wordings, dict.fromkeys(SECONDS, "Transcribe the speech."), TASKS, 0),
     )
-    pairs = [pair for batch in factory.build_iter(epoch) for pair in batch]
+    pairs = [pair for batch, _ in factory.build_iter(epoch) for pair in batch]
     assert all(data["text"] == [1] for _, data in pairs)
     return {utterance: data["prompt"].astype(np.uint8).tobytes().decode() for utterance, data in pairs}
 
