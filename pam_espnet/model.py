@@ -174,7 +174,7 @@ class ESPnetPaMModel(AbsESPnetModel):
     def _task_statistics(self, nll: Tensor, correct: Tensor, task: Tensor) -> dict[str, Tensor | None]:
         """Loss and accuracy per task, the same keys on every rank.
 
-        ESPnet reduces statistics key by key over ranks: a rank without a sample of some task would wait for ever, so
+        ESPnet reduces statistics key by key over ranks: a rank without a sample of some task would block for ever, so
         sums and counts are reduced here and every rank reports every task (None where no rank had one).
         """
         size = len(self.tasks)

@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no network, and tiny random models of the real classes.
+"""Shared fixtures: one thread, no network, and tiny random models of the real classes.
 
 Heavy imports stay inside the fixtures, so that collecting or running a shell test costs no torch.
 """

@@ -1,4 +1,4 @@
-"""The model as ESPnet sees it: loss over answer tokens only, statistics per task, what is saved and what is not."""
+"""The model in ESPnet: loss over answer tokens only, statistics per task, what is saved and what is not."""
 
 from __future__ import annotations
 
@@ -129,12 +129,12 @@ def test_save_and_load_round_trip(model: ESPnetPaMModel, tiny_llm_dir: Path, tmp
 def test_a_checkpoint_that_lacks_or_has_too_much_is_refused(model: ESPnetPaMModel) -> None:
     state = dict(model.state_dict())
     name, tensor = next(iter(state.items()))
-    for wrong, said in (
+    for wrong, message in (
         ({k: v for k, v in state.items() if k != name}, "missing in the checkpoint"),
         ({**state, "other.weight": tensor}, "not in the model"),
         ({**state, name: tensor[..., None]}, "of another shape"),
     ):
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             load_strict(model, wrong, "x")
 
 
@@ -149,7 +149,7 @@ def test_a_truncated_checkpoint_says_so(model: ESPnetPaMModel, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"model_conf": {"no_such_option": 1}}, "no_such_option"),
         ({"model_conf": {"ctc_weight": 0.1}}, "ctc_tokens"),
@@ -158,8 +158,8 @@ def test_a_truncated_checkpoint_says_so(model: ESPnetPaMModel, tmp_path: Path) -
         ({"llm": "downloads/models/none"}, "stage 1"),
     ],
 )
-def test_wrong_configurations_name_the_key(tiny_llm_dir: Path, change: dict, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_wrong_configurations_name_the_key(tiny_llm_dir: Path, change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         build_model({**tiny_config(tiny_llm_dir), **change})
 
 

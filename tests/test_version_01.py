@@ -1,4 +1,4 @@
-"""What version 0.1 trained, calibrated and packed (tests/fixtures/v0.1) loads and gives the answers it gave then."""
+"""An experiment of version 0.1, calibrated and packed (tests/fixtures/v0.1): it loads and gives the same answers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The doctor: looks at this machine and environment, and says what to type where something is wrong.
+"""The doctor: a check of this machine and environment, with what to type where something is wrong.
 
     python tools/check_install.py                        # versions, device, audio codecs, tools
     python tools/check_install.py --config conf/x.yaml   # also disk and memory, against the config's `resources`
@@ -187,20 +187,20 @@ def memory_gb() -> float | None:
 
 
 def check_room(folder: Path, need_disk_gb: float | None, need_memory_gb: float | None) -> list[Finding]:
-    """Compare free disk space at ``folder`` and memory, in GiB, with what is needed (None: only tell)."""
+    """Compare free disk space at ``folder`` and memory, in GiB, with what is needed (None: only report)."""
     while not folder.exists():
         folder = folder.parent
     ask = "; what is asked for is `resources` in the size's configuration"
     free = shutil.disk_usage(folder).free / GIB
-    rooms = [("disk", free, need_disk_gb, f"free at {folder.resolve()}", f"--dir with more space, or free some{ask}")]
+    parts = [("disk", free, need_disk_gb, f"free at {folder.resolve()}", f"--dir with more space, or free some{ask}")]
     memory = memory_gb()
     if memory is not None:
         hint = f"a smaller batch_size or model in the config, or a larger machine{ask}"
-        rooms.append(("memory", memory, need_memory_gb, "in all", hint))
+        parts.append(("memory", memory, need_memory_gb, "in all", hint))
     elif need_memory_gb is not None:
         return [Finding("memory", "warning", f"unknown here; {need_memory_gb:g} GiB are needed")]
     findings = []
-    for part, has, need, where, hint in rooms:
+    for part, has, need, where, hint in parts:
         message = f"{has:.1f} GiB {where}" + (f", {need:g} GiB needed" if need is not None else "")
         good = need is None or has >= need
         findings.append(Finding(part, "ok" if good else "failed", message, "" if good else hint))
@@ -208,7 +208,7 @@ def check_room(folder: Path, need_disk_gb: float | None, need_memory_gb: float |
 
 
 def read_needs(config: Path) -> tuple[float | None, float | None]:
-    """Read ``resources: {disk_gb:, memory_gb:}`` of a YAML config; None for what it does not say.
+    """Read ``resources: {disk_gb:, memory_gb:}`` of a YAML config; None for what it does not have.
 
     Raises:
         SystemExit: the file is not there, is not YAML, or ``resources`` is not such a mapping.
@@ -242,7 +242,7 @@ def check_tools() -> list[Finding]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Check this machine; say what to type where it is wrong.")
+    parser = argparse.ArgumentParser(description="Check this machine; print what to type where it is wrong.")
     parser.add_argument("--config", type=Path, help="YAML whose `resources: {disk_gb:, memory_gb:}` has to be met")
     parser.add_argument("--need-disk-gb", type=float, help="free disk space needed, GiB (instead of the config's)")
     parser.add_argument("--need-memory-gb", type=float, help="memory needed, GiB (instead of the config's)")

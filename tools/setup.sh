@@ -6,7 +6,7 @@ usage="Usage: tools/setup.sh [--extras NAME,...] [--venv DIR] [--force]
 
 Without options: makes .venv at the root of the repository, or returns at once when it is up to date.
   --extras NAME,...  install further extras of setup.cfg that the lock file leaves out, for example: demo
-  --venv DIR         another place for the environment
+  --venv DIR         another folder for the environment
   --force            make it anew, also when it is up to date
 
 Interpreter, first that fits: \$PAM_PYTHON, PATH, pyenv, conda, 'uv python install 3.12'. uv comes from PATH, else it is
@@ -107,15 +107,15 @@ if ! python=$(find_python); then
     if ! "${uv}" python install "${python_wanted}" || ! python=$("${uv}" python find --managed-python "${python_wanted}"); then
         fail "there is no Python >= 3.12, < 3.14 here, and uv could not fetch one" \
             "install one (Debian: apt install python3.12, pyenv install 3.12, conda create -n py312 python=3.12)," \
-            "or say where it is: PAM_PYTHON=/path/to/python3.12 tools/setup.sh"
+            "or name it: PAM_PYTHON=/path/to/python3.12 tools/setup.sh"
     fi
 fi
 python=$(python_at "${python}")
 
-# A new environment if there is none, if it was left half-made, or if its Python is gone or does not fit.
+# A new environment if there is none, if it is half-made, or if its Python is gone or does not fit.
 if [ "${force}" = true ] || [ -e "${begun}" ] || ! python_at "${venv}/bin/python" >/dev/null; then
     if [ -n "$(ls -A "${venv}" 2>/dev/null)" ] && [ ! -f "${venv}/pyvenv.cfg" ] && [ ! -e "${begun}" ]; then
-        fail "${venv} is there and is not a virtual environment" "remove it, or choose another place with --venv DIR"
+        fail "${venv} is there and is not a virtual environment" "remove it, or choose another folder with --venv DIR"
     fi
     echo "making ${venv} with ${python}"
     "${uv}" venv --quiet --clear --no-project --prompt pam-espnet --python "${python}" "${venv}"

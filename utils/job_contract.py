@@ -1,8 +1,8 @@
-"""What run.py and slurm.py share: the words of Kaldi's job-runner contract, and how a log ends.
+"""Kaldi's job-runner contract, shared by run.py and slurm.py: its command line, and how a log ends.
 
     CMD [options] [JOB=1:n] LOG command [argument ...]
 
-Knows nothing about how a command is started. Standard library only, any Python 3.8 or newer.
+Independent of how a command is started. Standard library only, any Python 3.8 or newer.
 """
 
 from __future__ import annotations

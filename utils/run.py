@@ -99,7 +99,7 @@ def in_child() -> None:
 
 
 def start(command: list[str], log: Path, slot: int, args: argparse.Namespace, gpus: list[str]) -> Running:
-    """Write the log's header and start the command in a process group of its own."""
+    """Write the log's header and start the command in a separate process group."""
     environment = dict(os.environ)
     if args.num_threads:
         environment["OMP_NUM_THREADS"] = str(args.num_threads)
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         while pending or running:
             while pending and free:
                 log, *command = pending.popleft()
-                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # or a command could start that nobody knows of
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # or a command could start that is in no list
                 running.append(start(command, Path(log), free.pop(0), args, gpus))
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             time.sleep(POLL_SECONDS)

@@ -7,7 +7,7 @@
     utils/slurm.py --max-jobs-run 4 --time 2:00:00 JOB=1:8 logs/decode.JOB.log python decode.py --keys split8/JOB/text
 
 JOB=1:n becomes one job array, --max-jobs-run its throttle. On the node each task is `utils/run.py LOG command`, so logs
-look the same as local ones. What the options mean to sbatch stands in a file of Kaldi's format (conf/slurm.conf):
+look the same as local ones. What the options mean to sbatch is in a file of Kaldi's format (conf/slurm.conf):
 
     command sbatch --nodes=1 --ntasks=1       how jobs are submitted
     option gpu=0 --partition=cpu              flags for one value of an option
@@ -15,7 +15,7 @@ look the same as local ones. What the options mean to sbatch stands in a file of
     option time=* --time=$0                   any name makes an option of slurm.py: here --time
     default time=48:00:00                     the value of an option that is not given
 
-The program waits for the jobs. If a run fails, the others still end; then the failed logs' last lines go to stderr and
+The program ends after the jobs. If a run fails, the others still end; then the failed logs' last lines go to stderr and
 the exit status is 1. Ctrl-C, SIGTERM and SIGHUP cancel the jobs (SIGKILL cannot: `scancel` the job that was named when
 it was submitted). The working directory and the logs must be on a file system that the nodes share.
 
@@ -111,14 +111,14 @@ def read_flags(path: Path) -> Flags:
 
 def named_config(words: list[str]) -> Path:
     """The value of --config, looked for before the parser can be made, which the configuration adds options to."""
-    path, place = "conf/slurm.conf", 0
-    while place < len(words) and words[place].startswith("--"):  # the command after them may have a --config too
-        name, equals, value = words[place].partition("=")
+    path, index = "conf/slurm.conf", 0
+    while index < len(words) and words[index].startswith("--"):  # the command after them may have a --config too
+        name, equals, value = words[index].partition("=")
         if not equals:
-            value = words[place + 1] if place + 1 < len(words) else ""
+            value = words[index + 1] if index + 1 < len(words) else ""
         if name == "--config":
             path = value
-        place += 1 if equals else 2  # every option takes a value
+        index += 1 if equals else 2  # every option takes a value
     return Path(path)
 
 
@@ -167,7 +167,7 @@ def batch_script(work: Work, args: argparse.Namespace) -> str:
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     line = shlex.join(command)
     if work.name:
-        # In double quotes for the shell of the node, which knows the task's number.
+        # In double quotes for the shell of the node, which has the task's number.
         line += f' "{work.name}=${{SLURM_ARRAY_TASK_ID:-{work.numbers[0]}}}"'
     return f"#!/bin/sh\ncd {shlex.quote(os.getcwd())} || exit 1\nexec {line} {shlex.join(work.words)}\n"
 
@@ -193,7 +193,7 @@ class Job:
             throttle = f"%{args.max_jobs_run}" if args.max_jobs_run else ""
             words.append(f"--array={work.numbers[0]}-{work.numbers[-1]}{throttle}")
         script = batch_script(work, args)
-        # In a session of its own: a Ctrl-C while it runs must not leave a job whose number nobody knows.
+        # In a separate session: a Ctrl-C while it runs must not leave a job whose number is lost.
         done = subprocess.run(words, input=script, capture_output=True, text=True, check=False, start_new_session=True)
         numbers = re.findall(r"^(\d+)(?:;.*)?$", done.stdout, flags=re.MULTILINE)
         if done.returncode or not numbers:
@@ -251,10 +251,10 @@ class Job:
 
 
 def wait_for(job: Job, lag: float) -> dict[int, str]:
-    """The status of every run, once all have left the queue.
+    """The status of every run, once none is in the queue.
 
-    A run that left the queue while its log has no end (looked for ``lag`` seconds long) is "lost": cancelled, out of
-    memory, its node gone.
+    A run that is gone from the queue while its log has no end (looked for ``lag`` seconds long) is "lost": cancelled,
+    out of memory, its node gone.
     """
     statuses: dict[int, str] = {}
     gone: dict[int, float] = {}  # since when a task is out of the queue
@@ -323,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     for number, status in statuses.items():
         own = job.own_output(number)
         if status.isdigit():
-            own.unlink(missing_ok=True)  # run.py's words, which stand in the log
+            own.unlink(missing_ok=True)  # run.py's words, which are in the log
         elif own.exists():
             print(f"----- {own}", file=sys.stderr)
             print("\n".join(own.read_text(errors="replace").splitlines()[-TAIL_LINES:]), file=sys.stderr)

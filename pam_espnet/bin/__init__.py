@@ -1,1 +1,1 @@
-"""Front doors: each module parses arguments and calls one function of a lower floor."""
+"""Command lines: each module parses arguments and calls one function of a lower layer."""

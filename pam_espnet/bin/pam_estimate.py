@@ -1,7 +1,7 @@
 """Check a configuration and estimate memory, disk and time of its training; no weights of transformers are loaded.
 
 Prints the parameters of each part (frozen and trained, exact), the memory of a step, the size of the feature cache
-(with --feats) and the time at measured rates; pam_espnet/train/estimate.py says where they come from. A part whose
+(with --feats) and the time at measured rates; pam_espnet/train/estimate.py has where they come from. A part whose
 config.json is on this machine neither in a folder nor in Hugging Face's cache is "unknown", unless --fetch true may get
 the file. With --exp, --train and --valid the experiment begins: what it depends on is noted, as training does.
 """
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.exp and not (args.train and args.valid):
         parser.error("--exp needs --train and --valid")
     if args.fetch == "false":
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no waiting for a hub out of reach
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: a hub out of reach costs no time
     experiment = Experiment.of(args)
     if args.exp:
         experiment.begin()

@@ -1,4 +1,4 @@
-"""What early exit is worth to a trained experiment: a report in tables, JSON and one picture.
+"""Report of early exit in a trained experiment: tables, JSON and one picture.
 
 Runs the model's own best answers (or the references) through all blocks once, per test set: agreement of every block
 with the last one, the exit of an oracle, precision and coverage of gates. With --sweep it also decodes the sets at exit

@@ -1,7 +1,7 @@
 """CTC warm start of the adapters in the LLM's embedding space.
 
 Reads warm_start_conf of the configuration; writes <exp>/warm_start.safetensors, which pam_train starts from through
---init_trained, the token types it knows (model_conf.ctc_tokens) and warm_start.jsonl. A killed run continues when it
+--init_trained, its token types (model_conf.ctc_tokens) and warm_start.jsonl. A killed run continues when it
 is called again. Options that are not listed here are ESPnet's, as for pam_train (--ngpu 1).
 """
 

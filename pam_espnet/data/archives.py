@@ -1,4 +1,4 @@
-"""Archives that others made: unpacked without a file outside the folder; a marker tells that all of it is there.
+"""Archives that others made: unpacked without a file outside the folder; a marker shows that all of it is there.
 
 tar members go through Python's "data" filter (PEP 706), zip members through a check of their names; what would be
 written or point outside is refused before it is written.
@@ -33,7 +33,7 @@ def is_complete(folder: str | Path, key: str | None = None) -> bool:
 
 
 def mark_complete(folder: str | Path, key: str) -> None:
-    """Note that all of ``folder`` is there; ``key`` tells what it was made from (a checksum)."""
+    """Note that all of ``folder`` is there; ``key`` is what it was made from (a checksum)."""
     write_text(Path(folder) / MARKER, f"{key}\n")
 
 

@@ -1,6 +1,6 @@
 """Reading audio: one utterance as a mono float32 wave, and resampling it.
 
-libsndfile (soundfile) reads what it can; PyAV (ffmpeg) reads MP3 and what libsndfile does not know. Suffixes do not
+libsndfile (soundfile) reads what it can; PyAV (ffmpeg) reads MP3 and what libsndfile cannot. Suffixes do not
 matter. Shape letters: N samples, C channels.
 """
 
@@ -29,8 +29,8 @@ RESAMPLER = f"soxr {soxr.__version__} {_QUALITY}"
 MAX_OVERSHOOT = 0.5  # seconds a segment may end after its recording; rounded time stamps often do
 MAX_MISSING = 0.25  # seconds that compressed audio may end before the duration in its header; encoders pad
 CANCELLED = 0.1  # the sum of the channels relative to the loudest one (RMS): less means that they cancel each other
-BLOCK = 1 << 20  # samples read at once, so that a damaged header cannot ask for all memory
-# Formats that ffmpeg may try, and those whose header states a duration. It knows others, which open further files.
+BLOCK = 1 << 20  # samples read at once, so that a damaged header cannot take all memory
+# Formats that ffmpeg may try, and those whose header states a duration. It has others, which open further files.
 STATING = ("aiff", "ape", "asf", "caf", "flv", "matroska", "mov", "rm", "tak", "tta", "wv")
 OTHERS = ("aac", "ac3", "amr", "amrnb", "amrwb", "avi", "dts", "eac3", "flac", "g722", "gsm", "loas", "mp3", "mpeg")
 FFMPEG_FORMATS = (*STATING, *OTHERS, "mpegts", "nistsphere", "nut", "ogg", "wav")
@@ -83,7 +83,7 @@ def _read(name: str, file: BinaryIO, start: float | None, end: float | None) -> 
 def _read_soundfile(
     name: str, file: BinaryIO, start: float | None = None, end: float | None = None
 ) -> tuple[np.ndarray, int] | None:
-    """(N,) float32 and the sample rate in Hz; None where libsndfile does not know the number of samples."""
+    """(N,) float32 and the sample rate in Hz; None where libsndfile has no number of samples."""
     file.seek(0)
     # by its descriptor, or soundfile takes a format from the suffix; raw GSM and VOX have no other sign
     source: io.BytesIO | int | bytes = file if isinstance(file, io.BytesIO) else file.fileno()

@@ -55,7 +55,7 @@ class RemoteFile:
 
 
 class _Refused(Exception):
-    """A mirror's final answer: it is not asked again."""
+    """A mirror's final answer: it is not tried again."""
 
 
 def parse_checksum(checksum: str) -> tuple[str, str]:
@@ -114,7 +114,7 @@ def fetch(
         timeout: seconds without a byte after which a connection counts as lost.
 
     Raises:
-        DataError: the file is not what its checksum says, or too little disk space.
+        DataError: the file does not have its checksum, or too little disk space.
         PamError: no mirror delivered it; lists the answer of each.
     """
     folder = Path(folder)

@@ -1,7 +1,7 @@
 """Hidden states of a frozen encoder, computed once per utterance and kept as Kaldi matrices.
 
-Knows no encoder: the caller gives a function from a wave to its hidden states, and a description of it that becomes
-part of the cache's key. Written in shards, each whole or absent, so a killed run loses one shard at most.
+No encoder is imported: the caller gives a function from a wave to its hidden states, and a description of it that
+becomes part of the cache's key. Written in shards, each whole or absent, so a killed run loses one shard at most.
 Shape letters: N samples, H layers, T encoder frames, D width.
 """
 

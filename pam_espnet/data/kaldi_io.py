@@ -1,4 +1,4 @@
-"""Matrices in Kaldi ark files, written and checked here, read by ESPnet's data set. The only module that knows kaldiio.
+"""Matrices in Kaldi ark files, written and checked here, read by ESPnet's data set. No other module imports kaldiio.
 
 Shapes: matrices are (rows, columns) float32.
 """

@@ -39,7 +39,7 @@ def add_voices(streams: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def at_random_level(rng: np.random.Generator, wave: np.ndarray, levels: tuple[float, float] = MIX_LEVEL) -> np.ndarray:
-    """``wave`` (N,) at a level drawn from ``levels`` (dB RMS), so that the level does not tell the number of voices."""
+    """``wave`` (N,) at a level drawn from ``levels`` (dB RMS), so that it does not depend on the number of voices."""
     return set_level(wave, rng.uniform(*levels))
 
 

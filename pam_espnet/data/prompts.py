@@ -1,4 +1,4 @@
-"""Prompt files: several wordings of one question, one per line; the first is the one that scoring asks.
+"""Prompt files: several wordings of one question, one per line; the first is the one for scoring.
 
 Empty lines and lines that begin with ``#`` are skipped. A wording may have fields, such as ``{number}``.
 """
@@ -55,7 +55,7 @@ def read_prompts(path: str | Path, fields: Collection[str] | None = ()) -> list[
 class Wordings:
     """All wordings of one question, to ask another one of them than a data directory has.
 
-    A prompt is recognised by the wording it was made from; what stood in its fields is carried over.
+    A prompt is recognised by the wording it was made from; the values of its fields are carried over.
 
     Raises:
         DataError: as ``read_prompts``.

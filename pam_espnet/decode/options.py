@@ -1,4 +1,4 @@
-"""How answers are decoded: the beam search's options, and what a task's answers may be. One YAML holds them all.
+"""Decoding options: of the beam search, and what a task's answers may be. One YAML holds them all.
 
     beam_size: 4              any option of ``search.hypothesis.BeamOptions``
     no_repeat_ngram: 0        no n-gram twice in an answer; 0 allows all

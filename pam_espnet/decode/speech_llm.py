@@ -65,7 +65,7 @@ class PartialAnswer:
 
     utterance: int  # index among the waveforms
     tokens: list[int]  # ids of the best running hypothesis, of the answer once ``done``
-    score: float  # sum of log-probabilities; once done, divided as ``length_penalty`` says
+    score: float  # sum of log-probabilities; once done, divided by length ** length_penalty
     done: bool
     decode: Callable[[Sequence[int]], str]
 
@@ -88,7 +88,7 @@ class SpeechLLM:
         int8: round the LLM's weights to 8 bits.
 
     Raises:
-        ConfigError: a task vocabulary or a draft by CTC is asked for, but the model has no list of the training
+        ConfigError: a task vocabulary or a draft by CTC is set, but the model has no list of the training
             answers' tokens, or the list lacks tokens of an answer set; an answer that is longer than
             ``max_new_tokens``; an LLM that cannot verify drafts.
     """

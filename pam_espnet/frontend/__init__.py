@@ -1,1 +1,1 @@
-"""From a waveform and a prompt vector to audio embeddings of the LLM's width."""
+"""The frontend: a waveform and a prompt vector in, audio embeddings of the LLM's width out."""

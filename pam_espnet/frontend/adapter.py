@@ -1,4 +1,4 @@
-"""From one encoder's hidden states to a stream of the LLM's width at the common frame rate.
+"""Layer mix and adapter: one encoder's hidden states to a stream of the LLM's width at the common frame rate.
 
 Dimension letters: B utterances, T encoder frames, U adapter frames, H layers, D width.
 """

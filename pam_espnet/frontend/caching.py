@@ -69,7 +69,7 @@ def cache_encoders(
     jobs: int = 1,
 ) -> Iterator[FeatureCache]:
     """Cache the hidden states of several encoders, ``jobs`` at a time, each in a process with one thread (small models
-    gain little from a second one) and, where there are several GPUs, on one of its own. Raises as ``cache_encoder``."""
+    gain little from a second one) and, where there are several GPUs, on a separate one. Raises as ``cache_encoder``."""
     run = partial(cache_encoder, frontend_conf=frontend_conf, data_dirs=data_dirs, root=root, rebuild=rebuild)
     if jobs <= 1 or len(names) == 1:
         for name in names:

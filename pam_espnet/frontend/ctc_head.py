@@ -3,7 +3,7 @@
 The classes are the LLM's own input embeddings of the token types that occur in the training transcripts, plus a
 learned blank; a frame's score for a token is the cosine between the frame and that embedding over a learned
 temperature. An adapter fitted this way maps audio to the LLM's word embeddings before the LLM has been run once. The
-head knows no LLM: it is given rows of a matrix.
+head does not use the LLM: it is given rows of a matrix.
 
 CTC: Graves et al., ICML 2006. Cosine classes follow ``torch.nn.functional.cosine_similarity``.
 

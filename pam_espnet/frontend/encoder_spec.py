@@ -16,7 +16,7 @@ from pam_espnet.frontend.encoders.base import AbsEncoder
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What the frontend must know of an encoder to use its cached features.
+    """Sizes and rates of one encoder, enough to use its cached features.
 
     Attributes:
         name: in the configuration.

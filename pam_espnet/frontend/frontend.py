@@ -5,7 +5,7 @@ prompt-vector width.
 
 route(prompt) -> run the encoders that have weight -> layer normalisation and mix over each encoder's layers ->
 adapter per encoder -> fusion. An utterance's embeddings depend on its own audio and prompt alone, their number on
-its sample count alone. The frontend knows no LLM: the prompt vector is an input.
+its sample count alone. The frontend does not use the LLM: the prompt vector is an input.
 """
 
 from __future__ import annotations

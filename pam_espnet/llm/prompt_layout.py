@@ -1,8 +1,8 @@
-"""Where the audio and the prompt stand among the LLM's tokens, and which positions carry the loss.
+"""Prompt layout: positions of audio, prompt and answer in the LLM's input, and the targets that carry the loss.
 
 One utterance is ``[head | audio | tail | answer]``: head is everything the tokenizer's chat template puts before the
 audio, tail is the prompt text plus the header of the assistant's turn, the answer ends with the end-of-turn token.
-Nothing here knows the LLM: ``place`` is handed the function that embeds token ids.
+Nothing here depends on the LLM: ``place`` is given the function that embeds token ids.
 
 B utterances, U audio frames (embeddings), L tokens, P positions, D width, V vocabulary.
 """
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pam_espnet.errors import ConfigError
 
-AUDIO_MARK = "[[audio]]"  # stands for the audio while the chat template is rendered; never tokenised
+AUDIO_MARK = "[[audio]]"  # replaces the audio while the chat template is rendered; never tokenised
 ANSWER_MARK = "[[answer]]"
 
 
@@ -60,7 +60,7 @@ def layout(tokenizer: Any, prompt: str, system: str | None = "") -> PromptLayout
     text = _render(tokenizer, turns, system, add_generation_prompt=True)
     if text.count(AUDIO_MARK) != 1:
         raise ConfigError(
-            f"the chat template must show the user's text once and unchanged; the place of the audio, {AUDIO_MARK}, "
+            f"the chat template must show the user's text once and unchanged; the mark of the audio, {AUDIO_MARK}, "
             f"was found {text.count(AUDIO_MARK)} times for the prompt {prompt!r}; give another `chat_template`"
         )
     head, tail = text.split(AUDIO_MARK)
@@ -108,7 +108,7 @@ def place(
 ) -> Placed:
     """Put ``[head | audio | tail | answer]`` of each utterance in one right-padded batch.
 
-    Padding stands behind the answer only, never between the parts, so prompts of different length share a batch.
+    Padding is behind the answer only, never between the parts, so prompts of different length share a batch.
     The last answer token is a target but no input: nothing is predicted from it.
 
     Args:

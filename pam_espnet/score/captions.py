@@ -45,7 +45,7 @@ class CiderD:
     """CIDEr-D with the document frequencies of one set of references.
 
     An n-gram's document frequency is the number of utterances that use it in at least one of their references (given
-    as tokens), fixed for the whole set. With a single utterance every weight is log(1) = 0: the score tells nothing.
+    as tokens), fixed for the whole set. With a single utterance every weight is log(1) = 0: the score means nothing.
     """
 
     def __init__(self, references: Sequence[Sequence[Sequence[str]]]) -> None:

@@ -19,7 +19,7 @@ INSTALLER = "tools/installers/caption_metrics.py"
 
 
 class UnavailableError(Exception):
-    """A metric cannot be computed here; the message says why and what to type. Scoring continues without it."""
+    """A metric cannot be computed here; the message has the reason and what to type. Scoring continues without it."""
 
 
 def parts_folder() -> Path:

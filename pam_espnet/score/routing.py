@@ -1,6 +1,6 @@
 """Routing of a decoding, per task: which expert, and the weight of each encoder and layer.
 
-Reads ``nbest.jsonl`` of decode directories; knows nothing about models. Dimension letters: E experts, H layers.
+Reads ``nbest.jsonl`` of decode directories; loads no model. Dimension letters: E experts, H layers.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Joint decoding of CTC and attention (Hori, Watanabe and Hershey, ACL 2017), with an LLM for the attention decoder. An
 LLM that was fine-tuned on few transcripts continues as its training text does; CTC gives no probability to words that
-the audio does not contain. A token that CTC does not know is passed over: its score is an option, and what follows is
+the audio does not contain. A token without a CTC class is passed over: its score is an option, and what follows is
 scored as if it were not there. The prefix scores are ESPnet's (Watanabe et al., "Hybrid CTC/attention architecture for
 end-to-end speech recognition", IEEE JSTSP 2017, algorithm 2).
 
@@ -30,7 +30,7 @@ class CTCOptions:
     Attributes:
         weight: of its log-probabilities, the LLM's have the rest; 0 leaves it out.
         candidates: of each running hypothesis, the LLM's most likely continuations that it scores.
-        unknown: log-probability of tokens that it does not know.
+        unknown: log-probability of tokens without a class.
     """
 
     weight: float = 0.0
@@ -49,7 +49,7 @@ class CTCScorer:
 
     Args:
         log_probs: utterance -> (U,C) log-probabilities of its frames.
-        class_of: vocabulary index -> class, of the tokens that CTC knows.
+        class_of: vocabulary index -> class, of the tokens that have one.
         eos_ids: vocabulary indices of the end tokens.
         options: weight and number of candidates.
     """
@@ -70,7 +70,7 @@ class CTCScorer:
         for utterance, rows in log_probs.items():
             no_end = np.full((len(rows), 1), -np.inf, dtype=rows.dtype)
             self._scorers[utterance] = CTCPrefixScore(np.concatenate([rows, no_end], axis=1), BLANK, self._end, np)
-        # Of each utterance: tokens -> state, of the hypotheses that can be asked for and of those that follow them.
+        # Of each utterance: tokens -> state, of the hypotheses that can still be scored and of those that follow them.
         self._old: dict[int, dict[tuple[int, ...], State]] = {}
         self._new: dict[int, dict[tuple[int, ...], State]] = {
             utterance: {(): (one.initial_state(), 0.0)} for utterance, one in self._scorers.items()
@@ -95,7 +95,7 @@ class CTCScorer:
     def score(self, utterance: int, tokens: Sequence[int], candidates: Sequence[int]) -> list[float]:
         """Log-probability of each of ``candidates`` behind ``tokens``, a continuation that was scored before."""
         prefix = tuple(tokens)
-        if prefix in self._new[utterance]:  # the first hypothesis of a step: what is shorter is not asked for again
+        if prefix in self._new[utterance]:  # the first hypothesis of a step: what is shorter is not needed again
             self._old[utterance], self._new[utterance] = self._new[utterance], {}
         forward, before = self._old[utterance][prefix]
         labels = [self._end, *(self._class_of[token] for token in prefix if token in self._class_of)]

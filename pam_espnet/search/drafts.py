@@ -191,7 +191,7 @@ class _Reader:
     ) -> None:
         self.depths, self.options, self.eos_ids, self.constraints = depths, options, eos_ids, constraints
         self.log_probs = torch.log_softmax(logits.float() / options.temperature, dim=-1)
-        # As many as the beam search asks for, so that of equal ones, which half precision has, the same one is taken.
+        # As many as the beam search takes, so that of equal ones, which half precision has, the same one is taken.
         self.wanted = min(max(2, 1 + len(eos_ids)), logits.size(1))
         values, tokens = self.log_probs.topk(self.wanted, dim=-1)
         self.values, self.tokens = values[:, 0].tolist(), tokens[:, 0].tolist()  # of all rows at once

@@ -1,1 +1,1 @@
-"""ESPnet's task machinery meets this project here and nowhere else."""
+"""Training with ESPnet's task machinery, which no other folder imports."""

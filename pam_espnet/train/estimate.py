@@ -1,4 +1,4 @@
-"""What a training will need, before it starts: parameters (exact), memory, disk for cached features, and time.
+"""Estimate of what a training will need: parameters (exact), memory, disk for cached features, and time.
 
 Parameters are counted on shapes without weights, built from each model's config.json. Time is the arithmetic counted
 here divided by rates that were measured; what they are extrapolated to stands beside them.

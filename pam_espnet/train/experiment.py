@@ -3,8 +3,8 @@
     exp/<tag>/key.json     what it depends on; written once, compared by every later command
     exp/<tag>/train.yaml   the merged configuration, as ESPnet reads it
 
-A directory that went on under another learning rate or other recordings would hold a model that its own configuration
-does not describe.
+A directory that was continued under another learning rate or other recordings would hold a model that its own
+configuration does not describe.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def export_trained(exp_dir: Path, criteria: Sequence[Sequence[str]]) -> Path:
 def export_state(source: Path, target: Path, metadata: Mapping[str, str] | None = None) -> Path:
     """Write one of ESPnet's checkpoints, ``source``, as the safetensors file ``target``; returns ``target``.
 
-    A file that holds these tensors already is left alone: decodings know their model by the hash of its bytes, and
+    A file that holds these tensors already is left alone: decodings identify their model by the hash of its bytes, and
     safetensors does not write its header in the same order every time.
     """
     state = torch.load(source, map_location="cpu", weights_only=True)

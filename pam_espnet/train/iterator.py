@@ -1,4 +1,4 @@
-"""From one utterance's strings to batches: ESPnet's preprocessor and iterator over this project's plan of batches."""
+"""ESPnet's preprocessor and iterator: one utterance's strings to arrays, and this project's plan of batches."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class PaMIterFactory(AbsIterFactory):
         train: shuffle anew in every pass, or take every utterance once, shortest first.
         batches_per_epoch: length of a training epoch; None = one pass.
         rank, world_size: each batch is dealt out over the ranks, utterance by utterance.
-        fresh_prompts: where given, training asks each epoch in wordings drawn anew.
+        fresh_prompts: where given, training draws the wordings anew in each epoch.
         announce: whether the log has how much of each task is in an epoch.
     """
 
@@ -169,7 +169,7 @@ def _batch_or_error(batch: Any) -> Any:
 
 def _collate(collate_fn: Callable[..., Any], utterances: Any) -> Any:
     """In a worker: a batch in shared memory. Left to the queue's own thread, a batch that does not fit would be lost
-    with a line in the log, and training would wait for it for ever."""
+    with a line in the log, and training would block for ever."""
     batch = collate_fn(utterances)
     try:
         for tensor in batch[1].values():

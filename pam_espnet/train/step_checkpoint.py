@@ -45,7 +45,7 @@ DIRECTORY = "step_checkpoint"
 STATE_FILE = "training.pth"
 POSITION_FILE = "position.json"
 KEPT = 2  # the newest, and one to fall back to
-_TORCH_WRITER = ("PytorchStreamWriter failed", "unexpected pos")  # what torch.save says on a full disk
+_TORCH_WRITER = ("PytorchStreamWriter failed", "unexpected pos")  # torch.save's messages on a full disk
 _NAME = re.compile(r"epoch(\d+)_step(\d+)")
 
 
@@ -184,7 +184,7 @@ def first_process() -> bool:
 
 
 def write_problem(error: BaseException, path: Path) -> str | None:
-    """What to tell the user when ``error`` says that ``path`` could not be written; None: it says something else."""
+    """The message for an ``error`` in writing ``path``; None: it is another kind of error."""
     if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_WRITER):
         return None
     folder = next(parent for parent in path.absolute().parents if parent.exists())
@@ -246,6 +246,6 @@ def _remove(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """See that the file's bytes are on the disk; a full one may say so only now."""
+    """Bring the file's bytes to the disk; a full one may raise only now."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""PaMTask: this folder is the only one that knows ESPnet's task machinery.
+"""PaMTask: ESPnet's task of this model, with its options, streams, optimizer groups and batches.
 
 Importing it costs seconds (``espnet2.tasks.abs_task``); nothing that decodes, scores or prepares data does.
 """
@@ -53,9 +53,9 @@ class PaMTask(AbsTask):
             ("frontend_conf", "options of PaMFrontend (encoders, fusion, ...)"),
             ("model_conf", "options of ESPnetPaMModel"),
             ("batching_conf", "options of BatchingOptions"),
-            ("prompt_files", "task -> prompt file; training asks in wordings drawn from it anew in every epoch"),
+            ("prompt_files", "task -> prompt file; training draws wordings from it anew in every epoch"),
             ("lr_scale_conf", "parameter-name prefix -> factor on the learning rate (default 1)"),
-            ("warm_start_conf", "options of the CTC warm start, a step of its own before training"),
+            ("warm_start_conf", "options of the CTC warm start, a separate step before training"),
             ("resources", "what the doctor checks before a run: disk_gb, memory_gb"),
         ):
             group.add_argument(f"--{name}", action=NestedDictAction, default={}, help=text)

@@ -63,7 +63,7 @@ class PaMTrainer(Trainer):
         """ESPnet's whole training; step checkpoints are gone when it ends.
 
         Raises:
-            CheckpointError: a file could not be written, say on a full disk; names it and what to do.
+            CheckpointError: a file could not be written, as on a full disk; names it and what to do.
         """
         output_dir = Path(trainer_options.output_dir)
         with disk_errors(output_dir):  # ESPnet writes its files in place; the copy of the epoch before is whole
@@ -131,7 +131,7 @@ class PaMTrainer(Trainer):
         super().train_one_epoch(model=model, iterator=steps, reporter=reporter, options=options, **others)
         if first_process():
             write_curve()
-        # ESPnet's answer knows the steps of this process only; it would end training as if all were well.
+        # ESPnet's answer covers the steps of this process only; it would end training as if all were well.
         if not options.no_forward_run and not steps.finite_updates():
             if reporter.count < options.accum_grad:
                 raise ConfigError(f"accum_grad: {options.accum_grad}, but an epoch has {reporter.count} batches")
@@ -201,7 +201,7 @@ class _Steps:
         return [step for step, norm in enumerate(norms, 1) if math.isfinite(norm.value)]
 
     def diverged(self) -> str:
-        """What to tell the user: where, the loss, the learning rate, what to try."""
+        """The message: where, the loss, the learning rate, what to try."""
         since = max(self.finite_updates(), default=0) + 1
         loss = self.reporter.stats["loss"][-1].value
         rate = max(group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups)

@@ -1,4 +1,4 @@
-"""What a training step changes besides the files of the experiment: taken as plain values and tensors, and put back.
+"""State of training besides the files of the experiment: taken as plain values and tensors, and put back.
 
 Everything here passes ``torch.load(weights_only=True)``. Gradients are not part of it: a state is taken when the
 optimizers have used them up.

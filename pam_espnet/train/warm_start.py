@@ -55,7 +55,7 @@ class WarmStartOptions:
         losses: task -> "ctc" or "bag", the tasks whose answers are fitted.
         steps: optimizer steps.
         single_steps: in the first n steps each batch is encoded by one encoder, drawn at random. Mixed from the
-            start, untrained encoders drown the one that knows words, and the loss stays on its plateau.
+            start, untrained encoders drown the one that encodes words, and the loss stays on its plateau.
         held_out_every: fit the weights of encoders and layers on the validation set, one step after n steps of
             everything else on the training set (differentiable architecture search: Liu, Simonyan and Yang, ICLR
             2019, first order). On the training set the encoder wins that is best memorised. 0: everything is fitted on
@@ -193,7 +193,7 @@ def fit(
                     f"warm start: none of {unaligned} utterances can be aligned; are the answers longer than the "
                     "audio, or is frontend_conf.frame_rate too low?"
                 )
-            # Saved between epochs, so that a resumed run sees the same batches.
+            # Saved between epochs, so that a resumed run gets the same batches.
             if step < options.steps:
                 _save(output_dir / STATE, model, optimizer, step, epoch, lines)
     model.eval()
@@ -294,7 +294,7 @@ def run(args: argparse.Namespace) -> Path:
         factory.tasks = chosen
         factory.announce = False  # its passes are counted, and fall in the middle of the bar
         factory.options = BatchingOptions(max_utterances=options.max_utterances, max_seconds=options.max_seconds)
-        # What a killed run resumes from is written between epochs, so these are as short as save_every says.
+        # What a killed run resumes from is written between epochs, so these have save_every batches.
         factory.batches_per_epoch = options.save_every if mode == "train" else None
         factories[mode] = factory
     if not (args.model_conf or {}).get("ctc_tokens"):

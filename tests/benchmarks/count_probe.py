@@ -1,9 +1,9 @@
-"""How much each encoder, layer by layer, knows of the number of voices: a linear probe on pooled hidden states.
+"""Probe of the number of voices in each encoder, layer by layer: linear, on pooled hidden states.
 
 Per utterance and layer, mean and standard deviation over the frames go through a logistic regression (features
 standardised on the training set, strength of the L2 penalty by three-fold cross-validation in it). No LLM, no adapter:
-it says what a layer holds, not what the whole model makes of it. Which layer to take is chosen by the cross-validated
-accuracy, so the test set judges the choice and does not make it.
+it measures what a layer holds, not what the whole model makes of it. Which layer to take is chosen by the
+cross-validated accuracy, so the test set judges the choice and does not make it.
 
     python tests/benchmarks/count_probe.py --train data/train --test data/test_count \\
         --model yamnet=downloads/models/yamnet --model whisper=downloads/models/whisper-tiny.en --output probe.json

@@ -1,4 +1,4 @@
-"""How fast the beam search decodes, as ratios to transformers' ``generate`` on the same prefixes in the same run.
+"""Speed of the beam search, as ratios to transformers' ``generate`` on the same prefixes in the same run.
 
     generate      transformers' beam search; it copies the prefix for every hypothesis before it runs it
     espnet        ESPnet's own way with a causal LLM: ``generate`` on K copies of the utterance, so K * K rows
@@ -6,7 +6,7 @@
     transformers  this project's search over transformers' cache (llm_conf.fused_decoding: false)
     fused         this project's search over fused blocks and a tree of hypotheses (the default)
 
-Each way has a process of its own, so that peak memory is its own too; the processes take turns, never two at once, and
+Each way has a separate process, so that peak memory is its own too; the processes take turns, never two at once, and
 rounds of the ways alternate, so that a machine that slows down slows them all. Medians are reported. Every way decodes
 the same number of tokens (end tokens are switched off), and its best answers are compared with ``generate``'s before
 anything is timed. Prefill is the time of a search of one token; a step is the rest, divided by its steps. What would

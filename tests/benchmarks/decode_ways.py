@@ -1,4 +1,4 @@
-"""The ways of decoding that ``decode.py`` compares, each in a process of its own (``python decode_ways.py WAY ...``).
+"""The ways of decoding that ``decode.py`` compares, each in a separate process (``python decode_ways.py WAY ...``).
 
 The process reads one request per line (JSON) from standard input and answers with one line on standard output:
 
@@ -75,7 +75,7 @@ def own(engine: Any, beam: int) -> Way:
 
 
 def generate(lm: Any, beam: int) -> Way:
-    """Transformers' beam search; prefixes of a batch padded on the left, as it wants them."""
+    """Transformers' beam search; prefixes of a batch padded on the left, as it requires."""
 
     def run(prefixes: list[Tensor], tokens: int) -> list[list[int]]:
         padded = torch.nn.utils.rnn.pad_sequence(prefixes, batch_first=True, padding_side="left")
@@ -189,7 +189,7 @@ def measure(way: Way, prefixes: list[Tensor], tokens: int, device: str) -> dict[
 
 
 def profile(way: Way, prefixes: list[Tensor], tokens: int) -> dict[str, Any]:
-    """Shares of the time of one search by operator (time of its own, not of those it calls)."""
+    """Shares of the time of one search by operator (without those it calls)."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 

@@ -1,4 +1,4 @@
-"""What drafts are worth: greedy decoding of a test set with and without them, as ratios within one run.
+"""Gain of drafts: greedy decoding of a test set with and without them, as ratios within one run.
 
 Audio goes through the experiment's encoders once; what is timed is the LLM from the prefix's embeddings to the last
 token, and the making of the drafts. On a CPU these are CPU seconds, so that other work on the machine does not count;

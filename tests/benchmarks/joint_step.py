@@ -1,4 +1,4 @@
-"""What joint optimisation for early exit costs per training step: ratios to plain steps in the same run.
+"""Cost of joint optimisation for early exit per training step: ratios to plain steps in the same run.
 
     plain     the answer's loss from the last block
     joint     and from one drawn block, through the shared output layer (model_conf.exit_weight)

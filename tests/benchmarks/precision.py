@@ -1,4 +1,4 @@
-"""What the precisions of decoding cost and lose: negative log-likelihood, time of a step, memory, batch invariance.
+"""Cost and loss of the precisions of decoding: negative log-likelihood, time of a step, memory, batch invariance.
 
     plain     float32 weights as torch multiplies them, not packed (what every other way is compared with)
     float32   packed (the default)

@@ -1,4 +1,4 @@
-"""A stand-in for AudioCaps: the official columns and file names, tones and noise for clips."""
+"""A synthetic AudioCaps: the official columns and file names, tones and noise for clips."""
 
 from __future__ import annotations
 

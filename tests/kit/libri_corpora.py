@@ -1,4 +1,4 @@
-"""Stand-ins for LibriSpeech and LibriCount in their own folders and file formats, with tones and noise for voices."""
+"""Synthetic LibriSpeech and LibriCount in their own folders and file formats, with tones and noise for voices."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def copy_recipe(root: Path, name: str, *others: str) -> Path:
     for recipe in (name, *others):
         ignore = shutil.ignore_patterns("data", "dump", "exp", "downloads", "__pycache__")
         shutil.copytree(ROOT / "egs" / recipe / "pam1", root / "egs" / recipe / "pam1", ignore=ignore)
-    for size in (root / "egs" / name / "pam1" / "conf" / "size").glob("*.yaml"):  # the stand-ins need no room
+    for size in (root / "egs" / name / "pam1" / "conf" / "size").glob("*.yaml"):  # the synthetic corpora are small
         size.write_text(size.read_text().split("resources:")[0] + "resources: {disk_gb: 1, memory_gb: 1}\n")
     return root / "egs" / name / "pam1"
 

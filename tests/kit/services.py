@@ -1,4 +1,4 @@
-"""What tests marked ``services`` need, and may not find."""
+"""Services that tests marked ``services`` need, and may not find."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def unavailable(service: str, reason: str) -> NoReturn:
-    """Skip the test, or fail it where $PAM_SERVICES says that this service was installed for it (.ci/run)."""
+    """Skip the test, or fail it where $PAM_SERVICES lists this service as installed for it (.ci/run)."""
     if service in os.environ.get("PAM_SERVICES", "").split():
         pytest.fail(f"{service} was installed, but: {reason}")
     pytest.skip(reason)

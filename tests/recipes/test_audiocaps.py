@@ -1,4 +1,4 @@
-"""The AudioCaps recipe on a stand-in corpus: the official columns and file names, tones and noise for clips.
+"""The AudioCaps recipe on a synthetic corpus: the official columns and file names, tones and noise for clips.
 
 Everything runs on a copy of the recipe, so that nobody's data is touched.
 """
@@ -210,7 +210,7 @@ elif step != "nothing":
 
 @pytest.fixture
 def ytdlp(local: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand-ins for yt-dlp and ffmpeg on PATH; the folder that steers them."""
+    """Replacements of yt-dlp and ffmpeg on PATH; the folder that steers them."""
     monkeypatch.setattr(local.fetch, "PAUSE", 0.01)
     folder = tmp_path / "fake"
     folder.mkdir()
@@ -406,7 +406,7 @@ def test_help_has_the_options_of_the_recipe_and_of_all_recipes(recipe: Path) -> 
 def test_mistakes_through_run_sh(recipe: Path, tmp_path: Path) -> None:
     write_release(tmp_path)
     stage = ("--stop_stage", "1", "--csv", str(tmp_path))
-    for args, said in (
+    for args, expected in (
         ((*stage,), "no folder with clips was named"),
         ((*stage, "--audio", str(tmp_path / "nowhere")), "no such folder"),
         (("--size", "v3"), "conf/size/v3.yaml"),
@@ -415,7 +415,7 @@ def test_mistakes_through_run_sh(recipe: Path, tmp_path: Path) -> None:
         (("--aduio", "x"), "--aduio"),
     ):
         done = run(recipe, *args)
-        assert done.returncode != 0 and said in done.stderr, (args, done.stderr)
+        assert done.returncode != 0 and expected in done.stderr, (args, done.stderr)
 
 
 def test_fetching_through_run_sh(recipe: Path, tmp_path: Path, ytdlp: Path) -> None:

@@ -1,4 +1,4 @@
-"""librispeech and libricount through all stages: stand-in corpora, the mini recipe's real encoders and a tiny LLM.
+"""librispeech and libricount through all stages: synthetic corpora, the mini recipe's real encoders and a tiny LLM.
 
 What is trained in two steps is worth nothing; what is tested is that the stages fit these recipes' data and options
 (waveforms instead of cached states, two test sets, the task verify).
@@ -68,7 +68,7 @@ def test_libricount(tmp_path: Path, mini_models: Path, tiny_llm_dir: Path, monke
     shutil.rmtree(recipe / "exp/small/decode_beam")
     closed = run(recipe, *options, "--stage", "4", "--stop_stage", "6", "--test_sets", "test_verify")
     assert closed.returncode == 0, closed.stdout[-3000:] + closed.stderr[-3000:]
-    said = read_table(recipe / "exp/small/decode_beam/test_verify/text")
-    assert set(said.values()) <= {"yes", "no"}
+    answers = read_table(recipe / "exp/small/decode_beam/test_verify/text")
+    assert set(answers.values()) <= {"yes", "no"}
     assert scores(recipe, "test_verify")["details"]["verify"]["no_answer"] == 0
     check_packed(recipe, mini_models, tiny_llm_dir, "test_verify", monkeypatch)

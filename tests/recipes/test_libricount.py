@@ -1,4 +1,4 @@
-"""The LibriCount recipe on stand-ins of LibriCount and LibriSpeech in their own layouts, and what is refused."""
+"""The LibriCount recipe on synthetic LibriCount and LibriSpeech in their own layouts, and what is refused."""
 
 from __future__ import annotations
 
@@ -243,10 +243,10 @@ def test_wrong_folder_and_missing_clips(here: tuple[SimpleNamespace, Path], tmp_
     (root / "test/1_b.wav").touch()
     with pytest.raises(DataError) as caught:
         prepare(local, root, tmp_path / "data")
-    said = str(caught.value)
-    assert f"there is no {clips[0].name} beside it" in said and "is no list of speakers" in said
-    assert "11_a.wav: the name does not begin" in said and "there is no 1_b.json beside it" in said
-    assert "unpack LibriCount10-0dB.zip again" in said
+    message = str(caught.value)
+    assert f"there is no {clips[0].name} beside it" in message and "is no list of speakers" in message
+    assert "11_a.wav: the name does not begin" in message and "there is no 1_b.json beside it" in message
+    assert "unpack LibriCount10-0dB.zip again" in message
 
 
 def test_too_few_readers_and_unknown_sizes(

@@ -1,4 +1,4 @@
-"""The LibriSpeech recipe on a stand-in in the corpus's own layout: stages 1 and 2, and what goes wrong before them."""
+"""The LibriSpeech recipe on a synthetic corpus in its own layout: stages 1 and 2, and what goes wrong before them."""
 
 from __future__ import annotations
 
@@ -144,11 +144,11 @@ def test_transcripts_that_do_not_fit(local: SimpleNamespace, corpus: Path, tmp_p
     next(chapters[2].glob("*.txt")).unlink()
     with pytest.raises(DataError) as caught:
         prepare(local, corpus, tmp_path / "data")
-    said = str(caught.value)
+    message = str(caught.value)
     key = lines[0].split()[0]
-    assert f"{first}: has no line for {key}.flac" in said and "unpack the subset's archive again" in said
-    assert f"{second}:2: there is no" in said and f"{second}:3: not " in said
-    assert "no such file" in said and not (tmp_path / "data/train").exists()
+    assert f"{first}: has no line for {key}.flac" in message and "unpack the subset's archive again" in message
+    assert f"{second}:2: there is no" in message and f"{second}:3: not " in message
+    assert "no such file" in message and not (tmp_path / "data/train").exists()
 
 
 def test_speakers(local: SimpleNamespace, corpus: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The lock file, requirements.in and setup.cfg say the same."""
+"""The lock file, requirements.in and setup.cfg agree."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def locked(repo_root: Path) -> dict[str, str]:
 
 
 def declared(repo_root: Path) -> list[Requirement]:
-    """Every requirement of setup.cfg, but those of the extra that set-up leaves out."""
+    """Every requirement of setup.cfg, but those of the extra that set-up omits."""
     parser = configparser.ConfigParser(interpolation=None)
     parser.read(repo_root / "setup.cfg")
     texts = [parser["options"]["install_requires"]]

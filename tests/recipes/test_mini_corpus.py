@@ -1,4 +1,4 @@
-"""The mini corpus: readers, splits and rendering, on small stand-ins of the packages' formats.
+"""The mini corpus: readers, splits and rendering, on small files of the packages' formats.
 
 One test uses the real packages; it is skipped where they were not downloaded.
 """
@@ -38,11 +38,11 @@ def local() -> Iterator[SimpleNamespace]:
         yield modules
 
 
-# ---- stand-ins ------------------------------------------------------------------------------------------------------
+# ---- replacements --------------------------------------------------------------------------------------------------
 
 
 def voiced(seconds: float, pitch: float, rate: int = RATE) -> np.ndarray:
-    """A hum with pauses before and after it, as a stand-in for a spoken clip."""
+    """A hum with pauses before and after it, in place of a spoken clip."""
     time = np.arange(round(seconds * rate)) / rate
     tone = np.sin(2 * np.pi * pitch * time) * (1 + 0.3 * np.sin(2 * np.pi * 4 * time)) * 0.3
     pause = np.zeros(round(0.2 * rate))
@@ -100,7 +100,7 @@ def fake_packages(downloads: Path, voices: dict[str, dict[str, str]], sounds: di
 
 @pytest.fixture
 def small(tmp_path: Path, local: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A recipe folder with stand-in packages and small tables, as the current directory."""
+    """A recipe folder with synthetic packages and small tables, as the current directory."""
     languages = iter(["en", "fr", "ru", "be", "bg", "ca", "da", "el", "es", "lt", "nl", "ro", "ml", "pt"])
     voices = {split: {f"tuxpaint/{next(languages)}": f"{split}{n}" for n in range(4)} for split in SPLITS}
     sounds = {

@@ -1,4 +1,4 @@
-"""The multitask recipe on the stand-in corpora of the three recipes that it calls, with tiny random models."""
+"""The multitask recipe on the synthetic corpora of the three recipes that it calls, with tiny random models."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TESTS = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A copy of the recipes, two wordings of each question, after stages 1 and 2 on the stand-ins."""
+    """A copy of the recipes, two wordings of each question, after stages 1 and 2 on them."""
     root = tmp_path_factory.mktemp("multitask")
     make_librispeech(root / "corpora", READERS, utterances=2)
     make_libricount(root / "corpora", each=1, readers=(82,) * 10)
@@ -55,7 +55,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     options += ["--libricount", str(corpora), "--csv", "../../../../csv", "--audio", str(root / "clips")]
     done = run(recipe, *options, "--stop_stage", "2")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return SimpleNamespace(recipe=recipe, options=options, said=done.stdout)
+    return SimpleNamespace(recipe=recipe, options=options, output=done.stdout)
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def test_sets_of_three_corpora(made: SimpleNamespace) -> None:
         assert len(read_table(data / "train" / name, allow_empty=True)) == 22
     assert list(read_table(data / "test_caption/missing")) == ["Ycccccccccc4_30"]
     assert list(Passport.load(made.recipe / "dump/mini/raw/test_caption").skipped) == ["Ycccccccccc4_30"]
-    assert "train: none of the 2 readers of the test sets" in made.said
+    assert "train: none of the 2 readers of the test sets" in made.output
 
 
 def test_the_files_of_prompts_are_those_of_the_other_recipes() -> None:
@@ -87,10 +87,10 @@ def test_the_files_of_prompts_are_those_of_the_other_recipes() -> None:
 
 
 def test_options_are_those_of_the_other_recipes() -> None:
-    said = run(RECIPE, "--help").stdout
+    usage = run(RECIPE, "--help").stdout
     for option in ("--captions", "--librispeech", "--libricount", "--audio", "--fetch_interval", "--check_counts"):
-        assert said.count(f"  {option} ") == 1
-    assert "--folds" not in said and run(RECIPE, "--folds", "true").returncode == 1
+        assert usage.count(f"  {option} ") == 1
+    assert "--folds" not in usage and run(RECIPE, "--folds", "true").returncode == 1
 
 
 def test_an_utterance_or_a_speaker_of_a_test_set_stops_the_training(made: SimpleNamespace) -> None:
@@ -108,7 +108,7 @@ def test_an_utterance_or_a_speaker_of_a_test_set_stops_the_training(made: Simple
     stage = ["--stage", "3", "--stop_stage", "3", "--train_set", "spoiled", "--test_sets"]
     refused = run(made.recipe, *made.options, *stage, tests)
     assert refused.returncode == 1 and "count-mix-train-000005: speaker 82 of test_clean" in refused.stderr
-    # where nothing of LibriSpeech's is scored, the same set may be trained on: stage 3 goes on to the next complaint
+    # where nothing of LibriSpeech's is scored, the same set may be trained on: stage 3 continues to the next error
     allowed = run(made.recipe, *made.options, *stage, "test_caption")
     assert "speaker 82" not in allowed.stderr and "there is no dump/mini/raw/spoiled" in allowed.stderr
 
@@ -127,7 +127,7 @@ def test_an_utterance_or_a_speaker_of_a_test_set_stops_the_training(made: Simple
 
 @pytest.mark.slow
 def test_stages_3_to_6(made: SimpleNamespace, tiny_llm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two epochs of two steps: all that is tested is that every part finds what it needs and says what it did."""
+    """Two epochs of two steps: all that is tested is that every part finds its input and reports its output."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests/kit'}")  # tiny_encoder
     recipe, tests = made.recipe, {"test_clean", "test_verify", "test_caption"}
     small = {

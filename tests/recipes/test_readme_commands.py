@@ -23,7 +23,7 @@ def commands(readme: Path) -> list[tuple[Path, list[str]]]:
     for line in lines:
         if match := re.match(r"(?:\./)?(egs/\w+/pam1/)?(?:\./)?(run\w*\.sh)\b(.*)", " ".join(line.split())):
             folder = ROOT / match[1] if match[1] else readme.parent
-            if folder == ROOT:  # the main README speaks of any recipe there
+            if folder == ROOT:  # the main README names any recipe there
                 folder = ROOT / "egs/mini/pam1"
             found.append((folder, [f"./{match[2]}", *shlex.split(match[3], comments=True)]))
     return found

@@ -101,7 +101,7 @@ def test_a_range_of_stages_prints_only_those() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["--fusion", "none"], "conf/fusion/none.yaml"),
         (["--size", "none"], "conf/size/none.yaml"),
@@ -112,10 +112,10 @@ def test_a_range_of_stages_prints_only_those() -> None:
         (["extra"], "extra"),
     ],
 )
-def test_mistakes_are_named(args: list[str], said: str) -> None:
+def test_mistakes_are_named(args: list[str], message: str) -> None:
     done = call(RECIPES[0], "--dry_run", "true", *args)
     assert done.returncode != 0
-    assert said in done.stderr
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(("recipe", "fusion", "size"), CONFIGS)

@@ -1,4 +1,4 @@
-"""tools/setup.sh and its interpreter finder, with stand-ins for the interpreters and for uv; nothing is installed."""
+"""tools/setup.sh and its interpreter finder, with replacements of the interpreters and of uv; nothing is installed."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_versions(repo_root: Path, version: tuple[int, int], fits: bool) -> None
 
 
 class Checkout:
-    """A directory with set-up's files, in which ``uv`` is a stand-in that writes down its calls."""
+    """A directory with set-up's files, in which ``uv`` is a replacement that records its calls."""
 
     def __init__(self, repo_root: Path, tmp_path: Path, system: Path) -> None:
         self.root = tmp_path / "a checkout"
@@ -196,7 +196,7 @@ def test_two_at_once_install_once(checkout: Checkout) -> None:
 
 def test_no_interpreter_anywhere(checkout: Checkout) -> None:
     os.unlink(Path(checkout.env["FAKE_PYTHON"]))
-    # The stand-in "fetches" nothing, and finds nothing.
+    # The replacement "fetches" nothing, and finds nothing.
     program(checkout.log.parent / "bin/uv", "#!/bin/sh\nexit 2\n")
     status, output, _ = checkout()
     assert status == 1

@@ -1,7 +1,7 @@
-"""utils/slurm.py keeps run.py's contract over sbatch: with stand-ins for its programs, and a real cluster of one node.
+"""utils/slurm.py keeps run.py's contract over sbatch: its programs replaced, and a real cluster of one node.
 
 The real one, of the tests marked services, needs slurmctld and slurmd on PATH or in $PAM_SLURM_ROOT
-(tests/kit/real_slurm.py says how).
+(see tests/kit/real_slurm.py).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def calls(env: dict[str, str]) -> list[str]:
 
 
 def check_array(cwd: Path, env: dict[str, str]) -> None:
-    """Runs 2 to 4, one at once, of which 3 fails; stale logs that say otherwise lie there."""
+    """Runs 2 to 4, one at once, of which 3 fails; there are stale logs of other results."""
     for number in (2, 3, 4):
         (cwd / f"logs/{number}").mkdir(parents=True)
         (cwd / f"logs/{number}/x.{number}.log").write_text("# Ended (code 0) at some time, elapsed time 1 seconds\n")
@@ -93,9 +93,9 @@ def check_cancel(cwd: Path, env: dict[str, str]) -> None:
             assert time.monotonic() < deadline and runner.poll() is None
             time.sleep(0.1)
         runner.send_signal(signal.SIGTERM)
-        said = runner.communicate(timeout=30)[1]
+        output = runner.communicate(timeout=30)[1]
     assert runner.returncode == 128 + signal.SIGTERM
-    assert "cancelling job" in said
+    assert "cancelling job" in output
     stat = Path(f"/proc/{(cwd / 'child.1').read_text().strip()}/stat")
     assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
     assert "# Ended (killed with run.py)" in (cwd / "c.1.log").read_text()
@@ -139,7 +139,7 @@ def test_a_recipes_own_configuration(tmp_path: Path, fake: dict[str, str]) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("option gpu\n", "slurm.conf:1: cannot read 'option gpu'"),
         ("\ncommand 'sbatch\n", "slurm.conf:2: No closing quotation"),
@@ -147,11 +147,11 @@ def test_a_recipes_own_configuration(tmp_path: Path, fake: dict[str, str]) -> No
         ("option gpu=1 --gpus=1\n", "no line about gpu=2"),
     ],
 )
-def test_mistakes_in_a_configuration(tmp_path: Path, fake: dict[str, str], text: str, said: str) -> None:
+def test_mistakes_in_a_configuration(tmp_path: Path, fake: dict[str, str], text: str, message: str) -> None:
     config = tmp_path / "slurm.conf"
     config.write_text(text)
     done = slurm(tmp_path / "work", fake, "--gpu", "2", "x.log", "true", config=config)
-    assert done.returncode == 1 and said in done.stderr
+    assert done.returncode == 1 and message in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_real_cancel(tmp_path: Path, cluster: dict[str, str]) -> None:
 
 @pytest.mark.services
 def test_real_gpus(tmp_path: Path, cluster: dict[str, str]) -> None:
-    """Slurm gives a job GPUs of its own (here two devices that are none), whatever the submitting shell sees."""
+    """Slurm gives a job separate GPUs (here two devices that are none), whatever the submitting shell sees."""
     env = {**cluster, "CUDA_VISIBLE_DEVICES": "7"}
     echo = ["sh", "-c", 'echo "[$CUDA_VISIBLE_DEVICES]"']
     for gpus, seen in (("0", "[]"), ("1", "[0]"), ("2", "[0,1]")):

@@ -1,4 +1,4 @@
-"""What tests of the search share."""
+"""Shared fixtures of the search's tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of training share: a small training and validation set."""
+"""Shared fixtures of the tests of training: a small training and validation set."""
 
 from __future__ import annotations
 

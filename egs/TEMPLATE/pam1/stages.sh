@@ -36,7 +36,7 @@ wants() { ((stage <= $1 && $1 <= stop_stage)); }
 
 background() {
     # background FOLLOWED LOGS COMMAND...: run COMMAND; meanwhile show the file FOLLOWED, in which it draws its bar.
-    # Ctrl-C or a kill of this script ends COMMAND and its children (it is started in a process group of its own).
+    # Ctrl-C or a kill of this script ends COMMAND and its children (it is started in a separate process group).
     local followed=$1 logs=$2 pid status=0
     shift 2
     if [ "${dry_run}" = true ]; then

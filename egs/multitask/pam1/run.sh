@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One model for three corpora and four tasks: it transcribes LibriSpeech, counts voices in LibriCount, says whether a
+# One model for three corpora and four tasks: it transcribes LibriSpeech, counts voices in LibriCount, tells whether a
 # count is right, and describes the sounds of AudioCaps; see README.md.
 #   ./run.sh --ngpu 1 --audio DIR                       LibriSpeech and LibriCount downloaded; AudioCaps' clips in DIR
 #   ./run.sh --ngpu 4 --size full960 --librispeech /corpora --libricount /corpora/LibriCount10-0dB --audio DIR --csv DIR

@@ -4,7 +4,7 @@ Dimension letters: B utterances, N samples, S spectrogram frames, F frequency bi
 Q patches over frequency, T encoder frames, D width.
 
 The network reads spectrograms of one fixed length (10.24 s as a rule): its positions are learnt, and what is missing is
-filled with zeros that its attention sees. So every window here has that length, whatever the neighbours. A clip that
+filled with zeros that are attended to. So every window here has that length, whatever the neighbours. A clip that
 fits into one window gives what transformers gives; a longer one, which transformers would cut, is read window by
 window, each beginning where the last one's patches end.
 """

@@ -23,7 +23,7 @@ from pam_espnet.frontend.encoders.base import AbsEncoder, load_folder, load_weig
 SAMPLE_RATE = 16000  # Hz
 KERNEL, STRIDE, POOL = 251, 10, 3  # of the sinc filters (samples) and of the pooling behind each convolution
 CONV_KERNEL = 5
-# What these make of the network: one frame each 270 samples (59.3 Hz), which sees 991 samples.
+# What these make of the network: one frame each 270 samples (59.3 Hz), made of 991 samples.
 NATIVE_HOP = STRIDE * POOL**3
 RECEPTIVE_FIELD = 991
 # Emitted frames: 25 Hz, the mean of the two or three native frames in each 40 ms.
@@ -55,7 +55,7 @@ class PyanNet(nn.Module):
         num_filters: sinc filters.
         channels: C of the two convolutions behind them.
         lstm_width: of one direction of an LSTM layer.
-        num_lstm_layers: each is a module of its own, since torch's stacked LSTM shows only its last layer.
+        num_lstm_layers: each is a separate module, since torch's stacked LSTM shows only its last layer.
         linear_width: of the two linear layers.
         num_classes: powerset classes.
     """

@@ -5,7 +5,7 @@ Dimension letters: B utterances, N samples, T encoder frames, D width.
 Whisper was trained on windows of exactly 30 s. Here the window is by default as long as the clip plus half a second,
 which is several times cheaper for short clips and gives nearly the same features; ``window: 30s`` gives the original.
 The clip's own length decides everything: the window it is cut to, the maximum that sets the floor of its log-mel
-spectrogram, and which frames its attention sees. So an utterance's hidden states do not depend on its neighbours.
+spectrogram, and which frames its attention includes. So an utterance's hidden states do not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class WhisperEncoder(AbsEncoder):
     """Hidden states of Whisper's encoder at 50 Hz.
 
     Hidden state 0 is what enters the first block (convolutions and positions), 1..n are the blocks' outputs, the
-    last of them after the encoder's final layer norm, as Whisper's own decoder sees it. A clip of N samples gives
-    ceil(N / 320) frames: the frames of the padding behind it are encoded, seen by its attention, and cut off.
+    last of them after the encoder's final layer norm, as Whisper's own decoder gets it. A clip of N samples gives
+    ceil(N / 320) frames: the frames of the padding behind it are encoded, attended to, and cut off.
     """
 
     _filters: Tensor  # (mels, 201)
@@ -53,7 +53,7 @@ class WhisperEncoder(AbsEncoder):
             window: ``clip`` (the clip and ``pad_seconds``, rounded up to whole frames, at most 30 s) or ``30s``.
             pad_seconds: silence behind the clip in a ``clip`` window, seconds.
             long_clips: what is done with a clip longer than 30 s: ``refuse``, or ``split`` it into equal pieces, each
-                encoded in a window of its own.
+                encoded in a separate window.
 
         Raises:
             ConfigError: unknown window or long_clips, negative padding, missing folder, layer out of range.

@@ -1,1 +1,1 @@
-"""How several encoders become one stream: single, average, concat, static, pam."""
+"""Fusions of several encoders into one stream: single, average, concat, static, pam."""

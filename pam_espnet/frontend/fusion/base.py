@@ -3,8 +3,8 @@
 Dimension letters: B utterances, U adapter frames, M encoders, E experts, H layers, D width, P prompt-vector width.
 
 A fusion works in two steps. ``route`` reads the prompt alone, so that it is known before any audio is encoded which
-encoders are worth running. ``forward`` then combines the adapted streams of those encoders. A fusion knows nothing of
-encoders, waveforms or the LLM: it gets names, layer counts and tensors.
+encoders are worth running. ``forward`` then combines the adapted streams of those encoders. A fusion is independent of
+encoders, waveforms and the LLM: it gets names, layer counts and tensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which file holds which clip: folders searched for the names that people give to AudioCaps clips."""
+"""Files of the clips: folders searched for the names that people give to AudioCaps clips."""
 
 from __future__ import annotations
 

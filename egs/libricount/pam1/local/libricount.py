@@ -80,7 +80,7 @@ def folds_of(clips: list[Clip]) -> list[list[Clip]]:
     """Five folds with as many clips of each number: a number's clips, by the SHA-256 of their stems, dealt in turn.
 
     HEAR (Turian et al., 2022) scores LibriCount in five folds, too, each of which is once the test set, with the next
-    one for validation. Its lists come from a shuffle of its own and are not these.
+    one for validation. Its lists come from another shuffle and are not these.
     """
     folds: list[list[Clip]] = [[] for _ in range(FOLDS)]
     for count in range(MOST + 1):

@@ -1,6 +1,6 @@
 """Training clips by LibriCount's construction, from readers of LibriSpeech's training (and dev) sets.
 
-A clip lasts 5 s and has 0 to 10 voices, all different, all at the same power (0 dB). Each voice speaks from the first
+A clip lasts 5 s and has 0 to 10 voices, all different, all at the same power (0 dB). Each voice lasts from the first
 sample (what comes before is cut away) to the last one with the pauses it has, and is joined from several utterances
 where one is too short. The label is the largest number of voices that are active at once; a mixture in which
 that is less than the number of its voices is drawn again. Shape letter: N samples.

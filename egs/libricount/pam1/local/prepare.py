@@ -184,7 +184,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the data directories, or say which subsets of LibriSpeech they need."""
+    """Make the data directories, or print which subsets of LibriSpeech they need."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--librispeech", type=Path, help="folder with LibriSpeech/ or its subsets")
     parser.add_argument("--libricount", type=Path, help="folder with LibriCount's clips, or the one above it")

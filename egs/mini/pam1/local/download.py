@@ -103,7 +103,7 @@ def fetch_debian(package: Package, folder: Path, downloads: Path) -> None:
         (state / name).mkdir(parents=True, exist_ok=True)
     apt += ["-o", f"Dir::State::lists={state / 'lists'}", "-o", f"Dir::Cache={state / 'cache'}"]
     update = _run([*apt, "update"], folder)
-    # The newest version is tried last: should its archive differ, the hash check says what to do.
+    # The newest version is tried last: should its archive differ, the hash check names what to do.
     for wanted in (pinned, package.name):
         problem = _run([*apt, "download", wanted], folder)
         if not problem:
@@ -204,7 +204,7 @@ def is_complete(package: Package, downloads: Path) -> bool:
 
 
 def download_all(packages: list[Package], downloads: Path) -> None:
-    """Fetch, check and unpack ``packages``; say what was done."""
+    """Fetch, check and unpack ``packages``; print what was done."""
     from tqdm import tqdm
 
     begin = time.monotonic()

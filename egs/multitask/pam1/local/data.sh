@@ -26,7 +26,7 @@ export python
 mixtures=${size}
 [ "${size}" != full960 ] || mixtures=clean460
 data_dir=${data_dir:-data/${size}}
-# The other recipes work in folders of their own.
+# The other recipes work in their own folders.
 for name in data_dir downloads librispeech libricount noise csv audio; do
     [ -z "${!name:-}" ] || [[ ${!name} == /* ]] || printf -v "${name}" '%s' "${PWD}/${!name}"
 done
