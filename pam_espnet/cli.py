@@ -85,10 +85,7 @@ def add_compute_options(
 
 def compute_device(args: argparse.Namespace) -> str:
     """The torch device of ``--device``, checked; sets the number of CPU threads.
-
-    Raises:
-        ConfigError: see ``chosen_device``; a negative number of threads.
-    """
+    Raises ConfigError: see ``chosen_device``; a negative number of threads."""
     import torch
 
     check_number(args.threads, "--threads", at_least=0, whole=True)

@@ -21,10 +21,7 @@ LAST_COMMIT = "6d6c31d"  # of version 0.1, which had what version 0.2 removed
 
 def parse_yaml(text: str) -> Any:
     """YAML, with ``1e-4`` read as a number (YAML 1.1 reads it as text) and a key given twice refused.
-
-    Raises:
-        yaml.YAMLError: not YAML.
-    """
+    Raises yaml.YAMLError: not YAML."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -90,10 +87,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def parse_change(text: str) -> dict[str, Any]:
     """``"a.b=3"`` -> ``{"a": {"b": 3}}``; the value is YAML.
-
-    Raises:
-        ConfigError: no ``=``, an empty key, or a value that is not YAML.
-    """
+    Raises ConfigError: no ``=``, an empty key, or a value that is not YAML."""
     import yaml
 
     key, found, value = text.partition("=")
@@ -120,10 +114,7 @@ def resolve(files: Sequence[str | Path], changes: Sequence[str] = ()) -> dict[st
 
 def used_encoders(config: Mapping[str, Any]) -> list[str]:
     """The encoders that the configured fusion uses: all, or the one of ``single``.
-
-    Raises:
-        ConfigError: none is configured.
-    """
+    Raises ConfigError: none is configured."""
     frontend = config.get("frontend_conf") or {}
     if not isinstance(frontend, Mapping) or not isinstance(frontend.get("encoders") or {}, Mapping):
         raise ConfigError("frontend_conf and frontend_conf.encoders must be mappings")
@@ -147,10 +138,7 @@ def add_specs(config: Mapping[str, Any], cache: str | Path) -> dict[str, Any]:
 
 def check_options(options: Mapping[str, Any], key: str, *readers: Callable[..., Any]) -> None:
     """Check that each of ``options`` is a parameter of one of ``readers``.
-
-    Raises:
-        ConfigError: unknown options; names the configuration key and what is known.
-    """
+    Raises ConfigError: unknown options; names the configuration key and what is known."""
     known = {name for reader in readers for name in inspect.signature(reader).parameters}
     if unknown := sorted(set(options) - known):
         raise ConfigError(f"config key {key!r}: no option {', '.join(unknown)}; known: {', '.join(sorted(known))}")

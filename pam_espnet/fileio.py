@@ -84,10 +84,7 @@ def exclusive(path: str | Path) -> Iterator[None]:
 
 def read_text(path: str | Path) -> str:
     """Text of a UTF-8 file, without the byte order mark that some editors write.
-
-    Raises:
-        DataError: not UTF-8; names the line.
-    """
+    Raises DataError: not UTF-8; names the line."""
     content = Path(path).read_bytes()
     try:
         return content.decode("utf-8-sig")

@@ -134,10 +134,7 @@ def _opened(path: Path) -> Iterator[Path]:
 
 def _read_package(folder: Path, source: Path, given: Mapping[str, str | Path]) -> tuple[dict[str, Any], Decoding]:
     """Configuration with paths of this machine, and how it was decoded; every file's SHA-256 is checked.
-
-    Raises:
-        DataError (about ``source``), ConfigError: see ``load``.
-    """
+    Raises DataError (about ``source``), ConfigError: see ``load``."""
     try:
         manifest = read_json(folder / MANIFEST)
         if manifest["format"] != FORMAT:

@@ -59,10 +59,7 @@ class _Stated:
 
 def whole_file(name: str, file: BinaryIO) -> BinaryIO:
     """``file`` at its beginning, or where its header states no length a copy in memory whose header does.
-
-    Raises:
-        DataError: fewer bytes follow the header than it states; ``name`` is the file's in the message.
-    """
+    Raises DataError: fewer bytes follow the header than it states; ``name`` is the file's in the message."""
     stated = _find_stated(file)
     file.seek(0)
     if stated is None:

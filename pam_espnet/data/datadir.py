@@ -57,10 +57,7 @@ class DataDir:
     @classmethod
     def load(cls, path: str | Path) -> DataDir:
         """Read a directory and check its tables against each other, without looking for the audio files.
-
-        Raises:
-            DataError: lists every problem with file, line and remedy.
-        """
+        Raises DataError: lists every problem with file, line and remedy."""
         data, problems = inspect(path)
         raise_problems(path, problems)
         return data
@@ -92,10 +89,7 @@ class DataDir:
 
     def subset(self, keys: Iterable[str]) -> DataDir:
         """The directory restricted to some utterances (and the recordings they need).
-
-        Raises:
-            DataError: a key that is not in the directory, or no key at all.
-        """
+        Raises DataError: a key that is not in the directory, or no key at all."""
         wanted = set(keys)
         if unknown := sorted(wanted - self.text.keys()):
             message = f"has no utterance {unknown[0]!r} ({len(unknown)} unknown keys)"

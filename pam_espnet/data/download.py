@@ -60,10 +60,7 @@ class _Refused(Exception):
 
 def parse_checksum(checksum: str) -> tuple[str, str]:
     """``"md5:<hex>"`` as (algorithm, hex digits).
-
-    Raises:
-        ConfigError: another algorithm than MD5 and SHA-256, or not their number of hex digits.
-    """
+    Raises ConfigError: another algorithm than MD5 and SHA-256, or not their number of hex digits."""
     kind, _, digits = checksum.partition(":")
     if {"md5": 32, "sha256": 64}.get(kind) != len(digits) or set(digits) - set("0123456789abcdef"):
         raise ConfigError(f"{checksum!r} is no checksum; it looks like md5:<32 hex digits> or sha256:<64 hex digits>")
@@ -72,10 +69,7 @@ def parse_checksum(checksum: str) -> tuple[str, str]:
 
 def check_file(path: str | Path, checksum: str, *, what: str = "", hint: str = "delete it and run this again") -> None:
     """Compare a file with its checksum, ``md5:<hex>`` or ``sha256:<hex>``.
-
-    Raises:
-        DataError: they differ: the file is not ``what``; names what was expected and what was found.
-    """
+    Raises DataError: they differ: the file is not ``what``; names what was expected and what was found."""
     kind, wanted = parse_checksum(checksum)
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
@@ -88,10 +82,7 @@ def check_file(path: str | Path, checksum: str, *, what: str = "", hint: str = "
 
 def check_space(folder: str | Path, needed: int, what: str) -> None:
     """Check that ``needed`` bytes (and a little more) are free where ``folder`` is or will be.
-
-    Raises:
-        DataError: they are not.
-    """
+    Raises DataError: they are not."""
     there = Path(folder).absolute()
     while not there.exists():
         there = there.parent

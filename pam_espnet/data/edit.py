@@ -219,10 +219,7 @@ def choose(
     seed: int = 0,
 ) -> DataDir:
     """A subset: the given ``utterances``, those of one ``task``, and of these the ``first`` n or a ``sample`` of n.
-
-    Raises:
-        DataError: an unknown utterance, or fewer utterances than asked for.
-    """
+    Raises DataError: an unknown utterance, or fewer utterances than asked for."""
     keys = data.utterances if utterances is None else sorted(data.subset(utterances).text)
     if task is not None:
         keys = [utt for utt in keys if data.utt2task[utt] == task_spec(task).name]

@@ -211,10 +211,7 @@ def format_one(job: Job) -> dict[str, Any]:
 
 def read_formatted(path: str | Path, settings: Settings) -> np.ndarray:
     """One file (N,) float32 as ``format_data_dir`` would write it and ``read_audio`` read that back.
-
-    Raises:
-        DataError: it would be skipped; gives the reason.
-    """
+    Raises DataError: it would be skipped; gives the reason."""
     wave, rate = read_audio(path)
     if reason := skip_reason(wave, rate, settings):
         raise DataError(path, reason, hint="name a recording with sound in it, cut to the limits of stage 2")

@@ -40,10 +40,7 @@ def write_matrices(ark: str | Path, scp: str | Path, matrices: Iterable[tuple[st
 
 def check_matrix(matrix: np.ndarray, what: str) -> None:
     """Check a matrix that was read; ``what`` names it in messages.
-
-    Raises:
-        DataError: another dtype or shape than this module writes, or values that are not finite.
-    """
+    Raises DataError: another dtype or shape than this module writes, or values that are not finite."""
     problem = ""
     if matrix.dtype != np.float32:
         problem = f"dtype {matrix.dtype} where float32 is expected"

@@ -42,10 +42,7 @@ def voices_of(data_dir: str | Path) -> dict[str, set[str]]:
 
 def refuse_shared(train_dir: str | Path, test_dirs: Sequence[str | Path]) -> None:
     """Check that no utterance and no speaker of the test sets is in a directory that is to be trained on.
-
-    Raises:
-        DataError: one is; names utterances, speakers and the test set.
-    """
+    Raises DataError: one is; names utterances, speakers and the test set."""
     trained = voices_of(train_dir)
     for test_dir in test_dirs:
         tested = voices_of(test_dir)
@@ -57,10 +54,7 @@ def refuse_shared(train_dir: str | Path, test_dirs: Sequence[str | Path]) -> Non
 
 def refuse_barred(data_dir: str | Path, barred: Mapping[str, str]) -> None:
     """Check that no barred speaker, {speaker: test set}, is in a directory that is to be trained on.
-
-    Raises:
-        DataError: one is; names utterances, speakers and the test set.
-    """
+    Raises DataError: one is; names utterances, speakers and the test set."""
     voices = voices_of(data_dir)
     found = sorted((utterance, name) for utterance, names in voices.items() for name in names & barred.keys())
     if not found:

@@ -58,10 +58,7 @@ class Spoken:
 
 def find_root(folder: str | Path, subsets: Iterable[str]) -> Path:
     """The folder that holds ``subsets``: ``folder`` itself or ``folder/LibriSpeech``.
-
-    Raises:
-        DataError: no such folder, or a subset is not there; names those that are.
-    """
+    Raises DataError: no such folder, or a subset is not there; names those that are."""
     folder, wanted = Path(folder), list(subsets)
     if not folder.is_dir():
         raise DataError(folder, "no such folder", hint="name the folder that holds LibriSpeech/ or its subsets")
@@ -77,10 +74,7 @@ def find_root(folder: str | Path, subsets: Iterable[str]) -> Path:
 
 def read_speakers(root: str | Path) -> dict[str, Speaker]:
     """SPEAKERS.TXT of ``root``: {speaker: line}.
-
-    Raises:
-        DataError: it is not there, or a line that cannot be understood.
-    """
+    Raises DataError: it is not there, or a line that cannot be understood."""
     path = Path(root) / SPEAKERS
     if not path.is_file():
         raise DataError(path, "no such file", hint=f"every archive of LibriSpeech has it: copy it to {path.parent}")
@@ -101,10 +95,7 @@ def read_speakers(root: str | Path) -> dict[str, Speaker]:
 
 def read_subset(root: str | Path, subset: str) -> list[Spoken]:
     """All utterances of a subset, sorted by key.
-
-    Raises:
-        DataError: lists recordings without a transcript, transcripts without a recording, and malformed lines.
-    """
+    Raises DataError: lists recordings without a transcript, transcripts without a recording, and malformed lines."""
     folder = Path(root, subset)
     problems: list[Problem] = []
     chapters = [chapter for chapter in sorted(folder.glob("*/*")) if chapter.is_dir()]
@@ -141,10 +132,7 @@ def _read_chapter(chapter: Path, problems: list[Problem]) -> list[Spoken]:
 
 def flac_seconds(path: str | Path) -> float:
     """Duration of a FLAC file from its header.
-
-    Raises:
-        DataError: it is no FLAC file, or its header does not state a duration.
-    """
+    Raises DataError: it is no FLAC file, or its header does not state a duration."""
     with open(path, "rb") as file:
         head = file.read(42)
     rate, samples = int.from_bytes(head[18:21], "big") >> 4, int.from_bytes(head[21:26], "big") & ((1 << 36) - 1)
@@ -162,10 +150,7 @@ def durations(utterances: Sequence[Spoken], jobs: int = 1) -> dict[str, float]:
 
 def check_counts(root: str | Path, found: Mapping[str, tuple[int, float]], strict: bool) -> list[str]:
     """What differs from the published numbers, one sentence each; ``found``: {subset: (utterances, hours)}.
-
-    Raises:
-        DataError: something differs, and ``strict``.
-    """
+    Raises DataError: something differs, and ``strict``."""
     differences = []
     for subset, (utterances, hours) in found.items():
         known_utterances, known_hours = PUBLISHED[subset]

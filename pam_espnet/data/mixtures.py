@@ -19,10 +19,7 @@ VOICE_LEVEL = -23.0  # dB RMS of each voice before they are added
 
 def choose_voices(rng: np.random.Generator, voices: Mapping[str, str], number: int) -> list[str]:
     """``number`` voices of ``voices`` {voice: group}, no two of one group, every voice equally likely to come first.
-
-    Raises:
-        ValueError: there are fewer groups.
-    """
+    Raises ValueError: there are fewer groups."""
     chosen: list[str] = []
     for voice in rng.permutation(sorted(voices)).tolist():
         if len(chosen) < number and voices[voice] not in {voices[other] for other in chosen}:

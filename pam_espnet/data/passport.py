@@ -37,10 +37,7 @@ class Passport:
     @classmethod
     def load(cls, data_dir: str | Path) -> Passport:
         """Read ``<data_dir>/passport.json``.
-
-        Raises:
-            DataError: the directory was not formatted, or the file is damaged.
-        """
+        Raises DataError: the directory was not formatted, or the file is damaged."""
         path = Path(data_dir) / PASSPORT_NAME
         try:
             return cls(**read_json(path))
@@ -66,10 +63,7 @@ class Passport:
 
     def audio_digest(self, utterances: Iterable[str]) -> str:
         """One SHA-256 over the names and samples of ``utterances``.
-
-        Raises:
-            DataError: an utterance without a passport entry.
-        """
+        Raises DataError: an utterance without a passport entry."""
         digest = hashlib.sha256()
         for utt in sorted(utterances):
             if utt not in self.utterances:

@@ -71,10 +71,7 @@ class Wordings:
 
     def recognise(self, prompt: str) -> tuple[int, dict[str, str]]:
         """(number of the wording, from 0; its fields) of a prompt.
-
-        Raises:
-            DataError: the prompt was made from none of the wordings.
-        """
+        Raises DataError: the prompt was made from none of the wordings."""
         for number, pattern in enumerate(self._patterns):
             if found := pattern.fullmatch(prompt):
                 return number, found.groupdict()

@@ -71,10 +71,7 @@ def _undecodable(path: Path, raw: bytes, error: UnicodeDecodeError) -> tuple[str
 
 def read_lines(path: str | Path) -> list[str]:
     """The lines of a user's text file: UTF-8 with or without byte order mark, line ends of any system.
-
-    Raises:
-        DataError: it cannot be read, or a line is not UTF-8.
-    """
+    Raises DataError: it cannot be read, or a line is not UTF-8."""
     path = Path(path)
     try:
         content = path.read_bytes()
@@ -200,10 +197,7 @@ def one_line(text: str) -> str:
 
 def write_table(path: str | Path, table: Mapping[str, str]) -> None:
     """Write a table sorted by key, atomically; ``read_table(path, allow_empty=True)`` gives the same mapping back.
-
-    Raises:
-        DataError: a key or value that would not be read back as it is (see ``one_line`` for values).
-    """
+    Raises DataError: a key or value that would not be read back as it is (see ``one_line`` for values)."""
     lines = []
     for key in sorted(table):
         value = table[key]

@@ -29,11 +29,7 @@ TASKS: dict[str, TaskSpec] = {
 
 
 def task_spec(name: str) -> TaskSpec:
-    """Look a task up by name.
-
-    Raises:
-        ConfigError: unknown task; lists the known ones.
-    """
+    """Look a task up by name. Raises ConfigError: unknown task; lists the known ones."""
     if name not in TASKS:
         raise ConfigError(f"unknown task {name!r}; known tasks: {', '.join(TASKS)}")
     return TASKS[name]

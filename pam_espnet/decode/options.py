@@ -70,10 +70,7 @@ class AnswerOptions:
     @classmethod
     def from_dict(cls, options: Mapping[str, Any], source: str | Path = "decoding options") -> AnswerOptions:
         """From a flat mapping, as the YAML holds it.
-
-        Raises:
-            ConfigError: a key that nothing reads, or a value out of range; ``source`` is named.
-        """
+        Raises ConfigError: a key that nothing reads, or a value out of range; ``source`` is named."""
         options = drop_removed(options, {"compile": False}, "")
         if isinstance(options.get("exit"), Mapping):
             options["exit"] = drop_removed(options["exit"], {"fill": "propagate"}, "exit")

@@ -164,10 +164,7 @@ def merge_shards(
     data_dir: str | Path, out_dir: str | Path, options: DecodeOptions, run: dict[str, Any]
 ) -> dict[str, Any]:
     """Join all shards into ``text``, ``score``, ``nbest.jsonl`` and ``stats.json``, which keeps ``run``, too.
-
-    Raises:
-        DataError: an utterance is missing or in two shards.
-    """
+    Raises DataError: an utterance is missing or in two shards."""
     out_dir = Path(out_dir)
     expected = DataDir.load(data_dir).utterances[: options.limit or None]
     entries: dict[str, dict[str, Any]] = {}
@@ -211,10 +208,7 @@ def merge_shards(
 
 def decoded_of(exp_dir: str | Path, data_dir: str | Path) -> dict[str, str]:
     """The part of a decode directory's ``key.json`` that names checkpoint and data.
-
-    Raises:
-        CheckpointError: nothing was trained yet.
-    """
+    Raises CheckpointError: nothing was trained yet."""
     checkpoint, data = Path(exp_dir) / MODEL_FILE, DataDir.load(data_dir)
     if not checkpoint.is_file():
         raise CheckpointError(f"{checkpoint}: no such checkpoint\n  -> train first: ./run.sh --stage 3 --stop_stage 3")

@@ -52,11 +52,7 @@ class EncoderSpec:
 
     @classmethod
     def from_dict(cls, name: str, values: Mapping[str, Any]) -> EncoderSpec:
-        """The inverse of ``to_dict``.
-
-        Raises:
-            ConfigError: keys missing or unknown.
-        """
+        """The inverse of ``to_dict``. Raises ConfigError: keys missing or unknown."""
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
             return cls(**{**given, "name": name})

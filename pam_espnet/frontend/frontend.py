@@ -125,11 +125,7 @@ class PaMFrontend(AbsFrontend):
         self.gain = nn.Parameter(torch.tensor(float(initial_rms)))
 
     def encoder(self, name: str) -> AbsEncoder:
-        """An encoder, loaded on the first call.
-
-        Raises:
-            ConfigError: it cannot be built, or differs from its spec.
-        """
+        """An encoder, loaded on the first call. Raises ConfigError: it cannot be built, or differs from its spec."""
         if name not in self._encoders:
             try:
                 encoder = build_encoder(**self._encoder_conf[name])

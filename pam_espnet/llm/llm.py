@@ -274,10 +274,7 @@ def load_tokenizer(
     path_or_id: str, revision: str | None = None, local_files_only: bool = False, chat_template: str | None = None
 ) -> Any:
     """The LLM's own tokenizer, from a folder or id; ``chat_template`` (Jinja text or file) replaces its template.
-
-    Raises:
-        ConfigError: no such folder or id.
-    """
+    Raises ConfigError: no such folder or id."""
     from transformers import AutoTokenizer
 
     source = hub_source(path_or_id, revision, local_files_only)
@@ -293,10 +290,7 @@ def load_tokenizer(
 
 def hub_source(path_or_id: str, revision: str | None, local_files_only: bool) -> dict[str, Any]:
     """Options of transformers' ``from_pretrained`` that choose where to look; for a folder nothing is fetched.
-
-    Raises:
-        ConfigError: a path that does not exist.
-    """
+    Raises ConfigError: a path that does not exist."""
     if os.path.isdir(path_or_id):
         return {"local_files_only": True}
     if path_or_id.count("/") > 1 or path_or_id.startswith((".", "/", "~", "downloads")):
@@ -309,10 +303,7 @@ def hub_source(path_or_id: str, revision: str | None, local_files_only: bool) ->
 
 def choose_dtype(name: str) -> torch.dtype:
     """Precision by name; "auto" is bfloat16 where the device computes it natively (emulation is slower than float32).
-
-    Raises:
-        ConfigError: another name.
-    """
+    Raises ConfigError: another name."""
     if name not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', not {name!r}")
     if name == "auto":

@@ -78,10 +78,7 @@ def layout(tokenizer: Any, prompt: str, system: str | None = "") -> PromptLayout
 
 def end_of_turn_id(tokenizer: Any) -> int:
     """The first special token that the chat template puts after the assistant's text, else the tokenizer's EOS.
-
-    Raises:
-        ConfigError: the template ends no turn and the tokenizer has no EOS.
-    """
+    Raises ConfigError: the template ends no turn and the tokenizer has no EOS."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER_MARK}]
     after = _render(tokenizer, turns, None, add_generation_prompt=False).split(ANSWER_MARK)[-1]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)

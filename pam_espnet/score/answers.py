@@ -91,10 +91,7 @@ def score_choices(references: Mapping[str, str], hypotheses: Mapping[str, str]) 
 
 def score_counts(references: Mapping[str, str], hypotheses: Mapping[str, str]) -> TaskResult:
     """Accuracy (%) and mean absolute error of numbers, in ``details["per_count"]`` for each true number, too.
-
-    Raises:
-        UnusableReferenceError: a reference is not a number.
-    """
+    Raises UnusableReferenceError: a reference is not a number."""
     hint = "write digits, or zero to ten in words"
     pairs = _pairs(references, hypotheses, parse_count, "is not a number", hint)
     rows = sorted({true for true, _ in pairs})

@@ -74,10 +74,7 @@ class Difference(NamedTuple):
 
 def find_rows(experiments: Sequence[str | Path]) -> list[Row]:
     """One row per decoding of experiments (or of ``decode_*`` directories), in the order given; audio off last.
-
-    Raises:
-        DataError: one of them has no scores.
-    """
+    Raises DataError: one of them has no scores."""
     groups: dict[Path, list[Decoding]] = {}
     for experiment in experiments:
         for decoding in sorted(find_decodings(experiment), key=lambda decoding: decoding.audio_off):
@@ -127,10 +124,7 @@ def show_difference(found: Difference | None, column: Column) -> str:
 
 def compare(experiments: Sequence[str | Path], output: str | Path, title: str = "Results") -> str:
     """Write the comparison with the first to ``output`` (.md) and beside it as JSON; return its tables as plain text.
-
-    Raises:
-        DataError: an experiment has no scores.
-    """
+    Raises DataError: an experiment has no scores."""
     rows = find_rows(experiments)
     first, columns = rows[0], _columns(rows)
     level = first.decodings[0].scores["bootstrap"]["level"]

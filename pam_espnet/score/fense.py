@@ -28,10 +28,7 @@ BATCH = 64
 
 def fense(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """FENSE of each hypothesis (text as it was decoded) against its references.
-
-    Raises:
-        UnavailableError: the models are not installed or cannot be read.
-    """
+    Raises UnavailableError: the models are not installed or cannot be read."""
     from safetensors import SafetensorError
 
     folder = find_part("fense")

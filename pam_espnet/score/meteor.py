@@ -55,10 +55,7 @@ class Meteor:
 
 def meteor(hypotheses: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> Meteor:
     """Match tokens of N hypotheses with those of their references.
-
-    Raises:
-        UnavailableError: the program or a Java runtime is not installed, or it fails.
-    """
+    Raises UnavailableError: the program or a Java runtime is not installed, or it fails."""
     jar = find_part("meteor", "meteor-1.5.jar")
     lines = []
     for given, wanted in zip(hypotheses, references, strict=True):

@@ -45,10 +45,7 @@ def find_java() -> str:
 
 def run_java(arguments: list[str], text: str, seconds: float, cwd: Path) -> str:
     """The output of a Java program that reads ``text``.
-
-    Raises:
-        UnavailableError: it cannot be started, fails, or takes longer than ``seconds``.
-    """
+    Raises UnavailableError: it cannot be started, fails, or takes longer than ``seconds``."""
     java = find_java()
     try:
         done = subprocess.run(

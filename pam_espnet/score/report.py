@@ -61,10 +61,7 @@ class Decoding:
 
 def find_decodings(exp: str | Path) -> list[Decoding]:
     """All scored test sets of an experiment, or of one of its ``decode_*`` directories; sorted by path.
-
-    Raises:
-        DataError: there is none.
-    """
+    Raises DataError: there is none."""
     exp = Path(exp)
     pattern = f"*/{SCORES}" if exp.name.startswith(DECODE_PREFIX) else f"{DECODE_PREFIX}*/*/{SCORES}"
     found = []

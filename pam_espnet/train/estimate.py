@@ -103,10 +103,7 @@ def estimate(config: Mapping[str, Any], train: Path | None, valid: Path | None, 
 
 def encoder_shape(name: str, options: Mapping[str, Any]) -> Encoder:
     """An encoder without its weights; converted models and a user's own are loaded, they are small.
-
-    Raises:
-        OSError: an id whose configuration is not on this machine.
-    """
+    Raises OSError: an id whose configuration is not on this machine."""
     from transformers import AutoConfig, AutoModel
 
     kind = options["type"]

@@ -51,10 +51,7 @@ def experiment_parser(description: str | None, needed: Sequence[str] = ("train",
 
 def merged_config(files: Sequence[str | Path], changes: Sequence[str] = ()) -> dict[str, Any]:
     """Configuration files and changes in one mapping; of fusion ``single`` with its encoder alone.
-
-    Raises:
-        ConfigError: a file that is none, or a ``fusion_conf.encoder`` that is not configured.
-    """
+    Raises ConfigError: a file that is none, or a ``fusion_conf.encoder`` that is not configured."""
     config = resolve(files, changes)
     frontend = config.get("frontend_conf") or {}
     own = dict(frontend.get("fusion_conf") or {})
@@ -108,10 +105,7 @@ class Experiment:
 
     def arguments(self) -> list[str]:
         """Write ``train.yaml``; ESPnet's own options that name it, the directory and every stream of the data.
-
-        Raises:
-            ConfigError: a part of the feature cache is not there.
-        """
+        Raises ConfigError: a part of the feature cache is not there."""
         config = self.config if self.feats is None else add_specs(self.config, self.feats)
         write_config(config, self.exp / "train.yaml")
         words = ["--config", str(self.exp / "train.yaml"), "--output_dir", str(self.exp), "--resume", "true"]
@@ -176,10 +170,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 def read_options[T](cls: type[T], config: Mapping[str, Any], key: str) -> T:
     """``cls`` from the mapping ``config[key]``, which may be missing.
-
-    Raises:
-        ConfigError: an option that it does not have.
-    """
+    Raises ConfigError: an option that it does not have."""
     try:
         return cls(**(config.get(key) or {}))
     except TypeError as error:

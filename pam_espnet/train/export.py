@@ -15,10 +15,7 @@ from pam_espnet.train.step_checkpoint import disk_errors
 
 def export_trained(exp_dir: Path, criteria: Sequence[Sequence[str]]) -> Path:
     """Write ``<exp_dir>/model.safetensors`` from the n-best average by the first of ESPnet's ``best_model_criterion``.
-
-    Raises:
-        CheckpointError: there is no averaged model, or its tensors are not finite.
-    """
+    Raises CheckpointError: there is no averaged model, or its tensors are not finite."""
     phase, key, _ = criteria[0]
     averaged = exp_dir / f"{phase}.{key}.ave.pth"
     if not averaged.exists():

@@ -43,10 +43,7 @@ class PaMPreprocessor(AbsPreprocessor):
 
     def __call__(self, uid: str, data: dict[str, Any]) -> dict[str, np.ndarray]:
         """Strings ``text``, ``prompt``, ``task`` become arrays; ``speech``, ``num_samples`` and ``feats_*`` are ones.
-
-        Raises:
-            DataError: unknown task, an empty prompt or answer, or features of another kind than the cache writes.
-        """
+        Raises DataError: unknown task, an empty prompt or answer, or features of another kind than the cache writes."""
         data = dict(data)
         for name, value in data.items():
             if name.startswith("feats_"):

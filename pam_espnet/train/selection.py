@@ -38,11 +38,7 @@ TABLE = "SELECTION.md"
 
 
 def kept_epochs(exp_dir: Path) -> list[int]:
-    """The epochs whose models are there, in order.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """The epochs whose models are there, in order. Raises CheckpointError: there is none."""
     found = [re.fullmatch(r"(\d+)epoch\.pth", path.name) for path in exp_dir.glob("*epoch.pth")]
     epochs = sorted(int(match[1]) for match in found if match)
     if not epochs:
@@ -65,10 +61,7 @@ def normalise(task: str, value: float) -> float:
 
 def summarise(scores: Mapping[str, Any]) -> dict[str, Any]:
     """``{"tasks": {task: {"metric", "value", "n", "normalised"}}, "mean"}`` of one epoch's ``scores.json``.
-
-    Raises:
-        DataError: a task without a figure.
-    """
+    Raises DataError: a task without a figure."""
     tasks: dict[str, Any] = {}
     for task, metrics in scores["tasks"].items():
         metric = MAIN_METRICS[task_spec(task).metric][0]

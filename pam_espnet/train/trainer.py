@@ -61,10 +61,7 @@ class PaMTrainer(Trainer):
     @classmethod
     def run(cls, *, trainer_options: PaMTrainerOptions, **others: Any) -> None:
         """ESPnet's whole training; step checkpoints are gone when it ends.
-
-        Raises:
-            CheckpointError: a file could not be written, as on a full disk; names it and what to do.
-        """
+        Raises CheckpointError: a file could not be written, as on a full disk; names it and what to do."""
         output_dir = Path(trainer_options.output_dir)
         with disk_errors(output_dir):  # ESPnet writes its files in place; the copy of the epoch before is whole
             super().run(trainer_options=trainer_options, **others)
@@ -74,10 +71,7 @@ class PaMTrainer(Trainer):
     @staticmethod
     def resume(checkpoint: str | Path, **options: Any) -> None:
         """Resume from ``checkpoint``, or from the copy of the epoch before when it is damaged.
-
-        Raises:
-            CheckpointError: both are damaged, or the checkpoint does not fit the model.
-        """
+        Raises CheckpointError: both are damaged, or the checkpoint does not fit the model."""
         checkpoint = Path(checkpoint)
         previous = checkpoint.with_name(PREVIOUS)
         if not _loads(checkpoint):
@@ -143,10 +137,7 @@ class PaMTrainer(Trainer):
         cls, model: Any, iterator: Iterable[Any], reporter: Any, options: Any, **others: Any
     ) -> None:
         """ESPnet's validation; its mean goes to the curve as one line.
-
-        Raises:
-            ConfigError: the loss is not finite after the last epoch; there would be a model that answers nothing.
-        """
+        Raises ConfigError: the loss is not finite after the last epoch; there would be a model that answers nothing."""
         super().validate_one_epoch(model=model, iterator=iterator, reporter=reporter, options=options, **others)
         if reporter.epoch == options.max_epoch and "loss" in reporter.stats:
             loss = float(aggregate(reporter.stats["loss"]))

@@ -49,10 +49,7 @@ class Training:
 
     def load_rest(self, state: dict[str, Any]) -> None:
         """Put back what ``rest`` returned; the reporter must be at the beginning of its epoch.
-
-        Raises:
-            ValueError, KeyError, RuntimeError: it is the state of other optimizers or schedulers.
-        """
+        Raises ValueError, KeyError, RuntimeError: it is the state of other optimizers or schedulers."""
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):

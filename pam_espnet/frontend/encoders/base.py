@@ -132,10 +132,7 @@ def padding_mask(lengths: Tensor, size: int) -> Tensor:
 
 def model_folder(path: str | Path) -> Path:
     """The local folder of a converted model.
-
-    Raises:
-        ConfigError: no such folder; names the recipe's stage that makes it.
-    """
+    Raises ConfigError: no such folder; names the recipe's stage that makes it."""
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(
@@ -147,10 +144,7 @@ def model_folder(path: str | Path) -> Path:
 
 def model_folder_or_id(path: str | Path) -> str:
     """A local folder, or else a Hugging Face id such as ``microsoft/wavlm-base-plus``, to be given to transformers.
-
-    Raises:
-        ConfigError: neither an existing folder nor the shape of an id.
-    """
+    Raises ConfigError: neither an existing folder nor the shape of an id."""
     text = str(path)
     # "downloads/gone" has the shape of an id too; where its first part is a folder, a folder was meant.
     names_folder = Path(text).exists() or ("/" in text and Path(text).parent.is_dir())
@@ -195,10 +189,7 @@ def load_pretrained(cls: Any, path: str | Path, **options: Any) -> Any:
 
 def load_extractor(cls: Any, path: str | Path) -> Any:
     """``cls.from_pretrained`` of a transformers feature extractor, for its sampling rate and normalisation.
-
-    Raises:
-        ConfigError: the model has no readable preprocessor_config.json.
-    """
+    Raises ConfigError: the model has no readable preprocessor_config.json."""
     try:
         return cls.from_pretrained(model_folder_or_id(path))
     except (OSError, ValueError) as error:
@@ -226,10 +217,7 @@ def load_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def load_weights(net: torch.nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Fill ``net`` from ``tensors`` of the folder ``path``.
-
-    Raises:
-        CheckpointError: names or shapes differ; lists them.
-    """
+    Raises CheckpointError: names or shapes differ; lists them."""
     try:
         net.load_state_dict(dict(tensors))
     except RuntimeError as error:

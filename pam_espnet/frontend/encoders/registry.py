@@ -24,10 +24,7 @@ ENCODERS: dict[str, str] = {
 
 def encoder_target(type: str) -> str:
     """The import path behind a registered name, or ``type`` itself where it is one.
-
-    Raises:
-        ConfigError: unknown name.
-    """
+    Raises ConfigError: unknown name."""
     if ":" in type:
         return type
     if type == "ge2e":
@@ -42,10 +39,7 @@ def encoder_target(type: str) -> str:
 
 def encoder_class(type: str) -> type[AbsEncoder]:
     """The class behind a registered name or an import path ``module:Class``.
-
-    Raises:
-        ConfigError: unknown name, or an import path that leads nowhere or to something that is no encoder.
-    """
+    Raises ConfigError: unknown name, or an import path that leads nowhere or to something that is no encoder."""
     target = encoder_target(type)
     module, _, name = target.partition(":")
     try:

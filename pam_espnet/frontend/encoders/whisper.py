@@ -88,10 +88,7 @@ class WhisperEncoder(AbsEncoder):
 
     def hidden_states(self, wave: Tensor, lengths: Tensor) -> Sequence[Tensor]:
         """Hidden states 0..max(layers), each (B,T,D).
-
-        Raises:
-            PamError: a clip is longer than the model's window, and such are refused; it is never cut silently.
-        """
+        Raises PamError: a clip is longer than the model's window, and such are refused; it is never cut silently."""
         if int(lengths.max()) > self._longest:
             if self.long_clips == "split":
                 return self._in_pieces(wave, lengths)
