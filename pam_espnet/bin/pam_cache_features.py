@@ -14,7 +14,6 @@ from pam_espnet.train.experiment import Experiment, experiment_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
     parser = experiment_parser(__doc__, needed=("train", "valid", "feats", "exp"))
     parser.add_argument("--encoder", nargs="*", metavar="NAME", help="of the configuration (default: all it uses)")
     parser.add_argument("--jobs", type=int, default=1, help="encoders at a time, with a thread each (default: 1)")

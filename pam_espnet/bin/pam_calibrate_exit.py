@@ -16,8 +16,7 @@ from pathlib import Path
 from pam_espnet.cli import add_compute_options, compute_device, run_main
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Command line of this module."""
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exp", required=True, type=Path, help="experiment directory")
     parser.add_argument("--data", required=True, help="formatted development data, dump/raw/dev")
@@ -26,12 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no_maps", action="store_true", help="gates alone; hidden states are read as they are")
     parser.add_argument("--batch_size", type=int, default=8, help="utterances run together (default: 8)")
     add_compute_options(parser, default_dtype="float32", dtypes=("float32", "bfloat16"))
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     from dataclasses import asdict
 
     from pam_espnet.decode.options import AnswerOptions

@@ -14,8 +14,7 @@ from pathlib import Path
 from pam_espnet.cli import add_compute_options, compute_device, run_main, run_record
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Command line of this module."""
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exp", required=True, help="experiment directory (config.yaml, model.safetensors)")
     parser.add_argument("--data", required=True, nargs="+", help="formatted data directories, dump/raw/<set>")
@@ -27,12 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--merge", action="store_true", help="only join the N finished parts")
     parser.add_argument("--limit", type=int, default=0, help="decode only the first utterances (default: 0 = all)")
     add_compute_options(parser)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     from pam_espnet.config import load_yaml
     from pam_espnet.errors import ConfigError
 

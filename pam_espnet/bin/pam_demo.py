@@ -21,18 +21,12 @@ if TYPE_CHECKING:
     from pam_espnet.decode.speech_llm import SpeechLLM
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Command line of this module."""
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 is all (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=7860, help="(default: 7860)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     try:
         import gradio  # noqa: F401  before a model is loaded for nothing
     except ImportError as error:

@@ -18,8 +18,7 @@ from pathlib import Path
 from pam_espnet.cli import add_compute_options, compute_device, run_main, run_record
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Command line of this module."""
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("exp", type=Path, help="experiment directory (config.yaml, model.safetensors)")
     parser.add_argument("--data", required=True, nargs="+", help="formatted test sets, dump/raw/<set>")
@@ -31,12 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="directory of the report (default: <exp>/exit_report)")
     parser.add_argument("--batch_size", type=int, default=8, help="utterances run together (default: 8)")
     add_compute_options(parser, dtypes=())
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     from functools import cache
 
     from pam_espnet.decode.options import AnswerOptions

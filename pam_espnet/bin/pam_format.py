@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pam_espnet.cli import run_main
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check all directories, then format one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", required=True, help="directories to read: data/train data/dev")
     parser.add_argument("--out", nargs="+", required=True, help="directory to write for each: dump/raw/train ...")
@@ -24,12 +24,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sample_rate", type=int, default=16000, help="Hz (default: %(default)s)")
     parser.add_argument("--audio_format", choices=("flac", "wav"), default="flac", help="default: %(default)s")
     parser.add_argument("--allow-pipes", action="store_true", help="run commands ('cmd |') found in wav.scp")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check all directories, then format one after the other."""
-    parser = build_parser()
     args = parser.parse_args(argv)
     if len(args.data) != len(args.out):
         parser.error(f"--data names {len(args.data)} directories and --out {len(args.out)}: name one for each")

@@ -28,17 +28,6 @@ if TYPE_CHECKING:
 MIN_SECONDS = 0.1  # of a recording, as in stage 2
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Command line of this module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wavs", nargs="+", metavar="WAV", help="audio files, any format and sample rate")
-    parser.add_argument("--prompt", help="what to ask (default: the prompt of --task)")
-    parser.add_argument("--task", help="asr, count or caption: its default prompt, its answer set")
-    parser.add_argument("--json", action="store_true", help="one JSON object per recording: n-best, scores, routing")
-    add_model_options(parser)
-    return parser
-
-
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``load_model``, and ``--max_seconds``."""
     parser.add_argument("--model", required=True, help="package (zip file or folder), or experiment directory")
@@ -69,8 +58,13 @@ def load_model(args: argparse.Namespace) -> SpeechLLM:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    args = build_parser().parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("wavs", nargs="+", metavar="WAV", help="audio files, any format and sample rate")
+    parser.add_argument("--prompt", help="what to ask (default: the prompt of --task)")
+    parser.add_argument("--task", help="asr, count or caption: its default prompt, its answer set")
+    parser.add_argument("--json", action="store_true", help="one JSON object per recording: n-best, scores, routing")
+    add_model_options(parser)
+    args = parser.parse_args(argv)
     from pam_espnet.data.tasks import task_spec
 
     if args.prompt is None and args.task is None:

@@ -17,18 +17,12 @@ from pathlib import Path
 from pam_espnet.cli import run_main
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Command line of this module."""
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exp", required=True, type=Path, help="experiment directory")
     parser.add_argument("--out", required=True, type=Path, help="what to write: a file that ends in .zip, or a folder")
     parser.add_argument("--decode_name", default="beam", help="answer as EXP/decode_NAME was decoded (default: beam)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     from pam_espnet.package import save
 
     manifest = save(args.exp, args.out, args.decode_name)

@@ -15,7 +15,6 @@ from pam_espnet.cli import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, nargs="+", type=Path, help="formatted test sets, dump/raw/<set>")
     parser.add_argument("--prompts", type=Path, default=Path("conf/prompts"), help="has <task>.txt (conf/prompts)")

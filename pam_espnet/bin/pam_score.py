@@ -21,7 +21,6 @@ from pam_espnet.cli import run_main
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of this command."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -16,7 +16,6 @@ from pam_espnet.cli import add_compute_options, compute_device, run_main, run_re
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exp", required=True, type=Path, help="experiment directory, trained")
     parser.add_argument("--by", choices=("scores", "loss"), default="scores", help="criterion (default: scores)")

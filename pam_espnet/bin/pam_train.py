@@ -20,7 +20,6 @@ from pam_espnet.train.experiment import Experiment, experiment_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--help_all" in words:
         from pam_espnet.train.task import PaMTask

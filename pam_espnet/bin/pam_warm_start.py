@@ -16,7 +16,6 @@ from pam_espnet.train.experiment import Experiment, experiment_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
     args, espnet = experiment_parser(__doc__).parse_known_args(argv)
     from pam_espnet.fileio import exclusive
 
