@@ -38,7 +38,6 @@ class ESPnetPaMModel(AbsESPnetModel):
 
     Args:
         frontend: encoders, adapters and fusion.
-        decoder: the LLM.
         tasks: task names; a batch's ``task`` holds indices into it.
         ctc: head of the warm start; trained on with ``ctc_weight`` and kept in checkpoints.
         router_loss_weight: weight of the router's supervision by task; 0 leaves the router to the answer's loss

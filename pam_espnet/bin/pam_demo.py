@@ -38,11 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def respond(model: SpeechLLM, wav: str | None, prompt: str, max_seconds: float) -> tuple[str, dict[str, float]]:
     """The answer about an audio file, and the weight of each encoder for this prompt.
-
-    Raises:
-        ConfigError: no recording, or no prompt.
-        DataError: a recording that cannot be used.
-    """
+    Raises ConfigError: no recording, or no prompt; DataError: a recording that cannot be used."""
     if not wav:
         raise ConfigError("record or upload something first")
     if not prompt.strip():

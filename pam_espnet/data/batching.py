@@ -97,8 +97,6 @@ def plan_pass(
     Args:
         seconds: utterance -> duration, seconds.
         tasks: utterance -> task.
-        options: see ``BatchingOptions``.
-        seed: of the experiment.
         number: which pass, from 0.
         world_size: ranks that share each batch; every batch has at least that many utterances.
     """

@@ -128,7 +128,6 @@ def validate(path: str | Path, *, allow_pipes: bool = False) -> DataDir:
     """Check a data directory, its audio files' existence included, and return it.
 
     Args:
-        path: the directory.
         allow_pipes: accept ``wav.scp`` values that end in ``|`` (commands whose output is audio).
 
     Raises:

@@ -162,11 +162,7 @@ def _from_mirrors(remote: RemoteFile, part: Path, attempts: int, wait: float, ti
 
 def _transfer(url: str, part: Path, remote: RemoteFile, timeout: float) -> None:
     """Append what ``part`` lacks; returns when it has as many bytes as the server states.
-
-    Raises:
-        _Refused: a status or a size that waiting does not change.
-        OSError: every other failure.
-    """
+    Raises _Refused: a status or a size that waiting does not change; OSError: every other failure."""
     from tqdm import tqdm
 
     start = part.stat().st_size if part.exists() else 0

@@ -50,7 +50,6 @@ def fix(path: str | Path, *, task: str | None = None) -> tuple[list[str], Path |
     missing. A missing ``utt2spk`` is written with one speaker for each utterance.
 
     Args:
-        path: the directory.
         task: write a missing ``utt2task`` with this task, and a missing ``prompt`` with its default prompt.
 
     Returns:
@@ -134,8 +133,6 @@ def combine(sources: list[DataDir], target: str | Path, *, distinct_speakers: bo
     """Write the union of several directories to ``target``.
 
     Args:
-        sources: directories.
-        target: directory to write.
         distinct_speakers: the directories are of different corpora, so no speaker may be in two of them.
 
     Raises:

@@ -20,7 +20,6 @@ def read_prompts(path: str | Path, fields: Collection[str] | None = ()) -> list[
     """The wordings of a prompt file.
 
     Args:
-        path: the file.
         fields: names that every wording must have as ``{name}``, and no others; None: those of the first wording.
 
     Raises:
@@ -89,11 +88,7 @@ class Wordings:
 
 def read_wordings(files: Mapping[str, str | Path]) -> dict[str, Wordings]:
     """{task: prompt file} -> {task: its wordings}.
-
-    Raises:
-        ConfigError: an unknown task.
-        DataError: as ``read_prompts``.
-    """
+    Raises ConfigError: an unknown task; DataError: as ``read_prompts``."""
     return {task_spec(task).name: Wordings(path) for task, path in files.items()}
 
 

@@ -83,10 +83,8 @@ def build_task(
     Args:
         task: name for the progress bar.
         folder: the task's audio folder; emptied when what is in it was made with another ``key``.
-        key: see ``fingerprint``.
         plan: lists what is to be made; called only when something is missing.
         render: makes the audio (N,) float32 at 16 kHz of one job's spec; a module-level function.
-        jobs: number of processes.
     """
     from tqdm import tqdm
 

@@ -91,7 +91,6 @@ def read_keys(path: str | Path, known: Mapping[str, object]) -> list[str]:
     """The first word of every line of a list, in any order; empty lines are skipped, and comments.
 
     Args:
-        path: the list.
         known: what begins with ``#`` is a comment unless it is a key of these.
 
     Raises:
@@ -105,7 +104,6 @@ def scan_table(path: str | Path, *, allow_empty: bool = False) -> Scan:
     """Read a table and list all its mistakes instead of raising.
 
     Args:
-        path: the table.
         allow_empty: whether a key may have no value (``""``), as in a table of hypotheses.
     """
     scan = Scan(Path(path))

@@ -82,7 +82,6 @@ class SpeechLLM:
     Args:
         model: built and loaded; its weights must not change afterwards.
         options: how answers are decoded.
-        device: a torch device.
         warm_losses: the warm start's loss of each task whose answers the task vocabulary was made from; None: it was
             made from all, and only the CTC head of ASR was trained.
         int8: round the LLM's weights to 8 bits.
@@ -138,8 +137,6 @@ class SpeechLLM:
 
         Args:
             exp_dir: experiment directory.
-            options: see ``AnswerOptions``.
-            device: "cpu", "cuda", ...
             dtype: precision of the LLM: "float32", "bfloat16", or "int8" (weights of its products in the search, all
                 else in float32); None: as configured.
             config: replaces ``config.yaml``, whose paths start at the recipe's folder.

@@ -217,7 +217,6 @@ class LLM(nn.Module):
         """Negative log-likelihood of each answer token; logits are computed only where there is a target.
 
         Args:
-            placed: the batch.
             exit_layer: a block (from 1) whose output predicts the tokens too, through the shared final norm and output
                 layer.
         """

@@ -53,7 +53,6 @@ class Ratio:
         return np.stack([self.numerator, self.denominator], axis=1)
 
     def figures(self, sums: np.ndarray) -> np.ndarray:
-        """See ``Statistics``."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return self.scale * sums[:, 0] / sums[:, 1]
 

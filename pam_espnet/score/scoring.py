@@ -68,7 +68,6 @@ def score_directory(
     """Score the hypotheses of ``decode_dir`` against ``data_dir``, which was decoded; write and return the scores.
 
     Args:
-        decode_dir, data_dir: see the module.
         ids: a file of utterance keys, the first word of each line; only those of the set that it names are scored, and
             the scores go to a separate decoding, ``exp/<tag>/decode_<name>.<stem of ids>/<set>``.
         resamples, seed: of the bootstrap behind each 95 % interval.
@@ -130,9 +129,7 @@ def decoded_sets(
     """(decode directory, data directory) of every set in every decoding ``<exp>/decode_<name>/<set>``.
 
     A set has the name of its folder. Decoded sets in other wordings are included, ``<prompts>/<set>/<number>``.
-
-    Raises:
-        DataError: a set was not decoded, or two have one name.
+    Raises DataError: a set was not decoded, or two have one name.
     """
     if twice := [name for name, count in Counter(path.name for path in data_dirs).items() if count > 1]:
         raise DataError(exp, f"two sets have the name {twice[0]!r}", hint="list each set once; its folder is its name")

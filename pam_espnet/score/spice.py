@@ -20,9 +20,7 @@ def spice(hypotheses: Sequence[Sequence[str]], references: Sequence[Sequence[Seq
     """F-score of each hypothesis's tokens against those of its references, in [0, 1].
 
     An undefined score (a caption without anything in it) counts as 0.
-
-    Raises:
-        UnavailableError: the program, CoreNLP or a Java runtime is not installed, or it fails.
+    Raises UnavailableError: the program, CoreNLP or a Java runtime is not installed, or it fails.
     """
     jar = find_part("spice", "spice-1.0.jar")
     find_part("spice", "lib", "stanford-corenlp-3.6.0-models.jar")

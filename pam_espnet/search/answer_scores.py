@@ -28,7 +28,6 @@ def answer_log_probs(
     They are not normalised over the set: what is left to 1 belongs to other answers.
 
     Args:
-        engine: the LLM.
         prefix: (B,P,D) embeddings, right-padded.
         lengths: (B,) valid positions.
         answers: token sequences, none of them empty, without an end token.

@@ -36,10 +36,8 @@ def beam_search(
     Results equal transformers' ``generate(num_beams=K, num_return_sequences=n)``.
 
     Args:
-        engine: the LLM.
         prefix: (B,P,D) embeddings, right-padded.
         prefix_lengths: (B,) valid positions.
-        options: of the search.
         max_new_tokens: (B,) a length cap per utterance, e.g. from the audio's duration; ``options.max_new_tokens``
             stays the upper bound.
         on_partial: called after every step with how far the utterances are that took it.

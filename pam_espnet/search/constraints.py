@@ -65,7 +65,6 @@ class NoRepeatNgram(Constraint):
 
     Args:
         size: n; 1 forbids every token that was there before.
-        utterances: see Constraint.
     """
 
     name = "no_repeat_ngram"
@@ -77,7 +76,6 @@ class NoRepeatNgram(Constraint):
         self.size = size
 
     def forbid(self, tokens: Sequence[int], vocab_size: int, device: torch.device) -> Tensor | None:
-        """See Constraint."""
         context = tuple(tokens[len(tokens) - self.size + 1 :]) if self.size > 1 else ()
         if len(tokens) < self.size:
             return None
@@ -96,7 +94,6 @@ class AnswerSet(Constraint):
     Args:
         answers: token sequences; each must be followed by an end token.
         eos_ids: the end tokens.
-        utterances: see Constraint.
     """
 
     name = "answer_set"
@@ -114,7 +111,6 @@ class AnswerSet(Constraint):
             self.next.setdefault(tuple(answer), set()).update(eos_ids)
 
     def forbid(self, tokens: Sequence[int], vocab_size: int, device: torch.device) -> Tensor | None:
-        """See Constraint."""
         forbidden = torch.ones(vocab_size, dtype=torch.bool, device=device)
         forbidden[sorted(self.next.get(tuple(tokens), ()))] = False
         return forbidden

@@ -122,7 +122,6 @@ def draft_search(
     Args:
         engine: the LLM; it must be able to verify.
         prefix, prefix_lengths, max_new_tokens, on_partial, constraints: as in ``beam_search``; a step is a pass.
-        options: of the search.
         drafts: one per utterance, or None.
         most: tokens per draft.
 

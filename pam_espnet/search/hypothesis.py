@@ -95,7 +95,6 @@ class UtteranceBeam:
     """The beam of one utterance.
 
     Args:
-        options: of the search.
         eos_ids: tokens that end an answer.
         max_new_tokens: this utterance's own length cap.
         utterance: its index in the batch.

@@ -265,9 +265,7 @@ def run(args: argparse.Namespace) -> Path:
     """Warm start with the options of a training run, parsed by ``PaMTask.get_parser()``.
 
     ``model_conf.ctc_tokens`` names the file of token ids, which is written here when it is missing.
-
-    Raises:
-        ConfigError: no utterances of these tasks, or keys that nobody reads in ``warm_start_conf``.
+    Raises ConfigError: no utterances of these tasks, or keys that nobody reads in ``warm_start_conf``.
     """
     options = read_options(WarmStartOptions, vars(args), "warm_start_conf")
     output_dir = Path(args.output_dir)

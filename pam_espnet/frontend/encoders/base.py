@@ -157,7 +157,6 @@ def load_pretrained(cls: Any, path: str | Path, **options: Any) -> Any:
     """``cls.from_pretrained`` of a transformers class, in float32, with every weight it needs.
 
     Args:
-        cls: a transformers model class.
         path: local folder or Hugging Face id.
         options: further arguments of ``from_pretrained``.
 
@@ -198,11 +197,7 @@ def load_extractor(cls: Any, path: str | Path) -> Any:
 
 def load_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """``config.json`` and the tensors of ``model.safetensors`` of a converted model's folder.
-
-    Raises:
-        ConfigError: no such folder.
-        CheckpointError: a file is missing or unreadable.
-    """
+    Raises ConfigError: no such folder; CheckpointError: a file is missing or unreadable."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

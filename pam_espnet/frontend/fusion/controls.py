@@ -30,7 +30,6 @@ class AverageFusion(AbsFusion):
         return unrouted(prompt_vector, [logits.softmax(0) / len(self.num_layers) for logits in self.layer_logits])
 
     def forward(self, embeddings: Sequence[Tensor | None], routing: Routing) -> Tensor:
-        """See AbsFusion."""
         return weighted_sum(embeddings, routing.encoder_weights)
 
 
@@ -59,7 +58,6 @@ class SingleFusion(AbsFusion):
     """One encoder alone; the others get weight zero and are never run.
 
     Args:
-        inputs: see FusionInputs.
         encoder: its name; may be left out where there is only one.
 
     Raises:
@@ -77,13 +75,11 @@ class SingleFusion(AbsFusion):
         self.layer_logits = nn.Parameter(torch.zeros(inputs.num_layers[self.index]))
 
     def route(self, prompt_vector: Tensor) -> Routing:
-        """See AbsFusion."""
         weights = [self.layer_logits.new_zeros(count) for count in self.num_layers]
         weights[self.index] = self.layer_logits.softmax(0)
         return unrouted(prompt_vector, weights)
 
     def forward(self, embeddings: Sequence[Tensor | None], routing: Routing) -> Tensor:
-        """See AbsFusion."""
         stream = embeddings[self.index]
         if stream is None:
             raise ValueError(f"single needs the stream of {self.used[0]}")
@@ -94,10 +90,6 @@ class StaticFusion(AbsFusion):
     """PaM without the prompt: one learned softmax over all (encoder, layer) for everything, and one such expert's FFN.
 
     Same parts as one PaM expert, so what PaM does better than this is what routing adds.
-
-    Args:
-        inputs: see FusionInputs.
-        expert_hidden: see ResidualExperts.
     """
 
     learns_encoder_weights = True
@@ -108,9 +100,7 @@ class StaticFusion(AbsFusion):
         self.experts = ResidualExperts(1, inputs.width, expert_hidden)
 
     def route(self, prompt_vector: Tensor) -> Routing:
-        """See AbsFusion."""
         return unrouted(prompt_vector, list(self.layer_logits.softmax(0).split(self.num_layers)))
 
     def forward(self, embeddings: Sequence[Tensor | None], routing: Routing) -> Tensor:
-        """See AbsFusion."""
         return self.experts(weighted_sum(embeddings, routing.encoder_weights), routing.gate)

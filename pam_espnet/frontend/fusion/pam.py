@@ -39,10 +39,8 @@ class PaMFusion(AbsFusion):
         that lets the router compare all experts. All of them are evaluated in training, the chosen one at inference.
 
     Args:
-        inputs: see FusionInputs.
         num_experts: E.
         router_hidden: hidden width of the router.
-        expert_hidden: see ResidualExperts.
         gradient: scaled or straight_through.
         noise: standard deviation of the Gaussian noise on the router's logits while training, so that experts
             which are never chosen get a chance.
@@ -107,7 +105,6 @@ class PaMFusion(AbsFusion):
         return Routing(logits, probs, expert, gate, list(weights.split(self.num_layers, dim=1)))
 
     def forward(self, embeddings: Sequence[Tensor | None], routing: Routing) -> Tensor:
-        """See AbsFusion."""
         mixed = weighted_sum(embeddings, routing.encoder_weights)
         needs_all = self.training and self.gradient == "straight_through"
         return self.experts(mixed, routing.gate, None if needs_all else routing.expert)
