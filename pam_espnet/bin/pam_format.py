@@ -12,7 +12,6 @@ from pam_espnet.cli import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check all directories, then format one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", required=True, help="directories to read: data/train data/dev")
     parser.add_argument("--out", nargs="+", required=True, help="directory to write for each: dump/raw/train ...")

@@ -51,7 +51,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Score, report or compare; returns the exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if bool(args.compare) != bool(args.output) or (args.output and args.output.suffix != ".md"):

@@ -25,6 +25,7 @@ from pam_espnet.fileio import exclusive
 CHUNK = 1 << 18  # bytes read at once
 SPARE_BYTES = 1 << 28  # left free on the disk, for whatever else is written there
 MAX_WAIT = 60.0  # seconds between two rounds over the mirrors
+TIMEOUT = 60.0  # seconds without a byte after which a connection counts as lost
 AGAIN = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may be gone in a while
 
 
@@ -92,9 +93,7 @@ def check_space(folder: str | Path, needed: int, what: str) -> None:
         raise DataError(folder, message, hint="free some space, or name a folder on another disk")
 
 
-def fetch(
-    remote: RemoteFile, folder: str | Path, *, attempts: int = 6, wait: float = 2.0, timeout: float = 60.0
-) -> Path:
+def fetch(remote: RemoteFile, folder: str | Path, *, attempts: int = 6, wait: float = 2.0) -> Path:
     """Fetch a file into ``folder`` unless it is there; return its path. Either way it is checked.
 
     Args:
@@ -102,7 +101,6 @@ def fetch(
         folder: made if it is not there.
         attempts: rounds over the mirrors; one that lost the connection continues where it stopped.
         wait: seconds before the second round; doubles from round to round, up to a minute.
-        timeout: seconds without a byte after which a connection counts as lost.
 
     Raises:
         DataError: the file does not have its checksum, or too little disk space.
@@ -119,12 +117,12 @@ def fetch(
         if remote.size is not None:
             there = part.stat().st_size if part.exists() else 0
             check_space(folder, max(0, remote.size - there), remote.name)
-        _from_mirrors(remote, part, attempts, wait, timeout)
+        _from_mirrors(remote, part, attempts, wait)
         os.replace(part, target)
     return target
 
 
-def _from_mirrors(remote: RemoteFile, part: Path, attempts: int, wait: float, timeout: float) -> None:
+def _from_mirrors(remote: RemoteFile, part: Path, attempts: int, wait: float) -> None:
     """Fill and check ``part``, asking one mirror after another, several times."""
     answers = dict.fromkeys(remote.urls, "not asked")
     mirrors, wrong = list(remote.urls), None
@@ -135,7 +133,7 @@ def _from_mirrors(remote: RemoteFile, part: Path, attempts: int, wait: float, ti
             time.sleep(pause)
         for url in list(mirrors):
             try:
-                _transfer(url, part, remote, timeout)
+                _transfer(url, part, remote)
                 check_file(part, remote.checksum, what=remote.name, hint="try another mirror, or another day")
                 return
             except DataError as error:  # whole, and another file: nothing of it is kept
@@ -160,7 +158,7 @@ def _from_mirrors(remote: RemoteFile, part: Path, attempts: int, wait: float, ti
     )
 
 
-def _transfer(url: str, part: Path, remote: RemoteFile, timeout: float) -> None:
+def _transfer(url: str, part: Path, remote: RemoteFile) -> None:
     """Append what ``part`` lacks; returns when it has as many bytes as the server states.
     Raises _Refused: a status or a size that waiting does not change; OSError: every other failure."""
     from tqdm import tqdm
@@ -170,7 +168,7 @@ def _transfer(url: str, part: Path, remote: RemoteFile, timeout: float) -> None:
     if start:
         headers["Range"] = f"bytes={start}-"
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416:  # nothing follows: it is whole, or of another file

@@ -56,7 +56,8 @@ class AnswerOptions:
             raise ConfigError(f"answer_sets: {self.answer_sets!r}; must be a mapping of tasks to their answers")
         for task, answers in self.answer_sets.items():
             task_spec(task)
-            if not isinstance(answers, list | tuple) or not answers or not all(_is_answer(one) for one in answers):
+            texts = answers if isinstance(answers, list | tuple) else []
+            if not texts or not all(isinstance(one, str) and one.strip() for one in texts):
                 raise ConfigError(f"answer_sets.{task}: must be a list of quoted, non-empty answers")
         if self.answer_sets and self.beam.min_new_tokens > 0:
             raise ConfigError("min_new_tokens: an answer set fixes how long answers are; set it to 0")
@@ -94,7 +95,3 @@ class AnswerOptions:
         if self.tokens_per_second == 0:
             return None
         return [SPARE_TOKENS + math.ceil(duration * self.tokens_per_second) for duration in seconds]
-
-
-def _is_answer(answer: object) -> bool:
-    return isinstance(answer, str) and bool(answer.strip())

@@ -135,15 +135,14 @@ def journal_lines(
 
 def note_machine(journal: Path, model: SpeechLLM) -> None:
     """Write ``machine.json`` beside a journal: it is whole, and this is what it was made on."""
-    write_json(
-        journal.with_name("machine.json"),
-        {
-            "peak_memory_bytes": peak_memory(model.device),
-            "device": _device_name(model.device),
-            "threads": torch.get_num_threads(),
-            "dtype": model.engine.precision,
-        },
-    )
+    on_gpu = model.device.startswith("cuda")
+    machine = {
+        "peak_memory_bytes": peak_memory(model.device),
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else f"cpu ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "dtype": model.engine.precision,
+    }
+    write_json(journal.with_name("machine.json"), machine)
 
 
 def _show_steps(bar: Any) -> Callable[[list[PartialAnswer]], None]:
@@ -299,8 +298,4 @@ def peak_memory(device: str) -> int:
         return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu ({platform.machine()})"
 

@@ -87,9 +87,7 @@ def bootstrap(statistics: Statistics, *, resamples: int = RESAMPLES, seed: int =
     return _interval(value_of(statistics), _resampled(statistics), len(statistics.table), resamples, seed)
 
 
-def bootstrap_difference(
-    first: Statistics, second: Statistics, *, resamples: int = RESAMPLES, seed: int = SEED
-) -> Interval:
+def bootstrap_difference(first: Statistics, second: Statistics) -> Interval:
     """``second`` minus ``first`` with its interval, both measured on the same utterances in the same order.
 
     Utterances are drawn once for both systems, so what is hard for both cancels. An interval that excludes zero is a
@@ -99,7 +97,7 @@ def bootstrap_difference(
     values = value_of(first), value_of(second)
     value = None if values[0] is None or values[1] is None else values[1] - values[0]
     left, right = _resampled(first), _resampled(second)
-    return _interval(value, lambda *drawn: right(*drawn) - left(*drawn), len(first.table), resamples, seed)
+    return _interval(value, lambda *drawn: right(*drawn) - left(*drawn), len(first.table), RESAMPLES, SEED)
 
 
 def _resampled(statistics: Statistics) -> Callable[[np.ndarray, int], np.ndarray]:
@@ -130,13 +128,11 @@ def _interval(
     return Interval(value, float(low), float(high))
 
 
-def paired_p_value(
-    first: Statistics, second: Statistics, *, resamples: int = RESAMPLES, seed: int = SEED
-) -> float | None:
+def paired_p_value(first: Statistics, second: Statistics) -> float | None:
     """Two-sided p-value of the difference, by approximate randomisation over utterances; None where it is undefined.
 
     Were the two systems the same, each utterance's statistics could change sides: p is how often the difference is then
-    at least as large as the one observed; over all ways to do so where they are at most ``resamples``. Noreen,
+    at least as large as the one observed; over all ways to do so where they are at most ``RESAMPLES``. Noreen,
     "Computer-Intensive Methods for Testing Hypotheses" (1989); Riezler and Maxwell (ACL workshop 2005) recommend it
     over the bootstrap for comparing systems. ValueError: the numbers of utterances differ.
     """
@@ -154,7 +150,7 @@ def paired_p_value(
 
     found = stats.permutation_test(
         [np.ones(len(left))], difference, permutation_type="samples", vectorized=True, alternative="greater",
-        n_resamples=resamples, batch=max(1, _BLOCK // len(left)), rng=np.random.default_rng(seed),
+        n_resamples=RESAMPLES, batch=max(1, _BLOCK // len(left)), rng=np.random.default_rng(SEED),
     )  # fmt: skip
     return float(found.pvalue)
 

@@ -85,7 +85,7 @@ class ResumableEpoch:
         plan = json.dumps(loader.batch_sampler).encode()
         self._position = {
             "epoch": training.reporter.epoch,
-            "processes": _processes(),
+            "processes": dist.get_world_size() if dist.is_initialized() else 1,
             "batches": hashlib.sha256(plan).hexdigest(),
         }
         found, problem = _agree(self._choose(resume) if first_process() else (None, None))
@@ -173,7 +173,8 @@ class ResumableEpoch:
             sums = {name: sha256_file(tmp / name) for name in (MODEL_FILE, STATE_FILE)}
             write_json(tmp / POSITION_FILE, {**self._position, "step": self.done, "sha256": sums})
             for name in (*sums, POSITION_FILE):
-                _flush(tmp / name)
+                with open(tmp / name, "rb") as file:
+                    os.fsync(file.fileno())  # a full disk may show only now
         for _, _, old in sorted(_checkpoints(self.directory))[:-KEPT]:
             _remove(old)
 
@@ -205,10 +206,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         if problem is None or (isinstance(error, OSError) and error.errno not in DISK_ERRORS):
             raise
         raise CheckpointError(problem) from error
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _agree[T](value: T) -> T:
@@ -243,9 +240,3 @@ def _remove(path: Path) -> None:
     doomed = path.with_name(f".{path.name}.removed")
     os.replace(path, doomed)
     shutil.rmtree(doomed)
-
-
-def _flush(path: Path) -> None:
-    """Bring the file's bytes to the disk; a full one may raise only now."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
