@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, help="folder for <set>/<number>")
     args = parser.parse_args(argv)
     from pam_espnet.data.datadir import DataDir
+    from pam_espnet.data.edit import reword
     from pam_espnet.data.prompts import read_wordings
-    from pam_espnet.data.reword import reword
 
     for data in args.data:
         files = {task: args.prompts / f"{task}.txt" for task in DataDir.load(data).per_task()}

@@ -31,19 +31,12 @@ AGAIN = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may be gone in
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file to fetch.
+    """A file to fetch."""
 
-    Attributes:
-        name: its name in the folder.
-        urls: its addresses, in the order in which they are tried.
-        checksum: ``md5:<hex>`` or ``sha256:<hex>``.
-        size: bytes, where they are known.
-    """
-
-    name: str
-    urls: Sequence[str]
-    checksum: str
-    size: int | None = None
+    name: str  # in the folder
+    urls: Sequence[str]  # in the order in which they are tried
+    checksum: str  # ``md5:<hex>`` or ``sha256:<hex>``
+    size: int | None = None  # bytes, where they are known
 
     def __post_init__(self) -> None:
         """Raises ConfigError: no address, one that is not HTTP, or a checksum of an unknown kind."""

@@ -1,4 +1,4 @@
-"""Changes of data directories: repair, union, subset. Everything returns what it did or made.
+"""Changes of data directories: repair, union, subset, other wordings. Everything returns what it did or made.
 
 Formatted directories (``dump/raw/<set>``) keep their passport and ``utt2num_samples`` through all of it.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from pam_espnet.data.datadir import (
@@ -21,6 +22,7 @@ from pam_espnet.data.datadir import (
 from pam_espnet.data.format import MISSING
 from pam_espnet.data.leakage import MIX_SOURCES, MIX_SPEAKERS
 from pam_espnet.data.passport import PASSPORT_NAME, Passport
+from pam_espnet.data.prompts import Wordings
 from pam_espnet.data.tables import Scan, raise_problems, read_table, write_table
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.errors import DataError
@@ -229,3 +231,30 @@ def choose(
     elif sample is not None:
         keys = random.Random(seed).sample(keys, sample)
     return data.subset(keys)
+
+
+def reword(data_dir: str | Path, wordings: Mapping[str, Wordings], target: str | Path) -> list[Path]:
+    """Write ``<target>/2``, ``<target>/3``, ...: the set in the second, third, ... wording; return these directories.
+
+    Args:
+        data_dir: a formatted data directory, every prompt in the first wording of its task.
+        wordings: task -> wordings, for every task of the directory. Directory n has the utterances whose task has n
+            wordings or more; their audio is not copied.
+        target: folder for the directories.
+
+    Raises:
+        DataError: a prompt that is not the first wording of its task.
+    """
+    data = DataDir.load(data_dir)
+    for utterance in data.utterances:
+        known = wordings[data.utt2task[utterance]]
+        if known.recognise(data.prompt[utterance])[0] != 0:
+            message = f"{utterance} is not asked in the first wording of {known.path}: {data.prompt[utterance]!r}"
+            raise DataError(Path(data_dir) / "prompt", message, hint="name a test set; training draws its prompts")
+    written = []
+    for number in range(1, max(len(wordings[task]) for task in data.per_task())):
+        chosen = data.subset(utt for utt in data.utterances if number < len(wordings[data.utt2task[utt]]))
+        prompts = {utt: wordings[task].ask(chosen.prompt[utt], number) for utt, task in chosen.utt2task.items()}
+        written.append(Path(target) / str(number + 1))
+        save_dir(replace(chosen, prompt=prompts), written[-1])
+    return written

@@ -16,24 +16,15 @@ from pam_espnet.frontend.encoders.base import AbsEncoder
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """Sizes and rates of one encoder, enough to use its cached features.
+    """Sizes and rates of one encoder, enough to use its cached features."""
 
-    Attributes:
-        name: in the configuration.
-        sample_rate, frame_rate: Hz.
-        width: D.
-        num_layers: H.
-        layers: which hidden states of the model these are.
-        layer_widths: number of the D columns in use in each layer (layers of a convolutional network differ; the
-            encoder fills them up with zeros). Left out: all D.
-    """
-
-    name: str
-    sample_rate: int
-    frame_rate: float
-    width: int
-    num_layers: int
-    layers: tuple[int, ...]
+    name: str  # in the configuration
+    sample_rate: int  # Hz
+    frame_rate: float  # Hz
+    width: int  # D
+    num_layers: int  # H
+    layers: tuple[int, ...]  # which hidden states of the model these are
+    # Columns of D in use in each layer: those of a convolutional network differ and are filled up with zeros. (): all.
     layer_widths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -21,17 +21,11 @@ from pam_espnet.config import check_number
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """Amount of masking in training; none by default.
+    """Amount of masking in training; none by default."""
 
-    Attributes:
-        span: longest time mask, seconds; each is drawn uniformly from 0 to it.
-        every: one time mask per this many seconds of audio (rounded up).
-        dropout: probability of masking a single value.
-    """
-
-    span: float = 0.0
-    every: float = 2.0
-    dropout: float = 0.0
+    span: float = 0.0  # longest time mask, seconds; each is drawn uniformly from 0 to it
+    every: float = 2.0  # one time mask per this many seconds of audio (rounded up)
+    dropout: float = 0.0  # probability of masking a single value
 
     def __post_init__(self) -> None:
         check_number(self.span, "mask_conf.span", at_least=0)

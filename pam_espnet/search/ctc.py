@@ -25,17 +25,11 @@ State = tuple[Any, float]  # forward probabilities of a prefix, and the log-prob
 
 @dataclass(frozen=True)
 class CTCOptions:
-    """How much CTC counts.
+    """How much CTC counts."""
 
-    Attributes:
-        weight: of its log-probabilities, the LLM's have the rest; 0 leaves it out.
-        candidates: of each running hypothesis, the LLM's most likely continuations that it scores.
-        unknown: log-probability of tokens without a class.
-    """
-
-    weight: float = 0.0
-    candidates: int = 40
-    unknown: float = -5.0
+    weight: float = 0.0  # of its log-probabilities, the LLM's have the rest; 0 turns it off
+    candidates: int = 40  # of each running hypothesis, the LLM's most likely continuations that it scores
+    unknown: float = -5.0  # log-probability of tokens without a class
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""

@@ -34,16 +34,10 @@ KINDS = ("none", "ctc")
 
 @dataclass(frozen=True)
 class DraftOptions:
-    """Where drafts come from.
+    """Where drafts come from."""
 
-    Attributes:
-        kind: none; or ctc, the head that the warm start leaves, for tasks that it was fitted to with CTC (the others
-            get no drafts).
-        most: tokens per draft.
-    """
-
-    kind: str = "none"
-    most: int = 8
+    kind: str = "none"  # or ctc, the warm start's head; tasks that it was not fitted to with CTC get no drafts
+    most: int = 8  # tokens per draft
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
@@ -92,17 +86,11 @@ class WholeAnswer:
 
 @dataclass
 class DraftCount:
-    """What drafts were worth to one utterance.
+    """What drafts were worth to one utterance."""
 
-    Attributes:
-        proposed: tokens drafted and read by the LLM.
-        accepted: those of them that the LLM predicted, too.
-        passes: of the LLM, the prefix's included; greedy search needs one per token.
-    """
-
-    proposed: int = 0
-    accepted: int = 0
-    passes: int = 0
+    proposed: int = 0  # tokens drafted and read by the LLM
+    accepted: int = 0  # those of them that the LLM predicted, too
+    passes: int = 0  # of the LLM, the prefix's included; greedy search needs one per token
 
 
 @torch.no_grad()

@@ -97,33 +97,22 @@ class Reworded(Dataset):
 
 @dataclass
 class PaMIterFactory(AbsIterFactory):
-    """A ``DataLoader`` per epoch; training epochs are slices of freshly shuffled passes, validation is in order.
+    """A ``DataLoader`` per epoch; training epochs are slices of freshly shuffled passes, validation is in order."""
 
-    Attributes:
-        dataset: ESPnet's dataset (keys -> arrays).
-        seconds, tasks: duration (seconds) and task of every utterance.
-        options: limits of a batch.
-        train: shuffle anew in every pass, or take every utterance once, shortest first.
-        batches_per_epoch: length of a training epoch; None = one pass.
-        rank, world_size: each batch is dealt out over the ranks, utterance by utterance.
-        fresh_prompts: where given, training draws the wordings anew in each epoch.
-        announce: whether the log has how much of each task is in an epoch.
-    """
-
-    dataset: Any
-    seconds: Mapping[str, float]
+    dataset: Any  # ESPnet's: keys -> arrays
+    seconds: Mapping[str, float]  # of every utterance
     tasks: Mapping[str, str]
     options: BatchingOptions
-    train: bool
+    train: bool  # shuffle anew in every pass, or take every utterance once, shortest first
     seed: int
-    batches_per_epoch: int | None
+    batches_per_epoch: int | None  # length of a training epoch; None = one pass
     collate_fn: Callable[..., Any]
     num_workers: int = 0
     pin_memory: bool = False
     rank: int = 0
-    world_size: int = 1
-    fresh_prompts: FreshPrompts | None = None
-    announce: bool = True
+    world_size: int = 1  # each batch is dealt out over the ranks, utterance by utterance
+    fresh_prompts: FreshPrompts | None = None  # where given, training draws the wordings anew in each epoch
+    announce: bool = True  # whether the log has how much of each task is in an epoch
 
     def batches(self, epoch: int) -> list[list[str]]:
         """This rank's share of the epoch's batches; the same number of batches on every rank, none empty."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pam_espnet.data.datadir import DataDir
+from pam_espnet.data.edit import reword
 from pam_espnet.data.prompts import Wordings, draw_prompt, read_prompts
-from pam_espnet.data.reword import reword
 from pam_espnet.errors import DataError
 
 

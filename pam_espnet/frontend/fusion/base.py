@@ -22,19 +22,12 @@ from pam_espnet.frontend.fusion.routing import Routing
 
 @dataclass(frozen=True)
 class FusionInputs:
-    """What every fusion is built for.
+    """What every fusion is built for."""
 
-    Attributes:
-        num_layers: H_m for each encoder.
-        width: D of the streams and of the result.
-        prompt_width: P.
-        names: one per encoder.
-    """
-
-    num_layers: tuple[int, ...]
-    width: int
-    prompt_width: int
-    names: tuple[str, ...]
+    num_layers: tuple[int, ...]  # H_m for each encoder
+    width: int  # D of the streams and of the result
+    prompt_width: int  # P
+    names: tuple[str, ...]  # one per encoder
 
 
 class AbsFusion(nn.Module, ABC):

@@ -14,21 +14,13 @@ from torch import Tensor, nn
 
 @dataclass
 class Routing:
-    """How the encoders are combined for each utterance; written to the logs and the result files.
+    """How the encoders are combined for each utterance; written to the logs and the result files."""
 
-    Attributes:
-        expert_logits: (B,E) router logits, those that went into the softmax; None for a fusion without a router.
-        expert_probs: (B,E), rows sum to one; ones (B,1) without a router.
-        expert: (B,) long, the top-1 expert.
-        gate: (B,E) what each expert's output is multiplied by.
-        layer_weights: per encoder (B,H_m); over all encoders and layers they sum to one for each utterance.
-    """
-
-    expert_logits: Tensor | None
-    expert_probs: Tensor
-    expert: Tensor
-    gate: Tensor
-    layer_weights: list[Tensor]
+    expert_logits: Tensor | None  # (B,E), those that went into the softmax; None for a fusion without a router
+    expert_probs: Tensor  # (B,E), rows sum to one; ones (B,1) without a router
+    expert: Tensor  # (B,) long, the top-1 expert
+    gate: Tensor  # (B,E) what each expert's output is multiplied by
+    layer_weights: list[Tensor]  # per encoder (B,H_m); over all of them they sum to one for each utterance
 
     @property
     def encoder_weights(self) -> Tensor:
