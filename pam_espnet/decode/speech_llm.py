@@ -38,25 +38,16 @@ from pam_espnet.search.hypothesis import Hypothesis, Partial
 
 @dataclass
 class Answer:
-    """The n-best answers to one utterance, best first.
-
-    Attributes:
-        texts, tokens (token ids), scores, depths (of each token, the LLM's block that predicted it): by rank.
-        routing: how the encoders were combined.
-        constraints: which fired and how often (over steps and hypotheses); ``length_cap`` is 1 where the best answer
-            was cut.
-        answer_log_probs: of every answer, where the task has a set of them.
-        draft: what drafts were worth, where they are on, and their kind.
-    """
+    """The n-best answers to one utterance, best first."""
 
     texts: list[str]
-    tokens: list[list[int]]
+    tokens: list[list[int]]  # the LLM's ids
     scores: list[float]
-    depths: list[list[int]]
-    routing: dict[str, Any]
-    constraints: dict[str, int]
-    answer_log_probs: dict[str, float] | None = None
-    draft: dict[str, Any] | None = None
+    depths: list[list[int]]  # of each token, the LLM's block that predicted it
+    routing: dict[str, Any]  # how the encoders were combined
+    constraints: dict[str, int]  # how often each fired, over steps and hypotheses; length_cap: the best answer was cut
+    answer_log_probs: dict[str, float] | None = None  # of every answer, where the task has a set of them
+    draft: dict[str, Any] | None = None  # what drafts were worth, and their kind, where they are on
 
 
 @dataclass(frozen=True)
@@ -88,9 +79,8 @@ class SpeechLLM:
         int8: round the LLM's weights to 8 bits.
 
     Raises:
-        ConfigError: a task vocabulary or a draft by CTC is asked for, but the model has no list of the training
-            answers' tokens, or the list lacks tokens of an answer set; an answer that is longer than
-            ``max_new_tokens``; an LLM that cannot verify drafts.
+        ConfigError: options that this model cannot follow, such as a task vocabulary without the warm start's list of
+            tokens, an answer longer than ``max_new_tokens``, drafts for an LLM that cannot verify them.
     """
 
     def __init__(
