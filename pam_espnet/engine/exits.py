@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pam_espnet.config import check_number
 from pam_espnet.engine.calibration import Calibration
 from pam_espnet.errors import ConfigError
 from pam_espnet.llm.llm import LLM
@@ -67,8 +68,8 @@ class ExitOptions:
             raise ConfigError(f"exit.layers: {list(self.layers)}; blocks count from 1")
         if self.threshold is not None and self.mode in ("fixed", "patience"):
             raise ConfigError(f"exit.threshold: {self.mode} has none; set it to null")
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise ConfigError(f"exit.threshold: {self.threshold}; must be 0 to 1")
+        if self.threshold is not None:
+            check_number(self.threshold, "exit.threshold", at_least=0, at_most=1)
         most = len(self.layers) if self.mode == "patience" else math.inf
         if not isinstance(self.patience, int) or not 2 <= self.patience <= most:
             raise ConfigError(f"exit.patience: {self.patience}; must be 2 to the number of candidate blocks")

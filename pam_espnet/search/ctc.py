@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pam_espnet.errors import ConfigError
+from pam_espnet.config import check_number
 
 BLANK = 0
 State = tuple[Any, float]  # forward probabilities of a prefix, and the log-probability of all that begin with it
@@ -39,12 +39,9 @@ class CTCOptions:
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
-        if not isinstance(self.weight, int | float) or not 0 <= self.weight < 1:
-            raise ConfigError(f"ctc.weight: {self.weight!r}; must be 0 to below 1, 0 turns it off")
-        if not isinstance(self.candidates, int) or self.candidates < 1:
-            raise ConfigError(f"ctc.candidates: {self.candidates!r}; must be a whole number, at least 1")
-        if not isinstance(self.unknown, int | float) or not -100 <= self.unknown <= 0:
-            raise ConfigError(f"ctc.unknown: {self.unknown!r}; must be a log-probability, -100 to 0")
+        check_number(self.weight, "ctc.weight", at_least=0, below=1)
+        check_number(self.candidates, "ctc.candidates", at_least=1, whole=True)
+        check_number(self.unknown, "ctc.unknown", at_least=-100, at_most=0)
 
 
 class CTCScorer:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pam_espnet.config import LAST_COMMIT
+from pam_espnet.config import LAST_COMMIT, check_number
 from pam_espnet.engine.engine import Engine
 from pam_espnet.errors import ConfigError
 from pam_espnet.search.constraints import Constraint
@@ -51,8 +51,7 @@ class DraftOptions:
             raise ConfigError(f"draft.kind: ngram is no longer supported; the last commit that had it is {LAST_COMMIT}")
         if self.kind not in KINDS:
             raise ConfigError(f"draft.kind: {self.kind!r}; choose one of {', '.join(KINDS)}")
-        if not isinstance(self.most, int) or self.most < 1:
-            raise ConfigError(f"draft.most: {self.most!r}; must be a whole number, at least 1")
+        check_number(self.most, "draft.most", at_least=1, whole=True)
 
 
 class WholeAnswer:

@@ -6,10 +6,10 @@ nothing here can depend on its neighbours. Pure Python: no tensors, no LLM.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError
 
 IMPOSSIBLE = -1e9  # a candidate at or below this log-probability stands for "none"
@@ -33,24 +33,15 @@ class BeamOptions:
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
-        for name in ("beam_size", "max_new_tokens", "nbest", "min_new_tokens"):
-            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be a whole number, not {getattr(self, name)!r}")
         for name in ("beam_size", "max_new_tokens", "nbest"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+            check_number(getattr(self, name), name, at_least=1, whole=True)
+        check_number(self.min_new_tokens, "min_new_tokens", at_least=0, at_most=self.max_new_tokens, whole=True)
         if self.nbest > self.beam_size:
             raise ConfigError(f"nbest ({self.nbest}) must not be larger than beam_size ({self.beam_size})")
-        if self.min_new_tokens < 0 or self.min_new_tokens > self.max_new_tokens:
-            raise ConfigError(f"min_new_tokens must be 0 to max_new_tokens, not {self.min_new_tokens}")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ConfigError(f"early_stopping must be true, false or 'never', not {self.early_stopping!r}")
-        for name in ("length_penalty", "temperature"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-                raise ConfigError(f"{name} must be a number, not {value!r}")
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature must be above 0, not {self.temperature}")
+        check_number(self.length_penalty, "length_penalty")
+        check_number(self.temperature, "temperature", above=0)
 
 
 @dataclass(frozen=True)
