@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,17 @@ def test_int8_is_exact_integer_arithmetic() -> None:
 
 
 @needs_int8
+def test_int8_is_exact_without_vnni() -> None:
+    """FBGEMM held to AVX2, whose kernels add pairs of products in 16 bits."""
+    test = f"{Path(__file__)}::test_int8_is_exact_integer_arithmetic"
+    environment = {**os.environ, "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
 def test_int8_rows_do_not_see_each_other() -> None:
     layer, rows = pack(*make_layer(), int8=True), make_rows(32)
     together = layer(rows)
