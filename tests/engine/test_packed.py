@@ -99,6 +99,7 @@ def test_int8_is_exact_without_vnni() -> None:
     assert done.returncode == 0, done.stdout
 
 
+@needs_int8
 def test_int8_rows_do_not_see_each_other() -> None:
     layer, rows = pack(*make_layer(), int8=True), make_rows(32)
     together = layer(rows)
