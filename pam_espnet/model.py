@@ -40,13 +40,11 @@ class ESPnetPaMModel(AbsESPnetModel):
         frontend: encoders, adapters and fusion.
         tasks: task names; a batch's ``task`` holds indices into it.
         ctc: head of the warm start; trained on with ``ctc_weight`` and kept in checkpoints.
-        router_loss_weight: weight of the router's supervision by task; 0 leaves the router to the answer's loss
-            (the paper names no such supervision, so 0 is its reading).
+        router_loss_weight: weight of the router's supervision by task; 0, the paper's reading, turns it off.
         ctc_weight: weight of the CTC loss on ASR utterances during joint training; 0 turns it off.
         exit_weight: joint optimisation for early exit (Shan et al., arXiv 2412.01455): mean weight of the answer's loss
-            read from an intermediate block through the shared output layer; 0 turns it off. In a training step one of
-            ``exit_layers`` is drawn, so that it costs one output layer; deeper ones weigh more, in proportion to their
-            depth (LayerSkip, Elhoushi et al., ACL 2024, has weights rise with depth too).
+            read from one of ``exit_layers``, drawn in each step, through the shared output layer; 0 turns it off.
+            Deeper ones weigh more, in proportion to their depth (as in LayerSkip, Elhoushi et al., ACL 2024).
         exit_layers: blocks, from 1 to one less than the LLM has.
     """
 
@@ -171,11 +169,8 @@ class ESPnetPaMModel(AbsESPnetModel):
         return self.exit_layers[int(drawn)]
 
     def _task_statistics(self, nll: Tensor, correct: Tensor, task: Tensor) -> dict[str, Tensor | None]:
-        """Loss and accuracy per task, the same keys on every rank.
-
-        ESPnet reduces statistics key by key over ranks: a rank without a sample of some task would block for ever, so
-        sums and counts are reduced here and every rank reports every task (None where no rank had one).
-        """
+        """Loss and accuracy per task, the same keys on every rank (None where no rank had one): ESPnet reduces key by
+        key, and a rank without a sample of some task would never return."""
         size = len(self.tasks)
         table = torch.zeros(3, size, device=nll.device)
         table[0].index_add_(0, task, nll.float())

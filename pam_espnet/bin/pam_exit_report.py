@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pam_espnet.cli import add_compute_options, compute_device, run_main, run_record
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pam_espnet.decode.options import AnswerOptions
     from pam_espnet.decode.shards import DecodeOptions, decoded_of
     from pam_espnet.decode.speech_llm import SpeechLLM
-    from pam_espnet.early_exit.report import one_search, profile_sets, read_decoded, read_sweep
+    from pam_espnet.early_exit.report import profile_sets, read_decoded, read_sweep
     from pam_espnet.early_exit.sweep import default_points, parse_point, sweep
     from pam_espnet.early_exit.tables import markdown, plot_exits
     from pam_espnet.errors import ConfigError
@@ -52,12 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--calibration {args.calibration}: no such file\n  -> make it: {hint}")
     out = args.out or args.exp / "exit_report"
     decode = args.decode or args.exp / "decode_beam"
-    answers, search = None, {}
+    answers: Any = None
+    search: Any = {}
     if args.answers == "own" or args.decode:
         decoded = {Path(data).name: read_decoded(args.exp, data, decode) for data in args.data}
-        search = one_search(decoded)
+        _, search = next(iter(decoded.values()))
+        if any(own != search for _, own in decoded.values()):
+            raise ConfigError(f"{', '.join(decoded)} were decoded with different options; report them apart (--data)")
         if args.answers == "own":
-            answers = {name: one.tokens for name, one in decoded.items()}
+            answers = {name: tokens for name, (tokens, _) in decoded.items()}
     dtype = search.get("dtype")
     unread = ("dtype", "exit", "exit_calibration_sha256")
     beam = {key: value for key, value in search.items() if key not in unread}

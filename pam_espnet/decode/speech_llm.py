@@ -41,13 +41,13 @@ class Answer:
     """The n-best answers to one utterance, best first."""
 
     texts: list[str]
-    tokens: list[list[int]]  # token ids
+    tokens: list[list[int]]  # the LLM's ids
     scores: list[float]
     depths: list[list[int]]  # of each token, the LLM's block that predicted it
     routing: dict[str, Any]  # how the encoders were combined
-    constraints: dict[str, int]  # how often each one fired, over steps and hypotheses; length_cap: 1 for a cut answer
+    constraints: dict[str, int]  # how often each fired, over steps and hypotheses; length_cap: the best answer was cut
     answer_log_probs: dict[str, float] | None = None  # of every answer, where the task has a set of them
-    draft: dict[str, Any] | None = None  # what drafts were worth, where they are on, and their kind
+    draft: dict[str, Any] | None = None  # what drafts were worth, and their kind, where they are on
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,8 @@ class SpeechLLM:
         int8: round the LLM's weights to 8 bits.
 
     Raises:
-        ConfigError: a task vocabulary or a draft by CTC is set, but the model has no list of the training
-            answers' tokens, or the list lacks tokens of an answer set; an answer that is longer than
-            ``max_new_tokens``; an LLM that cannot verify drafts.
+        ConfigError: options that this model cannot follow, such as a task vocabulary without the warm start's list of
+            tokens, an answer longer than ``max_new_tokens``, drafts for an LLM that cannot verify them.
     """
 
     def __init__(

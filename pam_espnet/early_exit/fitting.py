@@ -137,8 +137,7 @@ def calibrate(
     The ridge is the one with which most tokens of a held-out third of the fitted half become the last block's.
 
     Args:
-        observed: at ``layers``.
-        layers: candidate blocks.
+        observed: at ``layers``, the candidate blocks.
         llm: whose final norm and output layer are read.
         precision: wanted among the tokens that exit.
         use_maps: False leaves hidden states as they are, the setting of arXiv 2412.01455.
@@ -268,9 +267,7 @@ def judge(
         calibration: its own threshold does not count.
         hidden: per candidate block (N,D), of tokens that nothing was fitted on.
         last_token: (N,) the last block's most likely tokens.
-        norm: the final norm.
-        head: the output layer, normed states -> logits.
-        cost: of steps.
+        norm, head: the final norm, the output layer.
         precision: wanted among the tokens that exit.
     """
     probabilities, right = [], []

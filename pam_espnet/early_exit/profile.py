@@ -64,12 +64,8 @@ def profile(
     """Run ``answers`` (token ids by utterance) through all blocks once.
 
     Args:
-        speech: the model.
-        data: formatted data directory.
-        answers: token ids by utterance.
         layers: candidate blocks; those of the calibration where there is one.
         calibration: its maps and gates, on the model's device.
-        batch_size: utterances run together.
 
     Raises:
         ConfigError: a candidate block that the LLM does not have, or its last one.
@@ -166,8 +162,6 @@ def oracle(same: Tensor, layers: Sequence[int], cost: CostModel) -> dict[str, di
 
     Args:
         same: (P,N) whether the token of each of ``layers`` is the last block's.
-        layers: P blocks, from 1.
-        cost: of steps.
 
     Returns:
         for ``first match`` and ``saturated`` the mean depth and the speed-up; None without tokens.

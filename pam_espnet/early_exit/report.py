@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,15 @@ from pam_espnet.early_exit.states import reference_answers
 from pam_espnet.early_exit.sweep import NEVER, read_timing
 from pam_espnet.engine.calibration import Calibration
 from pam_espnet.engine.exits import MODES
-from pam_espnet.errors import ConfigError, DataError
+from pam_espnet.errors import DataError
 from pam_espnet.fileio import check_key, read_json, sha256_file, write_json
 from pam_espnet.score.compare import Column, Row, difference
 from pam_espnet.score.report import Decoding, find_decodings
 from pam_espnet.score.result import MAIN_METRICS
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """A model's own answers to a test set, and the options they were decoded with."""
-
-    tokens: dict[str, list[int]]  # of the best answer, by utterance
-    search: dict[str, Any]  # as in the decoding's YAML, and the precision
-
-
-def read_decoded(exp: str | Path, data_dir: str | Path, decode: str | Path) -> Decoded:
-    """From ``<decode>/<set>``.
+def read_decoded(exp: str | Path, data_dir: str | Path, decode: str | Path) -> tuple[dict[str, list[int]], Any]:
+    """From ``<decode>/<set>``: the tokens of each utterance's best answer, and the options they were decoded with.
 
     Raises:
         DataError: nothing was decoded there, or with another checkpoint, from other data, in part, without the audio
@@ -63,16 +55,7 @@ def read_decoded(exp: str | Path, data_dir: str | Path, decode: str | Path) -> D
     tokens = {entry["utt"]: entry["hypotheses"][0]["tokens"] for entry in map(json.loads, lines)}
     if tokens.keys() != set(data.utterances):
         raise DataError(directory / "nbest.jsonl", f"not the utterances of {data_dir}", hint=command)
-    return Decoded(tokens, key["search"])
-
-
-def one_search(decoded: Mapping[str, Decoded]) -> dict[str, Any]:
-    """The options with which all test sets were decoded; ConfigError where they differ."""
-    searches = list(decoded.values())
-    if any(one.search != searches[0].search for one in searches):
-        names = ", ".join(decoded)
-        raise ConfigError(f"{names} were decoded with different options; report them apart (--data, --out)")
-    return searches[0].search
+    return tokens, key["search"]
 
 
 def profile_sets(
@@ -89,15 +72,10 @@ def profile_sets(
     """Figures of every test set (``profile.summarise``), read from ``<out>/profile`` where they were made before.
 
     Args:
-        exp: experiment directory.
-        load: gives its model; not called when nothing is to be run.
-        data_dirs: formatted data directories.
+        load: gives the model; not called when nothing is to be run.
         answers: set -> utterance -> tokens; None for the reference answers.
         layers: candidate blocks where there is no calibration, see ``fitting.candidate_blocks``.
-        calibration: file of ``bin/pam_calibrate_exit.py``; its maps and gates are used.
         search: options of decoding, noted.
-        out: of the report.
-        batch_size: utterances run together.
 
     Returns:
         ``{"blocks", "layers", "cost_model", "calibration", "sets": {set: {task: figures}}}``.

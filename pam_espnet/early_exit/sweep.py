@@ -139,15 +139,9 @@ def sweep(
     """Decode and score ``data_dirs`` at ``never`` and ``points``; see the module.
 
     Args:
-        exp: experiment directory.
-        load: gives its model, always the same one; not called when everything is decoded. Its options, but for the
-            exit, are those of every point.
-        data_dirs: formatted data directories.
-        points: ``never`` may be among them.
-        out: where the decode directories are made.
-        search: the options of decoding and precision, noted with every directory.
-        run: command and commit, noted too.
-        options: batch size.
+        load: gives the model, always the same one, whose options but for the exit are those of every point; not called
+            when everything is decoded.
+        search, run: options of decoding and precision; command and commit; noted with every directory.
 
     Raises:
         DataError: a decode directory belongs to another checkpoint, other data or other options.

@@ -29,10 +29,8 @@ class Front:
     """Rows that one pass runs through the blocks: all, or those that have not exited; utterances in their order.
 
     Attributes:
-        rows: (N,) which rows.
-        utterance: (N,) theirs.
+        rows, utterance, positions: (N,) which rows, and theirs.
         slots: (N,) where their keys and values are written.
-        positions: (N,).
         cell: (N,) of each row in the grid of (B,K) cells that attention computes.
         most: K.
         bias: (B,1,K*G,C) zero where a row may attend, minus infinity elsewhere.
@@ -93,11 +91,7 @@ class Tree:
         self._compact()
 
     def append(self, chained: Tensor | None = None) -> Front:
-        """A slot for one more token of every row.
-
-        Args:
-            chained: (R,) how many of the rows directly before it each row follows, as tokens of one draft.
-        """
+        """A slot for one more token of every row; ``chained`` as in ``LlamaEngine.step``."""
         rows = torch.arange(len(self.utterance), device=self.utterance.device)
         rank, most = _ranks(self.utterance, len(self.keys[0]))
         self.slots = self.used + rank
