@@ -21,28 +21,20 @@ from pam_espnet.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchingOptions:
-    """How batches are made.
+    """How batches are made."""
 
-    Attributes:
-        max_utterances: utterances in a batch, over all ranks.
-        max_seconds: padded audio in a batch (longest utterance times utterances), seconds.
-        pool: number of batches whose utterances are sorted by length together; 1 keeps batches random.
-        task_share: task name -> how often each of its utterances is seen in a pass (1 = once, as tasks that are not
-            named; 0.5 = with probability one half; 2 = twice).
-        task_exponent: instead of ``task_share``: tasks get shares of a pass in proportion to
-            ``task_weights[task] * count ** task_exponent``. 1 takes the data as they are, 0 gives every task the same
-            share (sampling with a temperature, its inverse). A pass has as many utterances as there are.
-        task_weights: with ``task_exponent``: task name -> factor (default 1; 0 excludes a task).
-        task_counts: with ``task_exponent``: task name -> count to compute with, such as its hours (default: the
-            number of its utterances).
-    """
-
-    max_utterances: int = 8
-    max_seconds: float = 80.0
-    pool: int = 8
+    max_utterances: int = 8  # in a batch, over all ranks
+    max_seconds: float = 80.0  # of padded audio in a batch: longest utterance times utterances
+    pool: int = 8  # number of batches whose utterances are sorted by length together; 1 keeps batches random
+    # Task name -> how often each of its utterances is seen in a pass: 1 = once, as those of tasks that are not named;
+    # 0.5 = with probability one half; 2 = twice.
     task_share: Mapping[str, float] = field(default_factory=dict)
+    # Instead of ``task_share``: tasks get shares of a pass in proportion to ``task_weights[task] * count **
+    # task_exponent``. 1 takes the data as they are, 0 gives every task the same share (sampling with a temperature, its
+    # inverse). A pass has as many utterances as there are.
     task_exponent: float | None = None
-    task_weights: Mapping[str, float] = field(default_factory=dict)
+    task_weights: Mapping[str, float] = field(default_factory=dict)  # task name -> factor (default 1; 0 excludes it)
+    # Task name -> count to compute with, such as its hours (default: the number of its utterances).
     task_counts: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

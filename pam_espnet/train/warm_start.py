@@ -49,34 +49,24 @@ LOG = "warm_start.jsonl"
 
 @dataclass(frozen=True)
 class WarmStartOptions:
-    """How long and how fast.
+    """How long and how fast."""
 
-    Attributes:
-        losses: task -> "ctc" or "bag", the tasks whose answers are fitted.
-        steps: optimizer steps.
-        single_steps: in the first n steps each batch is encoded by one encoder, drawn at random. Mixed from the
-            start, untrained encoders drown the one that encodes words, and the loss stays on its plateau.
-        held_out_every: fit the weights of encoders and layers on the validation set, one step after n steps of
-            everything else on the training set (differentiable architecture search: Liu, Simonyan and Yang, ICLR
-            2019, first order). On the training set the encoder wins that is best memorised. 0: everything is fitted on
-            the training set, which is how the paper reads.
-        lr: peak learning rate of AdamW (linear warm-up over a tenth of the steps, cosine to zero).
-        lr_scales: parameter-name prefix -> factor on the learning rate, laid over training's ``lr_scale_conf``.
-        max_utterances, max_seconds: limits of a batch (``data.batching``).
-        save_every: steps between checkpoints that a killed run resumes from.
-        report_every: steps between lines in the log.
-    """
-
-    losses: Mapping[str, str] = field(default_factory=lambda: {"asr": "ctc"})
-    steps: int = 400
+    losses: Mapping[str, str] = field(default_factory=lambda: {"asr": "ctc"})  # task -> "ctc" or "bag": what is fitted
+    steps: int = 400  # of the optimizer
+    # In the first n steps each batch is encoded by one encoder, drawn at random. Mixed from the start, untrained
+    # encoders drown the one that encodes words, and the loss stays on its plateau.
     single_steps: int = 0
+    # Fit the weights of encoders and layers on the validation set, one step after n steps of everything else on the
+    # training set (differentiable architecture search: Liu, Simonyan and Yang, ICLR 2019, first order). On the training
+    # set the encoder wins that is best memorised. 0: all is fitted on the training set, which is how the paper reads.
     held_out_every: int = 0
-    lr: float = 2e-3
+    lr: float = 2e-3  # peak of AdamW's learning rate: linear warm-up over a tenth of the steps, cosine to zero
+    # Parameter-name prefix -> factor on the learning rate, laid over training's ``lr_scale_conf``.
     lr_scales: Mapping[str, float] = field(default_factory=dict)
-    max_utterances: int = 16
+    max_utterances: int = 16  # limits of a batch (``data.batching``)
     max_seconds: float = 120.0
-    save_every: int = 100
-    report_every: int = 20
+    save_every: int = 100  # steps between checkpoints that a killed run resumes from
+    report_every: int = 20  # steps between lines in the log
 
     def __post_init__(self) -> None:
         if not isinstance(self.losses, Mapping) or not self.losses:

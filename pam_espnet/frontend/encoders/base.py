@@ -30,22 +30,13 @@ MODEL_STAGE = "./run.sh --stage 1 --stop_stage 1"
 
 
 class AbsEncoder(torch.nn.Module, ABC):
-    """A frozen encoder of waveforms.
+    """A frozen encoder of waveforms; it may also have ``layer_widths``, see ``EncoderSpec``."""
 
-    Attributes:
-        sample_rate: of the waveforms it expects, Hz.
-        frame_rate: hidden states per second, Hz.
-        width: D, the width of every hidden state.
-        layers: which hidden states of the model are emitted (0 = what enters the first block).
-        num_layers: H, how many are emitted.
-        layer_widths: optional, see ``EncoderSpec``.
-    """
-
-    sample_rate: int
-    frame_rate: float
-    width: int
-    num_layers: int
-    layers: tuple[int, ...]
+    sample_rate: int  # of the waveforms it expects, Hz
+    frame_rate: float  # hidden states per second, Hz
+    width: int  # D, the width of every hidden state
+    num_layers: int  # H, how many are emitted
+    layers: tuple[int, ...]  # which hidden states of the model are emitted (0 = what enters the first block)
 
     def finish(
         self, *, layers: Sequence[int] | None, available: int, width: int, frame_rate: float, sample_rate: int = 16000
