@@ -69,13 +69,8 @@ def code_commit() -> str | None:
 def add_compute_options(
     parser: argparse.ArgumentParser, default_dtype: str = "as trained", dtypes: Sequence[str] = DTYPES
 ) -> None:
-    """``--device``, ``--threads`` and (with ``dtypes``) ``--dtype``, for ``compute_device``.
-
-    Args:
-        parser: to add them to.
-        default_dtype: words for the help: the LLM's precision where --dtype is not given.
-        dtypes: allowed precisions; empty: no --dtype.
-    """
+    """``--device``, ``--threads`` and, unless ``dtypes`` is empty, ``--dtype``, for ``compute_device``;
+    ``default_dtype``: words for the help, the precision where --dtype is not given."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: a GPU if there is one (auto)")
     if dtypes:
         note = "; int8: its weights in the search, on x86 CPUs" if "int8" in dtypes else ""
@@ -97,8 +92,7 @@ def compute_device(args: argparse.Namespace) -> str:
 def chosen_device(name: str) -> str:
     """A torch device by name; auto is a GPU where there is one.
 
-    Raises:
-        ConfigError: a name that is no device, or a GPU that is not there; no model needs to be loaded to learn it.
+    Raises ConfigError: a name that is no device, or a GPU that is not there; no model needs to be loaded to learn it.
     """
     import torch
 

@@ -170,16 +170,9 @@ def check_number(
 
 
 def drop_removed(options: Mapping[str, Any], removed: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """``options`` of an older version without those that are no longer read.
-
-    Args:
-        options: as a file holds them.
-        removed: options that version 0.1 had -> the value at which they changed nothing.
-        key: configuration key of ``options``, for the message; "" at the top.
-
-    Raises:
-        ConfigError: a removed option at another value; names the last commit that had it.
-    """
+    """``options`` of an older version without those that are no longer read: ``removed``, those that version 0.1 had
+    -> the value at which they changed nothing. ``key``: of ``options`` in the configuration, "" at the top.
+    Raises ConfigError: a removed option at another value; names the last commit that had it."""
     for name, neutral in removed.items():
         if name in options and options[name] not in (neutral, None):
             where = f"{key}.{name}" if key else name

@@ -117,16 +117,8 @@ def sha256_file(path: str | Path) -> str:
 
 
 def check_key(path: str | Path, key: Mapping[str, Any], hint: str) -> None:
-    """Write what a folder's contents depend on to ``path``, or compare it with what is written there.
-
-    Args:
-        path: JSON file that holds the key.
-        key: JSON values, nested mappings allowed.
-        hint: what to type when the folder was made with another key.
-
-    Raises:
-        DataError: another key is there; names the entries that differ.
-    """
+    """Write what a folder's contents depend on, as JSON, to ``path``, or compare it with what is written there.
+    Raises DataError: another key is there; names the entries that differ; ``hint`` is what to type then."""
     if Path(path).exists():
         compare_keys(path, read_json(path), key, hint)
     else:
@@ -179,8 +171,7 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str | Pat
     Returns:
         a one-line report: how many tensors and parameters were loaded, per top-level part, and from where.
 
-    Raises:
-        CheckpointError: naming missing, unexpected and wrongly shaped tensors (at most ten of each).
+    Raises CheckpointError: naming missing, unexpected and wrongly shaped tensors (at most ten of each).
     """
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -277,8 +277,7 @@ def build_model(config: Mapping[str, Any]) -> ESPnetPaMModel:
         config: keys ``llm`` (folder or Hugging Face id), ``llm_conf``, ``frontend_conf``, ``model_conf``, as in an
             experiment's ``config.yaml``.
 
-    Raises:
-        ConfigError: unknown keys, missing model folders, values that cannot work.
+    Raises ConfigError: unknown keys, missing model folders, values that cannot work.
     """
     llm_conf, frontend_conf, model_conf = model_options(config)
     decoder = LLM.from_pretrained(config["llm"], **llm_conf)

@@ -53,8 +53,7 @@ def extract_tar(archive: str | Path, folder: str | Path, *, stream: IO[bytes] | 
         stream: read the tar from here instead.
         limit: refuse an archive that unpacks to more bytes; 0 sets none.
 
-    Raises:
-        DataError: an unsafe member, an archive that is damaged or cut short, or too little disk space.
+    Raises DataError: an unsafe member, an archive that is damaged or cut short, or too little disk space.
     """
     from tqdm import tqdm
 

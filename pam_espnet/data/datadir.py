@@ -125,14 +125,8 @@ def _keep[T](table: dict[str, T] | None, wanted: set[str]) -> dict[str, T] | Non
 
 
 def validate(path: str | Path, *, allow_pipes: bool = False) -> DataDir:
-    """Check a data directory, its audio files' existence included, and return it.
-
-    Args:
-        allow_pipes: accept ``wav.scp`` values that end in ``|`` (commands whose output is audio).
-
-    Raises:
-        DataError: lists every problem with file, line and remedy.
-    """
+    """Check a data directory, its audio files' existence included, and return it; ``allow_pipes`` accepts commands.
+    Raises DataError: lists every problem with file, line and remedy."""
     data, problems = inspect(path)
     wav = scan_table(Path(path) / "wav.scp")
     raise_problems(path, problems + audio_problems(wav, allow_pipes))

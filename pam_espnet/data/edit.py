@@ -242,8 +242,7 @@ def reword(data_dir: str | Path, wordings: Mapping[str, Wordings], target: str |
             wordings or more; their audio is not copied.
         target: folder for the directories.
 
-    Raises:
-        DataError: a prompt that is not the first wording of its task.
+    Raises DataError: a prompt that is not the first wording of its task.
     """
     data = DataDir.load(data_dir)
     for utterance in data.utterances:

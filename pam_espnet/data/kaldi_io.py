@@ -20,14 +20,9 @@ REBUILD_HINT = "compute it again (./run.sh --rebuild_cache true), or name anothe
 
 
 def write_matrices(ark: str | Path, scp: str | Path, matrices: Iterable[tuple[str, np.ndarray]]) -> dict[str, str]:
-    """Write (key, matrix) pairs to an ark file and its index, one matrix in memory at a time.
-
-    The ark gets its name before the index does: where the index exists, the ark is whole. Paths in the index begin with
-    ``ark`` as it was given.
-
-    Returns:
-        The index, {key: "<ark>:<byte offset>"}.
-    """
+    """Write (key, matrix) pairs to an ark file and its index, one matrix in memory at a time; return the index,
+    {key: "<ark>:<byte offset>"}. The ark gets its name before the index does: where the index exists, the ark is whole.
+    Paths in the index begin with ``ark`` as it was given."""
     index = {}
     with atomic_path(ark) as tmp, open(tmp, "wb") as file:
         for key, matrix in matrices:

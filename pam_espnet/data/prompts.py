@@ -22,8 +22,7 @@ def read_prompts(path: str | Path, fields: Collection[str] | None = ()) -> list[
     Args:
         fields: names that every wording must have as ``{name}``, and no others; None: those of the first wording.
 
-    Raises:
-        DataError: no such file, not UTF-8, no wording in it, one that is there twice, or fields that do not fit.
+    Raises DataError: no such file, not UTF-8, no wording in it, one that is there twice, or fields that do not fit.
     """
     path = Path(path)
     if not path.is_file():
@@ -56,8 +55,7 @@ class Wordings:
 
     A prompt is recognised by the wording it was made from; the values of its fields are carried over.
 
-    Raises:
-        DataError: as ``read_prompts``.
+    Raises DataError: as ``read_prompts``.
     """
 
     def __init__(self, path: str | Path) -> None:

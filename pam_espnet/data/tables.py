@@ -88,24 +88,15 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def read_keys(path: str | Path, known: Mapping[str, object]) -> list[str]:
-    """The first word of every line of a list, in any order; empty lines are skipped, and comments.
-
-    Args:
-        known: what begins with ``#`` is a comment unless it is a key of these.
-
-    Raises:
-        DataError: as ``read_lines``.
-    """
+    """The first word of every line of a list, in any order; empty lines are skipped, and comments: what begins with
+    ``#``, unless it is a key of ``known``. Raises as ``read_lines``."""
     words = [line.split()[0] for line in read_lines(path) if line.strip()]
     return [word for word in words if word in known or not word.startswith("#")]
 
 
 def scan_table(path: str | Path, *, allow_empty: bool = False) -> Scan:
-    """Read a table and list all its mistakes instead of raising.
-
-    Args:
-        allow_empty: whether a key may have no value (``""``), as in a table of hypotheses.
-    """
+    """Read a table and list all its mistakes instead of raising; with ``allow_empty`` a key may have no value (``""``),
+    as in a table of hypotheses."""
     scan = Scan(Path(path))
     try:
         content = scan.path.read_bytes()
@@ -177,11 +168,7 @@ def _parse_line(scan: Scan, number: int, raw: bytes, allow_empty: bool) -> tuple
 
 def read_table(path: str | Path, *, allow_empty: bool = False) -> dict[str, str]:
     """Read a table into ``{key: value}``, in the order of the file; values lose white space around them.
-
-    Raises:
-        DataError: missing or empty file, empty key, empty value unless ``allow_empty``, duplicate or unsorted key, not
-            UTF-8, byte order mark, carriage returns; names the file, the line and the remedy.
-    """
+    Raises DataError: the first mistake that ``scan_table`` lists; names the file, the line and the remedy."""
     scan = scan_table(path, allow_empty=allow_empty)
     if scan.problems:
         raise scan.problems[0].error()

@@ -131,8 +131,7 @@ class SpeechLLM:
                 else in float32); None: as configured.
             config: replaces ``config.yaml``, whose paths start at the recipe's folder.
 
-        Raises:
-            ConfigError, CheckpointError: what is missing or does not fit, and which stage makes it.
+        Raises ConfigError, CheckpointError: what is missing or does not fit, and which stage makes it.
         """
         config = dict(load_yaml(Path(exp_dir) / "config.yaml") if config is None else config)
         llm_conf = dict(config.get("llm_conf") or {})

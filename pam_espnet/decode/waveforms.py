@@ -19,8 +19,7 @@ def as_waveform(wave: Any, name: str) -> np.ndarray:
         wave: an array, or what numpy makes one of: a list, a tensor on the CPU.
         name: what to call it in messages.
 
-    Raises:
-        ConfigError: not (N,), no samples, another type, NaN or infinite, or float samples far beyond full scale.
+    Raises ConfigError: not (N,), no samples, another type, NaN or infinite, or float samples far beyond full scale.
     """
     try:
         wave = np.asarray(wave)

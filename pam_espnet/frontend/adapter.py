@@ -45,16 +45,8 @@ def _normalise(states: Tensor, layer_widths: Sequence[int]) -> Tensor:
 
 
 def stacking(encoder_rate: float, frame_rate: float, name: str) -> tuple[int, int]:
-    """Number of encoder frames in one adapter frame, and of repetitions of each; one of the two is 1.
-
-    Args:
-        encoder_rate: Hz.
-        frame_rate: the common rate, Hz.
-        name: of the encoder, for the message.
-
-    Raises:
-        ConfigError: neither rate is a whole multiple of the other; names rates that fit.
-    """
+    """Number of encoder frames in one adapter frame, and of repetitions of each; one of the two is 1. Rates in Hz.
+    Raises ConfigError: neither rate is a whole multiple of the other; names rates that fit encoder ``name``."""
     for high, low, up in ((encoder_rate, frame_rate, False), (frame_rate, encoder_rate, True)):
         factor = round(high / low)
         if factor >= 1 and math.isclose(high / low, factor, rel_tol=1e-6):
@@ -79,8 +71,7 @@ class FrameStackingAdapter(nn.Module):
         hidden_width: of the MLP; None for ``width_out``.
         output_norm: layer normalisation of the result, so that no encoder dominates the others by its scale.
 
-    Raises:
-        ConfigError: the rates do not fit, or an option is out of its range.
+    Raises ConfigError: the rates do not fit, or an option is out of its range.
     """
 
     # The MLP starts with outputs of variance one, which this hardly changes. It bounds the gradient of frames that

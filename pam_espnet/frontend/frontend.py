@@ -70,8 +70,7 @@ class PaMFrontend(AbsFrontend):
         specs: name -> EncoderSpec (or its dict). Encoders with a spec are loaded only when a waveform has to be
             encoded; the others are loaded at once.
 
-    Raises:
-        ConfigError: encoders, options or rates that cannot work.
+    Raises ConfigError: encoders, options or rates that cannot work.
     """
 
     def __init__(
@@ -192,8 +191,7 @@ class PaMFrontend(AbsFrontend):
                 frames (B,)).
             only: give all weight to this encoder (if the fusion uses it); the warm start fits each one separately.
 
-        Raises:
-            ConfigError: an encoder has weight but neither features nor a waveform, or features of another shape.
+        Raises ConfigError: an encoder has weight but neither features nor a waveform, or features of another shape.
         """
         routing = self.route(prompt_vector)
         if only in self.fusion.used:

@@ -53,8 +53,7 @@ class LLM(nn.Module):
         vocab_size: V, rows of the embedding matrix.
         eos_ids: tokens that end an answer, the chat template's end of turn first.
 
-    Raises:
-        ConfigError: a value out of range, or an LLM whose logits are not final norm + output layer.
+    Raises ConfigError: a value out of range, or an LLM whose logits are not final norm + output layer.
     """
 
     def __init__(
@@ -122,8 +121,7 @@ class LLM(nn.Module):
             chat_template: a Jinja text or file that replaces the tokenizer's own.
             options: further options of the constructor.
 
-        Raises:
-            ConfigError: no such folder or id, or a value out of range.
+        Raises ConfigError: no such folder or id, or a value out of range.
         """
         from transformers import AutoModelForCausalLM
 
@@ -172,15 +170,8 @@ class LLM(nn.Module):
         return self.lm.get_input_embeddings()(ids) if self._lookup is None else self._lookup(ids)
 
     def forward(self, embeds: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states after the final norm.
-
-        Args:
-            embeds: (B,P,D), right-padded, any floating dtype.
-            mask: (B,P) bool, False on padding.
-
-        Returns:
-            (B,P,D) in the LLM's dtype; rows at padding are meaningless.
-        """
+        """Hidden states after the final norm: right-padded embeddings (B,P,D) of any floating dtype -> (B,P,D) in the
+        LLM's dtype. ``mask`` (B,P) bool is False on padding, where rows are meaningless."""
         return self._outputs(embeds, mask).last_hidden_state
 
     def _outputs(self, embeds: Tensor, mask: Tensor, **options: Any) -> Any:
@@ -214,12 +205,8 @@ class LLM(nn.Module):
         raise ConfigError(f"{type(self.transformer).__name__} has no final norm under a known name {_NORM_NAMES}")
 
     def token_losses(self, placed: Placed, exit_layer: int | None = None) -> TokenLosses:
-        """Negative log-likelihood of each answer token; logits are computed only where there is a target.
-
-        Args:
-            exit_layer: a block (from 1) whose output predicts the tokens too, through the shared final norm and output
-                layer.
-        """
+        """Negative log-likelihood of each answer token; logits are computed only where there is a target. The output of
+        the block ``exit_layer`` (from 1) predicts the tokens too, through the shared final norm and output layer."""
         outputs = self._outputs(placed.embeds, placed.mask, output_hidden_states=exit_layer is not None)
         logits = self.logits(outputs.last_hidden_state.flatten(0, 1)[placed.target_index])  # (targets,V)
         nll = F.cross_entropy(logits, placed.target_ids, reduction="none")
@@ -247,10 +234,7 @@ class LLM(nn.Module):
 
     def free(self, lookup: Callable[[Tensor], Tensor] | None = None) -> None:
         """Free the weights of the blocks and of the output layer for good; ``embed`` and known prompt vectors stay.
-
-        Args:
-            lookup: does what ``embed`` does, without the embedding matrix, which is then freed, too.
-        """
+        ``lookup`` does what ``embed`` does, without the embedding matrix, which is then freed, too."""
         table, output = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
         weights = [*self.transformer.layers.parameters()]
         weights += [] if output.weight is table.weight else [output.weight]

@@ -23,8 +23,7 @@ def add_lora(model: Any, options: Mapping[str, Any]) -> None:
         options: r, alpha (the update is scaled by alpha / r), dropout (on the update's input), target_modules
             (a list of name endings, a regular expression, or "all-linear": all but the output layer).
 
-    Raises:
-        ConfigError: an unknown option, one out of its range, or a name of target_modules that matches nothing.
+    Raises ConfigError: an unknown option, one out of its range, or a name of target_modules that matches nothing.
     """
     from peft import LoraConfig, inject_adapter_in_model
 

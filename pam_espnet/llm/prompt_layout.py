@@ -51,8 +51,7 @@ def layout(tokenizer: Any, prompt: str, system: str | None = "") -> PromptLayout
         prompt: the user's text, e.g. "Transcribe the speech."
         system: the system prompt; "" is an explicitly empty one, None leaves it to the template's default.
 
-    Raises:
-        ConfigError: no chat template, or one that drops, changes or repeats the user's text.
+    Raises ConfigError: no chat template, or one that drops, changes or repeats the user's text.
     """
     prompt = prompt.strip()  # many templates strip the user's text; do it for all of them
     shown = f"\n{prompt}" if prompt else ""

@@ -43,8 +43,7 @@ def save_figure(figure: Any, path: Path) -> None:
 def read_curve(path: str | Path) -> list[dict[str, Any]]:
     """The lines of ``curve.jsonl``: ``{"step", "epoch", "split", "loss", "acc", "loss_<task>", ...}``, if finite.
 
-    Raises:
-        DataError: a line is not such an object. A last line without an end, from a killed run, is skipped.
+    Raises DataError: a line is not such an object. A last line without an end, from a killed run, is skipped.
     """
     # A run that was resumed writes some steps twice; the later line is the one that counted.
     latest: dict[tuple[str, int], dict[str, Any]] = {}

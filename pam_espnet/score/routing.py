@@ -58,8 +58,7 @@ class TaskRouting:
 def read_routing(paths: Iterable[Path]) -> dict[str, TaskRouting]:
     """Mean routing per task over the utterances of some ``nbest.jsonl`` files; tasks in alphabetic order.
 
-    Raises:
-        DataError: a line is no JSON object with ``task`` and ``routing``, or two lines come from different models.
+    Raises DataError: a line is no JSON object with ``task`` and ``routing``, or two lines come from different models.
     """
     paths = list(paths)
     found: dict[str, list[dict[str, Any]]] = {}

@@ -116,8 +116,7 @@ def draft_search(
     Returns:
         for each utterance its one hypothesis (none where constraints leave no answer), and what the drafts were worth.
 
-    Raises:
-        ConfigError: another beam size.
+    Raises ConfigError: another beam size.
     """
     if options.beam_size != 1:
         raise ConfigError(f"draft: greedy search only; set beam_size to 1, not {options.beam_size}")

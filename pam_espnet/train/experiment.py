@@ -128,8 +128,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     """Find what would end training later, without loading a weight: keys that nobody reads, options out of range,
     model folders that are not there, LoRA targets that the LLM does not have.
 
-    Raises:
-        ConfigError: naming the key.
+    Raises ConfigError: naming the key.
     """
     from pam_espnet.data.batching import BatchingOptions
     from pam_espnet.frontend.encoders.base import model_folder_or_id

@@ -61,8 +61,7 @@ class ResumableEpoch:
         resume: look for a checkpoint of this epoch. All others are removed in any case.
         before_save: called in the first process before each checkpoint.
 
-    Raises:
-        CheckpointError: the checkpoint does not fit the model, or its epoch has other batches.
+    Raises CheckpointError: the checkpoint does not fit the model, or its epoch has other batches.
     """
 
     def __init__(

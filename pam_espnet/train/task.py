@@ -160,16 +160,9 @@ class PaMTask(AbsTask):
 
 
 def parameter_groups(model: torch.nn.Module, scales: Mapping[str, float], lr: float) -> list[dict[str, Any]]:
-    """Trainable parameters in groups of one learning rate each, with its factor as ``scale``.
-
-    Args:
-        model: its ``requires_grad`` parameters are taken.
-        scales: parameter-name prefix -> factor on ``lr``; the longest matching prefix counts, others have factor 1.
-        lr: learning rate.
-
-    Raises:
-        ConfigError: a prefix that no trainable parameter begins with.
-    """
+    """Trainable parameters in groups of one learning rate each, with its factor on ``lr`` as ``scale``. ``scales``:
+    parameter-name prefix -> factor; the longest matching prefix counts, others have factor 1.
+    Raises ConfigError: a prefix that no trainable parameter begins with."""
     groups: dict[float, list[torch.nn.Parameter]] = {}
     matched = set()
     for name, parameter in model.named_parameters():

@@ -127,8 +127,7 @@ def fit(
         lr_scales: parameter-name prefix -> factor on the learning rate.
         router_pairs: (prompt, task index) to fit the router to first, where it is supervised.
 
-    Raises:
-        ConfigError: no utterance can be aligned, or the loss is not finite.
+    Raises ConfigError: no utterance can be aligned, or the loss is not finite.
     """
     from tqdm import tqdm
 

@@ -49,8 +49,7 @@ class AbsEncoder(torch.nn.Module, ABC):
             width: D.
             frame_rate, sample_rate: Hz.
 
-        Raises:
-            ConfigError: an index out of range or given twice.
+        Raises ConfigError: an index out of range or given twice.
         """
         chosen = tuple(range(available)) if layers is None else tuple(layers)
         if not chosen or len(set(chosen)) != len(chosen) or any(not 0 <= index < available for index in chosen):

@@ -52,15 +52,8 @@ def encoder_class(type: str) -> type[AbsEncoder]:
 
 
 def build_encoder(type: str, **options: Any) -> AbsEncoder:
-    """Build a frozen encoder.
-
-    Args:
-        type: a key of ``ENCODERS``, or ``module:Class``.
-        options: of its ``__init__``: ``path`` (a local model folder), ``layers`` and its own.
-
-    Raises:
-        ConfigError: unknown type or option, missing model folder, layer out of range.
-    """
+    """A frozen encoder: ``type`` as for ``encoder_class``, options of its ``__init__`` (``path``, ``layers``, ...).
+    Raises ConfigError: unknown type or option, missing model folder, layer out of range."""
     cls = encoder_class(type)
     try:
         inspect.signature(cls).bind(**options)

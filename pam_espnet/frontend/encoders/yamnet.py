@@ -66,12 +66,8 @@ class YAMNet(nn.Module):
         return torch.log(torch.fft.rfft(frames, FFT_SIZE).abs() @ self.mel_filters + LOG_OFFSET)
 
     def blocks(self, log_mel: Tensor, lengths: Tensor) -> Iterator[Tensor]:
-        """The output of each block, (B,C,S',F'), zero beyond each utterance's end; computed as it is asked for.
-
-        Args:
-            log_mel: (B,S,F), S a multiple of ``PERIOD``.
-            lengths: (B,) own mel frames, multiples of ``PERIOD``.
-        """
+        """The output of each block, (B,C,S',F'), zero beyond each utterance's end, computed one after the other, from
+        ``log_mel`` (B,S,F) and own mel ``lengths`` (B,); S and lengths are multiples of ``PERIOD``."""
         hidden = _zero_beyond(log_mel[:, None], lengths)
         hidden = functional.relu(self.first(_pad_same(hidden, self.strides[0])))
         lengths = lengths // self.strides[0]

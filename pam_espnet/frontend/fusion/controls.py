@@ -60,8 +60,7 @@ class SingleFusion(AbsFusion):
     Args:
         encoder: its name; may be left out where there is only one.
 
-    Raises:
-        ConfigError: no such encoder.
+    Raises ConfigError: no such encoder.
     """
 
     def __init__(self, inputs: FusionInputs, encoder: str | None = None) -> None:

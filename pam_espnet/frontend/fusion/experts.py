@@ -26,8 +26,7 @@ class ResidualExperts(nn.Module):
         width: D.
         hidden: F; None for D, 0 for no networks.
 
-    Raises:
-        ConfigError: F below zero.
+    Raises ConfigError: F below zero.
     """
 
     # Far below the streams' unit variance; bounds the gradient of a frame that is all zero (an encoder that stops
@@ -54,13 +53,8 @@ class ResidualExperts(nn.Module):
         return x + inner @ self.out_weight[index] + self.out_bias[index]
 
     def forward(self, x: Tensor, gate: Tensor, expert: Tensor | None = None) -> Tensor:
-        """Gated sum (B,U,D).
-
-        Args:
-            x: (B,U,D).
-            gate: (B,E).
-            expert: (B,) long, the only expert whose gate counts for each utterance; None runs all of them.
-        """
+        """Gated sum of ``x`` (B,U,D) with ``gate`` (B,E). ``expert`` (B,) long is the only expert whose gate counts
+        for each utterance; None runs all of them."""
         if expert is None:
             outputs = [gate[:, index, None, None] * self._expert(index, x) for index in range(self.num_experts)]
             return torch.stack(outputs).sum(dim=0)

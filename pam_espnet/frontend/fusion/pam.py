@@ -47,8 +47,7 @@ class PaMFusion(AbsFusion):
         init_std: standard deviation of the experts' layer logits around the balanced start; at 0 all experts are
             the same and the router has nothing to choose between.
 
-    Raises:
-        ConfigError: an option out of its range.
+    Raises ConfigError: an option out of its range.
     """
 
     learns_encoder_weights = True

@@ -25,16 +25,8 @@ REMOVED = {"temperature": 1.0}  # of PaM's router
 def build_fusion(
     type: str, *, num_layers: Sequence[int], width: int, prompt_width: int, names: Sequence[str], **options: Any
 ) -> AbsFusion:
-    """Build a fusion.
-
-    Args:
-        type: a key of ``FUSIONS``.
-        num_layers, width, prompt_width, names: see FusionInputs.
-        options: the fusion's own.
-
-    Raises:
-        ConfigError: unknown type or option, or an option out of its range.
-    """
+    """The fusion ``type``, a key of ``FUSIONS``, with its own options; other arguments as in FusionInputs.
+    Raises ConfigError: unknown type or option, or an option out of its range."""
     if type not in FUSIONS:
         raise ConfigError(f"fusion: unknown {type!r}; choose one of {', '.join(FUSIONS)}")
     inputs = FusionInputs(tuple(num_layers), width, prompt_width, tuple(names))

@@ -51,12 +51,8 @@ def keep_encoder(routing: Routing, index: int) -> Routing:
 
 
 def router_loss(routing: Routing, task_index: Tensor) -> Tensor:
-    """Cross-entropy that teaches the router one expert per task; a scalar, the mean over utterances.
-
-    Args:
-        routing: of the batch; without a router the loss is zero.
-        task_index: (B,) long, the task of each utterance; taken modulo E where there are more tasks than experts.
-    """
+    """Cross-entropy that teaches the router one expert per task, the mean over utterances; zero without a router.
+    ``task_index`` (B,) long is taken modulo E where there are more tasks than experts."""
     if routing.expert_logits is None:
         return routing.expert_probs.new_zeros(())
     return nn.functional.cross_entropy(routing.expert_logits, task_index % routing.expert_logits.shape[1])
