@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 
-def test_tiny_llm_loads_and_speaks_its_chat_template(tiny_llm_dir: Path) -> None:
+def test_tiny_llm_loads_and_renders_its_chat_template(tiny_llm_dir: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -66,7 +66,7 @@ def test_loss_is_the_token_mean_whatever_the_batch(model: ESPnetPaMModel) -> Non
     assert total / weight.item() == pytest.approx(stats["loss_answer"].item(), abs=1e-5)
 
 
-def test_statistics_name_every_task_and_leave_absent_ones_none(model: ESPnetPaMModel) -> None:
+def test_statistics_name_every_task_and_absent_ones_are_none(model: ESPnetPaMModel) -> None:
     loss, stats, _ = model(**make_batch(model, ["asr", "count"]))
     assert stats["loss_caption"] is None
     assert stats["loss_asr"] is not None and stats["loss_count"] is not None
@@ -138,7 +138,7 @@ def test_a_checkpoint_that_lacks_or_has_too_much_is_refused(model: ESPnetPaMMode
             load_strict(model, wrong, "x")
 
 
-def test_a_truncated_checkpoint_says_so(model: ESPnetPaMModel, tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_an_error(model: ESPnetPaMModel, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_trained(model.state_dict(), path)
     path.write_bytes(path.read_bytes()[:-100])

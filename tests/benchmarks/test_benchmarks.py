@@ -80,5 +80,3 @@ def test_points_are_added_and_written(
     assert table.count("| fused |") == 2 and "Profile of fused, prefix 9, batch 1" in table and "--limit 0" in table
     with pytest.raises(SystemExit, match="options differ"):
         run("--beam", "2")
-
-

@@ -33,7 +33,7 @@ def test_it_answers_as_the_model_does(exp: Path, wave: np.ndarray, tmp_path: Pat
         respond(model, str(tmp_path / "a.wav"), PROMPT, 0.5)
 
 
-def test_without_gradio_it_says_how_to_get_it(exp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gradio_the_error_names_how_to_get_it(exp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ConfigError, match=r"tools/setup\.sh --extras demo"):
         main(["--model", str(exp)])

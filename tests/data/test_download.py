@@ -112,7 +112,7 @@ def test_too_long_a_part_is_thrown_away(server: Server, tmp_path: Path) -> None:
     assert fetch(remote(server.url("good")), tmp_path, wait=0.0).read_bytes() == CONTENT
 
 
-def test_mirrors_in_order_and_a_busy_one_is_asked_again(server: Server, tmp_path: Path) -> None:
+def test_mirrors_in_order_and_a_busy_one_is_tried_again(server: Server, tmp_path: Path) -> None:
     path = fetch(remote(server.url("gone"), server.url("busy")), tmp_path, wait=0.0)
     assert path.read_bytes() == CONTENT
     assert [how for how, _ in server.asked] == ["gone", "busy", "busy"]

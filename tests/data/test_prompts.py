@@ -76,7 +76,7 @@ def verify(tmp_path: Path) -> Wordings:
     return Wordings(tmp_path / "verify.txt")
 
 
-def test_a_prompt_is_recognised_and_asked_otherwise(verify: Wordings, tmp_path: Path) -> None:
+def test_a_prompt_is_recognised_and_reworded(verify: Wordings, tmp_path: Path) -> None:
     assert verify.recognise("I count ten. Right?") == (1, {"number": "ten"})
     assert [verify.ask("Are there ten? Yes or no.", n) for n in (1, 2)] == ["I count ten. Right?", "Is it ten?"]
     with pytest.raises(DataError, match=r"verify\.txt: has no wording for the prompt 'Count\.'\n.*stage 1"):

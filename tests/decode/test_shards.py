@@ -77,7 +77,7 @@ def test_int8_is_named_in_the_statistics(exp: Path, data: Path, tmp_path: Path) 
         decode(exp, data, tmp_path, "--dtype", "float32", "--limit", "3")
 
 
-def test_what_is_asked_of_it_must_fit_together(tiny_llm_dir: Path) -> None:
+def test_arguments_of_answer_must_fit_together(tiny_llm_dir: Path) -> None:
     speech, wave = SpeechLLM(build_model(tiny_config(tiny_llm_dir)), AnswerOptions()), np.ones(8000, np.float32)
     assert speech.answer([], []) == []
     with pytest.raises(ConfigError, match="1 waveforms, 2 prompts"):
@@ -146,7 +146,7 @@ def test_a_missing_shard_is_not_merged(exp: Path, data: Path, tmp_path: Path) ->
         decode(exp, data, tmp_path, "--shard", "1/2", "--merge")
 
 
-def test_a_killed_run_goes_on_after_the_last_whole_line(decoded: Path, exp: Path, data: Path, tmp_path: Path) -> None:
+def test_a_killed_run_continues_after_the_last_whole_line(decoded: Path, exp: Path, data: Path, tmp_path: Path) -> None:
     decode(exp, data, tmp_path)
     journal = tmp_path / "split1" / "1" / "journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)

@@ -58,7 +58,7 @@ def test_rows_must_fit_the_ids() -> None:
         EmbeddingCTC([1, 1], torch.randn(2, 4))
 
 
-def test_a_bag_does_not_ask_where_or_how_often(head: EmbeddingCTC) -> None:
+def test_a_bag_depends_on_neither_time_nor_number(head: EmbeddingCTC) -> None:
     blank = head.blank.detach()
     frames = torch.stack([blank, head.rows[1], blank, head.rows[0], blank])[None]
     lengths = torch.tensor([5])

@@ -342,7 +342,7 @@ def test_only_does_not_turn_single_to_another_encoder():
 
 
 @pytest.mark.parametrize("rms", [0.1, 1.0])
-def test_embeddings_start_at_the_asked_scale_and_the_gain_learns(rms):
+def test_embeddings_start_at_the_given_scale_and_the_gain_is_trained(rms):
     frontend = make("average", initial_rms=rms)
     num_samples, prompt, wave = batch(2.0)
     embeddings = frontend(num_samples, prompt, wave).embeddings

@@ -134,7 +134,7 @@ _IDS = st.lists(st.integers(10, 99), min_size=1, max_size=5)
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(_IDS, st.integers(0, 4), _IDS, _IDS), min_size=1, max_size=4))
-def test_place_pads_behind_the_answer_only(batch: list[tuple[list[int], int, list[int], list[int]]]) -> None:
+def test_padding_is_behind_the_answer_only(batch: list[tuple[list[int], int, list[int], list[int]]]) -> None:
     heads, lengths, tails, answers = (list(column) for column in zip(*batch, strict=True))
     tensors = [[torch.tensor(ids) for ids in column] for column in (heads, tails, answers)]
     placed = place(tensors[0], _audio(lengths), torch.tensor(lengths), tensors[1], tensors[2], _embed)
@@ -153,7 +153,7 @@ def test_place_pads_behind_the_answer_only(batch: list[tuple[list[int], int, lis
     assert index == placed.target_ids.numel() == placed.target_index.numel()
 
 
-def test_place_for_decoding_has_no_targets_and_gradients_reach_the_audio() -> None:
+def test_decoding_has_no_targets_and_gradients_reach_the_audio() -> None:
     ids = [torch.tensor([11, 12]), torch.tensor([13])]
     audio = _audio([2, 1]).requires_grad_()
     placed = place(ids, audio, torch.tensor([2, 1]), ids, None, _embed)

@@ -238,7 +238,7 @@ def calls(folder: Path) -> list[list[str]]:
     return found
 
 
-def test_fetching_goes_on_where_it_stopped(
+def test_fetching_continues_where_it_stopped(
     local: SimpleNamespace, corpus: SimpleNamespace, ytdlp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = {
@@ -285,7 +285,7 @@ def test_fetching_goes_on_where_it_stopped(
     assert "Ybbbbbbbbbb1_0 missing: Private video." in (data / "dev/missing").read_text()
 
 
-def test_it_gives_up_when_asked_to_slow_down_again_and_again(
+def test_fetching_stops_after_repeated_refusals(
     local: SimpleNamespace, corpus: SimpleNamespace, ytdlp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local.fetch, "PATIENCE", 2)

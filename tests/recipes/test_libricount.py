@@ -282,7 +282,7 @@ def test_archive(local: SimpleNamespace, corpora: Path, tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if ".tmp-" in path.name]
 
 
-def test_data_sh_asks_for_the_subsets_of_the_size(local: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_sh_needs_the_subsets_of_the_size(local: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     for size in yaml.safe_load((RECIPE / "local/sizes.yaml").read_text()):
         assert local.prepare.main(["--size", size, "--list_subsets", "true"]) == 0
         assert "test" not in capsys.readouterr().out and (RECIPE / "conf/size" / f"{size}.yaml").is_file()

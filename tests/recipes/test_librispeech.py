@@ -92,7 +92,7 @@ def test_what_is_in_the_data_directories(local: SimpleNamespace, corpus: Path, t
     assert DataDir.load(tmp_path / "seed/train").prompt != train.prompt
 
 
-def test_a_kill_between_two_settings_leaves_nothing_that_looks_finished(
+def test_a_kill_between_two_settings_is_not_taken_for_finished(
     local: SimpleNamespace, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(local, corpus, tmp_path / "data")

@@ -34,7 +34,7 @@ def declared(repo_root: Path) -> list[Requirement]:
     return [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
 
 
-def test_every_declared_package_is_asked_for_and_locked_within_its_bounds(
+def test_every_declared_package_is_required_and_locked_within_its_bounds(
     repo_root: Path, tool: dict[str, Any], locked: dict[str, str]
 ) -> None:
     reasons = tool["read_reasons"]((repo_root / "tools/requirements.in").read_text())

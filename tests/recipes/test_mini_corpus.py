@@ -203,7 +203,7 @@ def test_normalise(local: SimpleNamespace, written: str, spoken: str) -> None:
     assert local.text.normalise(spoken) == spoken
 
 
-def test_normalise_names_what_it_does_not_know(local: SimpleNamespace) -> None:
+def test_normalise_names_unknown_characters(local: SimpleNamespace) -> None:
     with pytest.raises(DataError, match="é"):
         local.text.normalise("café")
 
@@ -243,7 +243,7 @@ def test_voices_all_talk_all_the_time_at_equal_level(local: SimpleNamespace, tmp
     assert max(len(run) for run in "".join("x" if q else " " for q in quiet).split(" ")) <= 12
 
 
-def test_mixture_has_the_asked_level_and_no_silence(local: SimpleNamespace, tmp_path: Path) -> None:
+def test_mixture_has_the_given_level_and_no_silence(local: SimpleNamespace, tmp_path: Path) -> None:
     write_audio(tmp_path / "a.wav", voiced(1.0, 200))
     for number in range(3):
         voices = [([str(tmp_path / "a.wav")], f"v{n}") for n in range(number)]

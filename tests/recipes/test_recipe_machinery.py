@@ -88,7 +88,7 @@ def test_dry_run_prints_all_stages_and_writes_nothing(recipe: Path, fusion: str,
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.parent.name)
-def test_packing_and_the_demo_come_when_asked_for(recipe: Path) -> None:
+def test_packing_and_the_demo_are_not_run_by_default(recipe: Path) -> None:
     done = call(recipe, "--dry_run", "true", "--stage", "5", "--stop_stage", "7", "--tag", "mine")
     assert done.returncode == 0 and "pam_pack --exp exp/mine --decode_name beam --out exp/mine/mine.zip" in done.stdout
     assert "pam_demo --model exp/mine/mine.zip" in done.stdout

@@ -66,7 +66,7 @@ def test_a_command_that_is_not_there(repo_root: Path, tmp_path: Path) -> None:
     assert "no-such-command: No such file" in done.stderr and "(code 127)" in done.stderr
 
 
-def test_not_more_at_once_than_asked(repo_root: Path, tmp_path: Path) -> None:
+def test_no_more_at_once_than_given(repo_root: Path, tmp_path: Path) -> None:
     script = "mkdir busy && sleep 0.05 && rmdir busy"  # mkdir fails if another one is busy
     assert run(repo_root, tmp_path, "--max_jobs_run", "1", "J=1:4", "J.log", "sh", "-c", script).returncode == 0
 

@@ -198,7 +198,7 @@ def test_a_signal_cancels_the_jobs(tmp_path: Path, fake: dict[str, str]) -> None
     check_cancel(tmp_path / "work", fake)
 
 
-def test_a_signal_while_sbatch_is_asked_leaves_no_job(tmp_path: Path, fake: dict[str, str]) -> None:
+def test_a_signal_during_sbatch_cancels_the_job(tmp_path: Path, fake: dict[str, str]) -> None:
     (tmp_path / "state/slow").touch()
     environment = {**os.environ, **fake}
     with subprocess.Popen(command("x.log", "sleep", "100"), cwd=tmp_path / "work", env=environment) as runner:

@@ -64,7 +64,7 @@ def test_the_p_value_of_few_pairs_by_hand() -> None:
     assert paired_p_value(mean_of([0.0]), mean_of([1.0])) is None
 
 
-def test_the_p_value_tells_noise_from_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_p_value_separates_noise_from_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     words = rng.integers(5, 15, 200)
     errors = rng.integers(0, 4, 200)

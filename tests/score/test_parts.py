@@ -264,7 +264,7 @@ def test_the_installer_unpacks_what_is_needed_and_nothing_outside(
         tool["check_sha256"](good, "0" * 64)
 
 
-def test_the_installer_refuses_another_wheel_and_asks_for_corenlp(repo_root: Path, tmp_path: Path) -> None:
+def test_the_installer_refuses_another_wheel_and_names_corenlp(repo_root: Path, tmp_path: Path) -> None:
     other = wheel(tmp_path / "other.whl", {"pycocoevalcap/meteor/meteor-1.5.jar": b"?"})
     done = install(repo_root, "meteor", "--wheel", str(other), PAM_PARTS=str(tmp_path / "parts"))
     assert done.returncode != 0 and "SHA-256" in done.stderr and not (tmp_path / "parts/meteor").exists()

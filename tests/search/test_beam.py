@@ -85,7 +85,7 @@ def test_batch_does_not_change_nbest(
         assert [one.score for one in nbest] == pytest.approx([one.score for one in alone[row]], abs=1e-5)
 
 
-def test_the_prefix_is_run_once_and_finished_utterances_leave(
+def test_the_prefix_is_run_once_and_finished_utterances_are_dropped(
     engine: Engine, prefix: Tensor, rows_run: list[list[int]]
 ) -> None:
     seen: list[int] = []  # positions of each forward pass of transformers

@@ -84,7 +84,7 @@ def test_a_task_vocabulary_equals_suppressed_tokens(engine: Engine, prefix: Tens
             assert [one.score for one in nbest] == pytest.approx([score for _, score in expected], abs=1e-4)
 
 
-def test_what_cannot_be_said_is_an_error(engine: Engine) -> None:
+def test_answers_outside_the_vocabulary_are_errors(engine: Engine) -> None:
     with pytest.raises(ConfigError, match="not in it"):
         make_engine(engine.llm, [4, 9]).indices([4, 10])
     with pytest.raises(ConfigError, match="ids must be"):
@@ -95,7 +95,7 @@ def test_what_cannot_be_said_is_an_error(engine: Engine) -> None:
         NoRepeatNgram(0)
 
 
-def test_firing_is_told_by_what_the_llm_wanted_before_any_constraint() -> None:
+def test_firing_depends_on_the_most_likely_token_before_any_constraint() -> None:
     log_probs = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]).log()
     first, second = AnswerSet([[1]], [2], utterances=[4]), NoRepeatNgram(1)
     for constraint in (first, second):

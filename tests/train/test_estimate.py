@@ -81,7 +81,7 @@ def test_encoders_have_the_parameters_and_precision_that_training_loads(tmp_path
     assert shape.spec == EncoderSpec.of("x", real)
 
 
-def test_what_cannot_be_had_is_unknown_and_says_why(tiny_llm_dir: Path) -> None:
+def test_what_cannot_be_had_is_unknown_with_the_reason(tiny_llm_dir: Path) -> None:
     config = tiny_config(tiny_llm_dir)
     config["frontend_conf"]["encoders"]["two"] = {"type": "whisper", "path": "nobody/never-fetched"}
     text = estimate(config, None, None, cached=True, ngpu=0)

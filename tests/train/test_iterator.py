@@ -81,7 +81,7 @@ def asked(
     return {utterance: data["prompt"].astype(np.uint8).tobytes().decode() for utterance, data in pairs}
 
 
-def test_training_asks_anew_in_every_epoch_whoever_loads_it() -> None:
+def test_prompts_are_drawn_anew_in_every_epoch_by_any_number_of_workers() -> None:
     first = asked(1, train=True)
     assert len(set(first.values())) > 3 and set(first.values()) <= set(Wordings(PROMPTS).prompts)
     assert asked(2, train=True) != first and asked(1, train=True) == first

@@ -104,7 +104,7 @@ def test_the_best_epoch_becomes_the_model(
     assert same(exp / "model.safetensors", exp / "10epoch.pth")
 
 
-def test_a_killed_selection_goes_on(exp: Path, dev: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_selection_continues(exp: Path, dev: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, loaded = SpeechLLM.load, []
 
     def load(folder: Path, *rest: Any) -> SpeechLLM:

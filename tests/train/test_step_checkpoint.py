@@ -198,7 +198,7 @@ def ranks(warm: Any, log: Path, output: Path, *arguments: Any, **changes: Any) -
 
 
 @pytest.mark.slow  # another process imports ESPnet
-def test_two_processes_go_on_in_the_middle_of_an_epoch(
+def test_two_processes_continue_in_the_middle_of_an_epoch(
     data: Path, tiny_llm_dir: Path, tmp_path: Path, warm: Any
 ) -> None:
     log = tmp_path / "log.txt"
@@ -259,7 +259,7 @@ def test_skipped_batches_are_not_loaded(
     assert 0 < loaded <= 3 * 4  # of nine batches, six were done
 
 
-def test_checkpoints_wait_for_whole_groups_of_batches(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+def test_checkpoints_are_made_after_whole_groups_of_batches(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
     """Gradients are not saved; nine batches in pairs leave one over at the end of each epoch."""
     conf = {"accum_grad": 2, "checkpoint_steps": 3}
     whole = train(data, tiny_llm_dir, tmp_path / "whole", **conf)
@@ -300,7 +300,7 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(
     assert_same(exp, unbroken)
 
 
-def test_what_killed_processes_left_half_done_is_removed(
+def test_half_made_files_of_killed_processes_are_removed(
     unbroken: Path, data: Path, tiny_llm_dir: Path, tmp_path: Path
 ) -> None:
     exp = train(data, tiny_llm_dir, tmp_path / "exp", stop_after=5)

@@ -108,7 +108,7 @@ def test_init_trained_takes_a_whole_model_and_refuses_another(
         run(data, tiny_llm_dir, tmp_path / "other", init_trained=model, frontend_conf=frontend)
 
 
-def test_damaged_beyond_repair_says_what_to_remove(
+def test_damaged_beyond_repair_names_what_to_remove(
     unbroken: Path, data: Path, tiny_llm_dir: Path, tmp_path: Path
 ) -> None:
     exp = tmp_path / "exp"
@@ -187,7 +187,7 @@ def test_warm_start_then_training(data: Path, tiny_llm_dir: Path, tmp_path: Path
     assert all("loss_ctc" in entry for entry in curve(exp))
 
 
-def test_held_out_mixture_never_sees_training_gradients(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+def test_held_out_mixture_gets_no_training_gradients(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
     """One step on the training set moves everything but the mixture, one on the validation set the mixture alone."""
     from pam_espnet.model import build_model
     from pam_espnet.train import warm_start
