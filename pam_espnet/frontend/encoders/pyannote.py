@@ -150,9 +150,7 @@ class PyannoteEncoder(AbsEncoder):
             mini recipe makes it (``local/pyannote_segmentation.py``).
         layers: hidden states to emit, 0 to 7; None for all.
 
-    Raises:
-        ConfigError: no such folder, or a layer out of range.
-        CheckpointError: the folder's files do not fit together.
+    Raises ConfigError: no such folder, or a layer out of range; CheckpointError: its files do not fit together.
     """
 
     def __init__(self, path: str, layers: Sequence[int] | None = None) -> None:

@@ -92,9 +92,7 @@ class YAMNetEncoder(AbsEncoder):
             recipe makes it (``local/yamnet_onnx.py``).
         layers: blocks to emit, 0 to 13; None for all.
 
-    Raises:
-        ConfigError: no such folder, or a layer out of range.
-        CheckpointError: the folder's files do not fit together.
+    Raises ConfigError: no such folder, or a layer out of range; CheckpointError: its files do not fit together.
     """
 
     def __init__(self, path: str, layers: Sequence[int] | None = None) -> None:
