@@ -322,7 +322,7 @@ def test_little_shared_memory(data: Path, tiny_llm_dir: Path, tmp_path: Path, wo
     command = shlex.join([sys.executable, "-m", "pam_espnet.bin.pam_train", *words])
     script = f"mount -t tmpfs -o size=64k tmpfs /dev/shm && exec {command}"
     root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests/kit'}"}
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", script], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
