@@ -15,6 +15,7 @@ Pretrained models are not in it: the manifest names each by id and commit, or by
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -86,7 +87,7 @@ def load(
     from pam_espnet.decode.speech_llm import SpeechLLM
 
     path, device = Path(path), chosen_device(device)
-    if not path.exists():
+    if not os.path.exists(path):  # False also for what is too long to be a path
         raise ConfigError(f"{path}: no such package or experiment directory")
     with _opened(path) as folder:
         recipe = _recipe_of(folder)

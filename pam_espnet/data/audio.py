@@ -55,7 +55,7 @@ def read_audio(
             recording, a pipe that is not allowed or fails; contains the library's own message.
     """
     name = str(path)
-    if not name.endswith("|") and not Path(name).is_file():
+    if not name.endswith("|") and not os.path.isfile(name):  # also what is too long
         raise DataError(name, "no such audio file", hint="relative paths start at the current directory")
     try:
         with io.BytesIO(_run_pipe(name, allow_pipes)) if name.endswith("|") else open(name, "rb", buffering=0) as file:

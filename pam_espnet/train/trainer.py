@@ -145,9 +145,13 @@ class PaMTrainer(Trainer):
         """ESPnet's validation; its mean goes to the curve as one line.
 
         Raises:
-            ConfigError: the loss is not finite after the last epoch; there would be a model that answers nothing.
+            ConfigError: the loss is not finite after the last epoch; there would be a model that answers nothing. The
+                criterion by which epochs are chosen is not among the figures; there would be no model.
         """
         super().validate_one_epoch(model=model, iterator=iterator, reporter=reporter, options=options, **others)
+        phase, key, _ = options.best_model_criterion[0]
+        if phase == "valid" and reporter.stats and key not in reporter.stats:
+            raise ConfigError(f"best_model_criterion: validation has no {key!r}; it has {', '.join(reporter.stats)}")
         if reporter.epoch == options.max_epoch and "loss" in reporter.stats:
             loss = float(aggregate(reporter.stats["loss"]))
             if not math.isfinite(loss):

@@ -160,6 +160,8 @@ def test_too_little_space_to_unpack_to(package: Path, monkeypatch: pytest.Monkey
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="xxx: no such package"):
+        pam_espnet.load(300 * "x")
     for device in ("gpu", "cuda", "cuda:99"):
         with pytest.raises(ConfigError, match=f"--device {device}: "):
             pam_espnet.load("gone.zip", device=device)

@@ -285,6 +285,12 @@ def test_more_accumulated_batches_than_an_epoch_has(data: Path, tiny_llm_dir: Pa
         run(data, tiny_llm_dir, tmp_path / "exp", accum_grad=5)
 
 
+def test_a_criterion_that_is_no_figure(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"validation has no 'loss_anser'; it has .*loss_answer"):
+        run(data, tiny_llm_dir, tmp_path / "exp", best_model_criterion=[["valid", "loss_anser", "min"]])
+    assert not (tmp_path / "exp/2epoch.pth").exists()
+
+
 def test_tensors_that_are_not_finite_are_no_model(unbroken: Path, tmp_path: Path) -> None:
     from pam_espnet.train.export import export_state
 
