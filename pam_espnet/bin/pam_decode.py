@@ -22,7 +22,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, nargs="+", help="for each of them, exp/<tag>/decode_<name>/<set>")
     parser.add_argument("--config", help="YAML of decoding options; see pam_espnet/decode/options.py")
     parser.add_argument("--batch_size", type=int, default=8, help="utterances decoded together (default: 8)")
-    parser.add_argument("--audio", choices=("on", "zero"), default="on", help="zero: the audio-off control")
+    parser.add_argument(
+        "--audio_off", nargs="*", default=[], metavar="OUT", help="for the first of --data: also with the waveform zero"
+    )
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="decode the I-th of N parts (default: 1/1)")
     parser.add_argument("--merge", action="store_true", help="only join the N finished parts")
     parser.add_argument("--limit", type=int, default=0, help="decode only the first utterances (default: 0 = all)")
@@ -47,29 +49,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pam_espnet.decode.speech_llm import SpeechLLM
     from pam_espnet.fileio import sha256_file
 
-    options = DecodeOptions(args.batch_size, args.audio, shard, shards, args.limit)
+    audio_on, audio_off = (DecodeOptions(args.batch_size, mode, shard, shards, args.limit) for mode in ("on", "zero"))
     search = load_yaml(args.config) if args.config else {}
     answers = AnswerOptions.from_dict(search, args.config)
     if answers.exit.mode != "never" and answers.exit.calibration:  # under one name there may be others
         if not Path(answers.exit.calibration).is_file():
             raise ConfigError(f"exit.calibration: no file {answers.exit.calibration}; pam_calibrate_exit makes it")
         search = {**search, "exit_calibration_sha256": sha256_file(answers.exit.calibration)}
-    if len(args.data) != len(args.out):
-        raise ConfigError(f"--data names {len(args.data)} directories and --out {len(args.out)}")
+    if len(args.data) != len(args.out) or len(args.data) < len(args.audio_off):
+        counts = f"{len(args.data)} directories, --out {len(args.out)} and --audio_off {len(args.audio_off)}"
+        raise ConfigError(f"--data names {counts}")
+    pairs = [(data, out, audio_on) for data, out in zip(args.data, args.out, strict=True)]
+    pairs += [(data, out, audio_off) for data, out in zip(args.data, args.audio_off, strict=False)]
     todo = []
-    for data, out in zip(args.data, args.out, strict=True):
+    for data, out, options in pairs:
         if is_complete(args.exp, data, out, options, {**search, "dtype": args.dtype}):
             print(f"{out}: already decoded")
         else:
-            todo.append((data, out))
+            todo.append((data, out, options))
     if todo and not args.merge:
         model = SpeechLLM.load(args.exp, answers, compute_device(args), args.dtype)
-        model.keep_prompts({prompt for data, _ in todo for prompt in DataDir.load(data).prompt.values()})
-        for data, out in todo:
+        model.keep_prompts({prompt for data, *_ in todo for prompt in DataDir.load(data).prompt.values()})
+        for data, out, options in todo:
             decode_shard(model, data, out, options)
     if args.merge or shards == 1:
         run = run_record("pam_decode.py")
-        for data, out in todo:
+        for data, out, options in todo:
             stats = merge_shards(data, out, options, run)
             rtf = stats["seconds_wall"] / max(stats["seconds_audio"], 1e-9)
             print(f"{out}: {stats['seconds_audio']:.0f} s of audio, real-time factor {rtf:.3f} per process")

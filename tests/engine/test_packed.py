@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +85,18 @@ def test_int8_is_exact_integer_arithmetic() -> None:
     exact = x.double() @ whole.double().T
     assert torch.allclose(packed.Int8(whole, None).product(x).double(), exact, rtol=1e-6, atol=1e-3)
     assert 2 * (packed.STEPS + packed.OFFSET) * packed.WEIGHT_STEPS <= 32767 and packed.STEPS <= packed.OFFSET
+
+
+@needs_int8
+def test_int8_is_exact_without_vnni() -> None:
+    """FBGEMM held to AVX2, whose kernels add pairs of products in 16 bits."""
+    test = f"{Path(__file__)}::test_int8_is_exact_integer_arithmetic"
+    environment = {**os.environ, "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
 
 
 @needs_int8

@@ -164,36 +164,32 @@ if wants 4; then
     begin 4 decode "${exp}/model.safetensors, ${raw}/" "${exp}/decode_${decode_tag}*/"
     needs "${exp}/model.safetensors" "--stage 3 --stop_stage 3"
     ((ngpu == 0)) || decode_run+=(--gpu 1)
-    modes=(on)
-    [ "${audio_off}" = false ] || modes+=(zero)
-    for mode in "${modes[@]}"; do
-        decode_dir=${exp}/decode_${decode_tag}
-        [ "${mode}" = on ] || decode_dir=${decode_dir}_audio_off
-        sources=("${tests[@]/#/${raw}/}") targets=("${tests[@]/#/${decode_dir}/}") complete=true
-        if [ "${all_prompts}" = true ] && [ "${mode}" = on ]; then
-            reworded=(SET/NUMBER)
-            if [ "${dry_run}" = false ]; then
-                listed=$("${python}" -m pam_espnet.bin.pam_reword --data "${sources[@]}" --out "dump/${size}/prompts")
-                mapfile -t reworded <<<"${listed}"
-            fi
-            for name in "${reworded[@]}"; do
-                sources+=("dump/${size}/prompts/${name}")
-                targets+=("${decode_dir}/${name%/*}/prompts/${name##*/}")
-            done
+    decode_dir=${exp}/decode_${decode_tag} controls=()
+    sources=("${tests[@]/#/${raw}/}") targets=("${tests[@]/#/${decode_dir}/}") complete=true
+    [ "${audio_off}" = false ] || controls=(--audio_off "${tests[@]/#/${decode_dir}_audio_off/}")
+    if [ "${all_prompts}" = true ]; then
+        reworded=(SET/NUMBER)
+        if [ "${dry_run}" = false ]; then
+            listed=$("${python}" -m pam_espnet.bin.pam_reword --data "${sources[@]}" --out "dump/${size}/prompts")
+            mapfile -t reworded <<<"${listed}"
         fi
-        for target in "${targets[@]}"; do
-            [ -f "${target}/stats.json" ] || complete=false
+        for name in "${reworded[@]}"; do
+            sources+=("dump/${size}/prompts/${name}")
+            targets+=("${decode_dir}/${name%/*}/prompts/${name##*/}")
         done
-        args=(--exp "${exp}" --data "${sources[@]}" --out "${targets[@]}" --config "${decode_config}"
-            --batch_size "${batch_size}" --audio "${mode}" --dtype "${decode_dtype}" --device "${device}")
-        if [ "${dry_run}" = true ] || [ "${complete}" = false ]; then
-            log=${decode_dir}/log/decode
-            background "${log}.1.log" "${log}.*.log" \
-                "${decode_run[@]}" --max-jobs-run "${decode_nj}" JOB=1:"${decode_nj}" "${log}.JOB.log" \
-                "${python}" -m pam_espnet.bin.pam_decode "${args[@]}" --shard "JOB/${decode_nj}" --threads 1
-        fi
-        module pam_decode "${args[@]}" --shard "1/${decode_nj}" --merge
+    fi
+    for target in "${targets[@]}" "${controls[@]:1}"; do
+        [ -f "${target}/stats.json" ] || complete=false
     done
+    args=(--exp "${exp}" --data "${sources[@]}" --out "${targets[@]}" "${controls[@]}"
+        --config "${decode_config}" --batch_size "${batch_size}" --dtype "${decode_dtype}" --device "${device}")
+    if [ "${dry_run}" = true ] || [ "${complete}" = false ]; then
+        log=${decode_dir}/log/decode
+        background "${log}.1.log" "${log}.*.log" \
+            "${decode_run[@]}" --max-jobs-run "${decode_nj}" JOB=1:"${decode_nj}" "${log}.JOB.log" \
+            "${python}" -m pam_espnet.bin.pam_decode "${args[@]}" --shard "JOB/${decode_nj}" --threads 1
+    fi
+    module pam_decode "${args[@]}" --shard "1/${decode_nj}" --merge
     end "the same command with --stage 5"
 fi
 
