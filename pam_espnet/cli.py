@@ -24,8 +24,8 @@ DTYPES = ("float32", "bfloat16", "int8")  # precisions of the LLM in decoding
 def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
     """Call ``main(argv)``; return the process's exit status.
 
-    A ``PamError``, and a file that a full disk, a read-only disk or permissions refuse, are printed as a message alone
-    (status 1); Ctrl-C gives status 130; any other exception is a bug and keeps its stack trace.
+    A ``PamError``, and a file that a full disk, a read-only disk, permissions or its long name refuse, are printed as
+    a message alone (status 1); Ctrl-C gives status 130; any other exception is a bug and keeps its stack trace.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     try:
@@ -34,10 +34,12 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in (*DISK_ERRORS, errno.ENAMETOOLONG):
             raise
-        print(f"error: {printable(error.filename or 'a file')}: {error.strerror}", file=sys.stderr)
-        print("  -> free disk space, or choose a folder that can be written; then run it again", file=sys.stderr)
+        hint = "free disk space, or choose a folder that can be written; then run it again"
+        if error.errno == errno.ENAMETOOLONG:
+            hint = "give a shorter name"
+        print(f"error: {printable(error.filename or 'a file')}: {error.strerror}\n  -> {hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)

@@ -35,6 +35,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield tmp
         os.replace(tmp, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk's error has none
+        raise
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -141,6 +144,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 # ---- trained tensors, as safetensors --------------------------------------------------------------------------------
+
 
 def save_trained(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors, atomically; ``metadata`` is kept in the header."""

@@ -15,6 +15,7 @@ Pretrained models are not in it: the manifest names each by id and commit, or by
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -43,6 +44,7 @@ MANIFEST, CONFIG, DECODE, CTC_TOKENS = "manifest.json", "config.yaml", "decode.y
 CALIBRATION = "exit.safetensors"
 LLM = "llm"  # name of that pretrained model; encoders have theirs in the configuration
 GET_AGAIN = "copy the package again, or pack the experiment again"
+ELSEWHERE = "free some space, or name a folder that can be written: TMPDIR=DIR before the command"
 # Paths of the machine it was trained on; loading needs none of them.
 _PATHS = re.compile(r".*_data_path_and_name_and_type|.*_shape_file|output_dir|config|init_.*|pretrain_path|required")
 
@@ -85,7 +87,7 @@ def load(
     from pam_espnet.decode.speech_llm import SpeechLLM
 
     path, device = Path(path), chosen_device(device)
-    if not path.exists():
+    if not os.path.exists(path):  # False also for what is too long to be a path
         raise ConfigError(f"{path}: no such package or experiment directory")
     with _opened(path) as folder:
         recipe = _recipe_of(folder)
@@ -121,10 +123,9 @@ def _opened(path: Path) -> Iterator[Path]:
             tmp = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pam_package_")))
             extract_zip(path, tmp, limit=100 * path.stat().st_size)
         except OSError as error:
-            hint = "free some space, or name a folder that can be written: TMPDIR=DIR before the command"
-            raise DataError(path, f"cannot be unpacked: {error.strerror}", hint=hint) from error
-        except DataError as error:
-            raise DataError(path, error.message, hint=GET_AGAIN if error.hint == ANEW else error.hint) from error
+            raise DataError(path, f"cannot be unpacked: {error.strerror}", hint=ELSEWHERE) from error
+        except DataError as error:  # damaged, or too little space
+            raise DataError(path, error.message, hint=GET_AGAIN if error.hint == ANEW else ELSEWHERE) from error
         # A package that was zipped again may be one folder down.
         found = [*tmp.glob(MANIFEST), *sorted(tmp.glob(f"*/{MANIFEST}"))]
         if not found:

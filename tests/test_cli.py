@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +60,9 @@ def test_user_errors_have_no_stack_trace(capsys: pytest.CaptureFixture[str]) -> 
         assert run_main(lambda _, code=code: fail(OSError(code, os.strerror(code), "exp/mine"))) == 1
         assert capsys.readouterr().err.startswith(f"error: exp/mine: {os.strerror(code)}\n  -> free disk space")
     assert run_main(lambda _: fail(OSError(errno.ENOSPC, "No space left on device"))) == 1
+    capsys.readouterr()
+    assert run_main(lambda _: int(Path("x" * 300).exists())) == 1
+    assert capsys.readouterr().err.endswith("xxx: File name too long\n  -> give a shorter name\n")
     with pytest.raises(FileNotFoundError):
         run_main(lambda _: fail(FileNotFoundError(errno.ENOENT, "a bug")))
     assert run_main(lambda _: fail(KeyboardInterrupt())) == 130

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pam_espnet.cli import add_compute_options, compute_device, run_main
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.prompt = spec.default_prompt if args.prompt is None else args.prompt
     if not args.prompt.strip():
         raise ConfigError("--prompt is empty")
-    if not any(Path(wav).is_file() for wav in args.wavs):  # before a model is loaded for nothing
+    if not any(map(os.path.isfile, args.wavs)):  # before a model is loaded for nothing
         raise ConfigError(f"there is no file {args.wavs[0]}")
     model = load_model(args)
     failed = []

@@ -101,7 +101,7 @@ def extract_zip(archive: str | Path, folder: str | Path, *, limit: int = 0) -> N
 
 def _check_limit(archive: str | Path, total: int, limit: int) -> None:
     if limit and total > limit:
-        raise DataError(archive, f"unpacks to more than {limit:,} bytes", hint="this is another archive; delete it")
+        raise DataError(archive, f"unpacks to more than {limit:,} bytes", hint=ANEW)
 
 
 @contextmanager

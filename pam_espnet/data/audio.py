@@ -20,6 +20,7 @@ import soxr
 
 from pam_espnet.data.audio_header import REPAIR_HINT, counts_mp3_frames, cut_short, ogg_streams, whole_file
 from pam_espnet.errors import DataError
+from pam_espnet.fileio import atomic_path
 
 if TYPE_CHECKING:
     import av
@@ -55,7 +56,7 @@ def read_audio(
             recording, a pipe that is not allowed or fails; contains the library's own message.
     """
     name = str(path)
-    if not name.endswith("|") and not Path(name).is_file():
+    if not name.endswith("|") and not os.path.isfile(name):  # also what is too long
         raise DataError(name, "no such audio file", hint="relative paths start at the current directory")
     try:
         with io.BytesIO(_run_pipe(name, allow_pipes)) if name.endswith("|") else open(name, "rb", buffering=0) as file:
@@ -226,6 +227,18 @@ def to_pcm16(wave: np.ndarray) -> tuple[np.ndarray, int]:
     scaled = np.round(wave.astype(np.float64) * 32768)
     clipped = int(np.count_nonzero((scaled < -32768) | (scaled > 32767)))
     return np.clip(scaled, -32768, 32767).astype("<i2"), clipped
+
+
+def write_audio(path: str | Path, samples: np.ndarray, rate: int, audio_format: str) -> None:
+    """Write int16 ``samples`` (N,) as "flac" or "wav", a whole file or none.
+
+    Raises:
+        OSError: a full disk among others, which libsndfile does not name, or not notice, where it writes the file.
+    """
+    encoded = io.BytesIO()
+    soundfile.write(encoded, samples, rate, subtype="PCM_16", format=audio_format.upper())
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(encoded.getbuffer())
 
 
 def pcm16_sha256(samples: np.ndarray) -> str:

@@ -46,7 +46,7 @@ class BatchingOptions:
             check_number(weight, f"batching_conf.task_weights.{task}", at_least=0)
         for task, count in self.task_counts.items():
             check_number(count, f"batching_conf.task_counts.{task}", above=0)
-        for task in (*self.task_weights, *self.task_counts):
+        for task in (*self.task_share, *self.task_weights, *self.task_counts):
             task_spec(task)
         if self.task_exponent is None and (self.task_weights or self.task_counts):
             raise ConfigError("batching_conf: task_weights and task_counts need a task_exponent, such as 1.0")

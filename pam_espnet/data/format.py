@@ -21,12 +21,12 @@ import soundfile
 
 import pam_espnet
 from pam_espnet.config import check_number
-from pam_espnet.data.audio import RESAMPLER, pcm16_sha256, read_audio, resample, to_pcm16
+from pam_espnet.data.audio import RESAMPLER, pcm16_sha256, read_audio, resample, to_pcm16, write_audio
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import PASSPORT_NAME, Passport
 from pam_espnet.data.tables import read_table, write_table
 from pam_espnet.errors import ConfigError, DataError
-from pam_espnet.fileio import atomic_path, write_text
+from pam_espnet.fileio import write_text
 
 AUDIO_FORMATS = ("flac", "wav")
 JOURNAL_NAME = ".passport.jsonl"
@@ -193,8 +193,7 @@ def format_one(job: Job) -> dict[str, Any]:
     if reason := skip_reason(wave, rate, settings):
         return record | {"skipped": reason}
     samples, clipped = to_pcm16(resample(wave, rate, settings.sample_rate))
-    with atomic_path(job.target) as tmp:
-        soundfile.write(tmp, samples, settings.sample_rate, subtype="PCM_16", format=settings.audio_format.upper())
+    write_audio(job.target, samples, settings.sample_rate, settings.audio_format)
     entry: dict[str, Any] = {
         "sha256": pcm16_sha256(samples),
         "num_samples": len(samples),

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from pam_espnet.data.audio import RESAMPLER, to_pcm16
+from pam_espnet.data.audio import RESAMPLER, to_pcm16, write_audio
 from pam_espnet.data.signals import SAMPLE_RATE
-from pam_espnet.fileio import atomic_path, read_json, write_json
+from pam_espnet.fileio import read_json, write_json
 
 SPLITS = ("train", "dev", "test")
 
@@ -65,8 +65,7 @@ def _write(render: Callable[[Any], np.ndarray], job: Job) -> Utterance:
     if path.exists():  # files are renamed to their names, so one that exists is whole
         return replace(job.utterance, seconds=soundfile.info(path).duration)
     samples, _ = to_pcm16(render(job.spec))
-    with atomic_path(path) as tmp:
-        soundfile.write(tmp, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    write_audio(path, samples, SAMPLE_RATE, "flac")
     return replace(job.utterance, seconds=len(samples) / SAMPLE_RATE)
 
 

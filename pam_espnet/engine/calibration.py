@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from pam_espnet.errors import CheckpointError
@@ -63,7 +63,7 @@ class Calibration:
             tensors["maps"] = self.maps.contiguous()
         described = {"layers": list(self.layers), "threshold": self.threshold, "judgement": dict(judgement)}
         with atomic_path(path) as tmp:
-            save_file(tensors, tmp, metadata={"calibration": json.dumps(described)})
+            tmp.write_bytes(save(tensors, {"calibration": json.dumps(described)}))
 
     @classmethod
     def load(cls, path: str | Path, width: int) -> Calibration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -35,6 +36,8 @@ def add_lora(model: Any, options: Mapping[str, Any]) -> None:
     check_number(rank, "lora.r", at_least=1, whole=True)
     check_number(alpha, "lora.alpha", above=0)
     check_number(dropout, "lora.dropout", at_least=0, below=1)
+    if not (isinstance(targets, str) or (isinstance(targets, list | tuple) and targets)):
+        raise ConfigError(f"lora.target_modules: {targets!r}; must be a list of names, or one regular expression")
     if not isinstance(targets, str):  # peft is content when one of them matches
         ends = {name.split(".", start)[-1] for name, _ in model.named_modules() for start in range(name.count(".") + 1)}
         if missing := [name for name in targets if name not in ends]:
@@ -52,7 +55,7 @@ def add_lora(model: Any, options: Mapping[str, Any]) -> None:
     )
     try:
         inject_adapter_in_model(config, model)
-    except ValueError as error:  # peft's answer to names that match no layer
+    except (ValueError, re.error) as error:  # peft's answer to names that match no layer
         raise ConfigError(f"lora.target_modules: {error}") from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)

@@ -51,8 +51,11 @@ def layout(tokenizer: Any, prompt: str, system: str | None = "") -> PromptLayout
         prompt: the user's text, e.g. "Transcribe the speech."
         system: the system prompt; "" is an explicitly empty one, None leaves it to the template's default.
 
-    Raises ConfigError: no chat template, or one that drops, changes or repeats the user's text.
+    Raises ConfigError: no chat template, or one that drops, changes or repeats the user's text; a prompt that is not
+    Unicode text, as a terminal gives bytes that are not UTF-8.
     """
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ConfigError(f"the prompt {prompt!a} is not UTF-8; type it in a terminal that writes UTF-8")
     prompt = prompt.strip()  # many templates strip the user's text; do it for all of them
     shown = f"\n{prompt}" if prompt else ""
     turns = [{"role": "user", "content": AUDIO_MARK + shown}]

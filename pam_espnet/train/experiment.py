@@ -130,6 +130,8 @@ def check_config(config: Mapping[str, Any]) -> None:
 
     Raises ConfigError: naming the key.
     """
+    from espnet2.tasks.abs_task import optim_classes, scheduler_classes
+
     from pam_espnet.data.batching import BatchingOptions
     from pam_espnet.frontend.encoders.base import model_folder_or_id
     from pam_espnet.frontend.encoders.registry import encoder_class
@@ -144,6 +146,15 @@ def check_config(config: Mapping[str, Any]) -> None:
         if key not in known:
             close = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(key, known, 1))
             raise ConfigError(f"config key {key!r}: nothing reads it{close}")
+    for key, classes in (("optim", optim_classes), ("scheduler", scheduler_classes)):
+        if not (name := config.get(key)):
+            continue
+        if name not in classes:
+            raise ConfigError(f"{key}: unknown {name!r}; one of {', '.join(sorted(classes))}")
+        try:
+            inspect.signature(classes[name]).bind(None, **(config.get(f"{key}_conf") or {}))
+        except TypeError as error:
+            raise ConfigError(f"{key}_conf: {error}; {name} takes {inspect.signature(classes[name])}") from error
     model_options(config)
     read_options(BatchingOptions, config, "batching_conf")
     read_options(WarmStartOptions, config, "warm_start_conf")

@@ -112,10 +112,7 @@ class PaMTask(AbsTask):
     @classmethod
     def build_optimizers(cls, args: argparse.Namespace, model: torch.nn.Module) -> list[torch.optim.Optimizer]:
         """Trainable parameters only, in groups by ``lr_scale_conf``; a prefix that matches nothing is an error."""
-        optim_class = optim_classes.get(args.optim)
-        if optim_class is None:
-            raise ConfigError(f"optim: unknown optimizer {args.optim!r}; one of {sorted(optim_classes)}")
-        conf = dict(args.optim_conf)
+        optim_class, conf = optim_classes[args.optim], dict(args.optim_conf)
         if "lr" not in conf:
             raise ConfigError("optim_conf.lr is missing")
         return [optim_class(parameter_groups(model, args.lr_scale_conf or {}, float(conf["lr"])), **conf)]

@@ -137,8 +137,14 @@ class PaMTrainer(Trainer):
         cls, model: Any, iterator: Iterable[Any], reporter: Any, options: Any, **others: Any
     ) -> None:
         """ESPnet's validation; its mean goes to the curve as one line.
-        Raises ConfigError: the loss is not finite after the last epoch; there would be a model that answers nothing."""
+
+        Raises ConfigError: the loss is not finite after the last epoch, or the criterion by which epochs are chosen is
+        not among the figures; there would be no model, or one that answers nothing.
+        """
         super().validate_one_epoch(model=model, iterator=iterator, reporter=reporter, options=options, **others)
+        phase, key, _ = options.best_model_criterion[0]
+        if phase == "valid" and reporter.stats and key not in reporter.stats:
+            raise ConfigError(f"best_model_criterion: validation has no {key!r}; it has {', '.join(reporter.stats)}")
         if reporter.epoch == options.max_epoch and "loss" in reporter.stats:
             loss = float(aggregate(reporter.stats["loss"]))
             if not math.isfinite(loss):

@@ -86,8 +86,9 @@ def test_bad_files(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message) as caught:
             read_audio(tmp_path / name)
         assert caught.value.hint is not None
-    with pytest.raises(DataError, match="no such audio file"):
-        read_audio(tmp_path / "nowhere.wav")
+    for name in ("nowhere.wav", 300 * "x"):
+        with pytest.raises(DataError, match="no such audio file"):
+            read_audio(tmp_path / name)
 
 
 def test_a_command_is_run_without_a_shell(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ def test_options_out_of_range_are_refused() -> None:
         ({"task_exponent": 1.0, "task_share": {"asr": 1.0}}, "give one"),
         ({"task_exponent": 1.0, "task_weights": {"asr": -1.0}}, "at least 0"),
         ({"task_exponent": 1.0, "task_counts": {"asr": 0.0}}, "above 0"),
+        ({"task_share": {"cuont": 1.0}}, "unknown task 'cuont'"),
         ({"task_exponent": 1.0, "task_weights": {"cuont": 1.0}}, "unknown task 'cuont'"),
     ):
         with pytest.raises(ConfigError, match=message):

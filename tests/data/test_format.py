@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from make_data import RATE, add_segments, make_data, noise
 
 import pam_espnet.data.format as format_module
 from pam_espnet.bin.pam_format import main
+from pam_espnet.cli import run_main
 from pam_espnet.data.audio import pcm16_sha256, read_audio
 from pam_espnet.data.datadir import validate
 from pam_espnet.data.format import format_data_dir
@@ -200,6 +202,21 @@ def test_processes_give_the_same_files(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.chdir(tmp_path / name)
         format_data_dir(source, "dump", jobs=jobs)
     assert snapshot(tmp_path / "one" / "dump") == snapshot(tmp_path / "two" / "dump")
+
+
+@pytest.mark.parametrize("audio_format", ["flac", "wav"])
+def test_a_full_disk_is_named(tmp_path: Path, audio_format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_data(tmp_path / "data")
+    command = ["--data", str(source), "--out", str(tmp_path / "dump"), "--jobs", "1", "--audio_format", audio_format]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))  # bytes of a file: EFBIG in place of ENOSPC
+    try:
+        assert run_main(main, command) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    said = capsys.readouterr().err
+    assert f"error: {tmp_path}/dump" in said and "-> free disk space" in said
+    assert main(command) == 0 and len(Passport.load(tmp_path / "dump").utterances) == 4
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -179,7 +179,11 @@ def test_prompt_vector_positions(tiny_llm_dir: Path) -> None:
         ({"dtype": "float8"}, "dtype must be"),
         ({"prompt_position": "end"}, "prompt_position must be"),
         ({"lora": {"rank": 4}}, "unknown option"),
-        ({"lora": {"target_modules": ["nothing_here"]}}, "target_modules"),
+        ({"lora": {"target_modules": ["nothing_here"]}}, "target_modules: the LLM has no module 'nothing_here'"),
+        ({"lora": {"target_modules": ["q_proj", "v_porj"]}}, "target_modules: the LLM has no module 'v_porj'"),
+        ({"lora": {"target_modules": 3}}, "target_modules: 3; must be a list"),
+        ({"lora": {"target_modules": []}}, r"target_modules: \[\]; must be a list"),
+        ({"lora": {"target_modules": "(q_proj"}}, "target_modules: .*unterminated"),
     ],
 )
 def test_bad_options(tiny_llm_dir: Path, options: dict[str, object], message: str) -> None:

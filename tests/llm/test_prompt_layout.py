@@ -87,6 +87,11 @@ def test_unusable_template(tokenizer: Any, template: str | None, message: str) -
         layout(tokenizer, "Hi")
 
 
+def test_a_prompt_that_is_no_unicode_text(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"the prompt 'caf\\udce9\?' is not UTF-8"):
+        layout(tokenizer, "caf\udce9?")
+
+
 def test_answer_ends_with_the_end_of_turn(tokenizer: Any) -> None:
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     ids = answer_ids(tokenizer, "a dog barks")

@@ -9,16 +9,23 @@ import stat
 import tempfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from read_only_disk import read_only
 from tiny_package import answers, decoded, llm, rewrite, unpack
 
 import pam_espnet
 from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.fileio import read_json, write_json
 from pam_espnet.package import MANIFEST
+
+
+def texts(found: dict[str, tuple[list[str], list[float]]]) -> dict[str, list[str]]:
+    return {key: answer[0] for key, answer in found.items()}
+
 
 # What is wrong with a package
 
@@ -118,20 +125,18 @@ def test_a_package_zipped_again_with_compression_loads(recipe: Path, package: Pa
         for name in source.namelist():
             target.writestr(prefix + name, source.read(name))
         target.writestr("__MACOSX/._mine", b"x")
-    assert answers(Path("again.zip"), data, models=llm(recipe)).keys() == decoded(recipe).keys()
+    assert texts(answers(Path("again.zip"), data, models=llm(recipe))) == texts(decoded(recipe))
 
 
 def test_a_package_on_a_disk_that_cannot_be_written_loads(
-    recipe: Path, package: Path, data: Path, tmp_path: Path
+    recipe: Path, package: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is written beside it, and nothing is left in the temporary folder."""
-    (tmp_path / "disk").mkdir()
-    shutil.copy(package, tmp_path / "disk")
-    before = set(Path(tempfile.gettempdir()).glob("pam_package_*"))
-    (tmp_path / "disk").chmod(0o500)
-    assert answers(tmp_path / "disk/mine.zip", data, models=llm(recipe)).keys() == decoded(recipe).keys()
-    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["mine.zip"]
-    assert set(Path(tempfile.gettempdir()).glob("pam_package_*")) == before
+    """And nothing is left in the temporary folder."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    with read_only(tmp_path / "disk", package) as disk:
+        found = answers(disk / package.name, data, models=llm(recipe))
+    assert texts(found) == texts(decoded(recipe)) and not list((tmp_path / "tmp").iterdir())
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EIO])
@@ -143,12 +148,20 @@ def test_without_a_disk_to_unpack_to_it_says_what_to_do(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(step, fail)
-    with pytest.raises(DataError, match=r"mine\.zip: (.|\n)*-> free some space"):
+    with pytest.raises(DataError, match=r"mine\.zip: (.|\n)*-> free some space, .*: TMPDIR=DIR"):
+        pam_espnet.load(package)
+
+
+def test_too_little_space_to_unpack_to(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(DataError, match=r"mine\.zip: .* 0\.0 GB are free\n  -> .*: TMPDIR=DIR"):
         pam_espnet.load(package)
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="xxx: no such package"):
+        pam_espnet.load(300 * "x")
     for device in ("gpu", "cuda", "cuda:99"):
         with pytest.raises(ConfigError, match=f"--device {device}: "):
             pam_espnet.load("gone.zip", device=device)
