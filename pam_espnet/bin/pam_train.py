@@ -1,7 +1,7 @@
 """Train a prompt-aware speech LLM with ESPnet's trainer.
 
 The configuration is merged from --config and --set and checked before anything is computed. A killed run continues
-when it is called again, from the last of its checkpoints (checkpoint_steps makes one every so many batches). At the end
+when it is called again, from the last of its checkpoints (checkpoint_steps makes one every N batches). At the end
 the averaged model is written as <exp>/model.safetensors.
 
 Every option of ESPnet's trainer is a key of the configuration (--set max_epoch=3). Options that are not listed here are

@@ -51,9 +51,8 @@ def read_audio(
         (wave (N,) float32, mean of the channels, [-1, 1] for integer formats; sample rate in Hz, the first one where
         it changes within the recording).
 
-    Raises:
-        DataError: missing, unreadable or truncated file, channels that cancel each other, a segment outside the
-            recording, a pipe that is not allowed or fails; contains the library's own message.
+    Raises DataError: missing, unreadable or truncated file, channels that cancel each other, a segment outside the
+    recording, a pipe that is not allowed or fails; contains the library's own message.
     """
     name = str(path)
     if not name.endswith("|") and not os.path.isfile(name):  # also what is too long
@@ -231,9 +230,8 @@ def to_pcm16(wave: np.ndarray) -> tuple[np.ndarray, int]:
 
 def write_audio(path: str | Path, samples: np.ndarray, rate: int, audio_format: str) -> None:
     """Write int16 ``samples`` (N,) as "flac" or "wav", a whole file or none.
-
-    Raises:
-        OSError: a full disk among others, which libsndfile does not name, or not notice, where it writes the file.
+    Raises OSError: a full disk among others, which libsndfile does not name, or not notice, where it writes the
+    file.
     """
     encoded = io.BytesIO()
     soundfile.write(encoded, samples, rate, subtype="PCM_16", format=audio_format.upper())

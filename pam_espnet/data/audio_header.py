@@ -131,10 +131,8 @@ def _find_chunk(file: BinaryIO, layout: _Layout, start: bytes, length: int) -> _
 
 def ogg_streams(name: str, file: BinaryIO) -> list[BinaryIO]:
     """The streams of an Ogg file that follow each other (joined files, radio), each as a file in memory.
-
-    Raises:
-        DataError: the last page is not whole. Whole pages of which none is marked as the last one are accepted: phones
-            write such files.
+    Raises DataError: the last page is not whole. Whole pages of which none is marked as the last one are accepted:
+    phones write such files.
     """
     file.seek(0)
     content = file.read()

@@ -57,9 +57,8 @@ def fix(path: str | Path, *, task: str | None = None) -> tuple[list[str], Path |
     Returns:
         (what was repaired or dropped and why, one line each; the backup of the old tables, None if nothing changed).
 
-    Raises:
-        DataError: what no program can decide: a key with two different values, a missing ``wav.scp`` or ``text``,
-            nothing left.
+    Raises DataError: what no program can decide: a key with two different values, a missing ``wav.scp`` or ``text``,
+    nothing left.
     """
     path = Path(path)
     scans = scan_tables(path)
@@ -137,9 +136,8 @@ def combine(sources: list[DataDir], target: str | Path, *, distinct_speakers: bo
     Args:
         distinct_speakers: the directories are of different corpora, so no speaker may be in two of them.
 
-    Raises:
-        DataError: an utterance in two of them, a recording with two different files, segments in some only, a
-            target that is one of the sources, or a speaker in two of them.
+    Raises DataError: an utterance in two of them, a recording with two different files, segments in some only, a
+    target that is one of the sources, or a speaker in two of them.
     """
     target = Path(target)
     owner: dict[str, Path] = {}

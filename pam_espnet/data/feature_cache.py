@@ -55,9 +55,8 @@ def cache_features(
         shard_size: utterances per ark file.
         rebuild: remove an existing cache instead of completing it.
 
-    Raises:
-        DataError: a cache with another key is there and ``rebuild`` is false; audio differs from its passport; the
-            disk is too small; ``encode`` gave something else than finite (H, T, D).
+    Raises DataError: a cache with another key is there and ``rebuild`` is false; audio differs from its passport;
+    the disk is too small; ``encode`` gave something else than finite (H, T, D).
     """
     data, passport, out = DataDir.load(data_dir), Passport.load(data_dir), Path(out_dir)
     # as JSON gives it back, so that a tuple equals the list it becomes

@@ -77,9 +77,8 @@ class SpeechLLM:
             made from all, and only the CTC head of ASR was trained.
         int8: round the LLM's weights to 8 bits.
 
-    Raises:
-        ConfigError: options that this model cannot follow, such as a task vocabulary without the warm start's list of
-            tokens, an answer longer than ``max_new_tokens``, drafts for an LLM that cannot verify them.
+    Raises ConfigError: options that this model cannot follow, such as a task vocabulary without the warm start's
+    list of tokens, an answer longer than ``max_new_tokens``, drafts for an LLM that cannot verify them.
     """
 
     def __init__(
@@ -187,9 +186,8 @@ class SpeechLLM:
             score_answers: also return the log-probability of each answer, where a task has a set of them; costs a few
                 steps.
 
-        Raises:
-            ConfigError: not as many of each, a waveform that cannot be one (see ``as_waveform``), a task whose answers
-                the vocabulary lacks, or options that leave no answer.
+        Raises ConfigError: not as many of each, a waveform that cannot be one (see ``as_waveform``), a task whose
+        answers the vocabulary lacks, or options that leave no answer.
         """
         if len(waves) != len(prompts) or (tasks is not None and len(tasks) != len(waves)):
             asked = "" if tasks is None else f", {len(tasks)} tasks"

@@ -101,10 +101,7 @@ class Observed:
 
 def observe(speech: SpeechLLM, data_dir: str | Path, layers: Sequence[int], batch_size: int = 8) -> Observed:
     """Run the reference answers of a formatted data directory through the LLM.
-
-    Raises:
-        DataError: audio of another sample rate than the model's.
-    """
+    Raises DataError: audio of another sample rate than the model's."""
     data = DataDir.load(data_dir)
     hidden: list[list[Tensor]] = [[] for _ in layers]
     last: list[Tensor] = []
@@ -119,10 +116,7 @@ def observe(speech: SpeechLLM, data_dir: str | Path, layers: Sequence[int], batc
 
 def candidate_blocks(layers: Sequence[int], blocks: int) -> tuple[int, ...]:
     """``layers`` in order, or every second block of the upper half where there are none.
-
-    Raises:
-        ConfigError: a block that the LLM, of ``blocks``, does not have, or its last.
-    """
+    Raises ConfigError: a block that the LLM, of ``blocks``, does not have, or its last."""
     chosen = tuple(sorted(set(layers))) or tuple(range(blocks // 2, blocks, 2))
     if chosen[0] < 1 or chosen[-1] >= blocks:
         raise ConfigError(f"--layers: {list(chosen)}; the blocks before the last are 1 to {blocks - 1}")
@@ -142,8 +136,7 @@ def calibrate(
         precision: wanted among the tokens that exit.
         use_maps: False leaves hidden states as they are, the setting of arXiv 2412.01455.
 
-    Raises:
-        ConfigError: too few tokens.
+    Raises ConfigError: too few tokens.
     """
     norm, head = _on(llm, llm.final_norm), _on(llm, llm.logits)
     even = observed.utterance % 2 == 0

@@ -35,10 +35,8 @@ from pam_espnet.score.result import MAIN_METRICS
 
 def read_decoded(exp: str | Path, data_dir: str | Path, decode: str | Path) -> tuple[dict[str, list[int]], Any]:
     """From ``<decode>/<set>``: the tokens of each utterance's best answer, and the options they were decoded with.
-
-    Raises:
-        DataError: nothing was decoded there, or with another checkpoint, from other data, in part, without the audio
-            or with early exit; says what to type.
+    Raises DataError: nothing was decoded there, or with another checkpoint, from other data, in part, without the
+    audio or with early exit; says what to type.
     """
     directory, data = Path(decode) / Path(data_dir).name, DataDir.load(data_dir)
     command = f"python -m pam_espnet.bin.pam_decode --exp {exp} --data {data_dir} --out {directory}"
@@ -136,10 +134,7 @@ def _profile(
 
 def read_sweep(exp: str | Path, data_dirs: Sequence[str | Path], out: str | Path) -> list[dict[str, Any]]:
     """One entry per decoded point, test set and task: score, difference to ``never``, depth, seconds.
-
-    Raises:
-        DataError: a point was decoded with another checkpoint or from other data.
-    """
+    Raises DataError: a point was decoded with another checkpoint or from other data."""
     out, entries = Path(out), []
     if not any(out.glob("decode_*/*/scores.json")):
         return []

@@ -49,8 +49,7 @@ def answer_states(
         answers: token ids by utterance, with the end token where there was one.
         batch_size: utterances run together.
 
-    Raises:
-        DataError: audio of another sample rate than the model's.
+    Raises DataError: audio of another sample rate than the model's.
     """
     from tqdm import tqdm
 

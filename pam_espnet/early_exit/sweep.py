@@ -66,8 +66,7 @@ def parse_point(name: str, layers: Sequence[int], calibration: str | Path | None
         layers: candidate blocks of all modes but fixed and gate.
         calibration: its maps apply in every mode.
 
-    Raises:
-        ConfigError: not one of these, or a value that cannot be.
+    Raises ConfigError: not one of these, or a value that cannot be.
     """
     mode, _, value = name.partition(":")
     options: dict[str, Any] = {"calibration": None if calibration is None else str(calibration)}
@@ -143,8 +142,7 @@ def sweep(
             when everything is decoded.
         search, run: options of decoding and precision; command and commit; noted with every directory.
 
-    Raises:
-        DataError: a decode directory belongs to another checkpoint, other data or other options.
+    Raises DataError: a decode directory belongs to another checkpoint, other data or other options.
     """
     out, points = Path(out), [NEVER, *(point for point in points if point != NEVER)]
     runners: dict[str, Runner] = {}

@@ -76,10 +76,7 @@ class Engine(ABC):
 
     def indices(self, token_ids: Sequence[int]) -> list[int]:
         """Token ids -> vocabulary indices.
-
-        Raises:
-            ConfigError: a token outside the vocabulary.
-        """
+        Raises ConfigError: a token outside the vocabulary."""
         if self.ids is None:
             return list(token_ids)
         if missing := sorted(set(token_ids) - set(self.index)):
@@ -151,9 +148,8 @@ def make_engine(
         exits: when to exit before the last block.
         int8: round the weights to 8 bits.
 
-    Raises:
-        ConfigError: an id outside the LLM's vocabulary; int8 for an LLM that rounding breaks or that only transformers
-            can run, or on a machine that cannot do it; and what ``Engine.with_exits`` raises.
+    Raises ConfigError: an id outside the LLM's vocabulary; int8 for an LLM that rounding breaks or that only
+    transformers can run, or on a machine that cannot do it; and what ``Engine.with_exits`` raises.
     """
     from pam_espnet.engine.llama import LlamaEngine
 

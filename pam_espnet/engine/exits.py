@@ -85,8 +85,7 @@ class ExitPolicy:
         head: the output layer, normed states (...,D) -> float32 logits (...,V).
         calibration: what ``options.calibration`` holds.
 
-    Raises:
-        ConfigError: a candidate block that the LLM does not have, or its last one.
+    Raises ConfigError: a candidate block that the LLM does not have, or its last one.
     """
 
     def __init__(

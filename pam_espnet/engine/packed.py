@@ -134,8 +134,7 @@ def pack(weight: Tensor, bias: Tensor | None = None, int8: bool = False, table: 
         int8: round the weights.
         table: the weights are an embedding matrix, too, whose rows will be read; no bias then.
 
-    Raises:
-        ConfigError: int8 where FBGEMM is not: on a GPU or on a CPU that is not x86.
+    Raises ConfigError: int8 where FBGEMM is not: on a GPU or on a CPU that is not x86.
     """
     if int8:
         if weight.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:

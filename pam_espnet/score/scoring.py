@@ -75,9 +75,8 @@ def score_directory(
     Returns:
         ``{"tasks": {task: {metric: {value, low, high, n, ...}}}, "details": {task: ...}, "coverage": ..., ...}``.
 
-    Raises:
-        DataError: a table is wrong, the keys of the two directories differ, a reference cannot be scored, or ``ids``
-            names no utterance of the set.
+    Raises DataError: a table is wrong, the keys of the two directories differ, a reference cannot be scored, or
+    ``ids`` names no utterance of the set.
     """
     data_dir = Path(data_dir)
     data = DataDir.load(data_dir)
