@@ -27,7 +27,7 @@ from pam_espnet.frontend.ctc_head import EmbeddingCTC
 from pam_espnet.frontend.frontend import AudioEmbeddings, PaMFrontend
 from pam_espnet.frontend.fusion.routing import router_loss
 from pam_espnet.llm.llm import LLM
-from pam_espnet.llm.prompt_layout import Placed, layout, place
+from pam_espnet.llm.prompt_layout import Inputs, build_inputs, layout
 
 FEATURE_PREFIX = "feats_"
 IGNORE = -1  # padding value of token ids, prompts and task indices in a batch
@@ -103,13 +103,13 @@ class ESPnetPaMModel(AbsESPnetModel):
         """
         return self.frontend(num_samples, self.prompt_vectors(prompts), wave=wave, features=features, only=only)
 
-    def place(self, prompts: Sequence[str], audio: AudioEmbeddings, answers: Sequence[Tensor] | None) -> Placed:
+    def build_inputs(self, prompts: Sequence[str], audio: AudioEmbeddings, answers: Sequence[Tensor] | None) -> Inputs:
         """Lay out ``[prompt head | audio | prompt tail | answer]`` (see ``decoder.prompt_layout``)."""
         layouts = [layout(self.decoder.tokenizer, prompt, self.decoder.system) for prompt in prompts]
         device = audio.embeddings.device
         heads = [torch.tensor(one.head_ids, device=device) for one in layouts]
         tails = [torch.tensor(one.tail_ids, device=device) for one in layouts]
-        return place(heads, audio.embeddings, audio.lengths, tails, answers, self.decoder.embed)
+        return build_inputs(heads, audio.embeddings, audio.lengths, tails, answers, self.decoder.embed)
 
     # -- ESPnet's contract ------------------------------------------------------------------------------------------
 
@@ -129,9 +129,9 @@ class ESPnetPaMModel(AbsESPnetModel):
         answers = [row[row != IGNORE] for row in batch["text"]]
         task = batch["task"][:, 0]
         audio = self.audio_embeddings(prompts, batch["num_samples"][:, 0], batch.get("speech"), cached_features(batch))
-        placed = self.place(prompts, audio, answers)
+        inputs = self.build_inputs(prompts, audio, answers)
         exit_layer = self._draw_exit()
-        nll, correct, exit_nll = self.decoder.token_losses(placed, exit_layer)
+        nll, correct, exit_nll = self.decoder.token_losses(inputs, exit_layer)
         weight = torch.tensor(float(nll.numel()), device=nll.device)
         loss = nll.mean()
         task_of_token = torch.repeat_interleave(task, torch.tensor([len(a) for a in answers], device=task.device))

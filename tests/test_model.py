@@ -77,10 +77,10 @@ def test_prompt_tail_is_not_a_target(model: ESPnetPaMModel) -> None:
     """Another prompt of the same length changes the loss only through what the answer is conditioned on."""
     batch = make_batch(model, ["asr"])
     audio = model.audio_embeddings([PROMPTS["asr"]], batch["num_samples"][:, 0], batch["speech"])
-    placed = model.place([PROMPTS["asr"]], audio, [batch["text"][0]])
-    assert placed.target_ids.tolist() == batch["text"][0].tolist()
-    first = int(placed.prefix_lengths[0]) - 1
-    assert placed.target_index.tolist() == list(range(first, first + len(placed.target_ids)))
+    inputs = model.build_inputs([PROMPTS["asr"]], audio, [batch["text"][0]])
+    assert inputs.target_ids.tolist() == batch["text"][0].tolist()
+    first = int(inputs.prefix_lengths[0]) - 1
+    assert inputs.target_index.tolist() == list(range(first, first + len(inputs.target_ids)))
 
 
 def test_state_dict_holds_what_is_trained_and_nothing_else(model: ESPnetPaMModel) -> None:
@@ -176,12 +176,12 @@ def test_joint_optimisation_reads_the_answer_from_an_intermediate_block(tiny_llm
     answers = [row[row != IGNORE] for row in batch["text"]]
     with torch.no_grad():
         audio = model.audio_embeddings(prompts, batch["num_samples"][:, 0], batch["speech"])
-        placed = model.place(prompts, audio, answers)
+        inputs = model.build_inputs(prompts, audio, answers)
         hidden = model.decoder.lm(
-            inputs_embeds=placed.embeds, attention_mask=placed.mask, output_hidden_states=True
+            inputs_embeds=inputs.embeds, attention_mask=inputs.mask, output_hidden_states=True
         ).hidden_states[1]
-        logits = model.decoder.exit_logits(hidden.flatten(0, 1)[placed.target_index])
-        expected = torch.nn.functional.cross_entropy(logits, placed.target_ids)
+        logits = model.decoder.exit_logits(hidden.flatten(0, 1)[inputs.target_index])
+        expected = torch.nn.functional.cross_entropy(logits, inputs.target_ids)
     assert from_block.item() == pytest.approx(expected.item(), rel=1e-4)
     assert "loss_exit" not in model.eval()(**batch)[1]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -206,8 +206,8 @@ class SpeechLLM:
             sets = [self._answer_sets.get(task, [[]]) for task in tasks]
             caps = [max(cap, 1 + max(map(len, answers))) for cap, answers in zip(caps, sets, strict=True)]
         audio = self.encode(waves, prompts) if audio is None else audio
-        placed = self.model.place(prompts, audio, None)
-        prefix, lengths = placed.embeds, placed.prefix_lengths
+        inputs = self.model.build_inputs(prompts, audio, None)
+        prefix, lengths = inputs.embeds, inputs.prefix_lengths
         constraints = self._constraints(tasks)
         show = None if on_partial is None else partial(self._show, on_partial)
         drafts: list[dict[str, Any] | None] = [None] * len(waves)

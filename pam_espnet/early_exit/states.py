@@ -58,15 +58,15 @@ def answer_states(
         batch = keys[start : start + batch_size]
         prompts = [data.prompt[key] for key in batch]
         audio = speech.encode([read_wave(data, key, model.frontend.sample_rate) for key in batch], prompts)
-        placed = model.place(prompts, audio, [torch.tensor(answers[key], device=speech.device) for key in batch])
+        inputs = model.build_inputs(prompts, audio, [torch.tensor(answers[key], device=speech.device) for key in batch])
         blocks: list[Tensor] = []
 
-        def keep(_module: Any, _inputs: Any, output: Any, kept: Any = blocks, index: Any = placed.target_index) -> None:
+        def keep(_module: Any, _inputs: Any, output: Any, kept: Any = blocks, index: Any = inputs.target_index) -> None:
             kept.append((output if isinstance(output, Tensor) else output[0]).flatten(0, 1)[index])
 
         with ExitStack() as hooks:
             for layer in model.decoder.transformer.layers:
                 hooks.callback(layer.register_forward_hook(keep).remove)
-            model.decoder(placed.embeds, placed.mask)
+            model.decoder(inputs.embeds, inputs.mask)
         counts = torch.tensor([len(answers[key]) for key in batch])
         yield BlockStates(blocks, torch.repeat_interleave(torch.arange(start, start + len(batch)), counts))

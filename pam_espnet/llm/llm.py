@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pam_espnet.errors import ConfigError, PamError
 from pam_espnet.llm.lora import add_lora, lora_off, lora_precision, set_lora_training
-from pam_espnet.llm.prompt_layout import Placed, end_of_turn_id, layout
+from pam_espnet.llm.prompt_layout import Inputs, end_of_turn_id, layout
 
 # Settings of models whose logits are more than final norm + output layer; exit_logits and loss would be wrong.
 _SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -204,17 +204,17 @@ class LLM(nn.Module):
                 return norm
         raise ConfigError(f"{type(self.transformer).__name__} has no final norm under a known name {_NORM_NAMES}")
 
-    def token_losses(self, placed: Placed, exit_layer: int | None = None) -> TokenLosses:
+    def token_losses(self, inputs: Inputs, exit_layer: int | None = None) -> TokenLosses:
         """Negative log-likelihood of each answer token; logits are computed only where there is a target. The output of
         the block ``exit_layer`` (from 1) predicts the tokens too, through the shared final norm and output layer."""
-        outputs = self._outputs(placed.embeds, placed.mask, output_hidden_states=exit_layer is not None)
-        logits = self.logits(outputs.last_hidden_state.flatten(0, 1)[placed.target_index])  # (targets,V)
-        nll = F.cross_entropy(logits, placed.target_ids, reduction="none")
-        correct = logits.detach().argmax(-1) == placed.target_ids
+        outputs = self._outputs(inputs.embeds, inputs.mask, output_hidden_states=exit_layer is not None)
+        logits = self.logits(outputs.last_hidden_state.flatten(0, 1)[inputs.target_index])  # (targets,V)
+        nll = F.cross_entropy(logits, inputs.target_ids, reduction="none")
+        correct = logits.detach().argmax(-1) == inputs.target_ids
         if exit_layer is None:
             return TokenLosses(nll, correct, None)
-        hidden = outputs.hidden_states[exit_layer].flatten(0, 1)[placed.target_index]
-        exit_nll = F.cross_entropy(self.exit_logits(hidden), placed.target_ids, reduction="none")
+        hidden = outputs.hidden_states[exit_layer].flatten(0, 1)[inputs.target_index]
+        exit_nll = F.cross_entropy(self.exit_logits(hidden), inputs.target_ids, reduction="none")
         return TokenLosses(nll, correct, exit_nll)
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 One utterance is ``[head | audio | tail | answer]``: head is everything the tokenizer's chat template puts before the
 audio, tail is the prompt text plus the header of the assistant's turn, the answer ends with the end-of-turn token.
-Nothing here depends on the LLM: ``place`` is given the function that embeds token ids.
+Nothing here depends on the LLM: ``build_inputs`` is given the function that embeds token ids.
 
 B utterances, U audio frames (embeddings), L tokens, P positions, D width, V vocabulary.
 """
@@ -33,7 +33,7 @@ class PromptLayout:
 
 
 @dataclass(frozen=True)
-class Placed:
+class Inputs:
     """A batch as the LLM reads it; right-padded, so positions are 0..P-1 in every row."""
 
     embeds: Tensor  # (B,P,D)
@@ -97,14 +97,14 @@ def answer_ids(tokenizer: Any, text: str, end_id: int | None = None) -> list[int
     return [*_text_ids(tokenizer, text), end_of_turn_id(tokenizer) if end_id is None else end_id]
 
 
-def place(
+def build_inputs(
     head: Sequence[Tensor],
     audio: Tensor,
     audio_lengths: Tensor,
     tail: Sequence[Tensor],
     answer: Sequence[Tensor] | None,
     embed: Callable[[Tensor], Tensor],
-) -> Placed:
+) -> Inputs:
     """Put ``[head | audio | tail | answer]`` of each utterance in one right-padded batch.
 
     Padding is behind the answer only, never between the parts, so prompts of different length share a batch.
@@ -135,7 +135,7 @@ def place(
             targets.append(reply.to(device))
             index.append(torch.arange(first, first + len(reply), device=device))
     none = torch.zeros(0, dtype=torch.long, device=device)
-    return Placed(
+    return Inputs(
         embeds=embeds,
         mask=mask,
         prefix_lengths=torch.tensor(prefixes, device=device),

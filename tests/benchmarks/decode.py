@@ -156,7 +156,7 @@ def audio_prefixes(args: argparse.Namespace) -> list[Any]:
         wave = torch.from_numpy(read_wave(data, key, model.frontend.sample_rate))
         with torch.no_grad():
             audio = model.audio_embeddings([data.prompt[key]], torch.tensor([len(wave)]), wave[None])
-            found.append(model.place([data.prompt[key]], audio, None).embeds[0].clone())
+            found.append(model.build_inputs([data.prompt[key]], audio, None).embeds[0].clone())
     return found
 
 

@@ -72,9 +72,9 @@ def main() -> None:
         """A batch up to the prefix's embeddings."""
         prompts = [data.prompt[key] for key in keys]
         audio = speech.encode([waves[key] for key in keys], prompts)
-        placed = speech.model.place(prompts, audio, None)
+        inputs = speech.model.build_inputs(prompts, audio, None)
         tasks = [data.utt2task[key] for key in keys]
-        return {"prefix": (placed.embeds, placed.prefix_lengths), "about": (tasks, audio), "keys": keys}
+        return {"prefix": (inputs.embeds, inputs.prefix_lengths), "about": (tasks, audio), "keys": keys}
 
     answers: dict[str, list[int]] = {}  # greedy's
 

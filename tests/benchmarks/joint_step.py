@@ -40,7 +40,7 @@ def main() -> None:
     import torch
 
     from pam_espnet.llm.llm import LLM
-    from pam_espnet.llm.prompt_layout import layout, place
+    from pam_espnet.llm.prompt_layout import build_inputs, layout
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def main() -> None:
     parts = layout(decoder.tokenizer, PROMPT, decoder.system)
     ids = decoder.tokenizer(ANSWER * 5)["input_ids"]
     audio = 0.1 * torch.randn(args.batch, args.audio, decoder.width)
-    placed = place(
+    inputs = build_inputs(
         [torch.tensor(parts.head_ids)] * args.batch,
         audio,
         torch.full((args.batch,), args.audio),
@@ -64,7 +64,7 @@ def main() -> None:
 
     def step(way: str, draw: int) -> None:
         exit_block = None if way == "plain" else layers[draw % len(layers)]
-        losses = decoder.token_losses(placed, exit_block)
+        losses = decoder.token_losses(inputs, exit_block)
         loss = losses.nll.mean()
         if losses.exit_nll is not None:
             loss = loss + 0.3 * losses.exit_nll.mean()

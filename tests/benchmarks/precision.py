@@ -170,8 +170,8 @@ def answer_prefixes(model: Any, data_dir: str, limit: int) -> list[tuple[str, An
             answers = [answer_ids(model.decoder.tokenizer, data.text[key]) for key in some]
             with torch.no_grad():
                 audio = model.audio_embeddings(prompts, torch.tensor([len(wave) for wave in waves]), batch)
-                placed = model.place(prompts, audio, None)
-            found.append((task, placed.embeds, placed.prefix_lengths, answers))
+                inputs = model.build_inputs(prompts, audio, None)
+            found.append((task, inputs.embeds, inputs.prefix_lengths, answers))
     return found
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pam_espnet.errors import ConfigError
 from pam_espnet.llm.llm import LLM
-from pam_espnet.llm.prompt_layout import Placed, answer_ids, layout, place
+from pam_espnet.llm.prompt_layout import Inputs, answer_ids, build_inputs, layout
 
 LORA = {"r": 2, "alpha": 4, "dropout": 0.5}
 
@@ -27,10 +27,10 @@ def stir_lora(llm: LLM) -> None:
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
-def batch(llm: LLM, answers: list[str], audio: Tensor, lengths: list[int]) -> Placed:
+def batch(llm: LLM, answers: list[str], audio: Tensor, lengths: list[int]) -> Inputs:
     prompts = ["Describe the sounds.", "How many people are speaking?", "Hi"][: len(answers)]
     parts = [layout(llm.tokenizer, prompt) for prompt in prompts]
-    return place(
+    return build_inputs(
         [torch.tensor(part.head_ids) for part in parts],
         audio,
         torch.tensor(lengths),
@@ -102,9 +102,9 @@ def test_dropout_of_the_frozen_llm_stays_off(tiny_llm_dir: Path, audio: Tensor) 
 def test_token_losses_equal_one_utterance_at_a_time(tiny_llm_dir: Path, audio: Tensor) -> None:
     llm = load(tiny_llm_dir).eval()
     answers, lengths = ["a dog barks", "", "two people"], [7, 0, 3]
-    placed = batch(llm, answers, audio, lengths)
-    nll, correct, _ = llm.token_losses(placed)
-    assert nll.shape == correct.shape == placed.target_ids.shape and correct.dtype == torch.bool
+    inputs = batch(llm, answers, audio, lengths)
+    nll, correct, _ = llm.token_losses(inputs)
+    assert nll.shape == correct.shape == inputs.target_ids.shape and correct.dtype == torch.bool
     alone = []
     for b, answer in enumerate(answers):
         parts = layout(llm.tokenizer, ["Describe the sounds.", "How many people are speaking?", "Hi"][b])

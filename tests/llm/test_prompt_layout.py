@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pam_espnet.errors import ConfigError
-from pam_espnet.llm.prompt_layout import answer_ids, end_of_turn_id, layout, place
+from pam_espnet.llm.prompt_layout import answer_ids, build_inputs, end_of_turn_id, layout
 
 # Templates as published models write them: Llama 2 refuses nothing, strips text and ends with EOS; Gemma has no
 # system turn.
@@ -142,27 +142,27 @@ _IDS = st.lists(st.integers(10, 99), min_size=1, max_size=5)
 def test_padding_is_behind_the_answer_only(batch: list[tuple[list[int], int, list[int], list[int]]]) -> None:
     heads, lengths, tails, answers = (list(column) for column in zip(*batch, strict=True))
     tensors = [[torch.tensor(ids) for ids in column] for column in (heads, tails, answers)]
-    placed = place(tensors[0], _audio(lengths), torch.tensor(lengths), tensors[1], tensors[2], _embed)
+    inputs = build_inputs(tensors[0], _audio(lengths), torch.tensor(lengths), tensors[1], tensors[2], _embed)
     index = 0
     for b, (head, frames, tail, answer) in enumerate(batch):
         row = [*head, *range(frames), *tail, *answer[:-1]]
-        assert placed.embeds[b, : len(row), 0].tolist() == row
-        assert placed.embeds[b, len(row) :].abs().sum() == 0
-        assert placed.mask[b].tolist() == [True] * len(row) + [False] * (placed.mask.size(1) - len(row))
+        assert inputs.embeds[b, : len(row), 0].tolist() == row
+        assert inputs.embeds[b, len(row) :].abs().sum() == 0
+        assert inputs.mask[b].tolist() == [True] * len(row) + [False] * (inputs.mask.size(1) - len(row))
         prefix = len(head) + frames + len(tail)
-        assert placed.prefix_lengths[b] == prefix
+        assert inputs.prefix_lengths[b] == prefix
         for i, token in enumerate(answer):  # labels on the answer and its end alone, each from the position before
-            assert placed.target_ids[index] == token
-            assert placed.target_index[index] == b * placed.embeds.size(1) + prefix - 1 + i
+            assert inputs.target_ids[index] == token
+            assert inputs.target_index[index] == b * inputs.embeds.size(1) + prefix - 1 + i
             index += 1
-    assert index == placed.target_ids.numel() == placed.target_index.numel()
+    assert index == inputs.target_ids.numel() == inputs.target_index.numel()
 
 
 def test_decoding_has_no_targets_and_gradients_reach_the_audio() -> None:
     ids = [torch.tensor([11, 12]), torch.tensor([13])]
     audio = _audio([2, 1]).requires_grad_()
-    placed = place(ids, audio, torch.tensor([2, 1]), ids, None, _embed)
-    assert placed.target_ids.numel() == 0 and placed.prefix_lengths.tolist() == [6, 3]
-    placed.embeds.sum().backward()
+    inputs = build_inputs(ids, audio, torch.tensor([2, 1]), ids, None, _embed)
+    assert inputs.target_ids.numel() == 0 and inputs.prefix_lengths.tolist() == [6, 3]
+    inputs.embeds.sum().backward()
     assert audio.grad is not None
     assert audio.grad[:, :, 0].tolist() == [[1, 1], [1, 0]]
