@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks everything: sets itself up, then pytest in two processes and, beside it, shellcheck, ruff and mypy.
 #
-#     tests/run.sh                       # everything but the tests marked services, which .ci/run runs as well
+#     tests/run.sh                       # everything but the tests marked services (minutes each), see .ci/run
 #     tests/run.sh --fast                # without the tests marked slow, too
 #     tests/run.sh tests/data -k pipes   # what follows goes to pytest
 #     tests/run.sh -m services           # the others, with what they need: see .ci/run
@@ -64,7 +64,7 @@ cat "${work}/static"
 # pytest's closing line comes last.
 case "$*" in
     *"-m "*) ;;
-    *) echo "== left out: tests marked services (Slurm, METEOR, gradio's page); .ci/run runs them" ;;
+    *) echo "== left out: tests marked services (minutes, or a real Slurm, METEOR, gradio's page); .ci/run runs them" ;;
 esac
 echo "== wall time: ${times}; beside pytest: $(tr -d '\n' <"${work}/times" | cut -c3-)"
 [ ! -f "${work}/failed" ] || echo "failed:$(tr -d '\n' <"${work}/failed")"

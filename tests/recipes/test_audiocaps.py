@@ -431,6 +431,7 @@ def test_fetching_through_run_sh(recipe: Path, tmp_path: Path, ytdlp: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.services  # minutes
 def test_stages_3_to_6_with_small_models(
     recipe: Path, tmp_path: Path, mini_models: Path, tiny_llm_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

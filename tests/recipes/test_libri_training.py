@@ -17,7 +17,7 @@ from packed_answers import check_archive
 
 from pam_espnet.data.tables import read_table
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.services]  # minutes
 
 
 def scores(recipe: Path, name: str) -> dict:

@@ -120,6 +120,7 @@ def test_archive_answers_alike(recipe: Path, unbroken: Path, monkeypatch: pytest
     check_archive(archive, unbroken / "decode_beam/test_asr", recipe / "dump/tiny/raw/test_asr", {})
 
 
+@pytest.mark.services  # minutes
 def test_run_killed_in_every_stage_ends_in_the_same_files(recipe: Path, unbroken: Path, tag: str) -> None:
     """kill -9 of the whole run as soon as a stage has written its first traces; then once more to the end."""
     exp, data, dump = recipe / "exp" / tag, recipe / "data/tiny", recipe / "dump/tiny"

@@ -126,6 +126,7 @@ def test_an_utterance_or_a_speaker_of_a_test_set_stops_the_training(made: Simple
 
 
 @pytest.mark.slow
+@pytest.mark.services  # minutes
 def test_stages_3_to_6(made: SimpleNamespace, tiny_llm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs of two steps: all that is tested is that every part finds its input and reports its output."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests/kit'}")  # tiny_encoder
