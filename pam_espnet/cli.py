@@ -16,8 +16,8 @@ from typing import Any
 
 from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError, PamError, printable
+from pam_espnet.fileio import DISK_ERRORS
 
-DISK_ERRORS = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS)
 DTYPES = ("float32", "bfloat16", "int8")  # precisions of the LLM in decoding
 
 

@@ -3,6 +3,7 @@ JSON, keys of folders, and trained tensors, which are loaded strictly."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -19,6 +20,7 @@ from pam_espnet.errors import CheckpointError, DataError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+DISK_ERRORS = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS)  # a disk or folder refuses a file
 MODEL_FILE = "model.safetensors"
 
 

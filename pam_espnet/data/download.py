@@ -18,9 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pam_espnet.cli import DISK_ERRORS
 from pam_espnet.errors import ConfigError, DataError, PamError
-from pam_espnet.fileio import exclusive
+from pam_espnet.fileio import DISK_ERRORS, exclusive
 
 CHUNK = 1 << 18  # bytes read at once
 SPARE_BYTES = 1 << 28  # left free on the disk, for whatever else is written there

@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from pam_espnet.cli import DISK_ERRORS
 from pam_espnet.errors import CheckpointError
 from pam_espnet.fileio import (
+    DISK_ERRORS,
     MODEL_FILE,
     load_strict,
     read_json,
