@@ -51,14 +51,14 @@ class Ops:
         """Queries (R,A,E), normed and turned; keys, likewise, and values are written.
 
         Args:
-            sums: of (R,(A+2J)*E), from the block's ``qkv``.
+            sums: of (R,(A+2J)*E), from the block's ``qkv``; or of (R,2J*E), from its ``kv``, without queries.
             block: its norms of queries and keys are used, where it has them.
             cos, sin: (longest,E/2) float32, of every position.
             positions, utterance, slots: (R,) long, where the rows are, and where they are written.
             keys, values: (B,J,C,E) of this block.
         """
         heads, shape = sums.unflatten(-1, (-1, block.shape.head)), block.shape
-        query, key, value = heads.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+        query, key, value = heads.split([heads.shape[1] - 2 * shape.kv_heads, shape.kv_heads, shape.kv_heads], dim=1)
         if block.q_norm is not None and block.k_norm is not None:
             query = F.rms_norm(query, block.q_norm.shape, block.q_norm, shape.eps)
             key = F.rms_norm(key, block.k_norm.shape, block.k_norm, shape.eps)
@@ -121,3 +121,12 @@ class Ops:
     def logsumexp(self, logits: Tensor, temperature: Tensor) -> Tensor:
         """Of float32 logits (R,V) / temperature (1,) -> (R,1)."""
         return (logits / temperature).logsumexp(dim=1, keepdim=True)
+
+
+def operations(device: torch.device, batch_invariant: bool) -> Ops:
+    """Those for a device; ``batch_invariant`` as in ``StaticEngine``."""
+    if device.type != "cuda":
+        return Ops()
+    from pam_espnet.engine.kernels import Kernels
+
+    return Kernels(batch_invariant)

@@ -1,0 +1,130 @@
+"""Which hypotheses continue, decided on the LLM's device: what ``search.beam`` does on the host, on fixed buffers.
+
+The choice depends on nothing that the host knows: which utterances are done only says when to stop. So the host may
+read what was chosen while the next step is run. Sums are float64 and sorting is stable, as in Python.
+
+B utterances, K hypotheses of each, R = B * K rows, V vocabulary, C candidates of each utterance, S steps, N tokens that
+rules name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pam_espnet.engine.ops import Ops
+from pam_espnet.engine.static_memory import Memory
+from pam_espnet.search.constraints import Rule, forbidden, rule_tensors
+from pam_espnet.search.hypothesis import IMPOSSIBLE, BeamOptions
+
+CHUNKS = 128  # of a large vocabulary, each with its own best
+FIELDS = 3  # of a candidate's record: the bits of its log-probability, its token, its parent
+
+
+class Board:
+    """The search's own buffers beside a ``Memory``.
+
+    Args:
+        memory: whose rows are searched.
+        ops: of the engine.
+        eos_ids: vocabulary indices of the end tokens.
+        candidates: C.
+        rules: N, or 0 for a search without constraints.
+
+    Attributes:
+        record: (S+1,B,C,FIELDS) int32, the candidates of the prefix's end and of every step, best first.
+        best: (S+1,B,K) int32, each row's most likely token before any rule, where there are rules.
+        depths: (S+1,B) int32, the block that each utterance's candidates came from.
+    """
+
+    def __init__(self, memory: Memory, ops: Ops, eos_ids: Sequence[int], candidates: int, rules: int) -> None:
+        shape, device = memory.shape, memory.device
+        self.memory, self.ops, self.candidates = memory, ops, candidates
+        self.ends = torch.tensor(list(eos_ids), device=device)
+        count, size, steps = shape.utterances, shape.rows, shape.steps
+        self.time = torch.zeros(1, dtype=torch.long, device=device)  # tokens of the hypotheses so far
+        self.scores = torch.zeros(count, size, dtype=torch.float64, device=device)
+        self.minimum = torch.zeros(1, dtype=torch.long, device=device)
+        self.temperature = torch.ones(1, device=device)
+        self.record = torch.zeros(steps + 1, count, candidates, FIELDS, dtype=torch.int32, device=device)
+        self.best = torch.zeros(steps + 1, count, size if rules else 0, dtype=torch.int32, device=device)
+        self.depths = torch.zeros(steps + 1, count, dtype=torch.int32, device=device)
+        self.rules = rule_tensors([None] * (count * size), rules, device) if rules else None
+
+    def begin(self, options: BeamOptions) -> None:
+        """Before the prefix is run."""
+        self.time.zero_()
+        self.scores.zero_()
+        self.minimum.fill_(options.min_new_tokens)
+        self.temperature.fill_(options.temperature)
+        self.memory.finished.zero_()
+        if self.rules is not None:
+            self.rule([None] * len(self.memory.utterance))
+
+    def rule(self, rules: Sequence[Rule | None]) -> None:
+        """What may follow each of the R rows."""
+        assert self.rules is not None
+        for buffer, tensor in zip(self.rules, rule_tensors(rules, self.rules[0].shape[1]), strict=True):
+            buffer.copy_(tensor, non_blocking=True)
+
+    def first(self, logits: Tensor) -> None:
+        """Choose from the prefix's logits (B,V)."""
+        self._choose(logits, 1)
+
+    def following(self, logits: Tensor) -> None:
+        """Choose from a step's logits (R,V)."""
+        self._choose(logits, self.memory.shape.rows)
+
+    def _choose(self, logits: Tensor, rows: int) -> None:
+        """Record the candidates of each utterance from logits (B*rows,V); the best that do not end are read next."""
+        memory, count, size = self.memory, self.memory.shape.utterances, self.memory.shape.rows
+        values, tokens = self._continuations(logits, rows)  # (B*rows,C')
+        sums = (self.scores[:, :rows, None] + values.view(count, rows, -1).double()).flatten(1)  # (B,rows*C')
+        # Of equal ones the lower row and the better rank come first.
+        sums, order = sums.sort(dim=1, descending=True, stable=True)
+        sums, order = sums[:, : self.candidates], order[:, : self.candidates]
+        value, token = (found.view(count, -1).gather(1, order) for found in (values, tokens))
+        parent = order // values.shape[1]
+        record = torch.stack([value.view(torch.int32), token.int(), parent.int()], dim=-1)
+        self.record.index_copy_(0, self.time, record[None])
+        self.depths.index_copy_(0, self.time, memory.depths.int()[None])
+        ends = sums <= IMPOSSIBLE
+        if len(self.ends):
+            ends = ends | (token[:, :, None] == self.ends).any(dim=2)
+        chosen = ends.to(torch.uint8).sort(dim=1, stable=True).indices[:, :size]  # (B,K)
+        memory.parents.copy_(parent.gather(1, chosen))
+        memory.tokens.copy_(token.gather(1, chosen))
+        self.scores.copy_(sums.gather(1, chosen).masked_fill(ends.gather(1, chosen), -torch.inf))
+        self.time.add_(1)
+
+    def _continuations(self, logits: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """The best log-probabilities and tokens (B*rows,C') of each row."""
+        total = self.ops.logsumexp(logits, self.temperature)
+        if self.rules is not None:
+            best = logits.argmax(dim=1).view(-1, rows)
+            row = torch.zeros_like(self.best[0])
+            row[:, :rows] = best
+            self.best.index_copy_(0, self.time, row[None])
+        logits = logits / self.temperature
+        if len(self.ends):
+            kept = logits.index_select(1, self.ends)
+            logits.index_copy_(1, self.ends, kept.masked_fill(self.time < self.minimum, -torch.inf))
+        if self.rules is not None:
+            size = self.memory.shape.rows
+            own = [part.unflatten(0, (-1, size))[:, :rows].flatten(0, 1) for part in self.rules]
+            logits.masked_fill_(forbidden(*own, logits.shape[1]), -torch.inf)
+        values, tokens = top(logits, min(self.candidates, logits.shape[1]))
+        return values - total, tokens
+
+
+def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest of each row (R,V), best first: of chunks, then of what these have found."""
+    rows, width = logits.shape
+    if width < CHUNKS**2 or width % CHUNKS or width // CHUNKS < count:
+        return logits.topk(count, dim=1)
+    values, tokens = logits.view(rows, CHUNKS, -1).topk(count, dim=2)
+    tokens = tokens + torch.arange(CHUNKS, device=logits.device)[:, None] * (width // CHUNKS)
+    values, chosen = values.flatten(1).topk(count, dim=1)
+    return values, tokens.flatten(1).gather(1, chosen)
