@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pam_espnet.engine.engine import Engine
-from pam_espnet.search.constraints import Constraint
+from pam_espnet.search.constraints import Constraint, combine, count_fired, find_rules, forbidden, rule_table
 from pam_espnet.search.ctc import CTCScorer
 from pam_espnet.search.hypothesis import BeamOptions, Candidate, Hypothesis, Partial, UtteranceBeam, new_beams
 
@@ -89,14 +89,17 @@ def _candidates(
     # Enough of each row, since all of an utterance's best may continue the same hypothesis. Ties: lower row first.
     wanted = max(2, 1 + len(eos_ids)) * options.beam_size
     log_probs = torch.log_softmax(logits.float() / options.temperature, dim=-1)
-    best = log_probs.argmax(dim=-1).tolist() if constraints else []
+    best = log_probs.argmax(dim=-1).tolist() if constraints else []  # before any constraint
     if active[0].length < options.min_new_tokens:  # all active utterances have taken the same number of steps
         log_probs[:, list(eos_ids)] = -torch.inf
     if constraints:
-        utterances = [beam.utterance for beam in active for _ in beam.running]
-        past = [hypothesis.tokens for beam in active for hypothesis in beam.running]
-        for constraint in constraints:
-            constraint.apply(log_probs, best, utterances, past)
+        running = [(beam.utterance, hypothesis.tokens) for beam in active for hypothesis in beam.running]
+        rules = [find_rules(constraints, *one) for one in running]
+        if any(rules):
+            table = rule_table([combine(own.values()) for own in rules]).to(log_probs.device)
+            log_probs.masked_fill_(forbidden(table, log_probs.size(1)), -torch.inf)
+            for own, (utterance, _), token in zip(rules, running, best, strict=True):
+                count_fired(own, utterance, token)
     reach = wanted if ctc is None else max(wanted, ctc.options.candidates)
     values, tokens = log_probs.topk(min(reach, log_probs.size(1)), dim=-1)  # (R,C)
     if ctc is not None:  # it may allow nothing but an end, which must be there even if the LLM ranks it low

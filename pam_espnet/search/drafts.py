@@ -26,7 +26,7 @@ from torch import Tensor
 from pam_espnet.config import LAST_COMMIT, check_number
 from pam_espnet.engine.engine import Engine
 from pam_espnet.errors import ConfigError
-from pam_espnet.search.constraints import Constraint
+from pam_espnet.search.constraints import Constraint, combine, count_fired, find_rules, forbidden, rule_table
 from pam_espnet.search.hypothesis import BeamOptions, Candidate, Hypothesis, Partial, UtteranceBeam, new_beams
 
 KINDS = ("none", "ctc")
@@ -190,8 +190,11 @@ class _Reader:
             own = self.log_probs[row : row + 1]
             if early:
                 own[:, list(self.eos_ids)] = -torch.inf
-            for constraint in self.constraints:
-                constraint.apply(own, [token], [beam.utterance], [beam.running[0].tokens])
+            rules = find_rules(self.constraints, beam.utterance, beam.running[0].tokens)
+            if rules:
+                count_fired(rules, beam.utterance, token)
+                table = rule_table([combine(rules.values())]).to(own.device)
+                own.masked_fill_(forbidden(table, own.size(1)), -torch.inf)
             values, tokens = own[0].topk(self.wanted)
             value, token = float(values[0]), int(tokens[0])
         beam.advance([Candidate(beam.running[0].score + value, 0, token, value, self.depths[row])])
