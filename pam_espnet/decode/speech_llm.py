@@ -101,7 +101,8 @@ class SpeechLLM:
                 raise ConfigError("ctc.weight: needs a model whose warm start fitted a task with CTC; set it to 0")
         vocabulary = model.ctc.token_ids.tolist() if options.task_vocabulary and model.ctc is not None else None
         # Answers of a set are compared at full depth, whatever the search does.
-        self.full_depth = make_engine(model.decoder, vocabulary, int8=int8)
+        graphs, invariant = options.graphs, options.batch_invariant
+        self.full_depth = make_engine(model.decoder, vocabulary, None, int8, graphs, invariant)
         self.engine = self.full_depth.with_exits(options.exit)
         if options.draft.kind != "none" and not self.engine.can_verify:
             raise ConfigError("draft: only Llama-type LLMs with llm_conf.fused_decoding: true; set draft.kind: none")

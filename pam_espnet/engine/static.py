@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ from pam_espnet.engine.grid import GridState
 from pam_espnet.engine.llama import Block, LlamaEngine
 from pam_espnet.engine.ops import operations
 from pam_espnet.engine.static_memory import Memory, Shape
-from pam_espnet.llm.llm import LLM
 
 PREFIX_ROWS = 8192  # positions of prefixes that are run together
 CAPTURED_ROWS = 1024  # positions up to which a GPU waits for the host to launch a prefix's kernels
@@ -37,16 +36,19 @@ class StaticEngine(LlamaEngine):
     """See ``Engine``.
 
     Args:
-        llm, vocabulary: see ``make_engine``.
+        engine: an engine of the same LLM, whose weights are shared.
         batch_invariant: on CUDA, use products whose rows do not depend on how many there are.
 
     Attributes:
         prefix_rows: most positions of prefixes that are run together; 1 runs every utterance by itself.
     """
 
-    def __init__(self, llm: LLM, vocabulary: Collection[int] | None, batch_invariant: bool = True) -> None:
-        super().__init__(llm, vocabulary, int8=False)
-        self.graphs = True
+    graphs = True
+
+    def __init__(self, engine: LlamaEngine, batch_invariant: bool = True) -> None:
+        self.__dict__ |= engine.__dict__
+        llm = engine.llm
+        self.vocabulary = len(llm.lm.get_output_embeddings().weight) if self.ids is None else len(self.ids)  # W
         self.ops = operations(llm.device, batch_invariant)
         self.prefix_rows = PREFIX_ROWS
         self.exit_options = ExitOptions()
@@ -98,15 +100,16 @@ class StaticEngine(LlamaEngine):
                 logging.info(f"decoding: captured {name} for {memory.shape} in {seconds:.1f} s")
         return memory.graphs[key]
 
-    def prefix_pass(self, memory: Memory, behind: int = 1) -> Callable[[], Tensor]:
-        """``run_prefix``, as a graph where it is short enough to need one."""
+    def prefix_pass(
+        self, memory: Memory, name: Hashable, finish: Callable[[Tensor], Any], behind: int = 1
+    ) -> Callable[[], Any]:
+        """``run_prefix``, then ``finish`` on its logits, as a graph where it is short enough to need one."""
 
-        def run() -> Tensor:
-            return self.run_prefix(memory, behind)
+        def run() -> Any:
+            return finish(self.run_prefix(memory, behind))
 
-        if memory.shape.utterances * memory.shape.prefix > CAPTURED_ROWS:
-            return run
-        return self.captured(memory, ("prefix", behind), run)
+        long = memory.shape.utterances * memory.shape.prefix > CAPTURED_ROWS
+        return run if long else self.captured(memory, ("prefix", name, behind), run)
 
     def step_pass(
         self, memory: Memory, name: Hashable, finish: Callable[[Tensor], Any], chained: bool = False
@@ -223,7 +226,7 @@ class StaticEngine(LlamaEngine):
         longest = max(have + more for have, more in zip(counts, drafted, strict=True))
         memory = self.memory(Shape.holding(len(counts), max(room[0], behind), longest, room[1]))
         self.load(memory, prefix, counts, drafts)
-        logits = self.prefix_pass(memory, behind)()
+        logits = self.prefix_pass(memory, "rows", lambda logits: logits, behind)()
         cells = [b * behind + k for b, more in enumerate(drafted) for k in range(1 + more)]
         state = GridState(self, memory, counts, drafted)
         return logits[torch.tensor(cells, device=logits.device)], state

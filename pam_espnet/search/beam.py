@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from pam_espnet.engine.engine import Engine
+from pam_espnet.engine.static import StaticEngine
 from pam_espnet.search.constraints import Constraint, combine, count_fired, find_rules, forbidden, rule_table
 from pam_espnet.search.ctc import CTCScorer
 from pam_espnet.search.hypothesis import BeamOptions, Candidate, Hypothesis, Partial, UtteranceBeam, new_beams
+from pam_espnet.search.static_beam import static_beam_search
 
 
 @torch.no_grad()
@@ -50,6 +52,9 @@ def beam_search(
     eos_ids = options.eos_ids if options.eos_ids is not None else engine.eos_ids
     beams = new_beams(options, eos_ids, len(prefix_lengths), max_new_tokens)
     active = list(beams)
+    if isinstance(engine, StaticEngine) and active and ctc is None:
+        static_beam_search(engine, prefix, prefix_lengths, options, eos_ids, beams, on_partial, constraints)
+        return [beam.nbest() for beam in beams]
     if active:
         logits, state = engine.prefill(prefix, prefix_lengths)
     while active:

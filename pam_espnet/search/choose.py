@@ -3,8 +3,7 @@
 The choice depends on nothing that the host knows: which utterances are done only says when to stop. So the host may
 read what was chosen while the next step is run. Sums are float64 and sorting is stable, as in Python.
 
-B utterances, K hypotheses of each, R = B * K rows, V vocabulary, C candidates of each utterance, S steps, N tokens that
-rules name.
+B utterances, K hypotheses of each, R = B * K rows, V vocabulary, C candidates of each utterance, S steps.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from pam_espnet.engine.ops import Ops
 from pam_espnet.engine.static_memory import Memory
-from pam_espnet.search.constraints import Rule, forbidden, rule_tensors
+from pam_espnet.search.constraints import Rule, forbidden, rule_table
 from pam_espnet.search.hypothesis import IMPOSSIBLE, BeamOptions
 
 CHUNKS = 128  # of a large vocabulary, each with its own best
@@ -31,7 +30,8 @@ class Board:
         ops: of the engine.
         eos_ids: vocabulary indices of the end tokens.
         candidates: C.
-        rules: N, or 0 for a search without constraints.
+        vocabulary: V.
+        constrained: whether there will be rules.
 
     Attributes:
         record: (S+1,B,C,FIELDS) int32, the candidates of the prefix's end and of every step, best first.
@@ -39,7 +39,9 @@ class Board:
         depths: (S+1,B) int32, the block that each utterance's candidates came from.
     """
 
-    def __init__(self, memory: Memory, ops: Ops, eos_ids: Sequence[int], candidates: int, rules: int) -> None:
+    def __init__(
+        self, memory: Memory, ops: Ops, eos_ids: Sequence[int], candidates: int, vocabulary: int, constrained: bool
+    ) -> None:
         shape, device = memory.shape, memory.device
         self.memory, self.ops, self.candidates = memory, ops, candidates
         self.ends = torch.tensor(list(eos_ids), device=device)
@@ -49,9 +51,10 @@ class Board:
         self.minimum = torch.zeros(1, dtype=torch.long, device=device)
         self.temperature = torch.ones(1, device=device)
         self.record = torch.zeros(steps + 1, count, candidates, FIELDS, dtype=torch.int32, device=device)
-        self.best = torch.zeros(steps + 1, count, size if rules else 0, dtype=torch.int32, device=device)
+        self.best = torch.zeros(steps + 1, count, size if constrained else 0, dtype=torch.int32, device=device)
         self.depths = torch.zeros(steps + 1, count, dtype=torch.int32, device=device)
-        self.rules = rule_tensors([None] * (count * size), rules, device) if rules else None
+        mask = torch.zeros(count * size, vocabulary, dtype=torch.bool, device=device) if constrained else None
+        self.forbidden = mask  # (R,V)
 
     def begin(self, options: BeamOptions) -> None:
         """Before the prefix is run."""
@@ -60,14 +63,12 @@ class Board:
         self.minimum.fill_(options.min_new_tokens)
         self.temperature.fill_(options.temperature)
         self.memory.finished.zero_()
-        if self.rules is not None:
-            self.rule([None] * len(self.memory.utterance))
 
     def rule(self, rules: Sequence[Rule | None]) -> None:
         """What may follow each of the R rows."""
-        assert self.rules is not None
-        for buffer, tensor in zip(self.rules, rule_tensors(rules, self.rules[0].shape[1]), strict=True):
-            buffer.copy_(tensor, non_blocking=True)
+        assert self.forbidden is not None
+        table = rule_table(rules).to(self.forbidden.device, non_blocking=True)
+        self.forbidden.copy_(forbidden(table, self.forbidden.shape[1]))
 
     def first(self, logits: Tensor) -> None:
         """Choose from the prefix's logits (B,V)."""
@@ -102,7 +103,7 @@ class Board:
     def _continuations(self, logits: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """The best log-probabilities and tokens (B*rows,C') of each row."""
         total = self.ops.logsumexp(logits, self.temperature)
-        if self.rules is not None:
+        if self.forbidden is not None:
             best = logits.argmax(dim=1).view(-1, rows)
             row = torch.zeros_like(self.best[0])
             row[:, :rows] = best
@@ -111,10 +112,9 @@ class Board:
         if len(self.ends):
             kept = logits.index_select(1, self.ends)
             logits.index_copy_(1, self.ends, kept.masked_fill(self.time < self.minimum, -torch.inf))
-        if self.rules is not None:
-            size = self.memory.shape.rows
-            own = [part.unflatten(0, (-1, size))[:, :rows].flatten(0, 1) for part in self.rules]
-            logits.masked_fill_(forbidden(*own, logits.shape[1]), -torch.inf)
+        if self.forbidden is not None:
+            mask = self.forbidden.unflatten(0, (-1, self.memory.shape.rows))[:, :rows]
+            logits.masked_fill_(mask.flatten(0, 1), -torch.inf)
         values, tokens = top(logits, min(self.candidates, logits.shape[1]))
         return values - total, tokens
 

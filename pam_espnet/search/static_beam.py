@@ -16,10 +16,8 @@ from torch import Tensor
 from pam_espnet.engine.static import StaticEngine
 from pam_espnet.engine.static_memory import Memory, Shape
 from pam_espnet.search.choose import Board
-from pam_espnet.search.constraints import Constraint, Rule, combine
+from pam_espnet.search.constraints import Constraint, Rule, combine, count_fired, find_rules
 from pam_espnet.search.hypothesis import BeamOptions, Candidate, Hypothesis, Partial, UtteranceBeam
-
-RULES = 16  # tokens that rules name, at the least
 
 
 class _Records:
@@ -60,12 +58,12 @@ def static_beam_search(
     steps = max(beam.max_new_tokens for beam in beams) - 1  # the prefix predicts the first token
     memory = engine.memory(Shape.holding(len(beams), size, max(lengths), max(1, steps)))
     reach = max(2, 1 + len(eos_ids)) * size
-    widest = max([RULES, *(one.widest(steps) for one in constraints)]) if constraints else 0
-    board, records, first, step = _passes(engine, memory, tuple(eos_ids), reach, widest, options)
+    board, records, first, step = _passes(engine, memory, tuple(eos_ids), reach, bool(constraints), options)
     engine.load(memory, prefix, lengths)
     waits = bool(constraints) or (engine.exits is not None and engine.exit_options.mode != "fixed")
+    rules: dict[int, dict[Constraint, Rule]] = {}  # row -> those that apply
     if constraints:
-        board.rule(_rules(memory, beams, constraints))
+        rules = _set_rules(board, beams, constraints)
     first()
     records.send(0)
     launched = at = 0
@@ -79,9 +77,8 @@ def static_beam_search(
         values, tokens, parents = record[..., 0].view("float32").tolist(), record[..., 1].tolist(), record[..., 2].tolist()
         for beam in active:
             b = beam.utterance
-            for row, hypothesis in enumerate(beam.running if constraints else ()):
-                for constraint in constraints:
-                    constraint.note(b, hypothesis.tokens, int(best[b, row]))
+            for k in range(len(beam.running) if rules else 0):
+                count_fired(rules.get(b * size + k, {}), b, int(best[b, k]))
             beam.advance(_candidates(beam, values[b], tokens[b], parents[b], int(depths[b])))
         if on_partial is not None:
             on_partial([beam.partial() for beam in active])
@@ -91,7 +88,7 @@ def static_beam_search(
         at += 1
         if launched < at:
             if constraints:
-                board.rule(_rules(memory, active, constraints))
+                rules = _set_rules(board, active, constraints)
             if waits:
                 done = torch.ones(len(memory.finished), dtype=torch.bool)
                 done[[beam.utterance for beam in active]] = False
@@ -102,12 +99,12 @@ def static_beam_search(
 
 
 def _passes(
-    engine: StaticEngine, memory: Memory, eos_ids: tuple[int, ...], reach: int, rules: int, options: BeamOptions
+    engine: StaticEngine, memory: Memory, eos_ids: tuple[int, ...], reach: int, constrained: bool, options: BeamOptions
 ) -> tuple[Board, _Records, Callable[[], None], Callable[[], None]]:
     """Buffers of the search, and the functions that run the prefix and a step and choose."""
-    name = ("beam", eos_ids, reach, rules)
+    name = ("beam", eos_ids, reach, constrained)
     if name not in memory.scratch:
-        board = Board(memory, engine.ops, eos_ids, reach, rules)
+        board = Board(memory, engine.ops, eos_ids, reach, engine.vocabulary, constrained)
         memory.scratch[name] = board, _Records(board, memory.device.type == "cuda")
     board, records = memory.scratch[name]
     board.begin(options)
@@ -118,14 +115,17 @@ def _passes(
     return board, records, first, step
 
 
-def _rules(memory: Memory, beams: Sequence[UtteranceBeam], constraints: Sequence[Constraint]) -> list[Rule | None]:
-    """What may follow each row."""
-    rules: list[Rule | None] = [None] * len(memory.utterance)
-    for beam in beams:
-        for row, hypothesis in enumerate(beam.running):
-            found = [one.rule_for(beam.utterance, hypothesis.tokens) for one in constraints]
-            rules[beam.utterance * memory.shape.rows + row] = combine(found)
-    return rules
+def _set_rules(
+    board: Board, beams: Sequence[UtteranceBeam], constraints: Sequence[Constraint]
+) -> dict[int, dict[Constraint, Rule]]:
+    """Row -> the rules that apply to what follows it; the device has them combined."""
+    found = {
+        beam.utterance * board.memory.shape.rows + k: find_rules(constraints, beam.utterance, hypothesis.tokens)
+        for beam in beams
+        for k, hypothesis in enumerate(beam.running)
+    }
+    board.rule([combine(found[row].values()) if row in found else None for row in range(len(board.memory.utterance))])
+    return found
 
 
 def _candidates(
