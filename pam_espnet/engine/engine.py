@@ -139,7 +139,7 @@ class Engine(ABC):
     def take_over(self) -> None:
         """Free the LLM's own weights for good; prompts whose vectors were not computed before are then errors."""
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027 - most engines keep nothing
         """Free what is kept from batch to batch; it is made again when it is needed."""
 
 

@@ -39,9 +39,7 @@ class Rows:
 class GatedStep:
     """Callable: one step, see ``StaticEngine.step_pass``."""
 
-    def __init__(
-        self, engine: StaticEngine, memory: Memory, name: Hashable, finish: Callable[[Tensor], Any]
-    ) -> None:
+    def __init__(self, engine: StaticEngine, memory: Memory, name: Hashable, finish: Callable[[Tensor], Any]) -> None:
         assert engine.exits is not None
         self.engine, self.memory, self.on_gpu = engine, memory, memory.device.type == "cuda"
         key = ("gated", engine.exit_options)
@@ -97,7 +95,7 @@ class GatedStep:
             self.policy.begin(len(rows.exited), memory.device)
         frozen = None if first == 0 else (self._of_rows(rows.exited), rows.kept)
         sums = engine.run_blocks(memory, rows.x, (rows.slots, rows.positions), first, last, frozen)
-        engine.ops.add_norm(rows.x, sums, engine._final_norm, engine.shape.eps)  # x is whole
+        engine.normed(rows.x, sums)  # now x is whole
         exiting = ~rows.exited
         if last < len(engine.blocks):
             best = rows.x.view(len(exiting), -1, rows.x.shape[1])[:, 0]  # of the best hypothesis
@@ -115,9 +113,8 @@ class GatedStep:
         self.engine.fill(self.memory, rows.kept, (rows.slots, rows.positions), first)
 
     def _logits(self) -> Tensor:
-        engine = self.engine
-        normed = engine.ops.add_norm(self.rows.predicting, None, engine._final_norm, engine.shape.eps)
-        return engine.ops.logits(normed, engine.output)
+        normed = self.engine.normed(self.rows.predicting, None)
+        return self.engine.ops.logits(normed, self.engine.output)
 
     def _of_rows(self, utterances: Tensor) -> Tensor:
         """(B,) -> (R,)."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,10 +61,17 @@ class StaticEngine(LlamaEngine):
         engine = super().with_exits(options)
         assert isinstance(engine, StaticEngine)
         engine.exit_options = options
+        if (exits := engine.exits) is not None:  # the policy's products are the engine's
+            exits.norm = lambda hidden: self.normed(hidden.contiguous(), None)
+            exits.head = lambda normed: self.ops.logits(normed, self.output)
+            if exits.calibration is not None:
+                exits.calibration = replace(exits.calibration, product=self.ops.logits)
         return engine
 
     def release(self) -> None:
         """See ``Engine``."""
+        for memory in self._memories.values():
+            memory.clear()
         self._memories.clear()
         if self._graphs.on:
             torch.cuda.empty_cache()
@@ -75,7 +83,7 @@ class StaticEngine(LlamaEngine):
         memory = self._memories.pop(shape, None)
         if memory is None:
             while len(self._memories) >= KEPT:
-                del self._memories[next(iter(self._memories))]
+                self._memories.pop(next(iter(self._memories))).clear()
             memory = self._new_memory(shape)
         self._memories[shape] = memory
         return memory
@@ -146,7 +154,7 @@ class StaticEngine(LlamaEngine):
             if block is self.blocks[-1]:  # only these positions predict
                 x, attended = x[wanted], attended[wanted]
             sums = self._network(block, x, attended, True)
-        return self.ops.add_norm(x, sums, self._final_norm, self.shape.eps)
+        return self.normed(x, sums)
 
     def run_rows(self, memory: Memory, chained: bool) -> Tensor:
         """One more token of every row through the blocks -> logits (R,W); at a fixed exit, through those before it."""
@@ -154,12 +162,11 @@ class StaticEngine(LlamaEngine):
         depth = len(self.blocks) if exits is None else exits.layers[0]
         x, place = self.embed(memory.tokens.flatten()), memory.append(chained)
         sums = self.run_blocks(memory, x, place, 0, depth)
-        normed = self.ops.add_norm(x, sums, self._final_norm, self.shape.eps)
+        normed = self.normed(x, sums)
         if exits is not None:
             self.fill(memory, x, place, depth)
             memory.depths.fill_(depth)
-            mapped = exits.mapped(depth, x)
-            normed = normed if mapped is x else self.ops.add_norm(mapped, None, self._final_norm, self.shape.eps)
+            normed = normed if exits.calibration is None else self.normed(exits.mapped(depth, x), None)
         return self.ops.logits(normed, self.output)
 
     def run_blocks(
@@ -186,11 +193,16 @@ class StaticEngine(LlamaEngine):
             sums = self._network(block, x, attended, False)
         return sums
 
+    def normed(self, x: Tensor, sums: Any) -> Tensor:
+        """Sums are added to rows (R,D) in place -> the final norm of them."""
+        return self.ops.add_norm(x, sums, self._final_norm, self.shape.eps)
+
     def fill(self, memory: Memory, x: Tensor, place: tuple[Tensor, Tensor], first: int) -> None:
         """Keys and values that the blocks from ``first`` make of rows (R,D) that exited before: later steps attend to
         them, too."""
         for block in self.blocks[first:]:
             normed = self.ops.add_norm(x, None, block.norm, self.shape.eps)
+            assert block.kv is not None
             sums = self.ops.product(normed, block.kv, False)
             cells = place[1], memory.utterance, place[0], memory.keys[block.index], memory.values[block.index]
             self.ops.turn_write(sums, block, memory.cos, memory.sin, *cells)
@@ -260,4 +272,6 @@ class StaticEngine(LlamaEngine):
     @torch.no_grad()
     def verify(self, tokens: Tensor, lengths: Tensor, state: Any) -> Tensor:
         """See ``Engine``."""
-        return state.run(tokens, lengths.tolist()) if isinstance(state, GridState) else super().verify(tokens, lengths, state)
+        if isinstance(state, GridState):
+            return state.run(tokens, lengths.tolist())
+        return super().verify(tokens, lengths, state)

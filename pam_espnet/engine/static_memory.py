@@ -102,6 +102,11 @@ class Memory:
         self.graphs: dict[Hashable, Callable[[], Any]] = {}
         self.scratch: dict[Hashable, Any] = {}
 
+    def clear(self) -> None:
+        """Drop the graphs and what belongs to them, which refer to these buffers: now they can be freed."""
+        self.graphs.clear()
+        self.scratch.clear()
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         """What is done inside to rows is undone: keys and values behind ``used`` are nobody's."""

@@ -17,7 +17,7 @@ from pam_espnet.engine.static import StaticEngine
 from pam_espnet.engine.static_memory import Memory, Shape
 from pam_espnet.search.choose import Board
 from pam_espnet.search.constraints import Constraint, Rule, combine, count_fired, find_rules
-from pam_espnet.search.hypothesis import BeamOptions, Candidate, Hypothesis, Partial, UtteranceBeam
+from pam_espnet.search.hypothesis import BeamOptions, Candidate, Partial, UtteranceBeam
 
 
 class _Records:
@@ -74,7 +74,8 @@ def static_beam_search(
             step()
             records.send(launched)
         record, best, depths = (part.numpy() for part in records.receive(at))
-        values, tokens, parents = record[..., 0].view("float32").tolist(), record[..., 1].tolist(), record[..., 2].tolist()
+        values = record[..., 0].view("float32").tolist()
+        tokens, parents = record[..., 1].tolist(), record[..., 2].tolist()
         for beam in active:
             b = beam.utterance
             for k in range(len(beam.running) if rules else 0):
