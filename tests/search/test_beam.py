@@ -21,10 +21,11 @@ from pam_espnet.search.beam import beam_search
 from pam_espnet.search.hypothesis import BeamOptions, Hypothesis, Partial
 
 
-@pytest.fixture(scope="module", params=["fused", "transformers"])
+@pytest.fixture(scope="module", params=["fused", "static", "transformers"])
 def engine(request: pytest.FixtureRequest, tiny_llm_dir: Path) -> Engine:
-    fused = request.param == "fused"
-    return make_engine(LLM.from_pretrained(str(tiny_llm_dir), dtype="float32", fused_decoding=fused).eval())
+    fused, graphs = request.param != "transformers", "on" if request.param == "static" else "off"
+    llm = LLM.from_pretrained(str(tiny_llm_dir), dtype="float32", fused_decoding=fused).eval()
+    return make_engine(llm, graphs=graphs)
 
 
 @pytest.fixture(scope="module")

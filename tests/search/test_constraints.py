@@ -29,9 +29,9 @@ from pam_espnet.search.hypothesis import BeamOptions
 ROWS = list(range(len(LENGTHS)))
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_llm_dir: Path) -> Engine:
-    return make_engine(LLM.from_pretrained(str(tiny_llm_dir), dtype="float32").eval())
+@pytest.fixture(scope="module", params=["off", "on"], ids=["eager", "static"])
+def engine(request: pytest.FixtureRequest, tiny_llm_dir: Path) -> Engine:
+    return make_engine(LLM.from_pretrained(str(tiny_llm_dir), dtype="float32").eval(), graphs=request.param)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ ROWS = list(range(len(LENGTHS)))
 Edits = list[tuple[int, str, int]]  # index, what is done there, a token
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen2 static"])
 def engine(request: pytest.FixtureRequest, tiny_llm_dir: Path) -> Engine:
     from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -38,7 +38,8 @@ def engine(request: pytest.FixtureRequest, tiny_llm_dir: Path) -> Engine:
         lm = Qwen2ForCausalLM(Qwen2Config(**{name: getattr(known, name) for name in names}, num_hidden_layers=3))
     for parameter in lm.parameters():
         parameter.data = parameter.data + 0.15 * torch.randn_like(parameter)
-    return make_engine(LLM(lm.float().eval(), AutoTokenizer.from_pretrained(tiny_llm_dir)).eval())
+    llm = LLM(lm.float().eval(), AutoTokenizer.from_pretrained(tiny_llm_dir)).eval()
+    return make_engine(llm, graphs="on" if "static" in request.param else "off")
 
 
 @pytest.fixture(scope="module")
