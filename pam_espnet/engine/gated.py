@@ -42,7 +42,7 @@ class GatedStep:
     def __init__(self, engine: StaticEngine, memory: Memory, name: Hashable, finish: Callable[[Tensor], Any]) -> None:
         assert engine.exits is not None
         self.engine, self.memory, self.on_gpu = engine, memory, memory.device.type == "cuda"
-        key = ("gated", engine.exit_options)
+        key = ("gated", engine.exits)
         if key not in memory.scratch:
             memory.scratch[key] = self._new_rows(), copy.copy(engine.exits)  # patience counts in buffers of its own
         self.rows, self.policy = memory.scratch[key]

@@ -52,7 +52,6 @@ class StaticEngine(LlamaEngine):
         self.vocabulary = len(llm.lm.get_output_embeddings().weight) if self.ids is None else len(self.ids)  # W
         self.ops = operations(llm.device, batch_invariant)
         self.prefix_rows = PREFIX_ROWS
-        self.exit_options = ExitOptions()
         self._graphs = Graphs(llm.device)
         self._memories: dict[Shape, Memory] = {}  # the one used last comes last
 
@@ -60,13 +59,17 @@ class StaticEngine(LlamaEngine):
         """See ``Engine``; buffers are shared."""
         engine = super().with_exits(options)
         assert isinstance(engine, StaticEngine)
-        engine.exit_options = options
         if (exits := engine.exits) is not None:  # the policy's products are the engine's
             exits.norm = lambda hidden: self.normed(hidden.contiguous(), None)
             exits.head = lambda normed: self.ops.logits(normed, self.output)
             if exits.calibration is not None:
                 exits.calibration = replace(exits.calibration, product=self.ops.logits)
         return engine
+
+    @property
+    def gated(self) -> bool:
+        """Whether the host must ask, during a step, if an utterance is still in the blocks."""
+        return self.exits is not None and self.exits.options.mode != "fixed"
 
     def release(self) -> None:
         """See ``Engine``."""
@@ -98,7 +101,7 @@ class StaticEngine(LlamaEngine):
 
     def captured(self, memory: Memory, name: Hashable, function: Callable[[], Any]) -> Callable[[], Any]:
         """``function`` as a graph that stays with ``memory``; it is run a few times when it is first asked for."""
-        key = (name, self.exit_options, self.prefix_rows)
+        key = (name, self.exits, self.prefix_rows)
         if key not in memory.graphs:
             began = time.perf_counter()
             with memory.kept():
@@ -123,7 +126,7 @@ class StaticEngine(LlamaEngine):
         self, memory: Memory, name: Hashable, finish: Callable[[Tensor], Any], chained: bool = False
     ) -> Callable[[], Any]:
         """One step of all rows, as graphs; returns what ``finish`` makes of its logits (R,W), which is part of them."""
-        if self.exits is not None and self.exit_options.mode != "fixed" and not chained:
+        if self.gated and not chained:
             return GatedStep(self, memory, name, finish)
         return self.captured(memory, (name, chained), lambda: finish(self.run_rows(memory, chained)))
 

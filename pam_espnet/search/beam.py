@@ -17,7 +17,7 @@ from torch import Tensor
 from pam_espnet.engine.engine import Engine
 from pam_espnet.engine.static import StaticEngine
 from pam_espnet.search.constraints import Constraint, combine, count_fired, find_rules, forbidden, rule_table
-from pam_espnet.search.ctc import CTCScorer
+from pam_espnet.search.ctc import CTCState, CTCTable, follow, joint, start, with_ends
 from pam_espnet.search.hypothesis import BeamOptions, Candidate, Hypothesis, Partial, UtteranceBeam, new_beams
 from pam_espnet.search.static_beam import static_beam_search
 
@@ -31,7 +31,7 @@ def beam_search(
     max_new_tokens: Tensor | Sequence[int] | None = None,
     on_partial: Callable[[list[Partial]], None] | None = None,
     constraints: Sequence[Constraint] = (),
-    ctc: CTCScorer | None = None,
+    ctc: CTCTable | None = None,
 ) -> list[list[Hypothesis]]:
     """Search the best answers of a batch.
 
@@ -44,7 +44,7 @@ def beam_search(
             stays the upper bound.
         on_partial: called after every step with how far the utterances are that took it.
         constraints: on the answers; they count per utterance where they fired.
-        ctc: its scores are added to the LLM's.
+        ctc: of the batch; its scores are added to the LLM's.
 
     Returns:
         for each utterance its n-best hypotheses, best first.
@@ -52,13 +52,14 @@ def beam_search(
     eos_ids = options.eos_ids if options.eos_ids is not None else engine.eos_ids
     beams = new_beams(options, eos_ids, len(prefix_lengths), max_new_tokens)
     active = list(beams)
-    if isinstance(engine, StaticEngine) and active and ctc is None:
-        static_beam_search(engine, prefix, prefix_lengths, options, eos_ids, beams, on_partial, constraints)
+    if isinstance(engine, StaticEngine) and active:
+        static_beam_search(engine, prefix, prefix_lengths, options, eos_ids, beams, on_partial, constraints, ctc)
         return [beam.nbest() for beam in beams]
     if active:
         logits, state = engine.prefill(prefix, prefix_lengths)
+        scored = None if ctc is None else (ctc, start(ctc))
     while active:
-        candidates = _candidates(logits, state.depths.tolist(), active, options, eos_ids, constraints, ctc)
+        candidates = _candidates(logits, state.depths.tolist(), active, options, eos_ids, constraints, scored)
         rows: list[int] = []
         first_row = 0
         for beam, choices in zip(active, candidates, strict=True):
@@ -71,9 +72,12 @@ def beam_search(
             on_partial([beam.partial() for beam in active])
         active = [beam for beam in active if not beam.done]
         if active:
-            tokens = [hypothesis.tokens[-1] for beam in active for hypothesis in beam.running]
-            state.select(torch.tensor(rows, device=logits.device))
-            logits = engine.step(torch.tensor(tokens, device=logits.device), state)
+            kept = torch.tensor(rows, device=logits.device)
+            tokens = torch.tensor([one.tokens[-1] for beam in active for one in beam.running], device=logits.device)
+            state.select(kept)
+            logits = engine.step(tokens, state)
+            if scored is not None:
+                scored = scored[0], follow(*scored, kept, tokens)
     return [beam.nbest() for beam in beams]
 
 
@@ -84,7 +88,7 @@ def _candidates(
     options: BeamOptions,
     eos_ids: Sequence[int],
     constraints: Sequence[Constraint],
-    ctc: CTCScorer | None,
+    ctc: tuple[CTCTable, CTCState] | None,
 ) -> list[list[Candidate]]:
     """The best continuations (logits (R,V) from blocks ``depths``) of each active utterance, best first.
 
@@ -105,21 +109,17 @@ def _candidates(
             log_probs.masked_fill_(forbidden(table, log_probs.size(1)), -torch.inf)
             for own, (utterance, _), token in zip(rules, running, best, strict=True):
                 count_fired(own, utterance, token)
-    reach = wanted if ctc is None else max(wanted, ctc.options.candidates)
+    reach = wanted if ctc is None else max(wanted, ctc[0].candidates)
     values, tokens = log_probs.topk(min(reach, log_probs.size(1)), dim=-1)  # (R,C)
-    if ctc is not None:  # it may allow nothing but an end, which must be there even if the LLM ranks it low
-        ends = torch.tensor(list(eos_ids), device=tokens.device)
-        there = (tokens[:, :, None] == ends).any(dim=1)  # (R, number of end tokens)
-        values = torch.cat([values, log_probs[:, ends].masked_fill(there, -torch.inf)], dim=1)
-        tokens = torch.cat([tokens, ends.expand(len(tokens), -1)], dim=1)
+    if ctc is not None:
+        values, tokens = with_ends(values, tokens, log_probs, torch.tensor(list(eos_ids), device=tokens.device))
+        values = joint(*ctc, tokens, values)
     rows = iter(zip(values.tolist(), tokens.tolist(), depths, strict=True))
     result = []
     for beam in active:
         found = []
         for parent, hypothesis in enumerate(beam.running):
             row_values, row_tokens, depth = next(rows)
-            if ctc is not None and ctc.covers(beam.utterance):
-                row_values = ctc.joint(beam.utterance, hypothesis.tokens, row_values, row_tokens)
             found += [
                 Candidate(hypothesis.score + value, parent, token, value, depth)
                 for value, token in zip(row_values, row_tokens, strict=True)

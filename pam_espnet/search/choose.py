@@ -16,6 +16,7 @@ from torch import Tensor
 from pam_espnet.engine.ops import Ops
 from pam_espnet.engine.static_memory import Memory
 from pam_espnet.search.constraints import Rule, forbidden, rule_table
+from pam_espnet.search.ctc import CTCState, CTCTable, follow, joint, start, with_ends
 from pam_espnet.search.hypothesis import IMPOSSIBLE, BeamOptions
 
 CHUNKS = 128  # of a large vocabulary, each with its own best
@@ -32,6 +33,7 @@ class Board:
         candidates: C.
         vocabulary: V.
         constrained: whether there will be rules.
+        ctc: buffers of a table, where CTC takes part.
 
     Attributes:
         record: (S+1,B,C,FIELDS) int32, the candidates of the prefix's end and of every step, best first.
@@ -40,7 +42,14 @@ class Board:
     """
 
     def __init__(
-        self, memory: Memory, ops: Ops, eos_ids: Sequence[int], candidates: int, vocabulary: int, constrained: bool
+        self,
+        memory: Memory,
+        ops: Ops,
+        eos_ids: Sequence[int],
+        candidates: int,
+        vocabulary: int,
+        constrained: bool,
+        ctc: CTCTable | None,
     ) -> None:
         shape, device = memory.shape, memory.device
         self.memory, self.ops, self.candidates = memory, ops, candidates
@@ -55,6 +64,7 @@ class Board:
         self.depths = torch.zeros(steps + 1, count, dtype=torch.int32, device=device)
         mask = torch.zeros(count * size, vocabulary, dtype=torch.bool, device=device) if constrained else None
         self.forbidden = mask  # (R,V)
+        self.ctc, self.detected = ctc, None if ctc is None else _every_row(start(ctc), memory.utterance)
 
     def begin(self, options: BeamOptions) -> None:
         """Before the prefix is run."""
@@ -63,6 +73,8 @@ class Board:
         self.minimum.fill_(options.min_new_tokens)
         self.temperature.fill_(options.temperature)
         self.memory.finished.zero_()
+        if self.ctc is not None and self.detected is not None:
+            _keep(self.detected, _every_row(start(self.ctc), self.memory.utterance))
 
     def rule(self, rules: Sequence[Rule | None]) -> None:
         """What may follow each of the R rows."""
@@ -76,6 +88,10 @@ class Board:
 
     def following(self, logits: Tensor) -> None:
         """Choose from a step's logits (R,V)."""
+        if self.ctc is not None and self.detected is not None:
+            memory = self.memory
+            parents = memory.parents.flatten() + memory.utterance * memory.shape.rows
+            _keep(self.detected, follow(self.ctc, self.detected, parents, memory.tokens.flatten()))
         self._choose(logits, self.memory.shape.rows)
 
     def _choose(self, logits: Tensor, rows: int) -> None:
@@ -83,6 +99,10 @@ class Board:
         memory, count, size = self.memory, self.memory.shape.utterances, self.memory.shape.rows
         values, tokens = self._continuations(logits, rows)  # (B*rows,C')
         sums = (self.scores[:, :rows, None] + values.view(count, rows, -1).double()).flatten(1)  # (B,rows*C')
+        if self.ctc is not None:  # what it makes of rows without a hypothesis may be no number
+            sums = sums.masked_fill(
+                (self.scores[:, :rows] == -torch.inf).repeat_interleave(values.shape[1], 1), -torch.inf
+            )
         # Of equal ones the lower row and the better rank come first.
         sums, order = sums.sort(dim=1, descending=True, stable=True)
         sums, order = sums[:, : self.candidates], order[:, : self.candidates]
@@ -115,8 +135,14 @@ class Board:
         if self.forbidden is not None:
             mask = self.forbidden.unflatten(0, (-1, self.memory.shape.rows))[:, :rows]
             logits.masked_fill_(mask.flatten(0, 1), -torch.inf)
-        values, tokens = top(logits, min(self.candidates, logits.shape[1]))
-        return values - total, tokens
+        reach = self.candidates if self.ctc is None else max(self.candidates, self.ctc.candidates)
+        values, tokens = top(logits, min(reach, logits.shape[1]))
+        if self.ctc is None or self.detected is None:
+            return values - total, tokens
+        values, tokens = with_ends(values, tokens, logits, self.ends)
+        size = self.memory.shape.rows
+        own = CTCState(*(part.unflatten(0, (-1, size))[:, :rows].flatten(0, 1) for part in self.detected))
+        return joint(self.ctc, own, tokens, values - total).float(), tokens
 
 
 def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -128,3 +154,13 @@ def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     tokens = tokens + torch.arange(CHUNKS, device=logits.device)[:, None] * (width // CHUNKS)
     values, chosen = values.flatten(1).topk(count, dim=1)
     return values, tokens.flatten(1).gather(1, chosen)
+
+
+def _every_row(state: CTCState, utterance: Tensor) -> CTCState:
+    """The state of one hypothesis per utterance, for all rows; a copy."""
+    return CTCState(*(part[utterance] for part in state))
+
+
+def _keep(buffers: CTCState, state: CTCState) -> None:
+    for buffer, part in zip(buffers, state, strict=True):
+        buffer.copy_(part)

@@ -17,7 +17,10 @@ from pam_espnet.engine.static import StaticEngine
 from pam_espnet.engine.static_memory import Memory, Shape
 from pam_espnet.search.choose import Board
 from pam_espnet.search.constraints import Constraint, Rule, combine, count_fired, find_rules
+from pam_espnet.search.ctc import CTCTable
 from pam_espnet.search.hypothesis import BeamOptions, Candidate, Partial, UtteranceBeam
+
+FRAMES = 64  # of CTC: buffers hold a multiple
 
 
 class _Records:
@@ -52,15 +55,16 @@ def static_beam_search(
     beams: Sequence[UtteranceBeam],
     on_partial: Callable[[list[Partial]], None] | None = None,
     constraints: Sequence[Constraint] = (),
+    ctc: CTCTable | None = None,
 ) -> None:
     """As ``search.beam.beam_search``, on ``beams``, one of each utterance."""
     size, lengths = options.beam_size, prefix_lengths.tolist()
     steps = max(beam.max_new_tokens for beam in beams) - 1  # the prefix predicts the first token
     memory = engine.memory(Shape.holding(len(beams), size, max(lengths), max(1, steps)))
     reach = max(2, 1 + len(eos_ids)) * size
-    board, records, first, step = _passes(engine, memory, tuple(eos_ids), reach, bool(constraints), options)
+    board, records, first, step = _passes(engine, memory, tuple(eos_ids), reach, bool(constraints), ctc, options)
     engine.load(memory, prefix, lengths)
-    waits = bool(constraints) or (engine.exits is not None and engine.exit_options.mode != "fixed")
+    waits = bool(constraints) or engine.gated
     rules: dict[int, dict[Constraint, Rule]] = {}  # row -> those that apply
     if constraints:
         rules = _set_rules(board, beams, constraints)
@@ -100,14 +104,25 @@ def static_beam_search(
 
 
 def _passes(
-    engine: StaticEngine, memory: Memory, eos_ids: tuple[int, ...], reach: int, constrained: bool, options: BeamOptions
+    engine: StaticEngine,
+    memory: Memory,
+    eos_ids: tuple[int, ...],
+    reach: int,
+    constrained: bool,
+    ctc: CTCTable | None,
+    options: BeamOptions,
 ) -> tuple[Board, _Records, Callable[[], None], Callable[[], None]]:
     """Buffers of the search, and the functions that run the prefix and a step and choose."""
-    name = ("beam", eos_ids, reach, constrained)
+    classes, frames, most = (0, 0, 0) if ctc is None else (*ctc.log_probs.shape[1:], ctc.candidates)
+    frames = -(-frames // FRAMES) * FRAMES
+    name = ("beam", eos_ids, reach, constrained, classes, frames, most)
     if name not in memory.scratch:
-        board = Board(memory, engine.ops, eos_ids, reach, engine.vocabulary, constrained)
+        table = None if ctc is None else CTCTable.empty(ctc, memory.shape.utterances, frames)
+        board = Board(memory, engine.ops, eos_ids, reach, engine.vocabulary, constrained, table)
         memory.scratch[name] = board, _Records(board, memory.device.type == "cuda")
     board, records = memory.scratch[name]
+    if ctc is not None and board.ctc is not None:
+        board.ctc.load(ctc)
     board.begin(options)
     memory.begin(chained=False)
     first = engine.prefix_pass(memory, name, board.first)
