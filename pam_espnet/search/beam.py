@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pam_espnet.engine.engine import Engine
+from pam_espnet.engine.transfer import download, send, upload
 from pam_espnet.search.constraints import Constraint, combine, count_fired, find_rules, forbidden, rule_table
 from pam_espnet.search.ctc import CTCScorer
 from pam_espnet.search.hypothesis import BeamOptions, Candidate, Hypothesis, Partial, UtteranceBeam, new_beams
@@ -53,7 +54,7 @@ def beam_search(
     if active:
         logits, state = engine.prefill(prefix, prefix_lengths)
     while active:
-        candidates = _candidates(logits, state.depths.tolist(), active, options, eos_ids, constraints, ctc)
+        candidates = _candidates(logits, state.depths, active, options, eos_ids, constraints, ctc)
         rows: list[int] = []
         first_row = 0
         for beam, choices in zip(active, candidates, strict=True):
@@ -67,8 +68,9 @@ def beam_search(
         active = [beam for beam in active if not beam.done]
         if active:
             tokens = [hypothesis.tokens[-1] for beam in active for hypothesis in beam.running]
-            state.select(torch.tensor(rows, device=logits.device))
-            logits = engine.step(torch.tensor(tokens, device=logits.device), state)
+            state.select(rows)
+            (last,) = upload(logits.device, tokens)
+            logits = engine.step(last, state)
     return [beam.nbest() for beam in beams]
 
 
@@ -89,17 +91,16 @@ def _candidates(
     # Enough of each row, since all of an utterance's best may continue the same hypothesis. Ties: lower row first.
     wanted = max(2, 1 + len(eos_ids)) * options.beam_size
     log_probs = torch.log_softmax(logits.float() / options.temperature, dim=-1)
-    best = log_probs.argmax(dim=-1).tolist() if constraints else []  # before any constraint
+    best = log_probs.argmax(dim=-1) if constraints else log_probs.new_zeros(0)  # before any constraint
     if active[0].length < options.min_new_tokens:  # all active utterances have taken the same number of steps
-        log_probs[:, list(eos_ids)] = -torch.inf
-    if constraints:
-        running = [(beam.utterance, hypothesis.tokens) for beam in active for hypothesis in beam.running]
-        rules = [find_rules(constraints, *one) for one in running]
-        if any(rules):
-            table = rule_table([combine(own.values()) for own in rules]).to(log_probs.device)
-            log_probs.masked_fill_(forbidden(table, log_probs.size(1)), -torch.inf)
-            for own, (utterance, _), token in zip(rules, running, best, strict=True):
-                count_fired(own, utterance, token)
+        for end in eos_ids:
+            log_probs[:, end] = -torch.inf
+    rules = [
+        find_rules(constraints, beam.utterance, hypothesis.tokens) for beam in active for hypothesis in beam.running
+    ]
+    if any(rules):
+        table = send(rule_table([combine(own.values()) for own in rules]), log_probs.device)
+        log_probs.masked_fill_(forbidden(table, log_probs.size(1)), -torch.inf)
     reach = wanted if ctc is None else max(wanted, ctc.options.candidates)
     values, tokens = log_probs.topk(min(reach, log_probs.size(1)), dim=-1)  # (R,C)
     if ctc is not None:  # it may allow nothing but an end, which must be there even if the LLM ranks it low
@@ -107,7 +108,11 @@ def _candidates(
         there = (tokens[:, :, None] == ends).any(dim=1)  # (R, number of end tokens)
         values = torch.cat([values, log_probs[:, ends].masked_fill(there, -torch.inf)], dim=1)
         tokens = torch.cat([tokens, ends.expand(len(tokens), -1)], dim=1)
-    rows = iter(zip(values.tolist(), tokens.tolist(), depths, strict=True))
+    all_values, all_tokens, likeliest = download(values, tokens, best)  # the one time that a step waits for the device
+    owners = [beam.utterance for beam in active for _ in beam.running]
+    for own, utterance, token in zip(rules, owners, likeliest, strict=bool(constraints)):
+        count_fired(own, utterance, token)
+    rows = iter(zip(all_values, all_tokens, depths, strict=True))
     result = []
     for beam in active:
         found = []
