@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pam_espnet.engine.exits import ExitOptions
+from pam_espnet.engine.transfer import upload
 from pam_espnet.errors import ConfigError
 from pam_espnet.llm.llm import LLM
 from pam_espnet.llm.lora import lora_precision
@@ -47,9 +48,9 @@ INT8_TOLERANCE = 0.2  # of rounded weights; the floats that they were rounded fr
 class State(Protocol):
     """What an engine remembers of R rows; the rows of an utterance are neighbours."""
 
-    depths: Tensor  # (R,) the block that each row's last logits came from
+    depths: Sequence[int]  # (R,) the block that each row's last logits came from
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Sequence[int]) -> None:
         """Keep ``rows`` (R',), repeats and drops allowed: re-orders beams, forks a prefix, drops what is finished."""
 
 
@@ -113,7 +114,7 @@ class Engine(ABC):
         """Append vocabulary indices (R,) to the R rows of ``state`` -> float32 logits (R,W) of the next token."""
 
     @abstractmethod
-    def verify(self, tokens: Tensor, lengths: Tensor, state: Any) -> Tensor:
+    def verify(self, tokens: Tensor, lengths: Sequence[int], state: Any) -> Tensor:
         """Append ``lengths`` (R,) drafted tokens, at least 1, to each row; each of them becomes a row, at full depth.
 
         Args:
@@ -268,15 +269,16 @@ class CachedState:
         self.cache = cache  # transformers.DynamicCache
         self.mask = mask  # (R,P) bool: which cached slots a row may attend to
         self.positions = positions  # (R,) of the next token
-        self.depths = torch.full_like(positions, depth)
+        self.depths = [depth] * len(positions)
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Sequence[int]) -> None:
         """See ``State``."""
-        count = self.mask.size(0)
-        if len(rows) == count and torch.equal(rows, torch.arange(count, device=rows.device)):
+        if list(rows) == list(range(len(self.depths))):
             return
-        self.cache.batch_select_indices(rows)
-        self.mask, self.positions, self.depths = self.mask[rows], self.positions[rows], self.depths[rows]
+        (index,) = upload(self.mask.device, rows)
+        self.cache.batch_select_indices(index)
+        self.mask, self.positions = self.mask[index], self.positions[index]
+        self.depths = [self.depths[row] for row in rows]
 
 
 class TransformersEngine(Engine):
@@ -307,7 +309,7 @@ class TransformersEngine(Engine):
         state.positions = state.positions + 1
         return self._logits(hidden[:, 0])
 
-    def verify(self, tokens: Tensor, lengths: Tensor, state: CachedState) -> Tensor:
+    def verify(self, tokens: Tensor, lengths: Sequence[int], state: CachedState) -> Tensor:
         """Raises ConfigError."""
         self._refuse("draft", "draft.kind: none")
 

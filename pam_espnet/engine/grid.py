@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from pam_espnet.engine.static_memory import Memory, Shape
+from pam_espnet.engine.transfer import upload
 
 if TYPE_CHECKING:
     from pam_espnet.engine.static import StaticEngine
@@ -33,13 +34,14 @@ class GridState:
     def __init__(self, engine: StaticEngine, memory: Memory, lengths: Sequence[int], drafted: Sequence[int]) -> None:
         self.engine, self.memory = engine, memory
         self.used = memory.shape.prefix
+        self.depth, self.gated = len(engine.blocks), False  # of the last pass; whether each utterance has its own
         # Of each row: its utterance, the cell of the last pass that it is or continues, its position.
         self.rows = [(b, k, lengths[b] - 1 + k) for b, more in enumerate(drafted) for k in range(1 + more)]
 
     @property
     def depths(self) -> list[int]:
         """(N) the block that each row's last logits came from."""
-        depths = self.memory.depths.tolist()
+        depths = self.memory.depths.tolist() if self.gated else [self.depth] * len(self.memory.start)
         return [depths[b] for b, _, _ in self.rows]
 
     def select(self, rows: Sequence[int]) -> None:
@@ -53,8 +55,8 @@ class GridState:
             raise ValueError("drafts: one row of each utterance can be verified")
         self._make_room(max(sizes.values()) if chains is None else max(chains))
         memory, count = self.memory, self.memory.shape.rows
-        parents = torch.zeros_like(memory.parents, device="cpu")
-        positions, cells, following = memory.start.new_zeros(len(memory.start), device="cpu"), [], []
+        parents, positions = np.zeros(memory.parents.shape, np.int64), np.zeros(len(memory.start), np.int64)
+        cells, following = [], []
         ranks: Counter[int] = Counter()
         for row, (b, parent, position) in enumerate(self.rows):
             positions[b] = position + 1
@@ -66,12 +68,16 @@ class GridState:
                 following.append((b, rank, position + 1 + k))
         if chains is not None:  # what follows in a chain that is shorter is never read
             parents[:] = parents[:, :1]
-        index = torch.tensor(cells, device=memory.device)
-        memory.parents.copy_(parents, non_blocking=True)
-        memory.next.copy_(positions, non_blocking=True)
+        done = [b not in sizes for b in range(len(positions))]
+        index, first, following_at, ended = upload(memory.device, cells, parents.flatten(), positions, done)
+        memory.parents.copy_(first.view_as(memory.parents))
+        memory.next.copy_(following_at)
+        memory.finished.copy_(ended)
         memory.tokens.view(-1)[index] = tokens
-        memory.finished.copy_(torch.tensor([b not in sizes for b in range(len(positions))]), non_blocking=True)
         logits = self.engine.step_pass(memory, "rows", lambda logits: logits, chains is not None)()
+        exits = None if chains is not None else self.engine.exits
+        self.depth = len(self.engine.blocks) if exits is None else exits.layers[0]
+        self.gated = exits is not None and self.engine.gated
         self.rows, self.used = following, self.used + count
         return logits[index]
 

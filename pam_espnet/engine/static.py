@@ -273,8 +273,8 @@ class StaticEngine(LlamaEngine):
         return state.run(tokens) if isinstance(state, GridState) else super().step(tokens, state, chained)
 
     @torch.no_grad()
-    def verify(self, tokens: Tensor, lengths: Tensor, state: Any) -> Tensor:
+    def verify(self, tokens: Tensor, lengths: Sequence[int], state: Any) -> Tensor:
         """See ``Engine``."""
         if isinstance(state, GridState):
-            return state.run(tokens, lengths.tolist())
+            return state.run(tokens, lengths)
         return super().verify(tokens, lengths, state)

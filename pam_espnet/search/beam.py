@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pam_espnet.engine.engine import Engine
 from pam_espnet.engine.static import StaticEngine
+from pam_espnet.engine.transfer import download, send, upload
 from pam_espnet.search.constraints import Constraint, combine, count_fired, find_rules, forbidden, rule_table
 from pam_espnet.search.ctc import CTCState, CTCTable, follow, joint, start, with_ends
 from pam_espnet.search.hypothesis import BeamOptions, Candidate, Hypothesis, Partial, UtteranceBeam, new_beams
@@ -59,7 +60,7 @@ def beam_search(
         logits, state = engine.prefill(prefix, prefix_lengths)
         scored = None if ctc is None else (ctc, start(ctc))
     while active:
-        candidates = _candidates(logits, state.depths.tolist(), active, options, eos_ids, constraints, scored)
+        candidates = _candidates(logits, state.depths, active, options, eos_ids, constraints, scored)
         rows: list[int] = []
         first_row = 0
         for beam, choices in zip(active, candidates, strict=True):
@@ -72,12 +73,12 @@ def beam_search(
             on_partial([beam.partial() for beam in active])
         active = [beam for beam in active if not beam.done]
         if active:
-            kept = torch.tensor(rows, device=logits.device)
-            tokens = torch.tensor([one.tokens[-1] for beam in active for one in beam.running], device=logits.device)
-            state.select(kept)
-            logits = engine.step(tokens, state)
+            tokens = [hypothesis.tokens[-1] for beam in active for hypothesis in beam.running]
+            state.select(rows)
+            last, kept = upload(logits.device, tokens, rows)
+            logits = engine.step(last, state)
             if scored is not None:
-                scored = scored[0], follow(*scored, kept, tokens)
+                scored = scored[0], follow(*scored, kept, last)
     return [beam.nbest() for beam in beams]
 
 
@@ -98,23 +99,26 @@ def _candidates(
     # Enough of each row, since all of an utterance's best may continue the same hypothesis. Ties: lower row first.
     wanted = max(2, 1 + len(eos_ids)) * options.beam_size
     log_probs = torch.log_softmax(logits.float() / options.temperature, dim=-1)
-    best = log_probs.argmax(dim=-1).tolist() if constraints else []  # before any constraint
+    best = log_probs.argmax(dim=-1) if constraints else log_probs.new_zeros(0)  # before any constraint
     if active[0].length < options.min_new_tokens:  # all active utterances have taken the same number of steps
-        log_probs[:, list(eos_ids)] = -torch.inf
-    if constraints:
-        running = [(beam.utterance, hypothesis.tokens) for beam in active for hypothesis in beam.running]
-        rules = [find_rules(constraints, *one) for one in running]
-        if any(rules):
-            table = rule_table([combine(own.values()) for own in rules]).to(log_probs.device)
-            log_probs.masked_fill_(forbidden(table, log_probs.size(1)), -torch.inf)
-            for own, (utterance, _), token in zip(rules, running, best, strict=True):
-                count_fired(own, utterance, token)
+        for end in eos_ids:
+            log_probs[:, end] = -torch.inf
+    rules = [
+        find_rules(constraints, beam.utterance, hypothesis.tokens) for beam in active for hypothesis in beam.running
+    ]
+    if any(rules):
+        table = send(rule_table([combine(own.values()) for own in rules]), log_probs.device)
+        log_probs.masked_fill_(forbidden(table, log_probs.size(1)), -torch.inf)
     reach = wanted if ctc is None else max(wanted, ctc[0].candidates)
     values, tokens = log_probs.topk(min(reach, log_probs.size(1)), dim=-1)  # (R,C)
     if ctc is not None:
-        values, tokens = with_ends(values, tokens, log_probs, torch.tensor(list(eos_ids), device=tokens.device))
-        values = joint(*ctc, tokens, values)
-    rows = iter(zip(values.tolist(), tokens.tolist(), depths, strict=True))
+        values, tokens = with_ends(values, tokens, log_probs, *upload(tokens.device, eos_ids))
+        values = joint(*ctc, tokens, values).float()
+    all_values, all_tokens, likeliest = download(values, tokens, best)  # the one time that a step waits for the device
+    owners = [beam.utterance for beam in active for _ in beam.running]
+    for own, utterance, token in zip(rules, owners, likeliest, strict=bool(constraints)):
+        count_fired(own, utterance, token)
+    rows = iter(zip(all_values, all_tokens, depths, strict=True))
     result = []
     for beam in active:
         found = []

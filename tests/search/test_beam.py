@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -168,10 +169,10 @@ class TableEngine:
 
     class State:
         def __init__(self, rows: int) -> None:
-            self.depths = torch.ones(rows, dtype=torch.long)
+            self.depths = [1] * rows
 
-        def select(self, rows: Tensor) -> None:
-            self.depths = self.depths[rows]
+        def select(self, rows: Sequence[int]) -> None:
+            self.depths = [1] * len(rows)
 
     def prefill(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, Any]:
         return self.logits[prefix[:, 0, 0].long()], self.State(len(prefix))

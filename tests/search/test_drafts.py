@@ -148,6 +148,7 @@ def test_forward_passes(engine: Engine, prefix: Tensor, monkeypatch: pytest.Monk
     (expected,) = search(engine, prefix, [row], options)
     tokens, size = expected[0].tokens, LENGTHS[row]
     wrong = [*tokens[:3], (tokens[3] + 1) % 256, *tokens[4:]]
+    engine = make_engine(engine.llm, graphs="off")  # on fixed buffers every pass has as many rows
     seen: list[int] = []  # positions of each pass
     project = Block.project
 
