@@ -82,7 +82,7 @@ class CTCTable:
         last = lengths.to(device)[:, None] - 1
         padding = torch.arange(log_probs.size(1), device=device) > last
         # Frames are innermost: a candidate's are one piece of memory.
-        columns = log_probs.detach().float().transpose(1, 2).clamp_min(ZERO).masked_fill(padding[:, None], ZERO)
+        columns = log_probs.detach().float().transpose(1, 2).clamp_min(ZERO).masked_fill_(padding[:, None], ZERO)
         blanks = _scan(torch.add, columns[:, BLANK].double(), 0.0)
         weights = covered.to(device).double() * options.weight
         unknown = torch.full((1,), options.unknown, dtype=torch.float64, device=device)
@@ -160,9 +160,10 @@ def joint(table: CTCTable, state: CTCState, tokens: Tensor, values: Tensor) -> T
 def follow(table: CTCTable, state: CTCState, parents: Tensor, tokens: Tensor) -> CTCState:
     """The hypotheses ``parents`` (R',), each continued by one of ``tokens`` (R',); ends and unknown tokens change none.
 
-    With r[t] the paths to frame t that end in the new label or in a blank behind it, and X[t] the sum of log-
-    probabilities x of that class up to t, ``r[t] = x[t] + logaddexp(r[t-1], from[t-1])`` is a cumulative sum of
-    probabilities: ``r[t] - X[t] = logaddexp(r[t-1] - X[t-1], from[t-1] - X[t-1])``.
+    The paths r[t] that hold the new label in frame t are those that held it before and those that it continues:
+    ``r[t] = x[t] + logaddexp(r[t-1], before[t])`` with x the label's log-probabilities. Less X, the sum of x up to t,
+    that is a cumulative sum of probabilities: ``r[t] - X[t] = logaddexp(r[t-1] - X[t-1], before[t] + x[t] - X[t])``.
+    Paths with a blank in frame t follow from r in the same way.
     """
     old = CTCState(*(part[parents] for part in state))
     classes = table.classes[tokens]
