@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pam_espnet.engine.ops import Ops
 
-SPLIT = 64  # slots of one split of attention; prefixes are padded to a multiple of it
+SPLIT = 64  # slots of one split of attention, half as many in float32; prefixes are padded to a multiple
 CUBLAS_ROWS = 32  # from here on cuBLAS is faster where a row's result may depend on the others
 CHUNK = 8192  # columns of logits that one program reads
 PROGRAMS = 256  # that a product has at least, by splitting its sums: about two per multiprocessor
@@ -126,16 +126,18 @@ class Kernels(Ops):
         """See ``Ops``."""
         (count, kv_heads, slots, head), (rows, heads, _), size = keys.shape, query.shape, visible.shape[1]
         assert keys.stride() == values.stride() and keys.stride(3) == 1 and visible.is_contiguous()
-        groups, splits = heads // kv_heads, triton.cdiv(slots, SPLIT)
+        groups = heads // kv_heads
         # At most 32 rows and heads per program: one of 64 would multiply with other instructions on a Hopper GPU.
-        block = 16 if size * groups <= 16 else 32
+        # Float32 is multiplied without tensor cores, from registers, which hold less.
+        block, split = (16, SPLIT // 2) if query.dtype == torch.float32 else (16 if size * groups <= 16 else 32, SPLIT)
+        splits = triton.cdiv(slots, split)
         shape = (count * kv_heads, splits, size * groups)
         found, tops, sums = (query.new_empty(*shape, *more, dtype=torch.float32) for more in ((head,), (), ()))
         out = query.new_empty(rows, heads * head)
         sizes = {"K": size, "G": groups, "J": kv_heads, "E": head, "BLOCK_E": max(16, triton.next_power_of_2(head))}
         _attend[(*shape[:2], triton.cdiv(shape[2], block))](
             query, keys, values, visible, found, tops, sums, lengths, first, used, scale, slots, splits,
-            *keys.stride()[:3], **sizes, BLOCK_M=block, SPLIT=SPLIT, num_warps=4, num_stages=1,
+            *keys.stride()[:3], **sizes, BLOCK_M=block, SPLIT=split, num_warps=4, num_stages=1,
         )  # fmt: skip
         _merge[(shape[0], shape[2])](
             found, tops, sums, out, splits, **sizes, BLOCK_S=triton.next_power_of_2(splits), UNROLL=8, num_warps=1
@@ -197,8 +199,10 @@ def choose_tiles(rows: int, outputs: int, inputs: int, itemsize: int, shared: in
     width = 64 if block <= 32 or itemsize > 2 else 128  # with many rows reading them again counts, with few the balance
     stage = (width + block) * depth * itemsize
     # Three small programs share a multiprocessor, or two large ones: while one ends, the others read.
-    stages = min(6, max(3, shared // (3 if block <= 32 else 2) // stage), max(1, shared // stage))
-    return Tiles(width, block, depth, 1 if one_part else max(1, parts), stages, 4 if width == 64 else 8)
+    buffers = min(6, max(3, shared // (3 if block <= 32 else 2) // stage), max(1, shared // stage))
+    early = shared < 200 * 1024  # before Hopper one round more is in flight, in registers
+    warps = 8 if width * block >= 8192 else 4
+    return Tiles(width, block, depth, 1 if one_part else max(1, parts), buffers + early, warps)
 
 
 def multiply(x: Tensor, weight: Tensor, one_part: bool, rounded: bool) -> Tensor:
