@@ -214,9 +214,9 @@ def test_drafts_are_read_with_the_prefix(build: Build, drafts: list[list[int]]) 
     parts = [reference.prefill(row, torch.tensor([row.shape[1]])) for row in rows]
     assert torch.allclose(found, torch.cat([logits for logits, _ in parts]), atol=1e-4)
     tokens = torch.arange(len(rows)) * 3 + 1
-    expected = torch.cat([
-        reference.step(token[None], part_state) for token, (_, part_state) in zip(tokens, parts, strict=True)
-    ])
+    expected = torch.cat(
+        [reference.step(token[None], part_state) for token, (_, part_state) in zip(tokens, parts, strict=True)]
+    )
     assert torch.allclose(engine.step(tokens, state), expected, atol=1e-4)
 
 
@@ -231,9 +231,7 @@ def test_stepping_equals_the_whole_sequence(tiny_llm_dir: Path, attention: str) 
         for rows in ([0, 1, 2], [0, 0, 1, 1, 2, 2], [3, 2, 0, 5], [1, 1, 3]):
             state.select(rows)
             tokens = [(7 * i + len(rows)) % 300 for i in range(len(rows))]
-            history = [
-                (history[row][0], [*history[row][1], token]) for row, token in zip(rows, tokens, strict=True)
-            ]
+            history = [(history[row][0], [*history[row][1], token]) for row, token in zip(rows, tokens, strict=True)]
             logits = engine.step(torch.tensor(tokens), state)
             for row, (b, past) in enumerate(history):
                 embeds = torch.cat([prefixes()[b, : LENGTHS[b]], llm.embed(torch.tensor(past))])[None]
