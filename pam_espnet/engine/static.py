@@ -29,7 +29,8 @@ from pam_espnet.engine.static_memory import Memory, Shape
 
 PREFIX_ROWS = 8192  # positions of prefixes that are run together
 CAPTURED_ROWS = 1024  # positions up to which a GPU waits for the host to launch a prefix's kernels
-KEPT = 4  # memories
+KEPT = 1 / 8  # of a GPU's memory, for buffers that may be needed again
+KEPT_ON_CPU = 2**30  # bytes
 ROOM = (4, 64)  # rows and steps behind a prefix, where nobody says how many there will be
 
 
@@ -54,6 +55,9 @@ class StaticEngine(LlamaEngine):
         self.prefix_rows = PREFIX_ROWS
         self._graphs = Graphs(llm.device)
         self._memories: dict[Shape, Memory] = {}  # the one used last comes last
+        self._most_kept = KEPT_ON_CPU
+        if self._graphs.on:
+            self._most_kept = int(KEPT * torch.cuda.get_device_properties(llm.device).total_memory)
 
     def with_exits(self, options: ExitOptions) -> StaticEngine:
         """See ``Engine``; buffers are shared."""
@@ -85,7 +89,7 @@ class StaticEngine(LlamaEngine):
         """The buffers of a shape, made when they are first asked for; the few that were used last are kept."""
         memory = self._memories.pop(shape, None)
         if memory is None:
-            while len(self._memories) >= KEPT:
+            while self._memories and sum(one.nbytes for one in self._memories.values()) > self._most_kept:
                 self._memories.pop(next(iter(self._memories))).clear()
             memory = self._new_memory(shape)
         self._memories[shape] = memory
