@@ -12,6 +12,10 @@
       kind: none
     ctc:                      the warm start's CTC head beside the LLM, see search.ctc
       weight: 0
+    graphs: auto              buffers of fixed shape, whose passes are CUDA graphs: auto, on a GPU for Llama-type LLMs;
+                              on, also on a CPU, without capture; off, never
+    batch_invariant: true     on a GPU: kernels whose results do not depend on an utterance's neighbours, recordings
+                              encoded one by one; false is faster. On a CPU it changes nothing
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from pam_espnet.search.ctc import CTCOptions
 from pam_espnet.search.drafts import DraftOptions
 from pam_espnet.search.hypothesis import BeamOptions
 
+GRAPHS = ("auto", "on", "off")
 SPARE_TOKENS = 8  # for short clips, in which a word or two and the end token must fit
 
 
@@ -45,13 +50,18 @@ class AnswerOptions:
     exit: ExitOptions = field(default_factory=ExitOptions)
     draft: DraftOptions = field(default_factory=DraftOptions)
     ctc: CTCOptions = field(default_factory=CTCOptions)
+    graphs: str = "auto"
+    batch_invariant: bool = True
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
         check_number(self.no_repeat_ngram, "no_repeat_ngram", at_least=0, whole=True)
         check_number(self.tokens_per_second, "tokens_per_second", at_least=0)
-        if not isinstance(self.task_vocabulary, bool):
-            raise ConfigError(f"task_vocabulary: {self.task_vocabulary!r}; must be true or false")
+        for name in ("task_vocabulary", "batch_invariant"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name}: {value!r}; must be true or false")
+        if self.graphs not in GRAPHS:
+            raise ConfigError(f"graphs: {self.graphs!r}; must be auto, on or off")
         if not isinstance(self.answer_sets, Mapping):
             raise ConfigError(f"answer_sets: {self.answer_sets!r}; must be a mapping of tasks to their answers")
         for task, answers in self.answer_sets.items():
@@ -77,6 +87,8 @@ class AnswerOptions:
             options["exit"] = drop_removed(options["exit"], {"fill": "propagate"}, "exit")
         fields = [key for key in cls.__dataclass_fields__ if key != "beam"]
         own = {key: options[key] for key in fields if options.get(key) is not None}
+        if isinstance(own.get("graphs"), bool):  # YAML 1.1 reads on and off as true and false
+            own["graphs"] = "on" if own["graphs"] else "off"
         beam = {key: value for key, value in options.items() if key not in fields}
         try:
             if "eos_ids" in beam:
