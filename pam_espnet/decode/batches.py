@@ -148,8 +148,7 @@ def read_batches(
         sizes = plan_batches(speech, [prompts[key] for key in keys], [seconds[key] for key in keys])
     if sum(sizes) != len(keys):
         raise DataError(path, f"is about {sum(sizes)} utterances, not {len(keys)}", hint=f"remove it: rm -r {folder}")
-    ends = accumulate(sizes)
-    batches = [list(keys[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
+    batches = split(keys, sizes)
     write(batches)
     return batches, write
 
@@ -157,6 +156,11 @@ def read_batches(
 def cut[T](items: Sequence[T], size: int) -> list[list[T]]:
     """Parts of ``size`` items, the last one of what is left."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def split[T](items: Sequence[T], sizes: Sequence[int]) -> list[list[T]]:
+    """Parts of ``sizes`` items."""
+    return [list(items[end - size : end]) for end, size in zip(accumulate(sizes), sizes, strict=True)]
 
 
 def in_batches[T, R](
