@@ -12,10 +12,9 @@
       kind: none
     ctc:                      the warm start's CTC head beside the LLM, see search.ctc
       weight: 0
-    graphs: auto              buffers of fixed shape, whose passes are CUDA graphs: auto, on a GPU for Llama-type LLMs;
-                              on, also on a CPU, without capture; off, never
-    batch_invariant: true     on a GPU: kernels whose results do not depend on an utterance's neighbours, recordings
-                              encoded one by one; false is faster. On a CPU it changes nothing
+    graphs: auto              the LLM's passes as CUDA graphs, see engine.static: auto (on CUDA, for Llama-type LLMs),
+                              on (also on a CPU, where nothing is gained), off
+    batch_invariant: true     on CUDA: an answer does not depend on its batch; false allows faster products
 """
 
 from __future__ import annotations
@@ -58,10 +57,10 @@ class AnswerOptions:
         check_number(self.no_repeat_ngram, "no_repeat_ngram", at_least=0, whole=True)
         check_number(self.tokens_per_second, "tokens_per_second", at_least=0)
         for name in ("task_vocabulary", "batch_invariant"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ConfigError(f"{name}: {value!r}; must be true or false")
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: {getattr(self, name)!r}; must be true or false")
         if self.graphs not in GRAPHS:
-            raise ConfigError(f"graphs: {self.graphs!r}; must be auto, on or off")
+            raise ConfigError(f"graphs: {self.graphs!r}; choose one of {', '.join(GRAPHS)}")
         if not isinstance(self.answer_sets, Mapping):
             raise ConfigError(f"answer_sets: {self.answer_sets!r}; must be a mapping of tasks to their answers")
         for task, answers in self.answer_sets.items():
@@ -87,7 +86,7 @@ class AnswerOptions:
             options["exit"] = drop_removed(options["exit"], {"fill": "propagate"}, "exit")
         fields = [key for key in cls.__dataclass_fields__ if key != "beam"]
         own = {key: options[key] for key in fields if options.get(key) is not None}
-        if isinstance(own.get("graphs"), bool):  # YAML 1.1 reads on and off as true and false
+        if isinstance(own.get("graphs"), bool):  # YAML reads a bare on or off as true or false
             own["graphs"] = "on" if own["graphs"] else "off"
         beam = {key: value for key, value in options.items() if key not in fields}
         try:

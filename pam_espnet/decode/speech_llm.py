@@ -278,9 +278,9 @@ class SpeechLLM:
         found: list[WholeAnswer | None] = [None] * len(tasks)
         covered = self._ctc_rows(tasks)
         if covered and self.model.ctc is not None:
-            for rows, frames, lengths in self._ctc_inputs(audio, covered):
-                for b, tokens in zip(rows, self.model.ctc.greedy(frames, lengths), strict=True):
-                    found[b] = WholeAnswer(self.engine.indices(tokens))
+            paths = self.model.ctc.greedy(audio.embeddings[covered], audio.lengths[covered], self.encodes_alone)
+            for b, tokens in zip(covered, paths, strict=True):
+                found[b] = WholeAnswer(self.engine.indices(tokens))
         return found
 
     def _ctc_rows(self, tasks: Sequence[str]) -> list[int]:
@@ -290,21 +290,13 @@ class SpeechLLM:
         head, options, covered = self.model.ctc, self.options.ctc, self._ctc_rows(tasks)
         if head is None or options.weight == 0 or not covered:
             return None
-        log_probs: dict[int, np.ndarray] = {}  # (U,C)
-        for rows, frames, lengths in self._ctc_inputs(audio, covered):
-            found = head.log_probs(frames).cpu().numpy()
-            log_probs |= {b: row[:u] for b, row, u in zip(rows, found, lengths.tolist(), strict=True)}
+        lengths = audio.lengths[covered]
+        log_probs = head.log_probs(audio.embeddings[covered], lengths if self.encodes_alone else None)  # (B',U,C)
+        rows = zip(covered, log_probs.cpu().numpy(), lengths.tolist(), strict=True)
         classes = {token: number for number, token in enumerate(head.token_ids.tolist(), start=1)}
         if self.engine.ids is not None:
             classes = {self.engine.index[token]: number for token, number in classes.items()}
-        return CTCScorer(log_probs, classes, self.engine.eos_ids, options)
-
-    def _ctc_inputs(self, audio: AudioEmbeddings, rows: list[int]) -> list[tuple[list[int], Tensor, Tensor]]:
-        """What the CTC head is given at a time: utterances, their embeddings (B,U,D) and lengths (B,)."""
-        embeddings, lengths = audio.embeddings, audio.lengths
-        if not self.encodes_alone:
-            return [(rows, embeddings[rows], lengths[rows])]
-        return [([b], embeddings[b : b + 1, : int(lengths[b])], lengths[b : b + 1]) for b in rows]
+        return CTCScorer({b: row[:length] for b, row, length in rows}, classes, self.engine.eos_ids, options)
 
     def _show(self, on_partial: Callable[[list[PartialAnswer]], None], found: Sequence[Partial]) -> None:
         def shown(utterance: int, best: Hypothesis, done: bool) -> PartialAnswer:
