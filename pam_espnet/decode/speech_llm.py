@@ -171,10 +171,10 @@ class SpeechLLM:
 
     def release(self) -> bool:
         """Free the buffers that the engine keeps from batch to batch; False where it keeps none."""
-        release = getattr(self.engine, "release", None)
-        if release is not None:
-            release()
-        return release is not None
+        engine: Any = self.engine
+        if kept := bool(getattr(engine, "graphs", False)):
+            engine.release()
+        return kept
 
     @torch.no_grad()
     def encode(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> AudioEmbeddings:
