@@ -80,6 +80,16 @@ def add_compute_options(
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0 = torch's choice)")
 
 
+def add_batch_size(parser: argparse.ArgumentParser) -> None:
+    """``--batch_size``, a number or "auto"."""
+
+    def batch_size(text: str) -> int | str:
+        return text if text == "auto" else int(text)
+
+    help_text = "utterances decoded together; auto: on a GPU as many as its memory holds, on a CPU 8 (auto)"
+    parser.add_argument("--batch_size", type=batch_size, default="auto", metavar="N", help=help_text)
+
+
 def compute_device(args: argparse.Namespace) -> str:
     """The torch device of ``--device``, checked; sets the number of CPU threads.
     Raises ConfigError: see ``chosen_device``; a negative number of threads."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pam_espnet.cli import add_compute_options, compute_device, run_main, run_record
+from pam_espnet.cli import add_batch_size, add_compute_options, compute_device, run_main, run_record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, nargs="+", help="formatted data directories, dump/raw/<set>")
     parser.add_argument("--out", required=True, nargs="+", help="for each of them, exp/<tag>/decode_<name>/<set>")
     parser.add_argument("--config", help="YAML of decoding options; see pam_espnet/decode/options.py")
-    parser.add_argument("--batch_size", type=int, default=8, help="utterances decoded together (default: 8)")
+    add_batch_size(parser)
     parser.add_argument(
         "--audio_off", nargs="*", default=[], metavar="OUT", help="for the first of --data: also with the waveform zero"
     )
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from pam_espnet.data.datadir import DataDir
     from pam_espnet.decode.options import AnswerOptions
-    from pam_espnet.decode.shards import DecodeOptions, decode_shard, is_complete, merge_shards
+    from pam_espnet.decode.shards import DecodeOptions, as_begun, decode_shard, is_complete, merge_shards
     from pam_espnet.decode.speech_llm import SpeechLLM
     from pam_espnet.fileio import sha256_file
 
@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs = [(data, out, audio_on) for data, out in zip(args.data, args.out, strict=True)]
     pairs += [(data, out, audio_off) for data, out in zip(args.data, args.audio_off, strict=False)]
     todo = []
-    for data, out, options in pairs:
+    for data, out, given in pairs:
+        options = as_begun(given, out, args.device)
         if is_complete(args.exp, data, out, options, {**search, "dtype": args.dtype}):
             print(f"{out}: already decoded")
         else:

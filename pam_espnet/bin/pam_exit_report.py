@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pam_espnet.cli import add_compute_options, compute_device, run_main, run_record
+from pam_espnet.cli import add_batch_size, add_compute_options, compute_device, run_main, run_record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,11 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, nargs="+", help="candidate blocks, without a calibration")
     parser.add_argument("--sweep", nargs="*", metavar="POINT", help="decode at these points; none: a choice of them")
     parser.add_argument("--out", type=Path, help="directory of the report (default: <exp>/exit_report)")
-    parser.add_argument("--batch_size", type=int, default=8, help="utterances run together (default: 8)")
+    add_batch_size(parser)
     add_compute_options(parser, dtypes=())
     args = parser.parse_args(argv)
     from functools import cache
 
+    from pam_espnet.decode.batches import CPU_BATCH
     from pam_espnet.decode.options import AnswerOptions
     from pam_espnet.decode.shards import DecodeOptions, decoded_of
     from pam_espnet.decode.speech_llm import SpeechLLM
@@ -71,15 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     def load() -> SpeechLLM:
         return SpeechLLM.load(args.exp, options, device, dtype)
 
-    found = profile_sets(
-        args.exp, load, args.data, answers, args.layers or (), args.calibration, search, out, args.batch_size
-    )
+    together = args.batch_size if isinstance(args.batch_size, int) else CPU_BATCH  # all blocks' states are kept
+    found = profile_sets(args.exp, load, args.data, answers, args.layers or (), args.calibration, search, out, together)
     run = run_record("pam_exit_report.py")
     if args.sweep is not None:
         names = args.sweep or default_points(found["layers"], args.calibration is not None)
         points = [parse_point(name, found["layers"], args.calibration) for name in names]
         noted = {**beam, "dtype": dtype}
-        sweep(args.exp, load, args.data, points, out, noted, run, DecodeOptions(args.batch_size))
+        sweep(args.exp, load, args.data, points, out, noted, run, DecodeOptions(args.batch_size), device)
     report = {
         "experiment": args.exp.resolve().name,
         **run,

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pam_espnet.cli import add_compute_options, compute_device, run_main, run_record
+from pam_espnet.cli import add_batch_size, add_compute_options, compute_device, run_main, run_record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--by", choices=("scores", "loss"), default="scores", help="criterion (default: scores)")
     parser.add_argument("--data", type=Path, help="formatted validation set, dump/raw/<set>; needed for scores")
     parser.add_argument("--config", help="YAML with options of decoding (conf/decode.yaml)")
-    parser.add_argument("--batch_size", type=int, default=8, help="utterances decoded together (default: 8)")
+    add_batch_size(parser)
     add_compute_options(parser)
     args = parser.parse_args(argv)
     if args.by == "scores" and not args.data:

@@ -10,8 +10,8 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pam_espnet.data.audio import read_audio
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import Passport
 from pam_espnet.data.tables import write_table
+from pam_espnet.decode.batches import AUTO, CPU_BATCH, in_batches, read_batches
 from pam_espnet.decode.speech_llm import Answer, PartialAnswer, SpeechLLM
 from pam_espnet.errors import CheckpointError, ConfigError, DataError
 from pam_espnet.fileio import MODEL_FILE, check_key, exclusive, read_json, sha256_file, write_json, write_text
@@ -37,7 +38,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak o
 class DecodeOptions:
     """How a data directory is decoded."""
 
-    batch_size: int = 8  # utterances decoded together
+    batch_size: int | str = CPU_BATCH  # utterances decoded together; "auto": as many as fit
     audio: str = "on"  # or "zero": the waveform is set to zero, the control that shows what the audio contributes
     shard: int = 1  # decode the ``shard``-th (from 1) ...
     shards: int = 1  # ... of ``shards`` parts
@@ -46,10 +47,21 @@ class DecodeOptions:
     def __post_init__(self) -> None:
         if self.audio not in ("on", "zero"):
             raise ConfigError(f"audio must be 'on' or 'zero', got {self.audio!r}")
-        check_number(self.batch_size, "batch_size", at_least=1, whole=True)
+        if self.batch_size != AUTO:
+            check_number(self.batch_size, "batch_size", at_least=1, whole=True)
         check_number(self.limit, "limit", at_least=0, whole=True)
         if not 1 <= self.shard <= self.shards:
             raise ConfigError(f"shard {self.shard} of {self.shards}: counts from 1 to the number of shards")
+
+
+def as_begun(options: DecodeOptions, out_dir: str | Path, device: str) -> DecodeOptions:
+    """``options``, where "auto" is what the directory was begun with; in a new one it is a number on a CPU."""
+    if options.batch_size != AUTO:
+        return options
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    key = Path(out_dir) / "key.json"
+    begun = read_json(key)["batch_size"] if key.exists() else AUTO if on_gpu else CPU_BATCH
+    return replace(options, batch_size=begun)
 
 
 def shard_keys(keys: Sequence[str], seconds: dict[str, float], shard: int, shards: int) -> list[str]:
@@ -62,7 +74,7 @@ def decode_shard(model: SpeechLLM, data_dir: str | Path, out_dir: str | Path, op
     """Decode one shard into ``<out_dir>/split<shards>/<shard>/journal.jsonl``, one line per utterance.
 
     A killed run continues with the first batch that is not whole, and decodes it again: batches are the same ones in
-    every run, so that the results are too, to the last digit.
+    every run (those of "auto" are in ``batches.json`` beside it), so that the results are too, to the last digit.
     """
     data = DataDir.load(data_dir)
     passport = Passport.load(data_dir)
@@ -74,37 +86,46 @@ def decode_shard(model: SpeechLLM, data_dir: str | Path, out_dir: str | Path, op
     journal = Path(out_dir) / f"split{options.shards}" / str(options.shard) / JOURNAL
     journal.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(journal.with_name(".lock")):
-        return _decode_into(journal, model, data, keys, options)
+        return _decode_into(journal, model, data, keys, seconds, options)
 
 
-def _decode_into(journal: Path, model: SpeechLLM, data: DataDir, keys: list[str], options: DecodeOptions) -> Path:
+def _decode_into(
+    journal: Path,
+    model: SpeechLLM,
+    data: DataDir,
+    keys: list[str],
+    seconds: Mapping[str, float],
+    options: DecodeOptions,
+) -> Path:
     from tqdm import tqdm
 
+    batches, resized = read_batches(journal.parent, model, keys, data.prompt, seconds, options.batch_size)
     reset_peak_memory(model.device)
     done = set(read_journal(journal))
-    batches = [keys[start : start + options.batch_size] for start in range(0, len(keys), options.batch_size)]
-    todo = [batch for batch in batches if not done.issuperset(batch)]
-    rate = model.model.frontend.sample_rate
+    rate, kept = model.model.frontend.sample_rate, sum(len(batch) for batch in batches if done.issuperset(batch))
     with (
         open(journal, "a", encoding="utf-8") as file,
-        tqdm(total=len(keys), initial=len(keys) - sum(map(len, todo)), desc=data.path.name, unit="utt") as bar,
+        tqdm(total=len(keys), initial=kept, desc=data.path.name, unit="utt") as bar,
     ):
-        for batch in todo:
+        show = _show_steps(bar) if sys.stderr.isatty() else None  # a log file would fill up
+
+        def lines(batch: list[str]) -> str:
+            if done.issuperset(batch):
+                return ""
             waves = [read_wave(data, key, rate) for key in batch]
             if options.audio == "zero":
                 waves = [np.zeros_like(wave) for wave in waves]
+            asked = [data.prompt[key] for key in batch], [data.utt2task[key] for key in batch]
             began = time.perf_counter()
-            answers = model.answer(
-                waves,
-                [data.prompt[key] for key in batch],
-                [data.utt2task[key] for key in batch],
-                on_partial=_show_steps(bar) if sys.stderr.isatty() else None,  # a log file would fill up
-            )
+            answers = model.answer(waves, *asked, on_partial=show)
             wall = time.perf_counter() - began
-            file.write(journal_lines(data, batch, [len(wave) / rate for wave in waves], answers, wall))
+            return journal_lines(data, batch, [len(wave) / rate for wave in waves], answers, wall)
+
+        for batch, text in in_batches(model, batches, lines, resized):
+            file.write(text)
             file.flush()
             bar.set_postfix_str("", refresh=False)
-            bar.update(len(batch))
+            bar.update(len(batch) if text else 0)
     note_machine(journal, model)
     return journal
 

@@ -9,7 +9,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from pam_espnet.config import load_yaml
 from pam_espnet.data.tables import one_line
+from pam_espnet.decode.batches import RESERVE
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.waveforms import as_waveform
 from pam_espnet.engine.engine import make_engine
 from pam_espnet.engine.exits import ExitOptions
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import MODEL_FILE, load_strict, read_trained
-from pam_espnet.frontend.frontend import AudioEmbeddings
+from pam_espnet.frontend.frontend import AudioEmbeddings, join_audio
 from pam_espnet.llm.prompt_layout import answer_ids
 from pam_espnet.model import ESPnetPaMModel, build_model
 from pam_espnet.search.answer_scores import answer_log_probs
@@ -77,6 +78,10 @@ class SpeechLLM:
             made from all, and only the CTC head of ASR was trained.
         int8: round the LLM's weights to 8 bits.
 
+    Attributes:
+        encodes_alone: recordings are encoded one by one. On a GPU a product's last bits depend on how many rows there
+            are: in a batch, on the neighbours.
+
     Raises ConfigError: options that this model cannot follow, such as a task vocabulary without the warm start's
     list of tokens, an answer longer than ``max_new_tokens``, drafts for an LLM that cannot verify them.
     """
@@ -90,6 +95,8 @@ class SpeechLLM:
         int8: bool = False,
     ) -> None:
         self.model, self.options, self.device = model.to(device).eval(), options, device
+        self.on_gpu = device.startswith("cuda")
+        self.encodes_alone = self.on_gpu and options.batch_invariant
         self.vocabulary_tasks = warm_losses
         self.ctc_tasks = {task for task, loss in (warm_losses or {"asr": "ctc"}).items() if loss == "ctc"}
         if options.task_vocabulary and model.ctc is None:
@@ -156,9 +163,26 @@ class SpeechLLM:
             self.model.decoder.prompt_vector(prompt)
         self.engine.take_over()
 
+    @cached_property
+    def free_memory(self) -> int:
+        """Bytes of the GPU for batches, as they were when this was asked for the first time: before the first batch."""
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        return int(free - RESERVE * total)
+
+    def release(self) -> bool:
+        """Free the buffers that the engine keeps from batch to batch; False where it keeps none."""
+        engine: Any = self.engine
+        if kept := bool(getattr(engine, "graphs", False)):
+            engine.release()
+        return kept
+
     @torch.no_grad()
     def encode(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> AudioEmbeddings:
         """Audio embeddings of waveforms, each (N,) float32 at the frontend's sample rate, one prompt for each."""
+        if self.encodes_alone and len(waves) > 1:
+            pairs = zip(waves, prompts, strict=True)
+            return join_audio([self.encode([wave], [prompt]) for wave, prompt in pairs])
         lengths = torch.tensor([len(wave) for wave in waves])
         batch = torch.zeros(len(waves), int(lengths.max()))
         for row, wave in zip(batch, waves, strict=True):
@@ -255,7 +279,7 @@ class SpeechLLM:
         found: list[WholeAnswer | None] = [None] * len(tasks)
         covered = self._ctc_rows(tasks)
         if covered and self.model.ctc is not None:
-            paths = self.model.ctc.greedy(audio.embeddings[covered], audio.lengths[covered])
+            paths = self.model.ctc.greedy(audio.embeddings[covered], audio.lengths[covered], self.encodes_alone)
             for b, tokens in zip(covered, paths, strict=True):
                 found[b] = WholeAnswer(self.engine.indices(tokens))
         return found
@@ -272,7 +296,7 @@ class SpeechLLM:
             class_of = {self.engine.index[token]: number for token, number in class_of.items()}
         width = self.engine.llm.vocab_size if self.engine.ids is None else len(self.engine.ids)
         classes = token_classes(class_of, self.engine.eos_ids, width)
-        log_probs = head.log_probs(audio.embeddings)  # (B,U,C)
+        log_probs = head.log_probs(audio.embeddings, audio.lengths if self.encodes_alone else None)  # (B,U,C)
         return CTCTable.of(log_probs, audio.lengths, torch.tensor(covered), classes, self.options.ctc)
 
     def _show(self, on_partial: Callable[[list[PartialAnswer]], None], found: Sequence[Partial]) -> None:

@@ -23,9 +23,11 @@ import torch
 
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import Passport
+from pam_espnet.decode.batches import in_batches, read_batches
 from pam_espnet.decode.shards import (
     JOURNAL,
     DecodeOptions,
+    as_begun,
     is_complete,
     journal_lines,
     merge_shards,
@@ -134,6 +136,7 @@ def sweep(
     search: Mapping[str, Any],
     run: Mapping[str, Any],
     options: DecodeOptions,
+    device: str = "cpu",
 ) -> None:
     """Decode and score ``data_dirs`` at ``never`` and ``points``; see the module.
 
@@ -141,14 +144,15 @@ def sweep(
         load: gives the model, always the same one, whose options but for the exit are those of every point; not called
             when everything is decoded.
         search, run: options of decoding and precision; command and commit; noted with every directory.
+        device: of the model.
 
     Raises DataError: a decode directory belongs to another checkpoint, other data or other options.
     """
-    out, points = Path(out), [NEVER, *(point for point in points if point != NEVER)]
+    out, given, points = Path(out), options, [NEVER, *(point for point in points if point != NEVER)]
     runners: dict[str, Runner] = {}
     for data_dir in data_dirs:
         name = Path(data_dir).name
-        todo = []
+        todo, options = [], as_begun(given, NEVER.directory(out) / name, device)
         for point in points:
             exits = json.loads(json.dumps(asdict(point.exits)))  # as a file gives it back
             if point.exits.calibration:  # by its contents, not by its name
@@ -183,15 +187,20 @@ def _decode(
     from tqdm import tqdm
 
     data, passport, rate = DataDir.load(data_dir), Passport.load(data_dir), speech.model.frontend.sample_rate
-    keys = shard_keys(data.utterances, {k: passport.utterances[k]["seconds"] for k in data.utterances}, 1, 1)
-    batches = [keys[start : start + options.batch_size] for start in range(0, len(keys), options.batch_size)]
+    seconds = {key: passport.utterances[key]["seconds"] for key in data.utterances}
+    keys = shard_keys(data.utterances, seconds, 1, 1)
+    folder = _journal(NEVER, out, data.path.name).parent  # every point has these batches
+    batches, resized = read_batches(folder, speech, keys, data.prompt, seconds, options.batch_size)
     done = {point.name: set(read_journal(_journal(point, out, data.path.name))) for point in points}
     run = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}"
-    warm = False
-    for number, batch in enumerate(tqdm(batches, desc=f"sweep {data.path.name}", unit="batch")):
+    number, warm = 0, False  # of the batch
+
+    def in_turns(batch: list[str]) -> list[tuple[Point, str, str]]:
+        """Points, in turns, with a line of timing and, where they lack the batch, of the journal."""
+        nonlocal warm
         missing = [point for point in points if not done[point.name].issuperset(batch)]
         if not missing:
-            continue
+            return []
         waves, prompts = [read_wave(data, key, rate) for key in batch], [data.prompt[key] for key in batch]
         asked = (waves, prompts, [data.utt2task[key] for key in batch])
         if not warm:  # what is made once and kept would be charged to the first in turn
@@ -200,17 +209,22 @@ def _decode(
         began = time.perf_counter()
         audio = speech.encode(waves, prompts)
         encoders = time.perf_counter() - began
-        turns = [NEVER, *(point for point in missing if point != NEVER)]
+        turns, found = [NEVER, *(point for point in missing if point != NEVER)], []
         for turn in range(len(turns)):
             point = turns[(turn + number) % len(turns)]
-            answers, seconds = runners[point.name].answer(asked, audio)
-            _append(
-                point.directory(out) / data.path.name / "timing" / f"{run}.jsonl",
-                json.dumps({"batch": number, "utterances": len(batch), "encoders_wall": encoders, **seconds}) + "\n",
-            )
-            if point in missing:
-                lengths, wall = [len(wave) / rate for wave in waves], encoders + seconds["search_wall"]
-                _append(_journal(point, out, data.path.name), journal_lines(data, batch, lengths, answers, wall))
+            answers, times = runners[point.name].answer(asked, audio)
+            timing = {"batch": number, "utterances": len(batch), "encoders_wall": encoders, **times}
+            lengths, wall = [len(wave) / rate for wave in waves], encoders + times["search_wall"]
+            lines = journal_lines(data, batch, lengths, answers, wall) if point in missing else ""
+            found.append((point, json.dumps(timing) + "\n", lines))
+        return found
+
+    turns = in_batches(speech, batches, in_turns, resized)
+    for _, found in tqdm(turns, total=len(batches), desc=f"sweep {data.path.name}", unit="batch"):
+        for point, timing, lines in found:
+            _append(point.directory(out) / data.path.name / "timing" / f"{run}.jsonl", timing)
+            _append(_journal(point, out, data.path.name), lines)
+        number += 1
 
 
 def _append(path: Path, text: str) -> None:

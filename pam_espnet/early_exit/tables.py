@@ -193,7 +193,7 @@ def _made(report: Mapping[str, Any]) -> str:
     if report["calibration"]:
         lines.append(f"- calibration, SHA-256 `{report['calibration']['sha256']}`")
     if report["sweep"]:
-        sizes = sorted({(one["batch_size"], one["threads"]) for one in report["sweep"]})
+        sizes = sorted({(str(one["batch_size"]), one["threads"]) for one in report["sweep"]})
         lines += [f"- sweep: batches of {size}, {threads} thread{'s' * (threads > 1)}" for size, threads in sizes]
         if others := {str(one["commit"]) for one in report["sweep"]} - {str(report["commit"])}:
             lines.append(f"- points decoded at other commits: {', '.join(sorted(others))}")

@@ -36,16 +36,16 @@ class Shape:
 
     @classmethod
     def holding(cls, utterances: int, rows: int, prefix: int, steps: int) -> Shape:
-        """One of few shapes, large enough: sizes between powers of two come in quarters."""
-        return cls(_quarter(utterances, 1), rows, _quarter(prefix, UNIT), _quarter(steps, STEPS))
+        """One of few shapes that is large enough."""
+        return cls(rounded(utterances, 1), rows, rounded(prefix, UNIT), rounded(steps, STEPS))
 
 
 def _up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-def _quarter(number: int, unit: int) -> int:
-    """The next multiple of a quarter of the power of two below ``number``, and of ``unit``."""
+def rounded(number: int, unit: int = 1) -> int:
+    """The next multiple of ``unit``, and of an eighth of the next power of two: few sizes for many numbers."""
     return _up(number, max(unit, 1 << max(0, (number - 1).bit_length() - 3)))
 
 

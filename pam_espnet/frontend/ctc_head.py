@@ -19,6 +19,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 BLANK = 0
 
@@ -47,8 +48,13 @@ class EmbeddingCTC(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self._class_of = {token: i + 1 for i, token in enumerate(token_ids)}
 
-    def log_probs(self, frames: Tensor) -> Tensor:
-        """Log-probabilities (B,U,C) of audio embeddings (B,U,D); class 0 is the blank."""
+    def log_probs(self, frames: Tensor, alone: Tensor | None = None) -> Tensor:
+        """Log-probabilities (B,U,C) of audio embeddings (B,U,D); class 0 is the blank. ``alone``: lengths (B,), where
+        each utterance is computed by itself, zeros behind it: on a GPU the rounding of a product depends on all rows.
+        """
+        if alone is not None:
+            rows = [self.log_probs(row[None, :u])[0] for row, u in zip(frames, alone.tolist(), strict=True)]
+            return pad_sequence(rows, batch_first=True)
         classes = torch.cat([F.normalize(self.blank, dim=0)[None], self.rows])
         cosine = F.normalize(frames.float(), dim=-1) @ classes.T
         return torch.log_softmax(cosine / self.log_temperature.exp(), dim=-1)
@@ -118,9 +124,9 @@ class EmbeddingCTC(nn.Module):
         return [set(self.token_ids[indices].tolist()) for indices in best]
 
     @torch.no_grad()
-    def greedy(self, frames: Tensor, lengths: Tensor) -> list[list[int]]:
-        """Best-path decoding: token ids of each utterance (B lists)."""
-        best = self.log_probs(frames).argmax(dim=-1)
+    def greedy(self, frames: Tensor, lengths: Tensor, alone: bool = False) -> list[list[int]]:
+        """Best-path decoding: token ids of each utterance (B lists); ``alone``: see ``log_probs``."""
+        best = self.log_probs(frames, lengths if alone else None).argmax(dim=-1)
         answers = []
         for row, length in zip(best, lengths.tolist(), strict=True):
             collapsed = torch.unique_consecutive(row[:length])

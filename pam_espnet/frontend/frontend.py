@@ -28,7 +28,7 @@ from pam_espnet.frontend.encoder_spec import EncoderSpec
 from pam_espnet.frontend.encoders.base import AbsEncoder, padding_mask
 from pam_espnet.frontend.encoders.registry import build_encoder, encoder_target
 from pam_espnet.frontend.fusion.registry import build_fusion
-from pam_espnet.frontend.fusion.routing import Routing, keep_encoder, skip_encoders
+from pam_espnet.frontend.fusion.routing import Routing, join_routing, keep_encoder, skip_encoders
 from pam_espnet.frontend.masking import MaskOptions, draw_spans, hide
 
 Hidden = tuple[Tensor, Tensor]  # hidden states (B,H,T,D) and frames (B,)
@@ -41,6 +41,14 @@ class AudioEmbeddings:
     embeddings: Tensor  # (B,U,D), zero beyond each utterance's length
     lengths: Tensor  # (B,) frames
     routing: Routing
+
+
+def join_audio(parts: Sequence[AudioEmbeddings]) -> AudioEmbeddings:
+    """One batch of several, padded to the longest."""
+    longest = max(part.embeddings.shape[1] for part in parts)  # U
+    padded = [nn.functional.pad(part.embeddings, (0, 0, 0, longest - part.embeddings.shape[1])) for part in parts]
+    lengths = torch.cat([part.lengths for part in parts])
+    return AudioEmbeddings(torch.cat(padded), lengths, join_routing([part.routing for part in parts]))
 
 
 class PaMFrontend(AbsFrontend):

@@ -290,7 +290,9 @@ def choose_dtype(name: str) -> torch.dtype:
     if name not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', not {name!r}")
     if name == "auto":
-        on_gpu = torch.cuda.is_available()
-        native = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu.get_capabilities().get("avx512_bf16", False)
+        if torch.cuda.is_available():
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = torch.cpu.get_capabilities().get("avx512_bf16", False)
         name = "bfloat16" if native else "float32"
     return getattr(torch, name)

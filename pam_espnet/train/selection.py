@@ -24,7 +24,7 @@ from typing import Any
 from pam_espnet.config import load_yaml
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.decode.options import AnswerOptions
-from pam_espnet.decode.shards import DecodeOptions, decode_shard, is_complete, merge_shards
+from pam_espnet.decode.shards import DecodeOptions, as_begun, decode_shard, is_complete, merge_shards
 from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.errors import CheckpointError, DataError
 from pam_espnet.fileio import MODEL_FILE, write_json, write_text
@@ -112,9 +112,10 @@ def select_by_scores(
         export_state(exp_dir / f"{epoch}epoch.pth", folder / MODEL_FILE)
         shutil.copyfile(exp_dir / "config.yaml", folder / "config.yaml")
         out = folder / data_dir.name
-        if not is_complete(folder, data_dir, out, options, {**search, "dtype": dtype}):
-            decode_shard(SpeechLLM.load(folder, answers, device, dtype), data_dir, out, options)
-            merge_shards(data_dir, out, options, run)
+        own = as_begun(options, out, device)
+        if not is_complete(folder, data_dir, out, own, {**search, "dtype": dtype}):
+            decode_shard(SpeechLLM.load(folder, answers, device, dtype), data_dir, out, own)
+            merge_shards(data_dir, out, own, run)
             gc.collect()  # modules refer to themselves; two models may not fit on a GPU
         entries.append(
             {"epoch": epoch, "loss_answer": losses.get(epoch), **summarise(score_directory(out, data_dir))}

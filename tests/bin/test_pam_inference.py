@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from pam_espnet.bin.pam_inference import main
+from pam_espnet.bin.pam_inference import answer_all, main
+from pam_espnet.config import load_yaml
 from pam_espnet.data.tasks import TASKS
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.speech_llm import PartialAnswer, SpeechLLM
@@ -63,6 +66,88 @@ def test_several_recordings(
         assert one["seconds_audio"] == 0.8 and one["prompt"] == TASKS["count"].default_prompt
         assert one["hypotheses"][0]["text"] == one["answer"]
         assert set(one["answer_log_probs"]) == {"0", "1"} and set(one["routing"]["encoders"]) == {"one", "two"}
+
+
+@pytest.mark.parametrize("holds", [99, 2])
+def test_a_gpu_answers_several_recordings_together(
+    exp: Path,
+    tone: Callable[..., np.ndarray],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    holds: int,
+) -> None:
+    """The same lines in the same order; ``holds``: recordings for which the GPU has memory."""
+    wavs = [str(tmp_path / f"{index}.wav") for index in range(5)]
+    for index, wav in enumerate(wavs):
+        soundfile.write(wav, tone(0.5 + 0.1 * (index % 3), 300 + 100 * index) * (index != 3), 16000)  # one is silent
+    options = [*wavs, "--model", str(exp), "--config", str(exp / "decode.yaml"), "--prompt", PROMPT, "--device", "cpu"]
+    assert main(options) == 1
+    expected, tried = capsys.readouterr(), []
+    model = SpeechLLM.load(exp, AnswerOptions.from_dict(load_yaml(exp / "decode.yaml")))
+    answer = model.answer
+
+    def limited(waves: list[np.ndarray], *args: Any, **more: Any) -> Any:
+        tried.append(len(waves))
+        if len(waves) > holds:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+        return answer(waves, *args, **more)
+
+    monkeypatch.setattr(model, "answer", limited)
+    monkeypatch.setattr(model, "on_gpu", True)
+    model.__dict__["free_memory"] = 1 << 40
+    monkeypatch.setattr("pam_espnet.bin.pam_inference.load_model", lambda args: model)
+    assert main(options) == 1
+    found = capsys.readouterr()
+    assert tried == ([4] if holds == 99 else [4, 2, 2])
+    assert found.out == expected.out and len(found.out.splitlines()) == 4
+    assert "3.wav: digital silence" in found.err
+
+
+def test_a_wrong_question_about_one_costs_no_other_its_answer(
+    exp: Path, wave: np.ndarray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where a batch is refused, its recordings are answered alone."""
+    wavs = [str(tmp_path / f"{index}.wav") for index in range(3)]
+    for index, wav in enumerate(wavs):
+        soundfile.write(wav, wave[: 12000 - 1000 * index], 16000)
+    model = SpeechLLM.load(exp, AnswerOptions(BeamOptions(beam_size=2, max_new_tokens=6)))
+    answer = model.answer
+
+    def picky(waves: list[np.ndarray], *args: Any, **more: Any) -> Any:
+        if 11000 in map(len, waves):
+            raise ConfigError("not this one")
+        return answer(waves, *args, **more)
+
+    monkeypatch.setattr(model, "answer", picky)
+    found = answer_all(model, wavs, PROMPT, None, 30.0, None)
+    assert [isinstance(one, ConfigError) for one in found] == [False, True, False]
+    assert [one["seconds_audio"] for one in found if isinstance(one, dict)] == [0.75, 0.625]
+
+
+def test_a_bar_where_there_are_several_on_a_terminal(
+    exp: Path, wave: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("pam_espnet.bin.pam_inference.REFRESH", 0.0)
+    soundfile.write(tmp_path / "a.wav", wave, 16000)
+    wavs = [str(tmp_path / "a.wav")] * 2
+    assert main([*wavs, "--model", str(exp), "--config", str(exp / "decode.yaml"), "--prompt", PROMPT]) == 0
+    out, err = capsys.readouterr()
+    answers = {line.partition("\t")[2] for line in out.splitlines()}
+    assert len(out.splitlines()) == 2 and len(answers) == 1 and "\r" not in out
+    assert "1/2" in err and answers.pop()[:3] in err
+
+
+def test_log_lines_go_to_standard_error(exp: Path, wave: np.ndarray, tmp_path: Path) -> None:
+    """What takes its time before the first answer is logged; standard output is the answer alone."""
+    soundfile.write(tmp_path / "a.wav", wave, 16000)
+    words = [str(tmp_path / "a.wav"), "--model", str(exp), "--config", str(exp / "decode.yaml"), "--task", "count"]
+    command = [sys.executable, "-m", "pam_espnet.bin.pam_inference", *words]
+    path = os.pathsep.join([*sys.path, str(Path(__file__).parents[1] / "kit")])
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.stdout in ("0\n", "1\n")
+    assert " INFO loaded " in done.stderr
 
 
 def test_models_are_named_one_by_one(

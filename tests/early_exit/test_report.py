@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +17,15 @@ from pam_espnet.bin.pam_decode import main as decode
 from pam_espnet.bin.pam_exit_report import main as report
 from pam_espnet.config import write_config
 from pam_espnet.data.datadir import DataDir
+from pam_espnet.data.tables import read_table
+from pam_espnet.decode import speech_llm
 from pam_espnet.decode.options import AnswerOptions
+from pam_espnet.decode.shards import DecodeOptions
 from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.early_exit.fitting import CostModel, Judgement, outcome
 from pam_espnet.early_exit.profile import Profile, oracle, profile, summarise
 from pam_espnet.early_exit.states import reference_answers
-from pam_espnet.early_exit.sweep import parse_point, read_timing
+from pam_espnet.early_exit.sweep import parse_point, read_timing, sweep
 from pam_espnet.engine.calibration import Calibration
 from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.fileio import read_json, save_trained, write_json
@@ -238,6 +243,32 @@ def test_the_command_line_from_end_to_end(exp: Path, data: Path, tmp_path: Path)
     entries = {(one["task"], one["point"]): one for one in read_json(out / "exit_report.json")["sweep"]}
     timing = entries["asr", "gate"]["timing"]
     assert timing["runs"] == 2 and timing["batches"] == 3
+
+
+def test_batches_by_memory_are_the_same_for_every_point(
+    exp: Path, speech: SpeechLLM, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tried, search = copy.copy(speech), [], speech_llm.beam_search
+    model.on_gpu, model.__dict__["free_memory"] = True, 1 << 40
+
+    def limited(engine: Any, prefix: Any, *args: Any) -> Any:
+        tried.append(len(prefix))
+        if len(prefix) > 7 and len(tried) % 2 == 0:  # the first point has memory for it, the second has not
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+        return search(engine, prefix, *args)
+
+    monkeypatch.setattr(speech_llm, "beam_search", limited)
+    points = [parse_point(name, (1, 2), None) for name in ("fixed:1", "fixed:2")]
+    sweep(exp, lambda: model, [data], points[:1], tmp_path, {}, {"commit": None}, DecodeOptions("auto"), "cuda")
+    assert tried == [12, 12, 6, 6, 6, 6]  # the first one is not counted in any time
+    sweep(exp, lambda: model, [data], points, tmp_path, {}, {"commit": None}, DecodeOptions("auto"), "cuda")
+    assert tried[6:] == [6, 6, 6, 6, 6]
+    assert read_json(tmp_path / "decode_never/test/split1/1/batches.json") == {"sizes": [6, 6]}
+    own, never = tmp_path / "decode_fixed_1/test", tmp_path / "decode_never/test"
+    assert read_json(own / "key.json")["batch_size"] == read_json(own / "stats.json")["batch_size"] == "auto"
+    timing = read_timing(own, never)
+    assert timing is not None and (timing["batches"], timing["runs"]) == (2, 1)
+    assert len(read_table(own / "text")) == len(read_table(tmp_path / "decode_fixed_2/test/text")) == 12
 
 
 def test_reference_answers_and_layers_of_ones_own(exp: Path, data: Path, tmp_path: Path) -> None:

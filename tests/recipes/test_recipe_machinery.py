@@ -100,6 +100,17 @@ def test_a_range_of_stages_prints_only_those() -> None:
     assert "stage 4 " in done.stdout and "stage 3 " not in done.stdout and "stage 5 " not in done.stdout
 
 
+def test_decoding_on_gpus_is_one_process_each_in_bfloat16() -> None:
+    for given, jobs, dtype in (([], 3, "float32"), (["--ngpu", "2"], 2, "bfloat16"), (["--ngpu", "1"], 1, "bfloat16")):
+        done = call(RECIPES[0], "--dry_run", "true", "--stage", "4", "--stop_stage", "4", "--nj", "3", *given)
+        gpu = "--gpu 1 " if given else ""
+        assert f"utils/run.py {gpu}--max-jobs-run {jobs} JOB=1:{jobs} " in done.stdout
+        assert f"--batch_size auto --dtype {dtype} --device {'cuda' if given else 'cpu'}" in done.stdout
+    more = ["--ngpu", "2", "--decode_nj", "8", "--decode_dtype", "float32", "--batch_size", "4"]
+    done = call(RECIPES[0], "--dry_run", "true", "--stage", "4", "--stop_stage", "4", *more)
+    assert "JOB=1:8 " in done.stdout and "--batch_size 4 --dtype float32" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -109,6 +120,8 @@ def test_a_range_of_stages_prints_only_those() -> None:
         (["--fusoin", "pam"], "--fusion"),
         (["--dry_run", "maybe"], "true or false"),
         (["--select", "luck"], "loss or scores"),
+        (["--batch_size", "0"], "number from 1 or auto"),
+        (["--decode_nj", "0"], "at least 1"),
         (["extra"], "extra"),
     ],
 )

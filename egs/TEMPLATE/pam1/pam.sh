@@ -49,12 +49,13 @@ valid_set       NAME     dev        validation set
 test_sets       NAMES    'test_asr test_count test_caption'  separated by blanks
 max_seconds     S        30         longer utterances are skipped, and listed
 nj              N        ${nj}          parallel processes where work is split: the cores, at most 8
-ngpu            N        0          GPUs for training; 0 = CPU
+ngpu            N        0          GPUs for training, and for decoding; 0 = CPU
 cmd             NAME     ${PAM_CMD:-local}      where jobs of stages 3 and 4 run: local, slurm (cmd.sh; \$PAM_CMD)
-decode_nj       N        ''         processes that decode, each with the whole model; empty: --nj, and with --ngpu one,
-                                    each with a GPU
-batch_size      N        8          utterances decoded together
-decode_dtype    NAME     float32    precision of the LLM in decoding: float32, bfloat16, or int8 (on x86 CPUs)
+decode_nj       N        ''         processes that decode, each with the whole model; empty: --nj, and on GPUs --ngpu,
+                                    each with one GPU
+batch_size      SIZE     auto       utterances decoded together; auto: on a GPU as many as its memory holds, on a CPU 8
+decode_dtype    NAME     ''         precision of the LLM in decoding: float32, bfloat16, or int8 (on x86 CPUs); empty:
+                                    float32, on a GPU bfloat16
 ${data_options:+
 Options of the data of this recipe; relative paths start at its folder${data_options}}"
 # shellcheck source=utils/parse_options.sh
@@ -63,8 +64,13 @@ Options of the data of this recipe; relative paths start at its folder${data_opt
 # shellcheck source=egs/TEMPLATE/pam1/stages.sh
 . "${template}/stages.sh"
 [ $# -eq 0 ] || fail "unexpected word '$1'" "  -> options look like --stage 1; --help lists them"
-[ -n "${decode_nj}" ] || { [ "${ngpu}" = 0 ] && decode_nj=${nj}; } || decode_nj=1
-((nj > 0 && decode_nj > 0 && batch_size > 0)) || fail "--nj, --decode_nj and --batch_size must be at least 1"
+if ((ngpu > 0)); then
+    device=cuda decode_nj=${decode_nj:-${ngpu}} decode_dtype=${decode_dtype:-bfloat16}
+else
+    device=cpu decode_nj=${decode_nj:-${nj}} decode_dtype=${decode_dtype:-float32}
+fi
+((nj > 0 && decode_nj > 0)) || fail "--nj and --decode_nj must be at least 1"
+[[ ${batch_size} =~ ^(auto|[1-9][0-9]*)$ ]] || fail "--batch_size takes a number from 1 or auto, not '${batch_size}'"
 [[ ${select} =~ ^(loss|scores)$ ]] || fail "--select takes loss or scores, not '${select}'"
 [ -d conf ] || fail "no conf/ here: call pam.sh through the run.sh of a recipe"
 
@@ -88,8 +94,6 @@ tag=${tag:-${fusion}_${size}}
 data=data/${size}
 raw=dump/${size}/raw
 exp=exp/${tag}
-device=cpu
-((ngpu == 0)) || device=cuda
 
 if [ "${dry_run}" = false ]; then
     # shellcheck source=egs/TEMPLATE/pam1/path.sh

@@ -6,6 +6,7 @@ Dimension letters: B utterances, M encoders, E experts, H layers.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,18 @@ def keep_encoder(routing: Routing, index: int) -> Routing:
     chosen = routing.layer_weights[index]
     weights[index] = chosen / chosen.sum(dim=1, keepdim=True).clamp_min(1e-20)
     return dataclasses.replace(routing, layer_weights=weights)
+
+
+def join_routing(parts: Sequence[Routing]) -> Routing:
+    """The utterances of ``parts``, one after the other."""
+    logits = [part.expert_logits for part in parts if part.expert_logits is not None]
+    return Routing(
+        expert_logits=torch.cat(logits) if logits else None,
+        expert_probs=torch.cat([part.expert_probs for part in parts]),
+        expert=torch.cat([part.expert for part in parts]),
+        gate=torch.cat([part.gate for part in parts]),
+        layer_weights=[torch.cat(weights) for weights in zip(*(part.layer_weights for part in parts), strict=True)],
+    )
 
 
 def router_loss(routing: Routing, task_index: Tensor) -> Tensor:
