@@ -96,6 +96,8 @@ class SpeechLLM:
     ) -> None:
         self.model, self.options, self.device = model.to(device).eval(), options, device
         self.on_gpu = device.startswith("cuda")
+        if self.on_gpu and torch.device(device).index is not None:  # kernels are launched on the current device
+            torch.cuda.set_device(device)
         self.encodes_alone = self.on_gpu and options.batch_invariant
         self.vocabulary_tasks = warm_losses
         self.ctc_tasks = {task for task, loss in (warm_losses or {"asr": "ctc"}).items() if loss == "ctc"}
@@ -172,10 +174,8 @@ class SpeechLLM:
 
     def release(self) -> bool:
         """Free the buffers that the engine keeps from batch to batch; False where it keeps none."""
-        engine: Any = self.engine
-        if kept := bool(getattr(engine, "graphs", False)):
-            engine.release()
-        return kept
+        self.engine.release()
+        return self.engine.graphs
 
     @torch.no_grad()
     def encode(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> AudioEmbeddings:

@@ -10,8 +10,6 @@ A attention heads, E size of a head.
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -107,12 +105,8 @@ class StaticEngine(LlamaEngine):
         """``function`` as a graph that stays with ``memory``; it is run a few times when it is first asked for."""
         key = (name, self.exits, self.prefix_rows)
         if key not in memory.graphs:
-            began = time.perf_counter()
             with memory.kept():
                 memory.graphs[key] = self._graphs.capture(function)
-            if self._graphs.on:
-                seconds = time.perf_counter() - began
-                logging.info(f"decoding: captured {name} for {memory.shape} in {seconds:.1f} s")
         return memory.graphs[key]
 
     def prefix_pass(

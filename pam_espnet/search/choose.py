@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pam_espnet.engine.ops import Ops
 from pam_espnet.engine.static_memory import Memory
@@ -98,6 +99,8 @@ class Board:
         """Record the candidates of each utterance from logits (B*rows,V); the best that do not end are read next."""
         memory, count, size = self.memory, self.memory.shape.utterances, self.memory.shape.rows
         values, tokens = self._continuations(logits, rows)  # (B*rows,C')
+        if (missing := self.candidates - rows * values.shape[1]) > 0:  # a small vocabulary
+            values, tokens = F.pad(values, (0, missing), value=-torch.inf), F.pad(tokens, (0, missing))
         sums = (self.scores[:, :rows, None] + values.view(count, rows, -1).double()).flatten(1)  # (B,rows*C')
         if self.ctc is not None:  # what it makes of rows without a hypothesis may be no number
             sums = sums.masked_fill(

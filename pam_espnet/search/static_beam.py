@@ -8,6 +8,8 @@ B utterances, K hypotheses of each, P prefix positions, D width, C candidates of
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -125,8 +127,15 @@ def _passes(
         board.ctc.load(ctc)
     board.begin(options)
     memory.begin(chained=False)
+    graphs, began = len(memory.graphs), time.perf_counter()
     first = engine.prefix_pass(memory, name, board.first)
     step = engine.step_pass(memory, name, board.following)
+    if len(memory.graphs) > graphs:
+        shape, seconds = memory.shape, time.perf_counter() - began
+        logging.info(
+            f"decoding: graphs for {shape.utterances} x {shape.rows} hypotheses, {shape.prefix} positions and "
+            f"{shape.steps} steps made in {seconds:.1f} s"
+        )
     board.begin(options)
     return board, records, first, step
 
