@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+HOST = ("cpu",)  # types of devices whose memory is the host's
+
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on ``device``; on a CPU the same memory."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)  # from other memory the host would wait
+    if device.type in HOST:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)  # from memory that is not pinned the host would wait
 
 
 def upload(device: torch.device, *numbers: Sequence[int] | np.ndarray) -> Sequence[Tensor]:
@@ -29,6 +31,8 @@ def upload(device: torch.device, *numbers: Sequence[int] | np.ndarray) -> Sequen
 
 def download(values: Tensor, *indices: Tensor) -> list[Any]:
     """float32 ``values`` and ``indices`` below 2^31, of any shapes, as (nested) lists; all in one transfer."""
+    if values.device.type in HOST:
+        return [one.tolist() for one in (values, *indices)]
     tensors = [values.contiguous().view(torch.int32), *(one.int() for one in indices)]
     parts = torch.cat([one.flatten() for one in tensors]).cpu().split([one.numel() for one in tensors])
     first, *rest = (part.view(one.shape) for part, one in zip(parts, tensors, strict=True))

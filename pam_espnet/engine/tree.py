@@ -85,6 +85,7 @@ class Tree:
         self.keys, self.values, self.groups, self.scale = keys, values, groups, scale
         self.prefix_slots = prefix_slots
         self.utterance = np.asarray(utterance)
+        self._ranks = _ranks(self.utterance)
         self.positions = np.asarray(lengths) - 1  # (R,) of the last token
         self.slots = self.positions  # (R,) of the last token
         self.visible = np.arange(prefix_slots) <= self.positions[:, None]  # (R,S) bool
@@ -103,7 +104,7 @@ class Tree:
         """
         order = np.asarray(rows)
         self.visible, self.positions, owners = self.visible[order], self.positions[order], self.utterance[order]
-        first, sizes, _ = _ranks(owners)
+        first, sizes, _ = self._ranks = _ranks(owners)
         kept = owners[first]
         self.utterance = np.repeat(np.arange(len(kept)), sizes)
         if not np.array_equal(kept, np.arange(len(self.keys[0]))):
@@ -113,24 +114,30 @@ class Tree:
 
     def append(self, chained: Sequence[int] | None = None) -> Front:
         """A slot for one more token of every row; ``chained`` as in ``LlamaEngine.step``."""
-        _, sizes, rank = _ranks(self.utterance)
-        before = np.zeros_like(rank) if chained is None else np.asarray(chained)
-        self.slots = self.used + rank
+        _, sizes, rank = self._ranks
         column = np.arange(sizes.max())
-        own = (column >= (rank - before)[:, None]) & (column <= rank[:, None])
+        own = column == rank[:, None]
+        self.slots, self.positions = self.used + rank, self.positions + 1
+        if chained is not None:
+            before = np.asarray(chained)
+            own |= (column >= (rank - before)[:, None]) & (column < rank[:, None])
+            self.positions = self.positions + before
         self.visible = np.concatenate([self.visible, own], axis=1)
-        self.positions = self.positions + 1 + before
         if self.used > (have := self.keys[0].shape[2]):
             more = max(self.used, int(GROWTH * have)) - have
             self._move(lambda memory: F.pad(memory, (0, 0, 0, more)))
         self.depths = [len(self.keys)] * len(rank)
-        return self.front(np.arange(len(rank)))
+        return self._front(np.arange(len(rank)), self.utterance, *self._ranks)
 
     def front(self, rows: np.ndarray) -> Front:
         """``rows`` (N,), at least one, in the blocks, with all that their attention needs."""
-        count, device, utterance = len(self.keys[0]), self.keys[0].device, self.utterance[rows]
-        first, sizes, rank = _ranks(utterance)
-        most = int(sizes.max())
+        utterance = self.utterance[rows]
+        return self._front(rows, utterance, *_ranks(utterance))
+
+    def _front(
+        self, rows: np.ndarray, utterance: np.ndarray, first: np.ndarray, sizes: np.ndarray, rank: np.ndarray
+    ) -> Front:
+        count, device, most = len(self.keys[0]), self.keys[0].device, int(sizes.max())
         cell = utterance * most + rank
         hidden = np.ones((count * most, -(-self.used // ALIGNED) * ALIGNED), dtype=bool)
         hidden[:, 0] = False  # cells without a row see something, or their softmax would divide by zero
@@ -164,7 +171,7 @@ class Tree:
         behind = self.used - self.prefix_slots
         if behind < 64:
             return
-        live = np.logical_or.reduceat(self.visible, _ranks(self.utterance)[0])  # (B,S)
+        live = np.logical_or.reduceat(self.visible, self._ranks[0])  # (B,S)
         live[:, : self.prefix_slots] = True
         most = int(live.sum(axis=1).max())
         if DEAD * (most - self.prefix_slots) > behind:
@@ -183,6 +190,6 @@ class Tree:
 
 def _ranks(utterance: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of rows (N,), those of an utterance neighbours: where each utterance begins, its size, each row's rank in it."""
-    first = np.flatnonzero(np.diff(utterance, prepend=-1))
-    sizes = np.diff(first, append=len(utterance))
+    edges = np.concatenate([[0], np.flatnonzero(utterance[1:] != utterance[:-1]) + 1, [len(utterance)]])
+    first, sizes = edges[:-1], edges[1:] - edges[:-1]
     return first, sizes, np.arange(len(utterance)) - np.repeat(first, sizes)
