@@ -6,8 +6,9 @@
     state.select(rows)                          # beams fork, end, are re-ordered
     logits = engine.step(tokens, state)
 
-Llama-type LLMs run in ``engine.llama``, any other causal LLM through transformers and its cache, below; another
-implementation is another subclass. Both give the same logits up to rounding.
+Llama-type LLMs run in ``engine.llama``, on CUDA in ``engine.static``, which captures its passes as graphs; any other
+causal LLM runs through transformers and its cache, below. Another implementation is another subclass. All give the
+same logits up to rounding.
 
 The output layer can be cut to a vocabulary, for tasks whose answers use few token types: probabilities are normalised
 over what is left, as transformers' ``suppress_tokens`` with ``renormalize_logits`` does, and the search works with
