@@ -263,7 +263,7 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _product(
     x, weight, found, rows, outputs, inputs,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
@@ -305,7 +305,7 @@ def _rounded(values, bias, row, rows, width, at, inside, kind: tl.constexpr, PAR
     return found.to(kind).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add_norm(
     x, found, values, bias, weight, eps, rows, width, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -323,7 +323,7 @@ def _add_norm(
     tl.store(found + row * width + at, (value * scale * factor).to(kind), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _gate(values, bias, found, rows, width, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -335,7 +335,7 @@ def _gate(values, bias, found, rows, width, PARTS: tl.constexpr, BLOCK: tl.const
     tl.store(found + row * width + at, (gate * up).to(kind), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _turn_write(
     sums, bias, q_norm, k_norm, cos, sin, positions, utterance, slots, query, keys, values,
     of_utterance, of_head, of_slot, eps, rows,
@@ -378,7 +378,7 @@ def _turn_write(
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "splits"])
 def _attend(
     query, keys, values, visible, found, tops, sums, lengths, first, used, scale, slots, splits,
     of_utterance, of_head, of_slot,
@@ -419,7 +419,7 @@ def _attend(
         tl.store(tops + target, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge(
     found, tops, sums, out, splits,
     K: tl.constexpr, G: tl.constexpr, J: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,

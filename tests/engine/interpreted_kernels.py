@@ -57,6 +57,23 @@ def test_products(outputs: int, inputs: int, bias: bool, many: bool, monkeypatch
             monkeypatch.undo()
 
 
+def test_cublas_is_tried_once_per_shape_and_refused_where_rows_depend_on_their_index(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried = []
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        tried.append(len(x))
+        return x @ weight.t() + torch.arange(len(x))[:, None] * 1e-3
+
+    steady, moved = layer_of(6, 20, False).weight, layer_of(7, 20, False).weight
+    assert kernels.cublas_holds(steady, None)
+    monkeypatch.setattr(kernels, "_product_of_prefixes", product)
+    assert kernels.cublas_holds(steady, None) and not tried
+    assert not kernels.cublas_holds(moved, None) and not kernels.cublas_holds(moved, None)
+    assert tried == [1024, 1024, 1024]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_logits(bias: bool) -> None:
     layer = layer_of(150, 520, bias)
