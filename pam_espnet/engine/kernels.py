@@ -102,12 +102,13 @@ class Kernels(Ops):
         values: Tensor,
     ) -> Tensor:
         """See ``Ops``."""
-        shape, (parts, rows, _) = block.shape, sums.values.shape
-        query = keys.new_empty(rows, shape.heads, shape.head)
+        shape, (parts, rows, width) = block.shape, sums.values.shape
+        heads = width // shape.head  # queries', keys' and values'
+        query = keys.new_empty(rows, heads - 2 * shape.kv_heads, shape.head)
         assert keys.stride() == values.stride() and keys.stride(3) == 1
-        _turn_write[(rows, shape.heads + 2 * shape.kv_heads)](
+        _turn_write[(rows, heads)](
             sums.values, sums.bias, block.q_norm, block.k_norm, cos, sin, positions, utterance, slots, query, keys,
-            values, *keys.stride()[:3], shape.eps, rows, A=shape.heads, J=shape.kv_heads, E=shape.head, PARTS=parts,
+            values, *keys.stride()[:3], shape.eps, rows, A=query.shape[1], J=shape.kv_heads, E=shape.head, PARTS=parts,
             BLOCK=triton.next_power_of_2(shape.head // 2), num_warps=1,
         )  # fmt: skip
         return query

@@ -124,9 +124,19 @@ def test_turn_write(heads: int, kv_heads: int, head: int, norms: bool, bias: boo
     where = (torch.randint(0, 50, (rows,)), torch.arange(3).repeat_interleave(2), torch.randperm(20)[:rows])
     ours = torch.randn(2, 3, kv_heads, 20, head)
     theirs = ours.clone()
-    found = OURS.turn_write(sums, block, angles.cos(), angles.sin(), *where, *ours)
-    expected = THEIRS.turn_write(total(sums), block, angles.cos(), angles.sin(), *where, *theirs)  # type: ignore[arg-type]
+    tables = angles.cos(), angles.sin(), *where
+    found = OURS.turn_write(sums, block, *tables, *ours)
+    expected = THEIRS.turn_write(total(sums), block, *tables, *theirs)  # type: ignore[arg-type]
     assert close(found, expected) and close(ours, theirs)
+    # of keys and values alone, as where early exit has skipped a block
+    kept = Parts(
+        sums.values[..., heads * head :].contiguous(),
+        None if sums.bias is None else sums.bias[heads * head :].contiguous(),
+        torch.float32,
+    )
+    again = torch.zeros_like(ours)
+    assert OURS.turn_write(kept, block, *tables, *again).shape == (rows, 0, head)
+    assert close(again[:, where[1], :, where[2]], ours[:, where[1], :, where[2]])
 
 
 def memory_of(count: int, size: int, kv_heads: int, head: int, prefix: int, steps: int) -> tuple[Tensor, ...]:
