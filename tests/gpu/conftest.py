@@ -22,13 +22,13 @@ HERE = Path(__file__).resolve().parent
 ON_CPU = os.environ.get("PAM_GPU_TESTS_ON_CPU") == "1" and not torch.cuda.is_available()
 BEGAN = time.monotonic()
 # most telling first
-ORDER = ("test_equality", "test_invariance", "test_kernels", "test_syncs", "test_memory", "test_options", "test_frontend")
+NAMES = ("equality", "invariance", "kernels", "syncs", "memory", "options", "frontend")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files of this folder in their order; what is needed for one test alone comes last."""
     own = [item for item in items if HERE in item.path.parents]
-    own.sort(key=lambda item: (ORDER.index(item.path.stem), item.get_closest_marker("slow") is not None))
+    own.sort(key=lambda item: (NAMES.index(item.path.stem.removeprefix("test_")), item.get_closest_marker("slow") is not None))
     places = iter(own)
     items[:] = [next(places) if HERE in item.path.parents else item for item in items]
 

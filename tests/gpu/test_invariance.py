@@ -107,7 +107,8 @@ def test_nor_with_early_exit(qwen: Batch, device: str, tmp_path: Path, mode: str
     layers = tuple(range(1, llm.num_layers))
     options: dict[str, Any] = {"layers": layers}
     if mode == "gate":
-        gates = 3 * llm.width**-0.5 * torch.randn(len(layers), llm.width + 1, generator=torch.Generator().manual_seed(2))
+        generator = torch.Generator().manual_seed(2)
+        gates = 3 * llm.width**-0.5 * torch.randn(len(layers), llm.width + 1, generator=generator)
         Calibration(layers, None, gates, 0.9).save(tmp_path / "exit.safetensors", {})
         options = {"calibration": str(tmp_path / "exit.safetensors")}
     elif mode == "fixed":

@@ -138,7 +138,8 @@ def test_attention_of_a_step(bench: Bench, b: int, k: int, lengths: list[int], s
     visible |= tree & (at >= first) & (at < used)
     visible = visible.to(torch.uint8)
     found, expected = (
-        ops.attend(query, keys, values, visible, sizes, first, used, shape.head**-0.5) for ops in (bench.own, bench.torch)
+        ops.attend(query, keys, values, visible, sizes, first, used, shape.head**-0.5)
+        for ops in (bench.own, bench.torch)
     )
     bench.check(found, expected)
     if bench.device == "cuda" and b > 1:

@@ -1,4 +1,4 @@
-"""Memory of the GPU: returned when it is asked for, not growing with batches, and a way out where there is too little."""
+"""Memory of the GPU: returned when it is asked for, not growing with batches; what to set where there is too little."""
 
 from __future__ import annotations
 
