@@ -54,12 +54,17 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _gpu() -> Iterator[None]:
-    """A GPU, or a dry run; time left; and memory that the test before no longer holds."""
+def _gpu() -> None:
+    """A GPU, or a dry run; time left."""
     if not torch.cuda.is_available() and not ON_CPU:
         pytest.skip("needs a CUDA GPU (PAM_GPU_TESTS_ON_CPU=1 runs the tests themselves on a CPU)")
     if time.monotonic() - BEGAN > float(os.environ.get("PAM_GPU_SECONDS", "inf")):
         pytest.skip("no time left (PAM_GPU_SECONDS)")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _tidy() -> Iterator[None]:
+    """Afterwards memory is free that the module no longer holds."""
     yield
     gc.collect()
     if torch.cuda.is_available():
