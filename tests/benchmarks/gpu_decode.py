@@ -20,6 +20,7 @@ import argparse
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,12 +28,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+BEGAN = time.perf_counter()  # reading PyTorch counts
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/kit")]
 
 import torch  # noqa: E402
 from benchmarks import gpu_products, gpu_recordings  # noqa: E402
-from benchmarks.gpu_rows import Rows  # noqa: E402
+from benchmarks.gpu_rows import Rows, read_tests  # noqa: E402
 from benchmarks.gpu_searches import Searches  # noqa: E402
 from random_llm import random_prefix  # noqa: E402
 
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, help="seconds for all of it (235; 1800 in a dry run)")
     parser.add_argument("--tokens", type=int, default=48, help="tokens of every answer (48)")
     parser.add_argument("--only", default="", help="only sections whose name contains this")
+    parser.add_argument("--tests", type=Path, help="results of tests/gpu, one JSON a line, to be put into the output")
     parser.add_argument("--tiny", action="store_true", help="tiny models and few tokens: a dry run")
     args = parser.parse_args()
     if not torch.cuda.is_available() and not args.tiny:
@@ -61,7 +64,8 @@ def main() -> None:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()}), dry run"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "triton"))
     about = {"card": card, "versions": versions, "command": shlex.join(["gpu_decode.py", *sys.argv[1:]])}
-    Bench(args, Rows(args.output, args.limit, args.only, about)).run()
+    about |= read_tests(args.tests)
+    Bench(args, Rows(args.output, args.limit - (time.perf_counter() - BEGAN), args.only, about)).run()
 
 
 class Bench:

@@ -7,6 +7,7 @@ import json
 import signal
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Rows:
         self.output, self.limit, self.only, self.began = output, limit, only, time.perf_counter()
         self.record: dict[str, Any] = {**about, "rows": [], "left_out": [], "errors": []}
         signal.signal(signal.SIGALRM, _late)
+        self.save()
 
     def left(self) -> float:
         """Seconds."""
@@ -80,6 +82,18 @@ class Rows:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.output.write_text(json.dumps(self.record, indent=1, default=str) + "\n", encoding="utf-8")
         self.output.with_suffix(".md").write_text(markdown(self.record), encoding="utf-8")
+
+
+def read_tests(file: Path | None) -> Row:
+    """How the tests ended, in words and one by one, from what ``tests/gpu/conftest.py`` wrote; nothing without it."""
+    if file is None or not file.is_file():
+        return {}
+    tests: list[Row] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    counts = Counter(test["outcome"] for test in tests)
+    said = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
+    if failed := [test["test"] for test in tests if test["outcome"] == "failed"]:
+        said += f" ({', '.join(failed)})"
+    return {"tests": said, "test_results": tests}
 
 
 def compare(rows: list[Row]) -> None:
