@@ -41,7 +41,6 @@ from random_llm import random_prefix  # noqa: E402
 from pam_espnet.engine.exits import ExitOptions  # noqa: E402
 from pam_espnet.search.beam import beam_search  # noqa: E402
 from pam_espnet.search.constraints import AnswerSet, NoRepeatNgram  # noqa: E402
-from pam_espnet.search.ctc import CTCOptions, CTCScorer  # noqa: E402
 from pam_espnet.search.hypothesis import BeamOptions  # noqa: E402
 
 BATCHES = (1, 32, 8)
@@ -193,14 +192,18 @@ class Bench:
 
     def options(self) -> None:
         """What rules and CTC add to a step."""
+        from pam_espnet.search.ctc import CTCOptions, CTCTable, token_classes
+
         generator = torch.Generator().manual_seed(1)
         tokens, ends = self.args.tokens, self.s.llm.eos_ids
         answers = [torch.randint(5, 400, (tokens - 1,), generator=generator).tolist() for _ in range(12)]
-        frames = torch.randn(150, 1001 if self.s.gpu else 101, generator=generator).mul(3).log_softmax(-1).numpy()
-        classes = {5 + n: n for n in range(1, frames.shape[1])}
+        size = 1000 if self.s.gpu else 100  # token types of the head
+        frames = torch.randn(150, 1 + size, generator=generator).mul(3).log_softmax(-1).to(self.s.device)
+        classes = token_classes({5 + n: n for n in range(1, 1 + size)}, ends, self.s.llm.vocab_size)
 
-        def scorer(batch: int) -> CTCScorer:
-            return CTCScorer(dict.fromkeys(range(batch), frames), classes, ends, CTCOptions(0.3))
+        def table(batch: int) -> CTCTable:
+            lengths, covered = torch.full((batch,), 150), torch.ones(batch, dtype=torch.bool)
+            return CTCTable.of(frames.expand(batch, -1, -1), lengths, covered, classes, CTCOptions(0.3))
 
         closed = BeamOptions(beam_size=4, nbest=4, max_new_tokens=tokens)
         for batch in self.batches[:2]:
@@ -208,7 +211,7 @@ class Bench:
                 "plain": {},
                 "n-gram guard": {"constraints": lambda: [NoRepeatNgram(3)]},
                 "answer set": {"constraints": lambda: [AnswerSet(answers, ends)], "options": closed},
-                "CTC": {"ctc": partial(scorer, batch)},
+                "CTC": {"ctc": partial(table, batch)},
             }
             plain = 0.0
             for name, more in cases.items():

@@ -94,7 +94,7 @@ if [ "${tests}" -gt 0 ]; then
     rm -f "${output}/tests.jsonl"
     left=$((tests > SECONDS ? tests - SECONDS : 1))
     PAM_GPU_REPORT=${output}/tests.jsonl PAM_GPU_SECONDS=${left} timeout --signal=INT --kill-after=5 $((left + 30)) \
-        "${python}" -m pytest tests/gpu -q --tb=short -p no:cacheprovider --durations=15 >"${output}/tests.txt" 2>&1 ||
+        "${python}" -m pytest tests/gpu -q --tb=short --continue-on-collection-errors -p no:cacheprovider --durations=15 >"${output}/tests.txt" 2>&1 ||
         failed=" tests"
     tail -n 40 "${output}/tests.txt"
 fi

@@ -18,7 +18,7 @@ from pam_espnet.engine.exits import ExitOptions
 from pam_espnet.search.answer_scores import answer_log_probs
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
-from pam_espnet.search.ctc import CTCOptions, CTCScorer
+from pam_espnet.search.ctc import CTCOptions, CTCTable, token_classes
 from pam_espnet.search.drafts import WholeAnswer, draft_search
 from pam_espnet.search.hypothesis import BeamOptions, Hypothesis, Partial
 
@@ -116,16 +116,14 @@ def test_task_vocabulary(device: str) -> None:
 def test_ctc_in_the_beam(qwen: Pair, weight: float) -> None:
     generator = torch.Generator().manual_seed(4)
     known, ends = qwen.frequent[3:12], qwen.frequent[:2]
-    frames = {b: 4 + 2 * b for b in (0, 1, 3, 5, 7)}  # the other utterances have no CTC
-    scores = {b: torch.randn(u, 1 + len(known), generator=generator).log_softmax(-1) for b, u in frames.items()}
-
-    def scorer() -> CTCScorer:
-        classes = {token: number for number, token in enumerate(known, 1)}
-        return CTCScorer({b: one.numpy() for b, one in scores.items()}, classes, ends, CTCOptions(weight, 20))
-
+    scores = torch.randn(8, 18, 1 + len(known), generator=generator).log_softmax(-1).to(qwen.prefix.device)
+    frames = torch.arange(4, 20, 2)
+    covered = torch.tensor([True, True, False, True, False, True, False, True])
+    classes = token_classes({token: n for n, token in enumerate(known, 1)}, ends, qwen.llm.vocab_size)
+    table = CTCTable.of(scores, frames, covered, classes, CTCOptions(weight, 20))
     for beam in (4, 1):
         options = BeamOptions(beam_size=beam, nbest=beam, max_new_tokens=10, eos_ids=ends)
-        qwen.check(8, options, ctc=scorer, constraints=lambda: [NoRepeatNgram(2)])
+        qwen.check(8, options, ctc=table, constraints=lambda: [NoRepeatNgram(2)])
 
 
 @pytest.mark.parametrize("kind", ["right", "wrong", "half"])

@@ -17,7 +17,7 @@ from pam_espnet.engine.exits import ExitOptions
 from pam_espnet.search.answer_scores import answer_log_probs
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.constraints import AnswerSet, NoRepeatNgram
-from pam_espnet.search.ctc import CTCOptions, CTCScorer
+from pam_espnet.search.ctc import CTCOptions, CTCTable, token_classes
 from pam_espnet.search.drafts import WholeAnswer, draft_search
 from pam_espnet.search.hypothesis import BeamOptions, Hypothesis
 
@@ -85,15 +85,16 @@ def test_nor_with_every_rule_of_the_search(qwen: Batch, device: str) -> None:
 
 def test_nor_with_constraints_and_ctc(qwen: Batch, device: str) -> None:
     generator = torch.Generator().manual_seed(4)
-    frames = [(4 + b % 7, torch.randn(12, 6, generator=generator).log_softmax(-1).numpy()) for b in range(32)]
+    scores = torch.randn(32, 12, 6, generator=generator).log_softmax(-1).to(device)
+    frames = torch.tensor([4 + b % 7 for b in range(32)])
+    classes = token_classes({30 + n: n for n in range(1, 6)}, ENDS, qwen.engine.llm.vocab_size)
     options = BeamOptions(beam_size=4, nbest=4, max_new_tokens=12, eos_ids=ENDS)
 
     def search(rows: list[int]) -> list[list[Hypothesis]]:
         """Every third utterance has a set of answers, the others an n-gram guard and CTC."""
         free = [at for at, row in enumerate(rows) if row % 3 != 1]
-        scores = {at: frames[rows[at]][1][: frames[rows[at]][0]] for at in free}
-        classes = {30 + n: n for n in range(1, 6)}
-        ctc = CTCScorer(scores, classes, ENDS, CTCOptions(0.4, 20)) if scores else None
+        own, covered = frames[rows], torch.tensor([row % 3 != 1 for row in rows])
+        ctc = CTCTable.of(scores[rows, : int(own.max())], own, covered, classes, CTCOptions(0.4, 20))
         closed = [at for at, row in enumerate(rows) if row % 3 == 1]
         constraints = [NoRepeatNgram(2, free), AnswerSet([(5, 6), (5, 7, 8), (11,)], ENDS, closed)]
         return beam_search(qwen.engine, *qwen.inputs(rows), options, constraints=constraints, ctc=ctc)
