@@ -30,24 +30,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 REPO_ROOT = Path(__file__).resolve().parents[1]
 LONGEST = "test_mini_recipe.py"
 
-# ChatML: the layout that SmolLM2 and Qwen use. An absent system turn stays absent.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-_SENTENCES = (
-    "Transcribe the speech.",
-    "How many people are speaking?",
-    "Describe the sounds.",
-    "A dog barks while rain falls on the roof.",
-    "The number you have dialed is not in service.",
-    "two people are speaking at the same time",
-    "user assistant system",
-)
-
 
 @pytest.fixture(autouse=True)
 def _one_torch_thread() -> None:
@@ -104,26 +86,12 @@ def tiny_llm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     input and output embeddings are tied, as in small real models. Tests share the folder: do not write into it.
     """
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tiny_tokenizer import tiny_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("models") / "tiny-llm"
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(_SENTENCES, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(path)
 
     config = LlamaConfig(
