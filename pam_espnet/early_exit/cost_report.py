@@ -1,7 +1,4 @@
-"""The measured costs of a step in the early-exit report: measured once, predictions of speed, tables.
-
-    <out>/cost.json     costs, the times that they were fitted to, what they depend on
-"""
+"""The measured costs of a step in the early-exit report: measured once, predictions of speed, tables."""
 
 from __future__ import annotations
 
@@ -19,9 +16,9 @@ from pam_espnet.data.passport import Passport
 from pam_espnet.decode.shards import decoded_of, read_wave
 from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.early_exit.fitting import CostModel
-from pam_espnet.early_exit.measured_cost import MeasuredCost
+from pam_espnet.early_exit.measured_cost import MeasuredCost, exit_blocks
 from pam_espnet.early_exit.profile import shown_outcomes
-from pam_espnet.early_exit.step_times import exit_blocks, measure
+from pam_espnet.early_exit.step_times import measure
 from pam_espnet.engine.llama import LlamaEngine
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import read_json, write_json
@@ -39,13 +36,17 @@ def measured_cost(
     limit: float,
     commit: str | None,
 ) -> dict[str, Any] | None:
-    """Measure, or read what was measured on this device in this setting; None where it was not and ``limit`` is 0.
+    """Measure, or read from ``<out>/cost.json`` what was measured on this device in this setting.
 
     Args:
         load: gives the model; not called when nothing is to be run.
         search: options of decoding, whose beam is searched.
         batch_size: utterances run together.
-        limit: seconds; where they are too few, or the LLM has no exits, the record has a ``reason`` instead of costs.
+        limit: seconds; 0: measure nothing.
+
+    Returns:
+        what the file holds; a ``reason`` in place of costs where the LLM has no exits or the limit is too low; None
+        where nothing was measured.
     """
     key = {
         "data": [decoded_of(exp, data_dir) for data_dir in data_dirs],

@@ -12,6 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
+PARTS = (1 / 2, 2 / 3, 5 / 6)  # of the blocks, after which steps exit
+
+
+def exit_blocks(blocks: int) -> list[int]:
+    """The fixed blocks at which steps are timed."""
+    return sorted({min(max(1, round(part * blocks)), blocks - 1) for part in PARTS})
+
 
 @dataclass(frozen=True)
 class Steps:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pam_espnet.early_exit.measured_cost import MeasuredCost, Steps
+from pam_espnet.early_exit.measured_cost import MeasuredCost, Steps, exit_blocks
 from pam_espnet.engine.calibration import Calibration
 from pam_espnet.engine.exits import ExitOptions
 from pam_espnet.engine.llama import LlamaEngine
@@ -29,15 +29,9 @@ from pam_espnet.errors import ConfigError
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.hypothesis import BeamOptions
 
-PARTS = (1 / 2, 2 / 3, 5 / 6)  # of the blocks, after which steps exit
 FEWEST, MOST = 4, 24  # tokens of a search
 ROUNDS = 5  # at most
 REPEATS = 10  # of what is timed alone
-
-
-def exit_blocks(blocks: int) -> list[int]:
-    """The fixed blocks at which steps are timed."""
-    return sorted({min(max(1, round(part * blocks)), blocks - 1) for part in PARTS})
 
 
 @torch.no_grad()
@@ -59,13 +53,12 @@ def measure(
         clock: gives seconds.
 
     Returns:
-        the costs, the times that they were fitted to, and how many ``rounds`` and ``tokens`` there were.
+        the costs, what they were fitted to, and how many ``rounds`` and ``tokens`` there were.
 
     Raises ConfigError: the limit is too low for one round.
     """
 
-    def search(way: LlamaEngine, tokens: int) -> list[int]:
-        """The depths of its steps."""
+    def search(way: LlamaEngine, tokens: int) -> list[int]:  # the depths of its steps
         nbest = beam_search(way, prefix, lengths, replace(options, min_new_tokens=tokens, max_new_tokens=tokens))
         return [depth for hypotheses in nbest for depth in hypotheses[0].depths[1:]]
 
@@ -80,7 +73,7 @@ def measure(
         return now() - start
 
     began, blocks = now(), len(engine.blocks)
-    tokens = _tokens(lambda tokens: seconds(lambda: search(engine, tokens)), len(exit_blocks(blocks)) + 4, limit)
+    tokens = _tokens(lambda count: seconds(partial(search, engine, count)), len(exit_blocks(blocks)) + 4, limit)
     ways = _ways(engine)
     depths = {name: search(way, tokens) for name, way in ways.items()}  # also makes what is made once and kept
     runs: dict[str, Callable[[], Any]] = {name: partial(search, way, tokens) for name, way in ways.items()}
@@ -95,22 +88,21 @@ def measure(
     median = {name: 1000 * statistics.median(values) for name, values in times.items()}
     steps = []
     for name, own in depths.items():
-        policy, depth = ways[name].exits, statistics.mean(own)
+        policy, milliseconds = ways[name].exits, (median[name] - median["prefix"]) / (tokens - 1)
         checks = sum(block <= one for one in own for block in policy.layers) / len(own) if policy else 0.0
         asked = {"gate": (checks, 0.0), "confidence": (0.0, checks)}.get(name, (0.0, 0.0))
-        steps.append(Steps(name, (median[name] - median["prefix"]) / (tokens - 1), depth, *asked))
+        steps.append(Steps(name, milliseconds, statistics.mean(own), *asked))
     cost = MeasuredCost.fit(steps, blocks, median["output"] / REPEATS, median["fill"] / REPEATS / blocks)
     return cost, steps, {"rounds": rounds, "tokens": tokens}
 
 
 def _tokens(seconds: Callable[[int], float], searches: int, limit: float) -> int:
-    """How many tokens a search may have for three rounds of ``searches`` to stay within ``limit``; ``seconds``: of a
-    search at full depth, by its tokens."""
-    for last in (False, True):  # the first search also makes what is made once and kept
-        two = seconds(2)
-        needed = 2 * searches * two
-        if two > limit or (last and needed > limit):
-            raise ConfigError(f"--measure_cost {limit:g}: too short, on this machine it takes about {needed:.0f} s")
+    """How many tokens a search may have for about three rounds of ``searches`` to fit into ``limit``; ``seconds``: of
+    a search at full depth, by its tokens."""
+    two = seconds(2)  # this one also makes what is made once and kept
+    two = seconds(2) if two < limit else two
+    if (needed := 2 * searches * two) > limit:
+        raise ConfigError(f"--measure_cost {limit:g}: too short, on this machine it takes about {needed:.0f} s")
     one = seconds(1)
     longest = (limit / 4 - searches * one) / (searches * max(two - one, 1e-6))
     return max(FEWEST, min(MOST, 1 + int(longest)))
@@ -119,9 +111,9 @@ def _tokens(seconds: Callable[[int], float], searches: int, limit: float) -> int
 def _ways(engine: LlamaEngine) -> dict[str, LlamaEngine]:
     """The engine with all exits that are timed. Gates of zeros give one half, which does not open; an output layer may
     by chance be sure enough to exit, which the depths of the steps show."""
-    blocks = len(engine.blocks)
-    options = {f"fixed:{block}": ExitOptions("fixed", (block,)) for block in exit_blocks(blocks)}
-    options["confidence"] = ExitOptions("confidence", tuple(exit_blocks(blocks)), threshold=1.0)
+    blocks, fixed = len(engine.blocks), exit_blocks(len(engine.blocks))
+    options = {f"fixed:{block}": ExitOptions("fixed", (block,)) for block in fixed}
+    options["confidence"] = ExitOptions("confidence", tuple(fixed), threshold=1.0)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "gates.safetensors"
         gates = torch.zeros(blocks - 1, engine.llm.width + 1)

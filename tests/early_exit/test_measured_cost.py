@@ -13,8 +13,8 @@ from tiny_model import deeper_llm, tiny_config, write_data
 from pam_espnet.bin.pam_exit_report import main as report
 from pam_espnet.config import write_config
 from pam_espnet.early_exit import cost_report, step_times
-from pam_espnet.early_exit.measured_cost import MeasuredCost, Steps
-from pam_espnet.early_exit.step_times import exit_blocks, measure
+from pam_espnet.early_exit.measured_cost import MeasuredCost, Steps, exit_blocks
+from pam_espnet.early_exit.step_times import measure
 from pam_espnet.engine.calibration import Calibration
 from pam_espnet.engine.engine import make_engine
 from pam_espnet.engine.llama import Block, LlamaEngine
