@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 PARTS = (1 / 2, 2 / 3, 5 / 6)  # of the blocks, after which steps exit
 
 
@@ -56,12 +54,12 @@ class MeasuredCost:
     @classmethod
     def fit(cls, steps: Sequence[Steps], blocks: int, output: float, fill: float) -> MeasuredCost:
         """Block, checks and constant by least squares; ``output`` and ``fill`` are known."""
-        design = torch.tensor([[1.0, one.depth, one.gates, one.heads] for one in steps], dtype=torch.double)
+        from scipy.optimize import nnls  # what costs less than the noise of the steps is not to come out below zero
+
+        design = [[1.0, one.depth, one.gates, one.heads] for one in steps]
         rest = [one.milliseconds - output - (blocks - one.depth) * fill for one in steps]
-        found = torch.linalg.lstsq(design, torch.tensor(rest, dtype=torch.double)[:, None]).solution
-        constant, block, gate, head = found.flatten().tolist()
-        # A check that costs less than the noise of the steps can come out below zero.
-        return cls(blocks, block, fill, output, max(gate, 0.0), max(head, 0.0), constant)
+        constant, block, gate, head = nnls(design, rest)[0].tolist()
+        return cls(blocks, block, fill, output, gate, head, constant)
 
     def step(self, depth: float, gates: float = 0.0, heads: float = 0.0) -> float:
         """Milliseconds of a step of ``depth`` blocks and as many checks of either kind."""

@@ -80,9 +80,18 @@ def test_least_squares_recover_the_costs() -> None:
     assert COST.speedup(4.0, heads=1.0) == pytest.approx(16 / 15.5)
 
 
+def test_noise_makes_no_cost_negative() -> None:
+    full, half = COST.step(6), COST.step(3)
+    steps = [Steps("never", full, 6), Steps("fixed:3", half - 4, 3)]  # a line through less than zero
+    steps += [Steps("gate", full - 3, 6, gates=5), Steps("confidence", full - 3, 6, heads=3)]
+    found = MeasuredCost.fit(steps, BLOCKS, COST.output, COST.fill)
+    assert found.constant == found.gate == found.head == 0.0
+    assert found.step(6) == pytest.approx(full, rel=0.2)
+
+
 def test_what_fill_and_output_layer_are_thought_to_cost_does_not_change_a_prediction() -> None:
     steps = [Steps("a way", COST.step(*one), *one) for one in [(6.0, 0, 0), (3.0, 0, 0), (6.0, 5.0, 0), (6.0, 0, 3.0)]]
-    wrong = MeasuredCost.fit(steps, BLOCKS, output=1.0, fill=0.9)
+    wrong = MeasuredCost.fit(steps, BLOCKS, output=1.0, fill=0.5)
     assert wrong.block != pytest.approx(COST.block)
     assert wrong.speedup(2.5, heads=1.0) == pytest.approx(COST.speedup(2.5, heads=1.0))
 
