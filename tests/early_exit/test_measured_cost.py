@@ -107,7 +107,7 @@ def test_costs_of_an_engine_are_found(engine: LlamaEngine, monkeypatch: pytest.M
     depths = {one.way: one.depth for one in steps}
     assert depths == {"never": 6, "fixed:3": 3, "fixed:4": 4, "fixed:5": 5, "gate": 6, "confidence": 6}
     checks = {one.way: (one.gates, one.heads) for one in steps}
-    assert checks["gate"] == (5, 0) and checks["confidence"] == (0, 3) and checks["fixed:3"] == (0, 0)
+    assert checks["gate"] == (3, 0) and checks["confidence"] == (0, 3) and checks["fixed:3"] == (0, 0)
     assert engine.exits is None  # the engine itself still never exits
 
 
