@@ -5,6 +5,9 @@ with the last one, the exit of an oracle, precision and coverage of gates. With 
 points (never, fixed:24, gate, gate:0.9, confidence:0.9, entropy:0.9, patience:2), in turns with full depth, and scores
 them. Both continue where a killed run stopped, and a later call adds points.
 
+Also measures, once per device, what a block, the output layer and the rest of a step cost, and predicts from it the
+speed that the exits would bring.
+
 Writes <exp>/exit_report/: EXIT.md, exit_report.json, exit.png, and a decode directory for each point.
 """
 
@@ -30,14 +33,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sweep", nargs="*", metavar="POINT", help="decode at these points; none: a choice of them")
     parser.add_argument("--out", type=Path, help="directory of the report (default: <exp>/exit_report)")
     add_batch_size(parser)
+    parser.add_argument(
+        "--measure_cost",
+        type=float,
+        default=60,
+        metavar="SECONDS",
+        help="time limit for measuring the costs of a step on this device (default: 60; 0: do not measure)",
+    )
     add_compute_options(parser, dtypes=())
     args = parser.parse_args(argv)
     from functools import cache
 
+    from pam_espnet.config import check_number
     from pam_espnet.decode.batches import CPU_BATCH
     from pam_espnet.decode.options import AnswerOptions
     from pam_espnet.decode.shards import DecodeOptions, decoded_of
     from pam_espnet.decode.speech_llm import SpeechLLM
+    from pam_espnet.early_exit.cost_report import measured_cost, predictions
     from pam_espnet.early_exit.report import profile_sets, read_decoded, read_sweep
     from pam_espnet.early_exit.sweep import default_points, parse_point, sweep
     from pam_espnet.early_exit.tables import markdown, plot_exits
@@ -45,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pam_espnet.fileio import write_json, write_text
 
     device = compute_device(args)
+    check_number(args.measure_cost, "--measure_cost", at_least=0)
     if len({Path(data).name for data in args.data}) < len(args.data):
         raise ConfigError("--data: two test sets have the same name")
     if args.calibration and args.layers:
@@ -75,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     together = args.batch_size if isinstance(args.batch_size, int) else CPU_BATCH  # all blocks' states are kept
     found = profile_sets(args.exp, load, args.data, answers, args.layers or (), args.calibration, search, out, together)
     run = run_record("pam_exit_report.py")
+    cost = measured_cost(args.exp, load, args.data, search, out, together, device, args.measure_cost, run["commit"])
     if args.sweep is not None:
         names = args.sweep or default_points(found["layers"], args.calibration is not None)
         points = [parse_point(name, found["layers"], args.calibration) for name in names]
@@ -88,8 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "search": search,
         "dtype": dtype,
         **found,
+        "measured_cost": cost,
         "sweep": read_sweep(args.exp, args.data, out),
     }
+    report["predictions"] = predictions(report) if cost and "cost" in cost else []
     write_json(out / "exit_report.json", report)
     plot_exits(report, out / "exit.png", f"{report['experiment']}: early exit")
     write_text(out / "EXIT.md", markdown(report, "exit.png"))

@@ -66,6 +66,7 @@ class Judgement:
         precision: share of those whose token is the last block's.
         mean_depth: blocks per token.
         speedup: by the cost model, against full depth.
+        checks: gates asked per token, whatever they cost.
     """
 
     threshold: float | None
@@ -73,6 +74,7 @@ class Judgement:
     precision: float
     mean_depth: float
     speedup: float
+    checks: float = 0.0
 
     @property
     def worth_it(self) -> bool:
@@ -234,13 +236,14 @@ def outcome(
     exits, first = opened.any(dim=0), opened.float().argmax(dim=0)
     good = right.gather(0, first[None])[0][exits].float()
     depths = torch.where(exits, torch.tensor(layers)[first], cost.blocks)
-    asked = torch.where(exits, first + 1, len(layers)) if checked else 0.0
+    asked = torch.where(exits, first + 1, len(layers))
     return Judgement(
         threshold,
         coverage=float(exits.float().mean()),
         precision=float(good.mean()) if len(good) else 1.0,
         mean_depth=float(depths.float().mean()),
-        speedup=cost.speedup(depths, asked),
+        speedup=cost.speedup(depths, asked if checked else 0.0),
+        checks=float(asked.float().mean()),
     )
 
 

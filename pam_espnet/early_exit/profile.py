@@ -28,6 +28,7 @@ from pam_espnet.engine.exits import ExitOptions, ExitPolicy
 
 PATIENCES = (2, 3)
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 0.999)
+PRECISIONS = (0.95, 0.99)  # of the tokens that exit, for which tables show the best threshold
 
 
 @dataclass(frozen=True)
@@ -174,4 +175,19 @@ def oracle(same: Tensor, layers: Sequence[int], cost: CostModel) -> dict[str, di
     for name, table in (("first match", same), ("saturated", same.flip(0).cummin(dim=0).values.flip(0))):
         exited = depths[table.to(torch.int8).argmax(dim=0)]
         found[name] = {"mean_depth": float(exited.double().mean()), "speedup": cost.speedup(exited)}
+    return found
+
+
+def shown_outcomes(outcomes: Sequence[Mapping[str, Any]], own: float | None) -> list[tuple[str, Mapping[str, Any]]]:
+    """Which thresholds tables show of a measure, and why; ``own`` is the calibrated one."""
+    if len(outcomes) == 1:  # patience has none
+        return [("", outcomes[0])]
+    found = [("calibrated", one) for one in outcomes if one["threshold"] == own]
+    exiting = [one for one in outcomes if one["coverage"] > 0]
+    for wanted in PRECISIONS:
+        if good := [one for one in exiting if one["precision"] >= wanted]:
+            found.append((f"precision {wanted:.0%}", max(good, key=lambda one: one["speedup"])))
+        elif exiting:
+            found.append(("most precise", max(exiting, key=lambda one: one["precision"])))
+            break
     return found

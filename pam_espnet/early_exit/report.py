@@ -2,6 +2,7 @@
 
     <decode>/<set>/{nbest.jsonl, key.json}        the model's own answers                              read
     <out>/profile/<set>.json                      figures of a test set; not made twice                written
+    <out>/cost.json                               measured costs of a step (``early_exit.cost_report``)      read
     <out>/decode_<point>/<set>/                   decode directories of the sweep (``early_exit.sweep``)     read
     <out>/{exit_report.json, EXIT.md, exit.png}   everything; tables; a picture                        written
 """
@@ -31,6 +32,8 @@ from pam_espnet.fileio import check_key, read_json, sha256_file, write_json
 from pam_espnet.score.compare import Column, Row, difference
 from pam_espnet.score.report import Decoding, find_decodings
 from pam_espnet.score.result import MAIN_METRICS
+
+FIGURES = 2  # raised when the figures of a test set change, which are then made again
 
 
 def read_decoded(exp: str | Path, data_dir: str | Path, decode: str | Path) -> tuple[dict[str, list[int]], Any]:
@@ -89,6 +92,7 @@ def profile_sets(
             "calibration_sha256": calibration_sha256,
             "layers": list(layers),
             "search": dict(search),
+            "figures": FIGURES,
         }
         path = Path(out) / "profile" / f"{name}.json"
         record = read_json(path) if path.is_file() else {}

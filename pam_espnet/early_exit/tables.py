@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pam_espnet.data.tasks import task_spec
+from pam_espnet.early_exit.cost_report import cost_text
+from pam_espnet.early_exit.profile import shown_outcomes
 from pam_espnet.score.compare import Column, Difference, show_difference
 from pam_espnet.score.plots import COLOURS, new_figure, save_figure
 from pam_espnet.score.report import table
 from pam_espnet.score.result import MAIN_METRICS, METRICS
 
-PRECISIONS = (0.95, 0.99)  # of the tokens that exit, for which the gates' table shows the best threshold
 GROUPS = {"all": "all", "step": "steps"}
 
 
@@ -37,6 +38,8 @@ def markdown(report: Mapping[str, Any], picture: str | None) -> str:
     for name, tasks in report["sets"].items():
         parts += [f"## {name}: {task}\n\n{_agreement(report, figures)}" for task, figures in tasks.items()]
     parts += ["## Oracle\n", _ORACLE, _oracle(report), "## Gates\n", _GATES, _gates(report)]
+    if report.get("measured_cost"):
+        parts += ["## Cost of a step\n", cost_text(report)]
     if report["sweep"]:
         parts += ["## Decoding\n", _DECODING, _quality(report["sweep"]), _SPEED, _speed(report["sweep"])]
     parts += ["## How it was made\n", _made(report)]
@@ -114,7 +117,7 @@ def _gates(report: Mapping[str, Any]) -> str:
     for name, tasks in report["sets"].items():
         for task, figures in tasks.items():
             for mode, outcomes in figures["gates"].items():
-                for why, one in _chosen(outcomes, own if mode == "gate" else None):
+                for why, one in shown_outcomes(outcomes, own if mode == "gate" else None):
                     at = "–" if one["threshold"] is None else f"{one['threshold']:.3g}"
                     rows.append([
                         f"{name}: {task}", mode, why, at, _share(one["coverage"]), _share(one["precision"]),
@@ -122,21 +125,6 @@ def _gates(report: Mapping[str, Any]) -> str:
                     ])  # fmt: skip
     head = ("set", "measure", "chosen for", "threshold", "coverage %", "precision %", "mean depth", "speed-up")
     return table(head, rows)
-
-
-def _chosen(outcomes: Sequence[Mapping[str, Any]], own: float | None) -> list[tuple[str, Mapping[str, Any]]]:
-    """Which thresholds the table shows, and why."""
-    if len(outcomes) == 1:  # patience has none
-        return [("", outcomes[0])]
-    found = [("calibrated", one) for one in outcomes if one["threshold"] == own]
-    exiting = [one for one in outcomes if one["coverage"] > 0]
-    for wanted in PRECISIONS:
-        if good := [one for one in exiting if one["precision"] >= wanted]:
-            found.append((f"precision {wanted:.0%}", max(good, key=lambda one: one["speedup"])))
-        elif exiting:
-            found.append(("most precise", max(exiting, key=lambda one: one["precision"])))
-            break
-    return found
 
 
 def _quality(sweep: Sequence[Mapping[str, Any]]) -> str:

@@ -140,7 +140,8 @@ def test_gates_on_a_table_made_by_hand() -> None:
     opened = torch.tensor([[1, 0, 0], [1, 1, 0]], dtype=torch.bool)
     right = torch.tensor([[0, 1, 1], [1, 1, 1]], dtype=torch.bool)
     found = outcome(opened, right, (1, 2), cost, 0.5)
-    assert found == Judgement(0.5, pytest.approx(2 / 3), 0.5, pytest.approx(7 / 3), pytest.approx(6 / (13 / 3)))
+    two_thirds, speed = pytest.approx(2 / 3), pytest.approx(6 / (13 / 3))
+    assert found == Judgement(0.5, two_thirds, 0.5, pytest.approx(7 / 3), speed, checks=pytest.approx(5 / 3))
     checked = outcome(opened, right, (1, 2), cost, 0.5, checked=True)  # 1, 2 and 2 output layers more
     assert checked.speedup == pytest.approx(6 / (13 / 3 + 2 * 5 / 3))
     nobody = outcome(torch.zeros_like(opened), right, (1, 2), cost)
@@ -202,6 +203,7 @@ def test_points() -> None:
 def test_the_command_line_from_end_to_end(exp: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "exit_report"
     args = [str(exp), "--data", str(data), "--out", str(out), "--calibration", str(exp / "exit.safetensors")]
+    args += ["--measure_cost", "0"]
     assert report(args) == 0  # without a sweep
     text = (out / "EXIT.md").read_text()
     assert "## Gates" in text and "## Decoding" not in text and (out / "exit.png").stat().st_size > 10000
@@ -273,7 +275,7 @@ def test_batches_by_memory_are_the_same_for_every_point(
 
 def test_reference_answers_and_layers_of_ones_own(exp: Path, data: Path, tmp_path: Path) -> None:
     args = [str(exp), "--data", str(data), "--out", str(tmp_path), "--answers", "reference"]
-    assert report([*args, "--layers", "3"]) == 0
+    assert report([*args, "--layers", "3", "--measure_cost", "0"]) == 0
     record = read_json(tmp_path / "exit_report.json")
     assert record["answers"] == "reference" and record["layers"] == [3] and record["calibration"] is None
     assert record["sets"]["test"]["count"]["tokens"]["all"] == 8  # "2" and the end token, four times
