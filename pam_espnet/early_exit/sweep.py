@@ -38,6 +38,7 @@ from pam_espnet.decode.shards import (
 )
 from pam_espnet.decode.speech_llm import Answer, SpeechLLM
 from pam_espnet.engine.exits import ExitOptions
+from pam_espnet.engine.static import StaticEngine
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import exclusive, sha256_file
 from pam_espnet.score.scoring import SCORES, score_directory
@@ -103,15 +104,21 @@ class Runner:
     def __init__(self, speech: SpeechLLM, point: Point) -> None:
         self.speech = speech.with_exits(point.exits)
         self.steps = [0.0, 0.0]  # seconds, wall and CPU
-        step = self.speech.engine.step
+        engine = self.speech.engine
+        if isinstance(engine, StaticEngine):
+            make = engine.step_pass
+            engine.step_pass = lambda *args: self._timed(make(*args))  # type: ignore[method-assign]
+        else:
+            engine.step = self._timed(engine.step)  # type: ignore[method-assign]
 
+    def _timed(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any) -> Any:
             began = self._now()
-            logits = step(*args)
+            result = step(*args)
             self.steps = [so_far + now - then for so_far, now, then in zip(self.steps, self._now(), began, strict=True)]
-            return logits
+            return result
 
-        self.speech.engine.step = timed  # type: ignore[method-assign, assignment]
+        return timed
 
     def _now(self) -> tuple[float, float]:
         if self.speech.device.startswith("cuda"):
@@ -120,6 +127,8 @@ class Runner:
 
     def answer(self, batch: tuple[Any, Any, Any], audio: Any) -> tuple[list[Answer], dict[str, float]]:
         """Waveforms, prompts, tasks, and the waveforms' audio embeddings -> the answers, and the seconds."""
+        if self.speech.engine.graphs:  # made when a shape is first met
+            self.speech.answer(*batch, audio, score_answers=False)
         self.steps, began = [0.0, 0.0], self._now()
         answers = self.speech.answer(*batch, audio, score_answers=False)  # the search alone
         ended = self._now()
