@@ -29,7 +29,7 @@ from pam_espnet.train.experiment import bare_llm, read_options
 # NVIDIA H200: Whisper-large-v3, WavLM-large, wav2vec2-large in float32 (without TF32) 1198 ms, in bfloat16 218 ms;
 # Qwen2.5-3B in bfloat16 401 ms.
 # CPU: a step of egs/mini/pam1 on two cores, 4.7 s in float32 (AVX2) and 1.5 s in bfloat16 (AVX-512).
-_GPU_LLM = 246e12
+_GPU = {"llm": 246e12}
 _GPU_ENCODERS = {torch.float32: 33e12, torch.bfloat16: 182e12}
 _CPU = {torch.float32: 0.09e12, torch.bfloat16: 0.3e12}
 _SHARED = 0.47  # the part of a step that several GPUs divide: 8 H200 do 1.7 times the work of one
@@ -243,7 +243,7 @@ def step_seconds(config: Mapping[str, Any], lm: Any, plan: list[Batch], ngpu: in
     # Two operations per parameter and position, forward and for the inputs' gradients, once more where recomputed.
     passes = 3 if _checkpointing(config) else 2
     llm = passes * 2 * in_blocks * positions + 4 * lm.config.hidden_size * lm.config.vocab_size * targets
-    alone = llm / (_GPU_LLM if ngpu else _CPU[lm.dtype]) + encoding * seconds
+    alone = llm / (_GPU["llm"] if ngpu else _CPU[lm.dtype]) + encoding * seconds
     return alone * (1 - _SHARED + _SHARED / max(1, ngpu))
 
 

@@ -75,11 +75,11 @@ class PaMTask(AbsTask):
             iterator_type="task",
             # Batches are planned from utt2num_samples, whose streams are named by the encoders in use.
             allow_variable_data_keys=True,
-            use_tf32=None,  # on, on GPUs that have it (model.choose_tf32); ESPnet's own default is off
             unused_parameters=True,  # an expert that no utterance of a batch is routed to has no gradient
             num_att_plot=0,
             use_matplotlib=False,
             use_tensorboard=False,
+            use_tf32=None,  # on, on GPUs that have it (model.choose_tf32); ESPnet's own default is off
         )
 
     @classmethod
