@@ -270,16 +270,25 @@ def model_options(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return blocks
 
 
+def choose_tf32(use: bool | None) -> None:
+    """Whether float32 products on GPUs may be computed in TF32 (sums in float32), in this process from now on; None:
+    yes. CPUs have nothing like it."""
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = use is not False
+        logging.info(f"TF32 for products in float32 on GPUs: {'off' if use is False else 'on'} (use_tf32)")
+
+
 def build_model(config: Mapping[str, Any]) -> ESPnetPaMModel:
     """The model that ``config`` describes, with its pretrained parts, untrained ones freshly initialised.
 
     Args:
-        config: keys ``llm`` (folder or Hugging Face id), ``llm_conf``, ``frontend_conf``, ``model_conf``, as in an
-            experiment's ``config.yaml``.
+        config: keys ``llm`` (folder or Hugging Face id), ``llm_conf``, ``frontend_conf``, ``model_conf``, ``use_tf32``,
+            as in an experiment's ``config.yaml``.
 
     Raises ConfigError: unknown keys, missing model folders, values that cannot work.
     """
     llm_conf, frontend_conf, model_conf = model_options(config)
+    choose_tf32(config.get("use_tf32"))
     decoder = LLM.from_pretrained(config["llm"], **llm_conf)
     frontend = PaMFrontend(width=decoder.width, prompt_width=decoder.width, **frontend_conf)
     tokens = model_conf.get("ctc_tokens")

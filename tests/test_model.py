@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tiny_model import deeper_llm, tiny_config
 from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import load_strict, read_trained, save_trained
 from pam_espnet.llm.prompt_layout import answer_ids
-from pam_espnet.model import IGNORE, ESPnetPaMModel, build_model
+from pam_espnet.model import IGNORE, ESPnetPaMModel, build_model, choose_tf32
 
 PROMPTS = {"asr": "Transcribe the speech.", "count": "How many people are speaking?", "caption": "Describe the sounds."}
 TEXTS = {"asr": "you have", "count": "2", "caption": "a dog barks"}
@@ -227,3 +228,22 @@ def test_rank_0_draws_for_all(deep_llm_dir: Path, monkeypatch: pytest.MonkeyPatc
 def test_joint_optimisation_needs_blocks_before_the_last(tiny_llm_dir: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="exit_"):
         build_model(tiny_config(tiny_llm_dir, **options))
+
+
+def test_tf32_is_on_unless_refused(tiny_llm_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """``use_tf32`` of a configuration; without a GPU nothing is said."""
+    flags = SimpleNamespace(allow_tf32=None)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", flags)
+    caplog.set_level("INFO")
+    choose_tf32(None)
+    assert flags.allow_tf32 is None and "TF32" not in caplog.text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for use, expected, word in ((None, True, "on"), (False, False, "off"), (True, True, "on")):
+        choose_tf32(use)
+        assert flags.allow_tf32 is expected and f"GPUs: {word} (use_tf32)" in caplog.messages[-1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    seen: list[bool | None] = []
+    monkeypatch.setattr("pam_espnet.model.choose_tf32", seen.append)
+    build_model({**tiny_config(tiny_llm_dir), "use_tf32": False})
+    build_model(tiny_config(tiny_llm_dir))
+    assert seen == [False, None]

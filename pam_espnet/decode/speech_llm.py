@@ -146,6 +146,8 @@ class SpeechLLM:
         llm_conf = dict(config.get("llm_conf") or {})
         int8 = bool(llm_conf.pop("int8_decoding", False)) if dtype is None else dtype == "int8"  # a key of version 0.1
         config["llm_conf"] = llm_conf | ({} if dtype is None else {"dtype": "float32" if int8 else dtype})
+        if dtype == "float32":  # asked for: an answer alone is then the answer in a batch, which TF32 would round away
+            config["use_tf32"] = bool(config.get("use_tf32"))
         model = build_model(config)
         checkpoint = Path(exp_dir) / MODEL_FILE
         load_strict(model, read_trained(checkpoint), checkpoint)

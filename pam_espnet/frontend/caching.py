@@ -16,6 +16,7 @@ from pam_espnet.data.feature_cache import FeatureCache, cache_features
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import exclusive, write_json
 from pam_espnet.frontend.encoder_spec import EncoderSpec
+from pam_espnet.frontend.encoders.base import layer_dtype
 from pam_espnet.frontend.encoders.registry import build_encoder
 
 
@@ -32,23 +33,27 @@ def cache_encoder(
     Also writes ``root/<name>/spec.json``, with which training uses the cache without loading the encoder.
 
     Raises:
-        ConfigError: no such encoder in ``frontend_conf.encoders``.
+        ConfigError: no such encoder in ``frontend_conf.encoders``, or one that cannot have ``encoder_dtype``.
         DataError: see ``data.feature_cache.cache_features``.
     """
     encoders = frontend_conf.get("encoders") or {}
     if name not in encoders:
         raise ConfigError(f"frontend_conf.encoders has no {name!r}; it has {', '.join(encoders)}")
-    encoder = build_encoder(**encoders[name]).to(device)
+    encoder = build_encoder(**encoders[name])
     spec = EncoderSpec.of(name, encoder)
+    # Without the path: the same weights in another folder give the same features.
+    options = {key: value for key, value in encoders[name].items() if key != "path"}
+    key = {"encoder": options, "spec": spec.to_dict(), "weights_sha256": encoder.weights_sha256()}
+    dtype = layer_dtype(frontend_conf.get("encoder_dtype", "auto"), type(encoder), device)
+    if dtype != torch.float32:  # as in version 0.1, a key without the entry means float32
+        key["encoder_dtype"] = str(dtype).removeprefix("torch.")
+    encoder.use_dtype(dtype).to(device)
 
     def encode(wave: np.ndarray) -> np.ndarray:
         batch = torch.from_numpy(wave)[None].to(device)
         hidden, frames = encoder(batch, torch.tensor([len(wave)], device=device))
-        return hidden[0, :, : int(frames[0])].cpu().numpy()
+        return hidden[0, :, : int(frames[0])].float().cpu().numpy()
 
-    # Without the path: the same weights in another folder give the same features.
-    options = {key: value for key, value in encoders[name].items() if key != "path"}
-    key = {"encoder": options, "spec": spec.to_dict(), "weights_sha256": encoder.weights_sha256()}
     caches = []
     for data_dir in data_dirs:
         out = root / name / Path(data_dir).name

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ from pam_espnet.config import check_number, check_options
 from pam_espnet.errors import ConfigError
 from pam_espnet.frontend.adapter import FrameStackingAdapter, mix_layers
 from pam_espnet.frontend.encoder_spec import EncoderSpec
-from pam_espnet.frontend.encoders.base import AbsEncoder, padding_mask
-from pam_espnet.frontend.encoders.registry import build_encoder, encoder_target
+from pam_espnet.frontend.encoders.base import AbsEncoder, layer_dtype, padding_mask
+from pam_espnet.frontend.encoders.registry import build_encoder, encoder_class
 from pam_espnet.frontend.fusion.registry import build_fusion
 from pam_espnet.frontend.fusion.routing import Routing, join_routing, keep_encoder, skip_encoders
 from pam_espnet.frontend.masking import MaskOptions, draw_spans, hide
@@ -55,8 +56,8 @@ class PaMFrontend(AbsFrontend):
     """Frozen encoders, trainable adapters and fusion.
 
     The encoders are kept outside PyTorch's module tree: they are in no checkpoint, no optimizer and no train(), but
-    move with the frontend from device to device. They always compute in float32, outside autocast, so that
-    features computed on the fly equal cached ones.
+    move with the frontend from device to device. They compute outside autocast, in the precision ``encoder_dtype``,
+    so that features computed on the fly equal cached ones; all that comes behind them begins in float32.
 
     Args:
         encoders: name -> options of ``build_encoder`` (``type``, ``path``, ``layers``, ...), in a fixed order.
@@ -75,6 +76,7 @@ class PaMFrontend(AbsFrontend):
             LLMs' token embeddings are small (0.1 is typical), and audio must not be ten times larger than text.
             Adapters and fusion work at unit scale: the fusion's networks take steps of the same size as others, too
             large for streams of a tenth.
+        encoder_dtype: precision of the encoders' layers: float32, bfloat16, or auto (``encoders.base.layer_dtype``).
         specs: name -> EncoderSpec (or its dict). Encoders with a spec are loaded only when a waveform has to be
             encoded; the others are loaded at once.
 
@@ -94,17 +96,18 @@ class PaMFrontend(AbsFrontend):
         skip_threshold: float = 0.0,
         mask_conf: Mapping[str, Any] | None = None,
         initial_rms: float = 0.1,
+        encoder_dtype: str = "auto",
         specs: Mapping[str, EncoderSpec | Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         fusion_conf, adapter_conf, specs = fusion_conf or {}, adapter_conf or {}, specs or {}
-        _check(encoders, adapter_conf, mask_conf or {}, specs)
+        _check(encoders, adapter_conf, mask_conf or {}, specs, encoder_dtype)
         check_number(frame_rate, "frontend_conf.frame_rate", above=0)
         check_number(initial_rms, "frontend_conf.initial_rms", above=0)
         check_number(skip_threshold, "frontend_conf.skip_threshold", at_least=0, below=1)
         self.names = tuple(encoders)
         self.width, self.frame_rate, self.sample_rate = width, frame_rate, sample_rate
-        self.skip_threshold = skip_threshold
+        self.skip_threshold, self.encoder_dtype = skip_threshold, encoder_dtype
         self.masks = MaskOptions(**(mask_conf or {}))
         self._encoder_conf = {name: dict(options) for name, options in encoders.items()}
         self._encoders: dict[str, AbsEncoder] = {}  # a plain dict: nn.Module does not look into it
@@ -144,14 +147,19 @@ class PaMFrontend(AbsFrontend):
                     f"specs.{name}: {self.specs[name]}, but the encoder is {found}: "
                     "drop the spec and compute the features again"
                 )
-            trained = next(self.parameters(), None)
-            self._encoders[name] = encoder if trained is None else encoder.to(trained.device)
+            device = next(chain(self.parameters(), encoder.parameters()), torch.empty(0)).device
+            self._encoders[name] = encoder.use_dtype(layer_dtype(self.encoder_dtype, type(encoder), device)).to(device)
         return self._encoders[name]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PaMFrontend:
         super()._apply(fn, recurse)
-        for encoder in self._encoders.values():  # follow to the device, but keep float32
-            encoder.to(next(self.parameters()).device)
+        device = next(self.parameters()).device
+        for name, encoder in list(self._encoders.items()):  # they follow to the device; the precision is an option
+            dtype = layer_dtype(self.encoder_dtype, type(encoder), device)
+            if (encoder.dtype, dtype) == (torch.bfloat16, torch.float32):
+                del self._encoders[name]  # its weights are rounded: read again when it is needed
+            else:
+                encoder.use_dtype(dtype).to(device)
         return self
 
     def encode(self, wave: Tensor, lengths: Tensor, names: Sequence[str] | None = None) -> dict[str, Hidden]:
@@ -246,6 +254,7 @@ def _check(
     adapter_conf: Mapping[str, Any],
     mask_conf: Mapping[str, Any],
     specs: Mapping[str, Any],
+    encoder_dtype: str,
 ) -> None:
     """Refuse names and options that cannot work, before anything is loaded."""
     if not encoders:
@@ -257,9 +266,10 @@ def _check(
         if not isinstance(options, Mapping) or not isinstance(options.get("type"), str):
             raise ConfigError(f"encoders.{name}: must be a mapping with a key 'type', a name or an import path")
         try:
-            encoder_target(options["type"])
+            kind = encoder_class(options["type"])
         except ConfigError as error:
             raise ConfigError(f"encoders.{name}: {error}") from error
+        layer_dtype(encoder_dtype, kind, "cpu")
     if unknown := sorted(set(specs) - set(encoders)):
         raise ConfigError(f"specs: {', '.join(unknown)} not among the encoders {', '.join(encoders)}")
     check_options(adapter_conf, "frontend_conf.adapter_conf", partial(FrameStackingAdapter, 1, 1, 1.0, 1.0, "any"))

@@ -20,15 +20,17 @@ from pam_espnet.data.batching import BatchingOptions, plan_pass
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import Passport
 from pam_espnet.frontend.encoder_spec import EncoderSpec
-from pam_espnet.frontend.encoders.base import model_folder_or_id
-from pam_espnet.frontend.encoders.registry import build_encoder
+from pam_espnet.frontend.encoders.base import layer_dtype, model_folder_or_id
+from pam_espnet.frontend.encoders.registry import build_encoder, encoder_class
 from pam_espnet.frontend.frontend import PaMFrontend
 from pam_espnet.train.experiment import bare_llm, read_options
 
 # Operations per second, as ``step_seconds`` counts them. GPU: a step of egs/librispeech/pam1 (313 s of audio) on an
-# NVIDIA H200: Whisper-large-v3, WavLM-large, wav2vec2-large in float32 1198 ms; Qwen2.5-3B in bfloat16 401 ms.
+# NVIDIA H200: Whisper-large-v3, WavLM-large, wav2vec2-large in float32 (without TF32) 1198 ms, in bfloat16 218 ms;
+# Qwen2.5-3B in bfloat16 401 ms.
 # CPU: a step of egs/mini/pam1 on two cores, 4.7 s in float32 (AVX2) and 1.5 s in bfloat16 (AVX-512).
-_GPU = {"encoders": 33e12, "llm": 246e12}
+_GPU = {"llm": 246e12}
+_GPU_ENCODERS = {torch.float32: 33e12, torch.bfloat16: 182e12}
 _CPU = {torch.float32: 0.09e12, torch.bfloat16: 0.3e12}
 _SHARED = 0.47  # the part of a step that several GPUs divide: 8 H200 do 1.7 times the work of one
 _TEMPLATE_TOKENS, _CHARACTERS_PER_TOKEN = 20, 4  # of a chat template, of English text: assumed, no tokenizer is run
@@ -45,11 +47,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A frozen encoder: its parameters, held in float32, and the bytes it needs at work for a second of audio."""
+    """A frozen encoder: its parameters, held in ``dtype``, and what its convolutions hold for a second of audio."""
 
     spec: EncoderSpec
     params: int
-    bytes_per_second: float
+    dtype: torch.dtype
+    convolutions: float = 0.0  # elements
+
+    @property
+    def bytes_per_second(self) -> float:
+        """What it needs at work for a second of audio: all hidden states up to the highest one, four times the width
+        for the block at work, and for the layer mix a copy in float32."""
+        state = self.spec.frame_rate * self.spec.width
+        copies = 0 if self.dtype == torch.float32 else 4 * self.spec.num_layers * state
+        return self.dtype.itemsize * (state * (max(self.spec.layers) + 5) + self.convolutions) + copies
 
 
 def estimate(config: Mapping[str, Any], train: Path | None, valid: Path | None, cached: bool, ngpu: int) -> str:
@@ -64,7 +75,7 @@ def estimate(config: Mapping[str, Any], train: Path | None, valid: Path | None, 
     encoders, lm, unknown = {}, None, []
     for name in used_encoders(config):
         try:
-            encoders[name] = encoder_shape(name, config["frontend_conf"]["encoders"][name])
+            encoders[name] = encoder_shape(name, config["frontend_conf"], ngpu > 0)
         except OSError as error:
             unknown.append(f"encoder {name} ({_short(error)})")
     try:
@@ -83,17 +94,17 @@ def estimate(config: Mapping[str, Any], train: Path | None, valid: Path | None, 
     lines += [f"  {name:62}{format_size(size):>10}" for name, size in memory.items()]
     lines += [f"  {'together; libraries and fragments come on top':62}{format_size(sum(memory.values())):>10}", ""]
     hours = sum(Passport.load(path).seconds for path in (train, valid) if path) / 3600
-    per_second = sum(2 * e.params * e.spec.frame_rate for e in encoders.values())  # two operations per parameter
-    encoder_rate = _GPU["encoders"] if ngpu else _CPU[torch.float32]
+    rates = _GPU_ENCODERS if ngpu else _CPU
+    encoding = sum(2 * e.params * e.spec.frame_rate / rates[e.dtype] for e in encoders.values())  # two per parameter
     if cached:
         per_hour = sum(4 * 3600 * e.spec.frame_rate * e.spec.num_layers * e.spec.width for e in encoders.values())
-        spent = format_timespan(per_second * 3600 * hours / encoder_rate / max(1, ngpu), max_units=2)
+        spent = format_timespan(encoding * 3600 * hours / max(1, ngpu), max_units=2)
         whole = f", {format_size(per_hour * hours)} and {spent} for these {hours:.1f} hours" if hours else ""
         lines.append(f"feature cache: {format_size(per_hour)} per hour of audio{whole}")
     if lm is None:
         return "\n".join([*lines, "time: unknown, as the LLM is"]) + "\n"
     plan = batches(config, train, 1)
-    step = step_seconds(config, lm, plan, ngpu, 0.0 if cached else per_second / encoder_rate)
+    step = step_seconds(config, lm, plan, ngpu, 0.0 if cached else encoding)
     steps = int(config.get("max_epoch") or 1) * int(config.get("num_iters_per_epoch") or len(plan))
     machine = "an H200" if ngpu == 1 else f"{ngpu} H200, extrapolated from 1 and 8," if ngpu else "two CPU cores"
     spent = format_timespan(steps * step, max_units=2)
@@ -101,17 +112,22 @@ def estimate(config: Mapping[str, Any], train: Path | None, valid: Path | None, 
     return "\n".join([*lines, "      (warm start, validation and decoding are not in it)"]) + "\n"
 
 
-def encoder_shape(name: str, options: Mapping[str, Any]) -> Encoder:
-    """An encoder without its weights; converted models and a user's own are loaded, they are small.
+def encoder_shape(name: str, frontend_conf: Mapping[str, Any], cuda: bool = False) -> Encoder:
+    """An encoder without its weights; converted models and a user's own are loaded, they are small. ``cuda``: in the
+    precision in which a GPU computes it.
     Raises OSError: an id whose configuration is not on this machine."""
     from transformers import AutoConfig, AutoModel
 
-    kind = options["type"]
+    options = frontend_conf["encoders"][name]
+    kind, choice = options["type"], frontend_conf.get("encoder_dtype", "auto")
+    if choice == "auto" and cuda and encoder_class(kind).runs_in_bfloat16:
+        choice = "bfloat16"  # perhaps another machine's GPU
+    dtype = layer_dtype(choice, encoder_class(kind), "cpu")
     if kind not in ("whisper", "hf_wave", "ast"):
         encoder = build_encoder(**options)
         params = sum(p.numel() for p in encoder.parameters())
         spec = EncoderSpec.of(name, encoder)
-        return Encoder(spec, params, 4 * spec.frame_rate * spec.width * (max(spec.layers) + 5))
+        return Encoder(spec, params, dtype)
     own = AutoConfig.from_pretrained(model_folder_or_id(options["path"]))
     layers = tuple(options.get("layers") or range(own.num_hidden_layers + 1))
     with torch.device("meta"):
@@ -128,9 +144,7 @@ def encoder_shape(name: str, options: Mapping[str, Any]) -> Encoder:
         model.encoder.layers = model.encoder.layers[: max(layers) + 1]
         convolutions = 3 * own.conv_dim[0] * 16000 / own.conv_stride[0]  # its longest sequence, three copies
     spec = EncoderSpec(name, 16000, rate, own.hidden_size, len(layers), layers)
-    # All hidden states up to the highest one, and four times the width for the block at work.
-    at_work = 4 * (rate * own.hidden_size * (max(layers) + 5) + convolutions)
-    return Encoder(spec, sum(p.numel() for p in model.parameters()), at_work)
+    return Encoder(spec, sum(p.numel() for p in model.parameters()), dtype, convolutions)
 
 
 def parameters(
@@ -145,7 +159,7 @@ def parameters(
         if lora:
             parts["LoRA"] = (0, lora, 4 * lora)
     for name, encoder in encoders.items():
-        parts[f"encoder {name}"] = (encoder.params, 0, 4 * encoder.params)
+        parts[f"encoder {name}"] = (encoder.params, 0, encoder.dtype.itemsize * encoder.params)
     if complete:
         width = lm.config.hidden_size
         specs = {name: encoder.spec for name, encoder in encoders.items()}

@@ -133,7 +133,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     from espnet2.tasks.abs_task import optim_classes, scheduler_classes
 
     from pam_espnet.data.batching import BatchingOptions
-    from pam_espnet.frontend.encoders.base import model_folder_or_id
+    from pam_espnet.frontend.encoders.base import layer_dtype, model_folder_or_id
     from pam_espnet.frontend.encoders.registry import encoder_class
     from pam_espnet.frontend.fusion.registry import build_fusion
     from pam_espnet.frontend.masking import MaskOptions
@@ -164,6 +164,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     for name in names:
         options = dict(frontend["encoders"][name])
         cls = encoder_class(options.pop("type", "(none)"))
+        layer_dtype(frontend.get("encoder_dtype", "auto"), cls, "cpu")
         try:
             inspect.signature(cls).bind(**options)
         except TypeError as error:

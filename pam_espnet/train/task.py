@@ -79,6 +79,7 @@ class PaMTask(AbsTask):
             num_att_plot=0,
             use_matplotlib=False,
             use_tensorboard=False,
+            use_tf32=None,  # on, on GPUs that have it (model.choose_tf32); ESPnet's own default is off
         )
 
     @classmethod

@@ -30,6 +30,34 @@ def test_equals_transformers(tiny_wave_dir: Callable[[str], Path], kind: str) ->
     torch.testing.assert_close(hidden[0], torch.cat(expected.hidden_states), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # transformers', of its own call
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_fused_attention_of_wavlm_equals_transformers(tiny_wave_dir: Callable[[str], Path], norm: str) -> None:
+    """Hidden states of a padded batch, with lengths on both sides of a whole number of aligned rows and a gated
+    position bias that matters; weights and their names stay, so feature caches stay valid."""
+    folder = tiny_wave_dir(f"wavlm-{norm}")
+    encoder, reference = HFWaveEncoder(str(folder)), AutoModel.from_pretrained(folder).eval()
+    assert encoder.model.state_dict().keys() == reference.state_dict().keys()
+    for sizes in ((16, 15, 1), (33, 40, 17), (64,), (130, 3)):  # frames
+        frames = torch.tensor(sizes)
+        hidden = torch.randn(len(sizes), max(sizes), 16)
+        inside = torch.arange(max(sizes)) < frames[:, None]
+        for mask in (inside, None):
+            with torch.no_grad():
+                pair = [
+                    model.encoder(hidden.clone(), attention_mask=mask).last_hidden_state
+                    for model in (encoder.model, reference)
+                ]
+            rows = torch.ones_like(inside) if mask is None else mask
+            torch.testing.assert_close(pair[0][rows], pair[1][rows], atol=1e-5, rtol=1e-5)
+    table = encoder.model.encoder.layers[0].attention.rel_attn_embed.weight
+    moved = pair[0].clone()
+    table.mul_(-1)
+    with torch.no_grad():
+        changed = encoder.model.encoder(hidden.clone(), attention_mask=mask).last_hidden_state
+    assert (changed - moved).abs().max() > 1e-2
+
+
 def test_unused_blocks_are_dropped(tiny_wave_dir: Callable[[str], Path]) -> None:
     """One block more than needed stays: transformers applies the final norm to the last one's output."""
     blocks = [

@@ -35,7 +35,7 @@ def test_parameters_are_those_of_the_model_that_training_builds(
 
     (tmp_path / "tokens.txt").write_text("5\n6\n")
     config = tiny_config(tiny_llm_dir, fusion, ctc_tokens=str(tmp_path / "tokens.txt"))
-    encoders = {name: encoder_shape(name, config["frontend_conf"]["encoders"][name]) for name in ("one", "two")}
+    encoders = {name: encoder_shape(name, config["frontend_conf"]) for name in ("one", "two")}
     parts = parameters(config, bare_llm(config), encoders, complete=True)
     model = build_model(config)
     assert sum(own for _, own, _ in parts.values()) == sum(p.numel() for p in model.trainable_parameters().values())
@@ -75,9 +75,15 @@ def test_encoders_have_the_parameters_and_precision_that_training_loads(tmp_path
     from pam_espnet.frontend.encoder_spec import EncoderSpec
 
     options = hf_folder(tmp_path, kind)
-    shape, real = encoder_shape("x", options), build_encoder(**options)
+    frontend_conf = {"encoders": {"x": options}}
+    shape, real = encoder_shape("x", frontend_conf), build_encoder(**options)
     assert shape.params == sum(p.numel() for p in real.parameters())
-    assert {p.dtype for p in real.parameters()} == {torch.float32}  # so that a parameter takes four bytes
+    assert {p.dtype for p in real.parameters()} == {torch.float32} == {shape.dtype}
+    on_gpu = encoder_shape("x", frontend_conf, cuda=True)
+    assert on_gpu.dtype == torch.bfloat16 and on_gpu.bytes_per_second < shape.bytes_per_second
+    assert encoder_shape("x", {**frontend_conf, "encoder_dtype": "float32"}, cuda=True) == shape
+    rows = [parameters({}, None, {"x": one}, complete=False)["encoder x"] for one in (shape, on_gpu)]
+    assert [size for _, _, size in rows] == [4 * shape.params, 2 * shape.params]
     assert shape.spec == EncoderSpec.of("x", real)
 
 
@@ -101,8 +107,10 @@ def test_the_measured_step_of_an_h200_is_estimated() -> None:
     )  # fmt: skip
     config = {"llm_conf": {"gradient_checkpointing": True}}
     plan = [Batch(313, 5800, 960)]
-    encoding = sum(2 * 50 * params for params in (637e6, 315e6, 317e6)) / module._GPU["encoders"]
+    work = sum(2 * 50 * params for params in (637e6, 315e6, 317e6))
+    encoding = work / module._GPU_ENCODERS[torch.float32]
     assert encoding * 313 == pytest.approx(1.198, rel=0.02)
+    assert work / module._GPU_ENCODERS[torch.bfloat16] * 313 == pytest.approx(0.218, rel=0.02)
     one, eight = (step_seconds(config, lm, plan, ngpu, encoding) for ngpu in (1, 8))
     assert one == pytest.approx(1.198 + 0.401, rel=0.02)
     assert one / eight == pytest.approx(1.7, abs=0.05)

@@ -85,6 +85,8 @@ def put(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         ("frontend_conf/encoders/two/path", "downloads/none/here", "no model folder downloads/none/here"),
         ("frontend_conf/encoders/two/type", "whispper", "unknown encoder 'whispper'"),
         ("frontend_conf/encoders/two/layerz", [1], "encoders.two: .*layerz"),
+        ("frontend_conf/encoder_dtype", "float16", "encoder_dtype: 'float16'; choose auto"),
+        ("frontend_conf/encoder_dtype", "bfloat16", "TinyEncoder computes in float32 only"),
         ("frontend_conf/fusion", "pan", "unknown 'pan'"),
         ("frontend_conf/mask_conf", {"spam": 1}, "mask_conf.*spam"),
         ("model_conf/exit_wait", 1, "exit_wait"),

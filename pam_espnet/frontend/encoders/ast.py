@@ -33,6 +33,8 @@ class ASTEncoder(AbsEncoder):
     each ``160 * time_stride`` samples begun, also where its last patch would reach beyond its end.
     """
 
+    runs_in_bfloat16 = True
+
     def __init__(self, path: str, layers: Sequence[int] | None = None) -> None:
         """Load the model; blocks above the highest layer that is emitted are dropped.
 
@@ -76,7 +78,7 @@ class ASTEncoder(AbsEncoder):
         counts = -(-self.output_lengths(lengths) // self._along)  # windows of each utterance
         clips = [row[:size] for row, size in zip(wave, lengths.tolist(), strict=True)]
         windows = torch.cat([self._windows(clip, count) for clip, count in zip(clips, counts.tolist(), strict=True)])
-        hidden = self.model.embeddings(windows)
+        hidden = self.model.embeddings(windows.to(self.dtype))
         states = [self._frames(hidden, counts)]
         for block in self.model.layers:
             hidden = block(hidden)

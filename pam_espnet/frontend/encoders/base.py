@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import read_json
@@ -37,6 +38,9 @@ class AbsEncoder(torch.nn.Module, ABC):
     width: int  # D, the width of every hidden state
     num_layers: int  # H, how many are emitted
     layers: tuple[int, ...]  # which hidden states of the model are emitted (0 = what enters the first block)
+    # Whether its sub-modules may be bfloat16: then ``hidden_states`` casts to ``dtype`` what enters the first layer.
+    runs_in_bfloat16 = False
+    dtype = torch.float32  # of the layers and the hidden states; features before the first layer are always float32
 
     def finish(
         self, *, layers: Sequence[int] | None, available: int, width: int, frame_rate: float, sample_rate: int = 16000
@@ -78,9 +82,22 @@ class AbsEncoder(torch.nn.Module, ABC):
             lengths: (B,) samples, on the same device.
         """
 
+    def use_dtype(self, dtype: torch.dtype) -> AbsEncoder:
+        """Let the sub-modules compute in ``dtype``; what the encoder itself holds (mel filters) stays float32."""
+        if dtype != self.dtype:
+            for module in list(self.modules()):
+                if parametrize.is_parametrized(module):  # a product of weights, rounded once and not in each factor
+                    for name in list(module.parametrizations):  # type: ignore[arg-type]
+                        parametrize.remove_parametrizations(module, name)
+            for child in self.children():
+                child.to(dtype)
+            self.requires_grad_(False)
+            self.dtype = dtype
+        return self
+
     @torch.no_grad()
     def forward(self, wave: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (B,H,T,D) of the chosen layers, zero beyond each utterance's frames, and the frames (B,).
+        """Hidden states (B,H,T,D) of the chosen layers in ``dtype``, zero beyond each utterance's frames; frames (B,).
 
         Args:
             wave: (B,N) float32 in [-1, 1]; anything beyond an utterance's length.
@@ -94,7 +111,7 @@ class AbsEncoder(torch.nn.Module, ABC):
             raise ValueError(f"lengths must be within 1..{wave.shape[1]} samples, got {lengths.tolist()}")
         # Cut the common tail as well: what a caller padded beyond the longest utterance costs nothing.
         wave = wave[:, :longest].float().masked_fill(padding_mask(lengths, longest), 0.0)
-        # In float32 also inside a mixed-precision training step: the cached features are made outside of one.
+        # The same also inside a mixed-precision training step: the cached features are made outside of one.
         with torch.autocast(wave.device.type, enabled=False):
             states = self.hidden_states(wave, lengths)
         frames = self.output_lengths(lengths)
@@ -107,12 +124,29 @@ class AbsEncoder(torch.nn.Module, ABC):
         return super().train(False)
 
     def weights_sha256(self) -> str:
-        """SHA-256 over the names, types, shapes and bytes of all weights; part of the feature cache's key."""
+        """SHA-256 over the names, types, shapes and bytes of all weights; part of the feature cache's key, so it is
+        taken before ``use_dtype``."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def layer_dtype(choice: str, encoder: type[AbsEncoder], device: torch.device | str) -> torch.dtype:
+    """The precision of an encoder's layers by the option ``encoder_dtype``: "float32", "bfloat16", or "auto", which is
+    bfloat16 on GPUs that compute it natively, for encoders that can, and float32 elsewhere.
+    Raises ConfigError: another name, or bfloat16 for an encoder that computes in float32 only."""
+    if choice not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"frontend_conf.encoder_dtype: {choice!r}; choose auto, float32 or bfloat16")
+    if choice == "bfloat16" and not encoder.runs_in_bfloat16:
+        raise ConfigError(
+            f"frontend_conf.encoder_dtype: {encoder.__name__} computes in float32 only\n"
+            "  -> write auto: on a GPU the others are bfloat16 then"
+        )
+    if choice == "auto" and encoder.runs_in_bfloat16 and torch.device(device).type == "cuda":
+        choice = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return torch.bfloat16 if choice == "bfloat16" else torch.float32
 
 
 def padding_mask(lengths: Tensor, size: int) -> Tensor:

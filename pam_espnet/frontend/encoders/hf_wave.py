@@ -31,6 +31,8 @@ class HFWaveEncoder(AbsEncoder):
     field (25 ms) is extended with silence to give one frame.
     """
 
+    runs_in_bfloat16 = True
+
     def __init__(self, path: str, layers: Sequence[int] | None = None) -> None:
         """Load the model; blocks above the highest layer that is emitted are dropped.
 
@@ -72,6 +74,10 @@ class HFWaveEncoder(AbsEncoder):
         )
         # One block more than needed, since a final norm may be applied to the last one's output.
         self.model.encoder.layers = self.model.encoder.layers[: max(self.layers) + 1]
+        if config.model_type == "wavlm":
+            from pam_espnet.frontend.encoders.wavlm_attention import fuse_attention
+
+            fuse_attention(self.model)
 
     def output_lengths(self, num_samples: Tensor) -> Tensor:
         """Frames (B,) by the strides of the model's own convolutions, at least one."""
@@ -83,7 +89,7 @@ class HFWaveEncoder(AbsEncoder):
             wave = _normalized(wave, lengths)
         lengths = lengths.clamp(min=self._shortest)
         size = int(lengths.max())
-        wave = torch.nn.functional.pad(wave, (0, max(0, size - wave.shape[1])))
+        wave = torch.nn.functional.pad(wave, (0, max(0, size - wave.shape[1]))).to(self.dtype)
         if self._maskable:
             mask = (~padding_mask(lengths, size)).long()
             return self.model(wave, attention_mask=mask, output_hidden_states=True).hidden_states

@@ -153,6 +153,8 @@ class PyannoteEncoder(AbsEncoder):
     Raises ConfigError: no such folder, or a layer out of range; CheckpointError: its files do not fit together.
     """
 
+    runs_in_bfloat16 = False  # recurrent layers, normalisation of raw samples, and 1.5 million weights: nothing to gain
+
     def __init__(self, path: str, layers: Sequence[int] | None = None) -> None:
         super().__init__()
         config, tensors = load_folder(path)

@@ -34,6 +34,7 @@ class WhisperEncoder(AbsEncoder):
     ceil(N / 320) frames: the frames of the padding behind it are encoded, attended to, and cut off.
     """
 
+    runs_in_bfloat16 = True
     _filters: Tensor  # (mels, 201)
     _hann: Tensor
 
@@ -104,7 +105,7 @@ class WhisperEncoder(AbsEncoder):
         mel = self._log_mel(wave, windows)
         # Zeros beyond the own window are what the first convolution's own padding would put there. The second one, of
         # kernel 3 and stride 2, reads nothing beyond a window of whole frames.
-        mel = mel.masked_fill(padding_mask(windows // _HOP, mel.shape[2])[:, None], 0.0)
+        mel = mel.masked_fill(padding_mask(windows // _HOP, mel.shape[2])[:, None], 0.0).to(self.dtype)
         hidden = functional.gelu(self.model.conv1(mel))
         hidden = functional.gelu(self.model.conv2(hidden)).transpose(1, 2)
         hidden = hidden + self.model.embed_positions.weight[: hidden.shape[1]]

@@ -95,6 +95,8 @@ class YAMNetEncoder(AbsEncoder):
     Raises ConfigError: no such folder, or a layer out of range; CheckpointError: its files do not fit together.
     """
 
+    runs_in_bfloat16 = False  # 27 convolutions, no norm between them: its states would move by 4 %, and it is small
+
     def __init__(self, path: str, layers: Sequence[int] | None = None) -> None:
         super().__init__()
         config, tensors = load_folder(path)
