@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from benchmarks.gpu_rows import Rows
 from benchmarks.gpu_searches import Searches
 from random_encoders import LARGE, SMALL, random_frontend
@@ -28,15 +27,19 @@ def measure(searches: Searches, rows: Rows, tiny: bool) -> None:
     rng = np.random.default_rng(1)
     waves = [0.1 * rng.standard_normal(int(16000 * seconds)).astype(np.float32) for _ in range(batch)]
     prompts = [PROMPT] * batch
-    options: dict[str, Any] = {"beam_size": 4, "max_new_tokens": tokens, "min_new_tokens": tokens, "graphs": "on"}
-    answerer = SpeechLLM(model, AnswerOptions.from_dict(options), searches.device)
-    with torch.no_grad():
-        answerer.answer(waves, prompts)
-        encoders = min(searches.milliseconds(lambda: answerer.encode(waves, prompts)) for _ in range(2))
-        whole = min(searches.milliseconds(lambda: answerer.answer(waves, prompts)) for _ in range(2))
     precision = str(next(frontend.encoder(frontend.names[0]).parameters()).dtype).removeprefix("torch.")
-    rows.add(
-        "recordings", batch=batch, seconds_each=seconds, beam=4, tokens=tokens, encoders=precision,
-        audio_s_per_s=round(1000 * seconds * batch / whole, 1), ms_all=whole, ms_encoders=encoders,
-    )  # fmt: skip
-    answerer.engine.release()
+    options: dict[str, Any] = {"beam_size": 4, "max_new_tokens": tokens, "min_new_tokens": tokens, "graphs": "on"}
+    for invariant in (True, False):  # recordings encoded one by one, or together
+        chosen = AnswerOptions.from_dict({**options, "batch_invariant": invariant})
+        answerer = SpeechLLM(model, chosen, searches.device)
+        answerer.answer(waves, prompts)
+        encoders = min(searches.milliseconds(lambda one=answerer: one.encode(waves, prompts)) for _ in range(2))
+        whole = min(searches.milliseconds(lambda one=answerer: one.answer(waves, prompts)) for _ in range(2))
+        rows.add(
+            "recordings", batch_invariant=invariant, batch=batch, seconds_each=seconds, beam=4, tokens=tokens,
+            encoders=precision, audio_s_per_s=round(1000 * seconds * batch / whole, 1), ms_all=whole,
+            ms_encoders=encoders,
+        )  # fmt: skip
+        answerer.release()
+        del answerer
+        searches.tidy()
