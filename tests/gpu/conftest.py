@@ -3,6 +3,8 @@
     PAM_GPU_TESTS_ON_CPU=1   run them on a CPU with tiny models: whether the tests themselves work
     PAM_GPU_REPORT=FILE      one line of JSON per test, written as it ends
     PAM_GPU_SECONDS=N        tests that would begin later than N seconds after the start are skipped
+
+run.sh beside this file sets them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 ON_CPU = os.environ.get("PAM_GPU_TESTS_ON_CPU") == "1" and not torch.cuda.is_available()
 BEGAN = time.monotonic()
 # Most telling first. The kernels in the shape of one LLM come before all, in other shapes last.
-NAMES = ("equality", "invariance", "syncs", "memory", "options", "frontend", "kernels")
+NAMES = ("equality", "invariance", "syncs", "memory", "frontend", "options", "kernels")
 FIRST = "Qwen2.5-3B-bfloat16"
 
 

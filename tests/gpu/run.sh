@@ -6,7 +6,7 @@
 #     tests/gpu/run.sh --tiny                   # dry run on a CPU: whether tests and benchmark themselves work
 #
 #   --output DIR      for gpu.json, gpu.md, tests.txt, benchmark.txt (default: $OUT, else gpu_results)
-#   --seconds N       for everything (default: 235; 3600 with --tiny)
+#   --seconds N       for everything (default: 235, what comes last is then left out; 3600 with --tiny)
 #   --tests N         seconds of them for the tests (default: 45 %); 0 runs the benchmark alone
 #   --site FILE       packages for a machine that lacks them (default: gpu_site.tar.gz at the root, if it is there)
 #   $PAM_PYTHON       the interpreter (default: .venv/bin/python, else python3)
