@@ -55,9 +55,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-@pytest.fixture(autouse=True)
-def _gpu() -> None:
-    """A GPU, or a dry run; time left."""
+def pytest_runtest_setup() -> None:
+    """A GPU, or a dry run; time left. Before any fixture, since those of a module need a GPU, too."""
     if not torch.cuda.is_available() and not ON_CPU:
         pytest.skip("needs a CUDA GPU (PAM_GPU_TESTS_ON_CPU=1 runs the tests themselves on a CPU)")
     if time.monotonic() - BEGAN > float(os.environ.get("PAM_GPU_SECONDS", "inf")):
