@@ -12,6 +12,9 @@
       kind: none
     ctc:                      the warm start's CTC head beside the LLM, see search.ctc
       weight: 0
+    graphs: auto              the LLM's passes as CUDA graphs, see engine.static: auto (on CUDA, for Llama-type LLMs),
+                              on (also on a CPU, where nothing is gained), off
+    batch_invariant: true     on CUDA: an answer does not depend on its batch; false allows faster products
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from pam_espnet.search.ctc import CTCOptions
 from pam_espnet.search.drafts import DraftOptions
 from pam_espnet.search.hypothesis import BeamOptions
 
+GRAPHS = ("auto", "on", "off")
 SPARE_TOKENS = 8  # for short clips, in which a word or two and the end token must fit
 
 
@@ -45,13 +49,18 @@ class AnswerOptions:
     exit: ExitOptions = field(default_factory=ExitOptions)
     draft: DraftOptions = field(default_factory=DraftOptions)
     ctc: CTCOptions = field(default_factory=CTCOptions)
+    graphs: str = "auto"
+    batch_invariant: bool = True
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
         check_number(self.no_repeat_ngram, "no_repeat_ngram", at_least=0, whole=True)
         check_number(self.tokens_per_second, "tokens_per_second", at_least=0)
-        if not isinstance(self.task_vocabulary, bool):
-            raise ConfigError(f"task_vocabulary: {self.task_vocabulary!r}; must be true or false")
+        for name in ("task_vocabulary", "batch_invariant"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: {getattr(self, name)!r}; must be true or false")
+        if self.graphs not in GRAPHS:
+            raise ConfigError(f"graphs: {self.graphs!r}; choose one of {', '.join(GRAPHS)}")
         if not isinstance(self.answer_sets, Mapping):
             raise ConfigError(f"answer_sets: {self.answer_sets!r}; must be a mapping of tasks to their answers")
         for task, answers in self.answer_sets.items():
@@ -77,6 +86,8 @@ class AnswerOptions:
             options["exit"] = drop_removed(options["exit"], {"fill": "propagate"}, "exit")
         fields = [key for key in cls.__dataclass_fields__ if key != "beam"]
         own = {key: options[key] for key in fields if options.get(key) is not None}
+        if isinstance(own.get("graphs"), bool):  # YAML reads a bare on or off as true or false
+            own["graphs"] = "on" if own["graphs"] else "off"
         beam = {key: value for key, value in options.items() if key not in fields}
         try:
             if "eos_ids" in beam:

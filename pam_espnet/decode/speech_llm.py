@@ -31,7 +31,7 @@ from pam_espnet.model import ESPnetPaMModel, build_model
 from pam_espnet.search.answer_scores import answer_log_probs
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
-from pam_espnet.search.ctc import CTCScorer
+from pam_espnet.search.ctc import CTCTable, token_classes
 from pam_espnet.search.drafts import WholeAnswer, draft_search
 from pam_espnet.search.hypothesis import Hypothesis, Partial
 
@@ -101,7 +101,8 @@ class SpeechLLM:
                 raise ConfigError("ctc.weight: needs a model whose warm start fitted a task with CTC; set it to 0")
         vocabulary = model.ctc.token_ids.tolist() if options.task_vocabulary and model.ctc is not None else None
         # Answers of a set are compared at full depth, whatever the search does.
-        self.full_depth = make_engine(model.decoder, vocabulary, int8=int8)
+        graphs, invariant = options.graphs, options.batch_invariant
+        self.full_depth = make_engine(model.decoder, vocabulary, None, int8, graphs, invariant)
         self.engine = self.full_depth.with_exits(options.exit)
         if options.draft.kind != "none" and not self.engine.can_verify:
             raise ConfigError("draft: only Llama-type LLMs with llm_conf.fused_decoding: true; set draft.kind: none")
@@ -212,7 +213,7 @@ class SpeechLLM:
         show = None if on_partial is None else partial(self._show, on_partial)
         drafts: list[dict[str, Any] | None] = [None] * len(waves)
         if options.draft.kind == "none":
-            ctc = self._ctc_scorer(tasks, audio)
+            ctc = self._ctc_table(tasks, audio)
             nbest = beam_search(self.engine, prefix, lengths, options.beam, caps, show, constraints, ctc)
         else:
             whole, most = self.drafts(tasks, audio), options.draft.most
@@ -262,16 +263,17 @@ class SpeechLLM:
     def _ctc_rows(self, tasks: Sequence[str]) -> list[int]:
         return [b for b, task in enumerate(tasks) if task in self.ctc_tasks]
 
-    def _ctc_scorer(self, tasks: Sequence[str], audio: AudioEmbeddings) -> CTCScorer | None:
-        head, options, covered = self.model.ctc, self.options.ctc, self._ctc_rows(tasks)
-        if head is None or options.weight == 0 or not covered:
+    def _ctc_table(self, tasks: Sequence[str], audio: AudioEmbeddings) -> CTCTable | None:
+        head, covered = self.model.ctc, [task in self.ctc_tasks for task in tasks]
+        if head is None or self.options.ctc.weight == 0 or not any(covered):
             return None
-        log_probs = head.log_probs(audio.embeddings[covered]).cpu().numpy()  # (B',U,C)
-        rows = zip(covered, log_probs, audio.lengths[covered].tolist(), strict=True)
-        classes = {token: number for number, token in enumerate(head.token_ids.tolist(), start=1)}
+        class_of = {token: number for number, token in enumerate(head.token_ids.tolist(), start=1)}
         if self.engine.ids is not None:
-            classes = {self.engine.index[token]: number for token, number in classes.items()}
-        return CTCScorer({b: row[:length] for b, row, length in rows}, classes, self.engine.eos_ids, options)
+            class_of = {self.engine.index[token]: number for token, number in class_of.items()}
+        width = self.engine.llm.vocab_size if self.engine.ids is None else len(self.engine.ids)
+        classes = token_classes(class_of, self.engine.eos_ids, width)
+        log_probs = head.log_probs(audio.embeddings)  # (B,U,C)
+        return CTCTable.of(log_probs, audio.lengths, torch.tensor(covered), classes, self.options.ctc)
 
     def _show(self, on_partial: Callable[[list[PartialAnswer]], None], found: Sequence[Partial]) -> None:
         def shown(utterance: int, best: Hypothesis, done: bool) -> PartialAnswer:

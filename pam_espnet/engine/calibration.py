@@ -10,8 +10,9 @@ C candidate blocks, D width.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pam_espnet.engine.packed import Plain
 from pam_espnet.errors import CheckpointError
 from pam_espnet.fileio import atomic_path
 
@@ -33,28 +35,37 @@ class Calibration:
         maps: (C, D+1, D), the last row a constant; None leaves hidden states as they are.
         gates: (C, D+1), the last entry a constant.
         threshold: the gates' probability at which to exit; None: at none, which is "off".
+        product: rows (N,D) through a layer; engines with products of their own give theirs.
     """
 
     layers: tuple[int, ...]
     maps: Tensor | None
     gates: Tensor
     threshold: float | None
+    product: Callable[[Tensor, Plain], Tensor] = field(default=lambda x, layer: layer(x), compare=False)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Calibration:
         """The same on another device and in the precision of the states that it will meet."""
         maps = None if self.maps is None else self.maps.to(device, dtype)
-        return Calibration(self.layers, maps, self.gates.to(device, dtype), self.threshold)
+        return replace(self, maps=maps, gates=self.gates.to(device, dtype))
+
+    @cached_property
+    def _maps(self) -> list[Plain]:
+        return [] if self.maps is None else [Plain(one[:-1].T.contiguous(), one[-1]) for one in self.maps]
+
+    @cached_property
+    def _gates(self) -> list[Plain]:
+        return [Plain(one[None, :-1].contiguous(), one[-1:]) for one in self.gates]
 
     def mapped(self, layer: int, hidden: Tensor) -> Tensor:
         """A block's hidden states (...,D), brought towards the last block's."""
         if self.maps is None:
             return hidden
-        return apply_map(self.maps[self.layers.index(layer)].to(hidden), hidden)
+        return self.product(hidden, self._maps[self.layers.index(layer)]).to(hidden.dtype)
 
     def probability(self, layer: int, normed: Tensor) -> Tensor:
         """That the block's token is the last block's: its states after the final norm, not mapped (...,D) -> (...,)."""
-        gate = self.gates[self.layers.index(layer)].to(normed)
-        return (normed @ gate[:-1] + gate[-1]).float().sigmoid()
+        return self.product(normed, self._gates[self.layers.index(layer)])[..., 0].float().sigmoid()
 
     def save(self, path: str | Path, judgement: Mapping[str, Any]) -> None:
         """Write safetensors; the judgement goes into the metadata."""

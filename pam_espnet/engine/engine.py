@@ -20,18 +20,23 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pam_espnet.engine.exits import ExitOptions
+from pam_espnet.engine.transfer import upload
 from pam_espnet.errors import ConfigError
 from pam_espnet.llm.llm import LLM
 from pam_espnet.llm.lora import lora_precision
+
+if TYPE_CHECKING:
+    from pam_espnet.engine.llama import LlamaEngine
 
 # Same block: RMS norm, attention with rotary positions, RMS norm, gated feed-forward network.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -43,9 +48,9 @@ INT8_TOLERANCE = 0.2  # of rounded weights; the floats that they were rounded fr
 class State(Protocol):
     """What an engine remembers of R rows; the rows of an utterance are neighbours."""
 
-    depths: Tensor  # (R,) the block that each row's last logits came from
+    depths: Sequence[int]  # (R,) the block that each row's last logits came from
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Sequence[int]) -> None:
         """Keep ``rows`` (R',), repeats and drops allowed: re-orders beams, forks a prefix, drops what is finished."""
 
 
@@ -57,9 +62,11 @@ class Engine(ABC):
         eos_ids: vocabulary indices of the end tokens.
         precision: of the products, "float32", "bfloat16" or "int8".
         can_verify: whether ``prefill`` takes drafts and ``verify`` works.
+        graphs: whether passes run on fixed buffers, as CUDA graphs where there is CUDA.
     """
 
     can_verify = False
+    graphs = False
 
     def __init__(self, llm: LLM, vocabulary: Collection[int] | None) -> None:
         self.llm = llm
@@ -107,7 +114,7 @@ class Engine(ABC):
         """Append vocabulary indices (R,) to the R rows of ``state`` -> float32 logits (R,W) of the next token."""
 
     @abstractmethod
-    def verify(self, tokens: Tensor, lengths: Tensor, state: Any) -> Tensor:
+    def verify(self, tokens: Tensor, lengths: Sequence[int], state: Any) -> Tensor:
         """Append ``lengths`` (R,) drafted tokens, at least 1, to each row; each of them becomes a row, at full depth.
 
         Args:
@@ -133,9 +140,17 @@ class Engine(ABC):
     def take_over(self) -> None:
         """Free the LLM's own weights for good; prompts whose vectors were not computed before are then errors."""
 
+    def release(self) -> None:  # noqa: B027 - most engines keep nothing
+        """Free what is kept from batch to batch; it is made again when it is needed."""
+
 
 def make_engine(
-    llm: LLM, vocabulary: Collection[int] | None = None, exits: ExitOptions | None = None, int8: bool = False
+    llm: LLM,
+    vocabulary: Collection[int] | None = None,
+    exits: ExitOptions | None = None,
+    int8: bool = False,
+    graphs: str = "auto",
+    batch_invariant: bool = True,
 ) -> Engine:
     """The engine of a trained LLM.
 
@@ -147,12 +162,18 @@ def make_engine(
         vocabulary: token ids that can be predicted, beside the LLM's end tokens; None for all.
         exits: when to exit before the last block.
         int8: round the weights to 8 bits.
+        graphs: passes on fixed buffers, captured as CUDA graphs: "auto" (on CUDA, for a Llama-type LLM), "on" (also on
+            a CPU, where nothing is captured), "off".
+        batch_invariant: with graphs, products whose rows do not depend on how many there are.
 
     Raises ConfigError: an id outside the LLM's vocabulary; int8 for an LLM that rounding breaks or that only
-    transformers can run, or on a machine that cannot do it; and what ``Engine.with_exits`` raises.
+    transformers can run, or on a machine that cannot do it; graphs "on" for such an LLM, or with int8; and what
+    ``Engine.with_exits`` raises.
     """
     from pam_espnet.engine.llama import LlamaEngine
 
+    if graphs == "on" and int8:
+        raise ConfigError("graphs: on: int8 has none; set graphs to auto, or dtype to float32")
     engine: Engine = TransformersEngine(llm, vocabulary)
     if llm.fused_decoding and _is_llama(llm.lm):
         fused = LlamaEngine(llm, vocabulary, int8=False)
@@ -164,6 +185,10 @@ def make_engine(
                 f"{type(llm.lm).__name__}: the engine's blocks differ from transformers' by {difference:.2g}; decoding "
                 "goes through transformers, which is slower"
             )
+    if graphs == "on" and not isinstance(engine, LlamaEngine):
+        raise ConfigError(f"graphs: on: transformers must run {type(llm.lm).__name__}; set graphs to auto")
+    if isinstance(engine, LlamaEngine) and (graphs == "on" or (graphs == "auto" and llm.device.type == "cuda")):
+        engine = _with_graphs(engine, vocabulary, batch_invariant)
     if int8:
         if not isinstance(engine, LlamaEngine):
             reason = "its blocks are not Llama's" if llm.fused_decoding else "llm_conf.fused_decoding is false"
@@ -172,6 +197,25 @@ def make_engine(
         if not (difference := self_check(engine)) <= INT8_TOLERANCE:
             raise ConfigError(f"dtype int8: rounded weights change this LLM's logits by {difference:.2g}; use float32")
     return engine if exits is None or exits.mode == "never" else engine.with_exits(exits)
+
+
+def _with_graphs(engine: LlamaEngine, vocabulary: Collection[int] | None, batch_invariant: bool) -> Engine:
+    """The same on fixed buffers; ``engine`` where that gives other logits, or is not possible here."""
+    from pam_espnet.engine.static import StaticEngine
+
+    began = time.perf_counter()
+    try:
+        static = StaticEngine(engine, batch_invariant)
+        difference = self_check(static, engine)
+        static.release()
+    except Exception as error:  # of Triton's compiler, of a driver: all of them leave the eager way
+        logging.warning(f"graphs: decoding goes without them, which is slower: {type(error).__name__}: {error}")
+        return engine
+    if not difference <= TOLERANCE.get(engine.llm.dtype, COARSE_TOLERANCE):
+        logging.warning(f"graphs: decoding goes without them, which is slower: logits differ by {difference:.2g}")
+        return engine
+    logging.info(f"graphs: checked in {time.perf_counter() - began:.1f} s")
+    return static
 
 
 def _is_llama(lm: Any) -> bool:
@@ -195,9 +239,12 @@ def _is_plain(module: torch.nn.Module) -> bool:
 
 
 @torch.no_grad()
-def self_check(engine: Engine) -> float:
-    """How far the logits of eight positions and a step behind them are from transformers', relative to their length."""
-    llm, reference = engine.llm, TransformersEngine(engine.llm, None if engine.ids is None else engine.ids.tolist())
+def self_check(engine: Engine, reference: Engine | None = None) -> float:
+    """How far the logits of eight positions and a step behind them are from transformers' (or those of ``reference``),
+    relative to their length."""
+    llm = engine.llm
+    if reference is None:
+        reference = TransformersEngine(llm, None if engine.ids is None else engine.ids.tolist())
     token = torch.arange(9, device=llm.device) * (llm.vocab_size // 9)
     last = torch.tensor([engine.eos_ids[0]], device=llm.device)
     training = [module for module in llm.lm.modules() if module.training]
@@ -222,15 +269,16 @@ class CachedState:
         self.cache = cache  # transformers.DynamicCache
         self.mask = mask  # (R,P) bool: which cached slots a row may attend to
         self.positions = positions  # (R,) of the next token
-        self.depths = torch.full_like(positions, depth)
+        self.depths = [depth] * len(positions)
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Sequence[int]) -> None:
         """See ``State``."""
-        count = self.mask.size(0)
-        if len(rows) == count and torch.equal(rows, torch.arange(count, device=rows.device)):
+        if list(rows) == list(range(len(self.depths))):
             return
-        self.cache.batch_select_indices(rows)
-        self.mask, self.positions, self.depths = self.mask[rows], self.positions[rows], self.depths[rows]
+        (index,) = upload(self.mask.device, rows)
+        self.cache.batch_select_indices(index)
+        self.mask, self.positions = self.mask[index], self.positions[index]
+        self.depths = [self.depths[row] for row in rows]
 
 
 class TransformersEngine(Engine):
@@ -261,7 +309,7 @@ class TransformersEngine(Engine):
         state.positions = state.positions + 1
         return self._logits(hidden[:, 0])
 
-    def verify(self, tokens: Tensor, lengths: Tensor, state: CachedState) -> Tensor:
+    def verify(self, tokens: Tensor, lengths: Sequence[int], state: CachedState) -> Tensor:
         """Raises ConfigError."""
         self._refuse("draft", "draft.kind: none")
 

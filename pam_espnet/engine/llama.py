@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from pam_espnet.engine.engine import Engine
 from pam_espnet.engine.exits import ExitOptions, ExitPolicy
 from pam_espnet.engine.packed import BlockedTable, Linear, pack
+from pam_espnet.engine.transfer import upload
 from pam_espnet.engine.tree import RESERVE, Tree
 from pam_espnet.errors import PamError
 from pam_espnet.llm.llm import LLM
@@ -130,41 +132,45 @@ class LlamaEngine(Engine):
         self, prefix: Tensor, lengths: Tensor, drafts: Sequence[Sequence[int]] | None = None
     ) -> tuple[Tensor, Tree]:
         """See ``Engine``; padding is neither computed nor stored."""
-        parts = [row[:length] for row, length in zip(prefix, lengths.tolist(), strict=True)]
-        predicting = torch.ones_like(lengths)  # (B,) how many of the last positions become rows
+        sizes = lengths.tolist()  # the only thing that the host waits for
+        parts = [row[:size] for row, size in zip(prefix, sizes, strict=True)]
+        drafted = [0] * len(sizes) if drafts is None else list(map(len, drafts))
         if drafts is not None:
-            drafted = [self.embed(torch.tensor(draft, dtype=torch.long, device=prefix.device)) for draft in drafts]
-            parts = [torch.cat([part, draft.to(part)]) for part, draft in zip(parts, drafted, strict=True)]
-            predicting = predicting + torch.tensor([len(draft) for draft in drafts], device=prefix.device)
+            (tokens,) = upload(prefix.device, [token for draft in drafts for token in draft])
+            read = self.embed(tokens).to(prefix).split(drafted)
+            parts = [part for both in zip(parts, read, strict=True) for part in both]
+            sizes = [size + new for size, new in zip(sizes, drafted, strict=True)]
         x = torch.cat(parts).to(self.llm.dtype)  # (T,D)
-        lengths = lengths + predicting - 1
-        count, most = len(lengths), max(map(len, parts))
-        positions = torch.arange(most, device=x.device).expand(count, -1)
-        valid = positions < lengths[:, None]  # (B,P)
-        owner = torch.arange(count, device=x.device).repeat_interleave(predicting)  # (R,)
-        behind = predicting.cumsum(0)[owner] - 1 - torch.arange(len(owner), device=x.device)  # positions after a row's
-        rotary = self._rotary(positions[valid])
+        count, most, first = len(sizes), max(sizes), np.cumsum(sizes) - sizes
+        behind = np.arange(len(x)) - np.repeat(first, sizes)  # (T,) positions
+        predicting = [  # R utterances with the lengths behind which they predict
+            (b, size - new) for b, size in enumerate(sizes) for new in range(drafted[b], -1, -1)
+        ]
+        wanted = [first[b] + length - 1 for b, length in predicting]  # (R,)
+        owner, positions, last = upload(x.device, np.repeat(np.arange(count), sizes), behind, wanted)
+        cells = owner * most + positions  # (T,) in the grid (B,P)
+        rotary = self._rotary(positions)
         all_keys, all_values = [], []
         for block in self.blocks:
             query, key, value = block.project(x, rotary)  # (T,A,E), (T,J,E), (T,J,E)
             keys, values = (x.new_zeros(count, self.shape.kv_heads, most + RESERVE, self.shape.head) for _ in range(2))
-            keys.transpose(1, 2)[:, :most][valid] = key
-            values.transpose(1, 2)[:, :most][valid] = value
-            queries = query.new_zeros(count, most, *query.shape[1:])
-            queries[valid] = query
-            attended = _causal(queries, keys[:, :, :most], values[:, :, :most], self.scale)[valid]  # (T,A*E)
+            keys[owner, :, positions] = key
+            values[owner, :, positions] = value
+            queries = query.new_zeros(count * most, *query.shape[1:])
+            queries[cells] = query
+            queries = queries.unflatten(0, (count, most))
+            attended = _causal(queries, keys[:, :, :most], values[:, :, :most], self.scale).flatten(0, 1)
             if block is self.blocks[-1]:  # only these positions predict
-                wanted = lengths.cumsum(0)[owner] - 1 - behind
-                x, attended = x[wanted], attended[wanted]
-            x = block.finish(x, attended)
+                x, cells = x[last], cells[last]
+            x = block.finish(x, attended[cells])
             all_keys.append(keys)
             all_values.append(values)
         groups = self.shape.heads // self.shape.kv_heads
-        state = Tree(all_keys, all_values, most, lengths[owner] - behind, owner, groups, self.scale)
-        return self.logits(self.norm(x)), state
+        owners, ends = zip(*predicting, strict=True)
+        return self.logits(self.norm(x)), Tree(all_keys, all_values, most, ends, owners, groups, self.scale)
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, state: Tree, chained: Tensor | None = None) -> Tensor:
+    def step(self, tokens: Tensor, state: Tree, chained: Sequence[int] | None = None) -> Tensor:
         """See ``Engine``. Utterances may exit before the last block, each decided by the row of its best hypothesis.
 
         ``chained`` (R,), for drafts: how many of the rows directly before it each row follows; no exits then.
@@ -172,7 +178,7 @@ class LlamaEngine(Engine):
         x = self.embed(tokens)  # (R,D), later (N,D)
         front = state.append(chained)
         rotary = self._rotary(front.positions)
-        predicting = torch.empty_like(x)  # (R,D) the states that logits are read from
+        rows, left = front.rows, []  # those still in the blocks; rows that exited with the states that predict
         exits = self.exits if chained is None else None
         if exits is not None:
             exits.begin(len(state.keys[0]), x.device)
@@ -183,30 +189,31 @@ class LlamaEngine(Engine):
             depth = block.index + 1
             if exits is None or depth not in exits.layers:
                 continue
-            utterances, sizes = front.utterance.unique_consecutive(return_counts=True)
-            best = sizes.cumsum(0) - sizes  # rows of the best hypotheses
-            exiting = exits.decide(depth, utterances, x[best]).repeat_interleave(sizes)  # (N,)
-            if not exiting.any():
+            decided = exits.decide(depth, front.utterance[front.best], x[front.best]).tolist()  # the host waits
+            if not any(decided):
                 continue
-            left, rows = x[exiting], front.rows[exiting]
-            predicting[rows] = exits.mapped(depth, left)
-            state.depths[rows] = depth
-            where, turned = (front.utterance[exiting], front.slots[exiting]), (rotary[0][exiting], rotary[1][exiting])
+            exiting = np.repeat(decided, front.sizes)  # (N,)
+            out, on = upload(x.device, np.flatnonzero(exiting), np.flatnonzero(~exiting))
+            left.append((rows[exiting], exits.mapped(depth, x[out])))
+            for row in rows[exiting]:
+                state.depths[row] = depth
+            where, turned = (front.utterance[out], front.slots[out]), (rotary[0][out], rotary[1][out])
             for skipped in self.blocks[depth:]:  # later steps attend to these blocks, too
-                state.write(skipped.index, *where, *skipped.skip(left, turned))
-            x, front = x[~exiting], state.front(front.rows[~exiting])
-            rotary = self._rotary(front.positions)
-            if not len(x):
+                state.write(skipped.index, *where, *skipped.skip(x[out], turned))
+            x, rows, rotary = x[on], rows[~exiting], (rotary[0][on], rotary[1][on])
+            if not len(rows):
                 break
-        predicting[front.rows] = x
-        return self.logits(self.norm(predicting))
+            front = state.front(rows)
+        if left:
+            left.append((rows, x))
+            (order,) = upload(x.device, np.argsort(np.concatenate([one for one, _ in left])))
+            x = torch.cat([states for _, states in left])[order]
+        return self.logits(self.norm(x))
 
-    def verify(self, tokens: Tensor, lengths: Tensor, state: Tree) -> Tensor:
+    def verify(self, tokens: Tensor, lengths: Sequence[int], state: Tree) -> Tensor:
         """See ``Engine``."""
-        row = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)
-        first = lengths.cumsum(0) - lengths
-        state.select(row)
-        return self.step(tokens, state, chained=torch.arange(len(tokens), device=tokens.device) - first[row])
+        state.select([row for row, length in enumerate(lengths) for _ in range(length)])
+        return self.step(tokens, state, chained=[before for length in lengths for before in range(length)])
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Vocabulary indices (...) -> embeddings (...,D)."""

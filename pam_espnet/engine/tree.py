@@ -4,24 +4,30 @@ A beam that forks shares its past instead of copying it; a mask over slots says 
 an utterance is stored once, however many hypotheses it has, and keys and values are never repeated over the heads or
 rows that share them. Finished utterances are dropped from the memory, and so are dead branches of long answers.
 
+Only keys and values are on the device. The tree is kept on the host, so that no decision waits for the device.
+
 Prior art: tree attention of SpecInfer (Miao et al., ASPLOS 2024) and Medusa (Cai et al., ICML 2024).
 
 B utterances in memory, R rows, N rows still in the blocks, K rows of the utterance with most, P prefix positions, C
-slots, A heads, G heads per key/value head, J key/value heads, E size of a head.
+slots, S slots in use, A heads, G heads per key/value head, J key/value heads, E size of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pam_espnet.engine.transfer import send, upload
+
 RESERVE = 64  # slots for steps, allocated with the prefix
 GROWTH = 1.5  # of the memory when it is full
 DEAD = 2  # compact when there are this many times more slots behind the prefix than the live ones need
+ALIGNED = 8  # columns of a bias lie in multiples of this, or CUDA's attention would copy it in every block
 
 
 @dataclass(frozen=True)
@@ -29,20 +35,26 @@ class Front:
     """Rows that one pass runs through the blocks: all, or those that have not exited; utterances in their order.
 
     Attributes:
-        rows, utterance, positions: (N,) which rows, and theirs.
-        slots: (N,) where their keys and values are written.
-        cell: (N,) of each row in the grid of (B,K) cells that attention computes.
+        rows: (N,) which rows, on the host.
+        sizes: (B',) of each utterance that has rows here, how many; on the host.
         most: K.
-        bias: (B,1,K*G,C) zero where a row may attend, minus infinity elsewhere.
+        bias: (B,1,K*G,S) zero where a row may attend, minus infinity elsewhere.
+        best: (B',) of each of these utterances, which of the N rows is its best hypothesis: its first.
+        utterance: (N,) of each row.
+        slots: (N,) where their keys and values are written.
+        positions: (N,) of each row.
+        cell: (N,) of each row in the grid of (B,K) cells that attention computes.
     """
 
-    rows: Tensor
+    rows: np.ndarray
+    sizes: np.ndarray
+    most: int
+    bias: Tensor
+    best: Tensor
     utterance: Tensor
     slots: Tensor
     positions: Tensor
     cell: Tensor
-    most: int
-    bias: Tensor
 
 
 class Tree:
@@ -65,64 +77,69 @@ class Tree:
         keys: list[Tensor],
         values: list[Tensor],
         prefix_slots: int,
-        lengths: Tensor,
-        utterance: Tensor,
+        lengths: Sequence[int],
+        utterance: Sequence[int],
         groups: int,
         scale: float,
     ) -> None:
         self.keys, self.values, self.groups, self.scale = keys, values, groups, scale
-        self.prefix_slots = self.used = prefix_slots
-        self.visible = torch.arange(keys[0].shape[2], device=lengths.device) < lengths[:, None]  # (R,C)
-        self.utterance = utterance
-        self.positions = lengths - 1  # (R,) of the last token
+        self.prefix_slots = prefix_slots
+        self.utterance = np.asarray(utterance)
+        self.positions = np.asarray(lengths) - 1  # (R,) of the last token
         self.slots = self.positions  # (R,) of the last token
-        self.depths = torch.full_like(lengths, len(keys))
+        self.visible = np.arange(prefix_slots) <= self.positions[:, None]  # (R,S) bool
+        self.depths = [len(keys)] * len(utterance)
 
-    def select(self, rows: Tensor) -> None:
+    @property
+    def used(self) -> int:
+        """S."""
+        return self.visible.shape[1]
+
+    def select(self, rows: Sequence[int]) -> None:
         """Keep ``rows`` (R',), repeats and drops allowed, in any order.
 
         As long as the rows of an utterance stay neighbours and the utterances in their order, nothing is copied but
         the memory of those that remain when others finish.
         """
-        self.visible, self.positions = self.visible[rows], self.positions[rows]
-        utterances, self.utterance = self.utterance[rows].unique_consecutive(return_inverse=True)
-        if not torch.equal(utterances, torch.arange(len(self.keys[0]), device=rows.device)):
-            self._move(lambda memory: memory[utterances])
+        order = np.asarray(rows)
+        self.visible, self.positions, owners = self.visible[order], self.positions[order], self.utterance[order]
+        first, sizes, _ = _ranks(owners)
+        kept = owners[first]
+        self.utterance = np.repeat(np.arange(len(kept)), sizes)
+        if not np.array_equal(kept, np.arange(len(self.keys[0]))):
+            (index,) = upload(self.keys[0].device, kept)
+            self._move(lambda memory: memory[index])
         self._compact()
 
-    def append(self, chained: Tensor | None = None) -> Front:
+    def append(self, chained: Sequence[int] | None = None) -> Front:
         """A slot for one more token of every row; ``chained`` as in ``LlamaEngine.step``."""
-        rows = torch.arange(len(self.utterance), device=self.utterance.device)
-        rank, most = _ranks(self.utterance, len(self.keys[0]))
+        _, sizes, rank = _ranks(self.utterance)
+        before = np.zeros_like(rank) if chained is None else np.asarray(chained)
         self.slots = self.used + rank
-        self.used += most
+        column = np.arange(sizes.max())
+        own = (column >= (rank - before)[:, None]) & (column <= rank[:, None])
+        self.visible = np.concatenate([self.visible, own], axis=1)
+        self.positions = self.positions + 1 + before
         if self.used > (have := self.keys[0].shape[2]):
             more = max(self.used, int(GROWTH * have)) - have
             self._move(lambda memory: F.pad(memory, (0, 0, 0, more)))
-            self.visible = F.pad(self.visible, (0, more))
-        self.visible[rows, self.slots] = True
-        self.positions = self.positions + 1
-        if chained is not None:
-            every = torch.arange(self.visible.shape[1], device=rows.device)
-            self.visible |= (every >= (self.slots - chained)[:, None]) & (every < self.slots[:, None])
-            self.positions = self.positions + chained
-        self.depths = torch.full_like(rows, len(self.keys))
-        return self.front(rows)
+        self.depths = [len(self.keys)] * len(rank)
+        return self.front(np.arange(len(rank)))
 
-    def front(self, rows: Tensor) -> Front:
-        """``rows`` (N,) in the blocks, with all that their attention needs."""
-        count, utterance = len(self.keys[0]), self.utterance[rows]
-        rank, most = _ranks(utterance, count)
+    def front(self, rows: np.ndarray) -> Front:
+        """``rows`` (N,), at least one, in the blocks, with all that their attention needs."""
+        count, device, utterance = len(self.keys[0]), self.keys[0].device, self.utterance[rows]
+        first, sizes, rank = _ranks(utterance)
+        most = int(sizes.max())
         cell = utterance * most + rank
-        sees = self.visible[rows, : self.used]  # (N,C)
-        if len(rows) < count * most:
-            cells = torch.zeros(count * most, self.used, dtype=torch.bool, device=rows.device)
-            cells[:, 0] = True  # cells without a row see something, or their softmax would divide by zero
-            cells[cell] = sees
-            sees = cells
-        bias = torch.zeros(sees.shape, dtype=self.keys[0].dtype, device=rows.device).masked_fill(~sees, -torch.inf)
-        bias = bias.view(count, 1, most, 1, self.used).expand(-1, -1, -1, self.groups, -1).flatten(2, 3)
-        return Front(rows, utterance, self.slots[rows], self.positions[rows], cell, most, bias)
+        hidden = np.ones((count * most, -(-self.used // ALIGNED) * ALIGNED), dtype=bool)
+        hidden[:, 0] = False  # cells without a row see something, or their softmax would divide by zero
+        hidden[cell, : self.used] = ~self.visible[rows]
+        bias = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=device)
+        bias.masked_fill_(send(torch.from_numpy(hidden), device), -torch.inf)
+        bias = bias.view(count, 1, most, 1, -1).expand(-1, -1, -1, self.groups, -1).flatten(2, 3)[..., : self.used]
+        lists = (first, utterance, self.slots[rows], self.positions[rows], cell)
+        return Front(rows, sizes, most, bias, *upload(device, *lists))
 
     def write(self, index: int, utterance: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Keys and values (N,J,E) into ``slots`` (N,) of ``utterance`` (N,) in block ``index``."""
@@ -147,19 +164,16 @@ class Tree:
         behind = self.used - self.prefix_slots
         if behind < 64:
             return
-        live = torch.zeros(len(self.keys[0]), behind, dtype=torch.bool, device=self.visible.device)
-        rows = self.visible[:, self.prefix_slots : self.used]
-        live = live.to(torch.int32).index_add(0, self.utterance, rows.to(torch.int32)) > 0
-        most = int(live.sum(1).max())
-        if DEAD * most > behind:
+        live = np.logical_or.reduceat(self.visible, _ranks(self.utterance)[0])  # (B,S)
+        live[:, : self.prefix_slots] = True
+        most = int(live.sum(axis=1).max())
+        if DEAD * (most - self.prefix_slots) > behind:
             return
         # The live slots first, in their order; what follows them is dead and stays invisible.
-        order = (~live).to(torch.int8).argsort(dim=1, stable=True)[:, :most]  # (B,most)
-        head = torch.arange(self.prefix_slots, device=order.device).expand(len(order), -1)
-        order = torch.cat([head, order + self.prefix_slots], dim=1)
-        self.visible = self.visible.gather(1, order[self.utterance])
-        self._move(lambda memory: memory.take_along_dim(order[:, None, :, None], dim=2))
-        self.used = self.prefix_slots + most
+        order = np.argsort(~live, axis=1, kind="stable")[:, :most]
+        self.visible = np.take_along_axis(self.visible, order[self.utterance], axis=1)
+        index = send(torch.from_numpy(order), self.keys[0].device)
+        self._move(lambda memory: memory.take_along_dim(index[:, None, :, None], dim=2))
 
     def _move(self, change: Callable[[Tensor], Tensor]) -> None:
         for memories in (self.keys, self.values):
@@ -167,8 +181,8 @@ class Tree:
                 memories[index] = change(memory)
 
 
-def _ranks(utterance: Tensor, count: int) -> tuple[Tensor, int]:
-    """Of rows (N,) in the order of their ``count`` utterances: each one's rank in its own, and the most of one."""
-    sizes = torch.bincount(utterance, minlength=count)
-    first = sizes.cumsum(0) - sizes
-    return torch.arange(len(utterance), device=utterance.device) - first[utterance], int(sizes.max())
+def _ranks(utterance: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of rows (N,), those of an utterance neighbours: where each utterance begins, its size, each row's rank in it."""
+    first = np.flatnonzero(np.diff(utterance, prepend=-1))
+    sizes = np.diff(first, append=len(utterance))
+    return first, sizes, np.arange(len(utterance)) - np.repeat(first, sizes)

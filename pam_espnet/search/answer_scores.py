@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pam_espnet.engine.engine import Engine
+from pam_espnet.engine.transfer import upload
 
 
 @torch.no_grad()
@@ -35,13 +36,12 @@ def answer_log_probs(
     """
     count, size = len(lengths), len(answers)
     longest = max(map(len, answers))
-    ends = list(engine.eos_ids)
     logits, state = engine.prefill(prefix, lengths)
-    state.select(torch.arange(count, device=logits.device).repeat_interleave(size))
+    state.select([b for b in range(count) for _ in answers])
     # What follows a short answer is never read; it keeps the rows in step.
-    padded = torch.tensor([[*answer, *[answer[-1]] * (longest - len(answer))] for answer in answers])
-    tokens = padded.repeat(count, 1).to(logits.device)  # (R, longest)
-    own = torch.tensor([len(answer) for answer in answers]).repeat(count).to(logits.device)  # (R,)
+    padded = [token for answer in answers for token in [*answer, *[answer[-1]] * (longest - len(answer))]]
+    ends, tokens, own = upload(logits.device, engine.eos_ids, padded, [len(answer) for answer in answers])
+    tokens, own = tokens.view(size, longest).repeat(count, 1), own.repeat(count)  # (R, longest), (R,)
     logits = logits.repeat_interleave(size, dim=0)
     total = torch.zeros(count * size, device=logits.device)
     for step in range(longest + 1):

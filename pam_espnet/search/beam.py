@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from pam_espnet.engine.engine import Engine
-from pam_espnet.search.constraints import Constraint
-from pam_espnet.search.ctc import CTCScorer
+from pam_espnet.engine.static import StaticEngine
+from pam_espnet.engine.transfer import download, send, upload
+from pam_espnet.search.constraints import Constraint, combine, count_fired, find_rules, forbidden, rule_table
+from pam_espnet.search.ctc import CTCState, CTCTable, follow, joint, start, with_ends
 from pam_espnet.search.hypothesis import BeamOptions, Candidate, Hypothesis, Partial, UtteranceBeam, new_beams
+from pam_espnet.search.static_beam import static_beam_search
 
 
 @torch.no_grad()
@@ -29,7 +32,7 @@ def beam_search(
     max_new_tokens: Tensor | Sequence[int] | None = None,
     on_partial: Callable[[list[Partial]], None] | None = None,
     constraints: Sequence[Constraint] = (),
-    ctc: CTCScorer | None = None,
+    ctc: CTCTable | None = None,
 ) -> list[list[Hypothesis]]:
     """Search the best answers of a batch.
 
@@ -42,7 +45,7 @@ def beam_search(
             stays the upper bound.
         on_partial: called after every step with how far the utterances are that took it.
         constraints: on the answers; they count per utterance where they fired.
-        ctc: its scores are added to the LLM's.
+        ctc: of the batch; its scores are added to the LLM's.
 
     Returns:
         for each utterance its n-best hypotheses, best first.
@@ -50,10 +53,14 @@ def beam_search(
     eos_ids = options.eos_ids if options.eos_ids is not None else engine.eos_ids
     beams = new_beams(options, eos_ids, len(prefix_lengths), max_new_tokens)
     active = list(beams)
+    if isinstance(engine, StaticEngine) and active:
+        static_beam_search(engine, prefix, prefix_lengths, options, eos_ids, beams, on_partial, constraints, ctc)
+        return [beam.nbest() for beam in beams]
     if active:
         logits, state = engine.prefill(prefix, prefix_lengths)
+        scored = None if ctc is None else (ctc, start(ctc))
     while active:
-        candidates = _candidates(logits, state.depths.tolist(), active, options, eos_ids, constraints, ctc)
+        candidates = _candidates(logits, state.depths, active, options, eos_ids, constraints, scored)
         rows: list[int] = []
         first_row = 0
         for beam, choices in zip(active, candidates, strict=True):
@@ -67,8 +74,11 @@ def beam_search(
         active = [beam for beam in active if not beam.done]
         if active:
             tokens = [hypothesis.tokens[-1] for beam in active for hypothesis in beam.running]
-            state.select(torch.tensor(rows, device=logits.device))
-            logits = engine.step(torch.tensor(tokens, device=logits.device), state)
+            state.select(rows)
+            last, kept = upload(logits.device, tokens, rows)
+            logits = engine.step(last, state)
+            if scored is not None:
+                scored = scored[0], follow(*scored, kept, last)
     return [beam.nbest() for beam in beams]
 
 
@@ -79,7 +89,7 @@ def _candidates(
     options: BeamOptions,
     eos_ids: Sequence[int],
     constraints: Sequence[Constraint],
-    ctc: CTCScorer | None,
+    ctc: tuple[CTCTable, CTCState] | None,
 ) -> list[list[Candidate]]:
     """The best continuations (logits (R,V) from blocks ``depths``) of each active utterance, best first.
 
@@ -89,29 +99,31 @@ def _candidates(
     # Enough of each row, since all of an utterance's best may continue the same hypothesis. Ties: lower row first.
     wanted = max(2, 1 + len(eos_ids)) * options.beam_size
     log_probs = torch.log_softmax(logits.float() / options.temperature, dim=-1)
-    best = log_probs.argmax(dim=-1).tolist() if constraints else []
+    best = log_probs.argmax(dim=-1) if constraints else log_probs.new_zeros(0)  # before any constraint
     if active[0].length < options.min_new_tokens:  # all active utterances have taken the same number of steps
-        log_probs[:, list(eos_ids)] = -torch.inf
-    if constraints:
-        utterances = [beam.utterance for beam in active for _ in beam.running]
-        past = [hypothesis.tokens for beam in active for hypothesis in beam.running]
-        for constraint in constraints:
-            constraint.apply(log_probs, best, utterances, past)
-    reach = wanted if ctc is None else max(wanted, ctc.options.candidates)
+        for end in eos_ids:
+            log_probs[:, end] = -torch.inf
+    rules = [
+        find_rules(constraints, beam.utterance, hypothesis.tokens) for beam in active for hypothesis in beam.running
+    ]
+    if any(rules):
+        table = send(rule_table([combine(own.values()) for own in rules]), log_probs.device)
+        log_probs.masked_fill_(forbidden(table, log_probs.size(1)), -torch.inf)
+    reach = wanted if ctc is None else max(wanted, ctc[0].candidates)
     values, tokens = log_probs.topk(min(reach, log_probs.size(1)), dim=-1)  # (R,C)
-    if ctc is not None:  # it may allow nothing but an end, which must be there even if the LLM ranks it low
-        ends = torch.tensor(list(eos_ids), device=tokens.device)
-        there = (tokens[:, :, None] == ends).any(dim=1)  # (R, number of end tokens)
-        values = torch.cat([values, log_probs[:, ends].masked_fill(there, -torch.inf)], dim=1)
-        tokens = torch.cat([tokens, ends.expand(len(tokens), -1)], dim=1)
-    rows = iter(zip(values.tolist(), tokens.tolist(), depths, strict=True))
+    if ctc is not None:
+        values, tokens = with_ends(values, tokens, log_probs, *upload(tokens.device, eos_ids))
+        values = joint(*ctc, tokens, values).float()
+    all_values, all_tokens, likeliest = download(values, tokens, best)  # the one time that a step waits for the device
+    owners = [beam.utterance for beam in active for _ in beam.running]
+    for own, utterance, token in zip(rules, owners, likeliest, strict=bool(constraints)):
+        count_fired(own, utterance, token)
+    rows = iter(zip(all_values, all_tokens, depths, strict=True))
     result = []
     for beam in active:
         found = []
         for parent, hypothesis in enumerate(beam.running):
             row_values, row_tokens, depth = next(rows)
-            if ctc is not None and ctc.covers(beam.utterance):
-                row_values = ctc.joint(beam.utterance, hypothesis.tokens, row_values, row_tokens)
             found += [
                 Candidate(hypothesis.score + value, parent, token, value, depth)
                 for value, token in zip(row_values, row_tokens, strict=True)

@@ -1,16 +1,19 @@
-"""Constraints on what an answer may be: each forbids tokens, row by row, and counts where that changed something.
+"""Constraints on what an answer may be, as rules: which tokens may not follow a hypothesis, or which alone may.
 
 Semantics are those of transformers' logits processors in beam search: forbidden tokens lose their probability, the
 others keep theirs (nothing is renormalised), so scores with and without a constraint can be compared.
 
-R rows (running hypotheses), V vocabulary.
+A rule depends on the tokens so far and is found on the host; a table of rules is what a device applies.
+
+R rows (running hypotheses), W tokens in the longest rule, V vocabulary.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,8 +21,25 @@ from torch import Tensor
 from pam_espnet.errors import ConfigError
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What may follow a hypothesis.
+
+    Attributes:
+        tokens: vocabulary indices.
+        only: nothing but ``tokens`` may follow; False: they may not.
+    """
+
+    tokens: frozenset[int]
+    only: bool = False
+
+    def forbids(self, token: int) -> bool:
+        """Whether ``token`` may not follow."""
+        return (token in self.tokens) != self.only
+
+
 class Constraint(ABC):
-    """Forbids tokens.
+    """Rules for the answers of some utterances.
 
     Args:
         utterances: indices in the batch to which it applies; None for all.
@@ -37,27 +57,56 @@ class Constraint(ABC):
         self.fired: Counter[int] = Counter()
 
     @abstractmethod
-    def forbid(self, tokens: Sequence[int], vocab_size: int, device: torch.device) -> Tensor | None:
-        """(V,) bool of what must not follow ``tokens``; None when everything may."""
+    def rule(self, tokens: Sequence[int]) -> Rule | None:
+        """Of what follows ``tokens``; None when everything may."""
 
-    def apply(
-        self, log_probs: Tensor, best: Sequence[int], utterances: Sequence[int], tokens: Sequence[Sequence[int]]
-    ) -> None:
-        """Set forbidden entries of ``log_probs`` (R,V) to minus infinity, in place.
 
-        Args:
-            log_probs: of each row's next token.
-            best: each row's most likely next token before any constraint.
-            utterances: of each row.
-            tokens: of each row so far.
-        """
-        for row, (utterance, past) in enumerate(zip(utterances, tokens, strict=True)):
-            if self.utterances is not None and utterance not in self.utterances:
-                continue
-            forbidden = self.forbid(past, log_probs.size(1), log_probs.device)
-            if forbidden is not None:
-                self.fired[utterance] += bool(forbidden[best[row]])
-                log_probs[row].masked_fill_(forbidden, -torch.inf)
+def find_rules(constraints: Iterable[Constraint], utterance: int, tokens: Sequence[int]) -> dict[Constraint, Rule]:
+    """The rules of those constraints that have one for what follows ``tokens`` in an answer of ``utterance``."""
+    applying = (one for one in constraints if one.utterances is None or utterance in one.utterances)
+    found = ((one, one.rule(tokens)) for one in applying)
+    return {one: rule for one, rule in found if rule is not None}
+
+
+def count_fired(rules: dict[Constraint, Rule], utterance: int, best: int) -> None:
+    """Count the constraints whose rule forbids ``best``, the most likely token of a row before any constraint."""
+    for constraint, rule in rules.items():
+        constraint.fired[utterance] += rule.forbids(best)
+
+
+def combine(rules: Iterable[Rule]) -> Rule | None:
+    """One rule that forbids what any of ``rules`` forbids; None where there are none."""
+    allowed: frozenset[int] | None = None
+    banned: frozenset[int] = frozenset()
+    for rule in rules:
+        if not rule.only:
+            banned |= rule.tokens
+        else:
+            allowed = rule.tokens if allowed is None else allowed & rule.tokens
+    if allowed is not None:
+        return Rule(allowed - banned, only=True)
+    return Rule(banned) if banned else None
+
+
+def rule_table(rules: Sequence[Rule | None], width: int = 8) -> Tensor:
+    """Rules as one tensor (R,1+W) of whole numbers: 1 for ``only``, else 0; the tokens; -1 where they are fewer.
+
+    W is ``width``, doubled until the longest rule fits.
+    """
+    while any(rule is not None and len(rule.tokens) > width for rule in rules):
+        width *= 2
+    free = [0] + [-1] * width
+    full = ([int(rule.only), *rule.tokens] if rule else free for rule in rules)
+    return torch.tensor([row + free[len(row) :] for row in full], dtype=torch.long).view(-1, 1 + width)
+
+
+def forbidden(table: Tensor, vocabulary_size: int) -> Tensor:
+    """(R,V) bool of what must not follow, from a ``rule_table`` on any device, without synchronising with it."""
+    only, tokens = table[:, :1] == 1, table[:, 1:]
+    # One column more than the vocabulary has, for the -1 of rules shorter than W.
+    named = torch.zeros(len(table), vocabulary_size + 1, dtype=torch.bool, device=table.device)
+    named.scatter_(1, tokens.masked_fill(tokens < 0, vocabulary_size), True)
+    return named[:, :-1] != only
 
 
 class NoRepeatNgram(Constraint):
@@ -75,17 +124,13 @@ class NoRepeatNgram(Constraint):
             raise ConfigError(f"no_repeat_ngram must be at least 1, not {size}")
         self.size = size
 
-    def forbid(self, tokens: Sequence[int], vocab_size: int, device: torch.device) -> Tensor | None:
-        context = tuple(tokens[len(tokens) - self.size + 1 :]) if self.size > 1 else ()
-        if len(tokens) < self.size:
-            return None
-        starts = range(len(tokens) - self.size + 1)
-        found = [tokens[at + self.size - 1] for at in starts if tuple(tokens[at : at + self.size - 1]) == context]
-        if not found:
-            return None
-        forbidden = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        forbidden[found] = True
-        return forbidden
+    def rule(self, tokens: Sequence[int]) -> Rule | None:
+        """See ``Constraint``."""
+        before = self.size - 1  # tokens that the next one makes an n-gram of
+        context = list(tokens[len(tokens) - before :])
+        starts = range(len(tokens) - before)
+        found = frozenset(tokens[at + before] for at in starts if list(tokens[at : at + before]) == context)
+        return Rule(found) if found else None
 
 
 class AnswerSet(Constraint):
@@ -104,13 +149,13 @@ class AnswerSet(Constraint):
         super().__init__(utterances)
         if not answers or not all(answers):
             raise ConfigError("an answer set needs answers, none of them empty")
-        self.next: dict[tuple[int, ...], set[int]] = {}
+        following: dict[tuple[int, ...], set[int]] = {}
         for answer in answers:
             for at, token in enumerate(answer):
-                self.next.setdefault(tuple(answer[:at]), set()).add(token)
-            self.next.setdefault(tuple(answer), set()).update(eos_ids)
+                following.setdefault(tuple(answer[:at]), set()).add(token)
+            following.setdefault(tuple(answer), set()).update(eos_ids)
+        self._rules = {past: Rule(frozenset(tokens), only=True) for past, tokens in following.items()}
 
-    def forbid(self, tokens: Sequence[int], vocab_size: int, device: torch.device) -> Tensor | None:
-        forbidden = torch.ones(vocab_size, dtype=torch.bool, device=device)
-        forbidden[sorted(self.next.get(tuple(tokens), ()))] = False
-        return forbidden
+    def rule(self, tokens: Sequence[int]) -> Rule | None:
+        """See ``Constraint``."""
+        return self._rules.get(tuple(tokens), Rule(frozenset(), only=True))

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from pam_espnet.config import LAST_COMMIT, check_number
 from pam_espnet.engine.engine import Engine
+from pam_espnet.engine.transfer import download, send, upload
 from pam_espnet.errors import ConfigError
-from pam_espnet.search.constraints import Constraint
+from pam_espnet.search.constraints import Constraint, combine, count_fired, find_rules, forbidden, rule_table
 from pam_espnet.search.hypothesis import BeamOptions, Candidate, Hypothesis, Partial, UtteranceBeam, new_beams
 
 KINDS = ("none", "ctc")
@@ -128,7 +129,7 @@ def draft_search(
         proposed = [_propose(drafts[beam.utterance], beam, most) for beam in active]
         logits, state = engine.prefill(prefix, prefix_lengths, proposed)
     while active:
-        reader = _Reader(logits, state.depths.tolist(), options, eos_ids, constraints)
+        reader = _Reader(logits, state.depths, options, eos_ids, constraints)
         rows: list[int] = []  # behind which each utterance continues
         first_row = 0
         for beam, draft in zip(active, proposed, strict=True):
@@ -150,10 +151,9 @@ def draft_search(
         if active:
             proposed = [_propose(drafts[beam.utterance], beam, most) for beam in active]
             chains = [[beam.running[0].tokens[-1], *draft] for beam, draft in zip(active, proposed, strict=True)]
-            device = logits.device
-            state.select(torch.tensor(rows, device=device))
-            tokens = torch.tensor([token for chain in chains for token in chain], device=device)
-            logits = engine.verify(tokens, torch.tensor([len(chain) for chain in chains], device=device), state)
+            state.select(rows)
+            (tokens,) = upload(logits.device, [token for chain in chains for token in chain])
+            logits = engine.verify(tokens, [len(chain) for chain in chains], state)
     return [beam.nbest() for beam in beams], counts
 
 
@@ -180,7 +180,7 @@ class _Reader:
         # As many as the beam search takes, so that of equal ones, which half precision has, the same one is taken.
         self.wanted = min(max(2, 1 + len(eos_ids)), logits.size(1))
         values, tokens = self.log_probs.topk(self.wanted, dim=-1)
-        self.values, self.tokens = values[:, 0].tolist(), tokens[:, 0].tolist()  # of all rows at once
+        self.values, self.tokens = download(values[:, 0], tokens[:, 0])  # of all rows at once
 
     def advance(self, beam: UtteranceBeam, row: int) -> bool:
         """Continue a hypothesis by the best token of ``row``; whether it continues from there."""
@@ -189,10 +189,14 @@ class _Reader:
         if early or self.constraints:
             own = self.log_probs[row : row + 1]
             if early:
-                own[:, list(self.eos_ids)] = -torch.inf
-            for constraint in self.constraints:
-                constraint.apply(own, [token], [beam.utterance], [beam.running[0].tokens])
+                for end in self.eos_ids:
+                    own[:, end] = -torch.inf
+            rules = find_rules(self.constraints, beam.utterance, beam.running[0].tokens)
+            if rules:
+                count_fired(rules, beam.utterance, token)
+                table = send(rule_table([combine(rules.values())]), own.device)
+                own.masked_fill_(forbidden(table, own.size(1)), -torch.inf)
             values, tokens = own[0].topk(self.wanted)
-            value, token = float(values[0]), int(tokens[0])
+            value, token = download(values[0], tokens[0])
         beam.advance([Candidate(beam.running[0].score + value, 0, token, value, self.depths[row])])
         return not beam.done

@@ -15,7 +15,7 @@ import ctypes
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,10 +41,12 @@ class Uncached:
         self.llm = llm
 
     def prefill(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, Any]:
-        state = SimpleNamespace(embeds=prefix, lengths=lengths, depths=torch.full_like(lengths, self.llm.num_layers))
+        state = SimpleNamespace(embeds=prefix, lengths=lengths, depths=[self.llm.num_layers] * len(lengths))
 
-        def select(rows: Tensor) -> None:
-            state.embeds, state.lengths, state.depths = state.embeds[rows], state.lengths[rows], state.depths[rows]
+        def select(rows: Sequence[int]) -> None:
+            index = torch.tensor(rows, device=lengths.device)
+            state.embeds, state.lengths = state.embeds[index], state.lengths[index]
+            state.depths = [self.llm.num_layers] * len(rows)
 
         state.select = select
         return self._run(state), state

@@ -213,7 +213,7 @@ def step_times(
             began = time.process_time()
             _, state = engine.prefill(engine.llm.embed(ids), torch.full((batch,), prefix))
             prefilled = time.process_time()
-            state.select(torch.arange(batch).repeat_interleave(beams))
+            state.select([b for b in range(batch) for _ in range(beams)])
             steps = []
             for _ in range(8):
                 tokens = torch.randint(0, engine.llm.vocab_size, (batch * beams,), generator=generator)

@@ -18,9 +18,11 @@ from pam_espnet.search.hypothesis import BeamOptions
 ANSWERS = [[11], [11, 12], [200, 3, 7]]
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["fused", "transformers"])
+@pytest.fixture(scope="module", params=["fused", "static", "transformers"])
 def engine(request: pytest.FixtureRequest, tiny_llm_dir: Path) -> Engine:
-    return make_engine(LLM.from_pretrained(str(tiny_llm_dir), dtype="float32", fused_decoding=request.param).eval())
+    fused, graphs = request.param != "transformers", "on" if request.param == "static" else "off"
+    llm = LLM.from_pretrained(str(tiny_llm_dir), dtype="float32", fused_decoding=fused).eval()
+    return make_engine(llm, graphs=graphs)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,10 +22,11 @@ from pam_espnet.search.beam import beam_search
 from pam_espnet.search.hypothesis import BeamOptions, Hypothesis, Partial
 
 
-@pytest.fixture(scope="module", params=["fused", "transformers"])
+@pytest.fixture(scope="module", params=["fused", "static", "transformers"])
 def engine(request: pytest.FixtureRequest, tiny_llm_dir: Path) -> Engine:
-    fused = request.param == "fused"
-    return make_engine(LLM.from_pretrained(str(tiny_llm_dir), dtype="float32", fused_decoding=fused).eval())
+    fused, graphs = request.param != "transformers", "on" if request.param == "static" else "off"
+    llm = LLM.from_pretrained(str(tiny_llm_dir), dtype="float32", fused_decoding=fused).eval()
+    return make_engine(llm, graphs=graphs)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,7 @@ def test_batch_does_not_change_nbest(
 def test_the_prefix_is_run_once_and_finished_utterances_are_dropped(
     engine: Engine, prefix: Tensor, rows_run: list[list[int]]
 ) -> None:
+    engine = make_engine(engine.llm, graphs="off")  # fixed buffers keep finished utterances
     seen: list[int] = []  # positions of each forward pass of transformers
     rows_run.clear()
     hook = engine.llm.transformer.register_forward_pre_hook(
@@ -166,10 +169,10 @@ class TableEngine:
 
     class State:
         def __init__(self, rows: int) -> None:
-            self.depths = torch.ones(rows, dtype=torch.long)
+            self.depths = [1] * rows
 
-        def select(self, rows: Tensor) -> None:
-            self.depths = self.depths[rows]
+        def select(self, rows: Sequence[int]) -> None:
+            self.depths = [1] * len(rows)
 
     def prefill(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, Any]:
         return self.logits[prefix[:, 0, 0].long()], self.State(len(prefix))

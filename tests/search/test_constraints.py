@@ -6,21 +6,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from reference_search import EOS, LENGTHS, generate, make_prefix, search
 from torch import Tensor
 
 from pam_espnet.engine.engine import Engine, make_engine
 from pam_espnet.errors import ConfigError
 from pam_espnet.llm.llm import LLM
-from pam_espnet.search.constraints import AnswerSet, NoRepeatNgram
+from pam_espnet.search.constraints import (
+    AnswerSet,
+    NoRepeatNgram,
+    Rule,
+    combine,
+    count_fired,
+    find_rules,
+    forbidden,
+    rule_table,
+)
 from pam_espnet.search.hypothesis import BeamOptions
 
 ROWS = list(range(len(LENGTHS)))
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_llm_dir: Path) -> Engine:
-    return make_engine(LLM.from_pretrained(str(tiny_llm_dir), dtype="float32").eval())
+@pytest.fixture(scope="module", params=["off", "on"], ids=["eager", "static"])
+def engine(request: pytest.FixtureRequest, tiny_llm_dir: Path) -> Engine:
+    return make_engine(LLM.from_pretrained(str(tiny_llm_dir), dtype="float32").eval(), graphs=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +107,29 @@ def test_answers_outside_the_vocabulary_are_errors(engine: Engine) -> None:
 
 
 def test_firing_depends_on_the_most_likely_token_before_any_constraint() -> None:
-    log_probs = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]).log()
     first, second = AnswerSet([[1]], [2], utterances=[4]), NoRepeatNgram(1)
-    for constraint in (first, second):
-        constraint.apply(log_probs, [0, 2], [4, 5], [[], [2]])
+    found = [find_rules([first, second], *row) for row in ((4, []), (5, [2]))]
+    for rules, utterance, best in zip(found, (4, 5), (0, 2), strict=True):
+        count_fired(rules, utterance, best)
     assert (first.fired[4], second.fired[4], second.fired[5], first.fired[5]) == (1, 0, 1, 0)
-    assert torch.isinf(log_probs).tolist() == [[True, False, True], [False, False, True]]
+    mask = forbidden(rule_table([combine(rules.values()) for rules in found]), 3)
+    assert mask.tolist() == [[True, False, True], [False, False, True]]
+
+
+TOKENS = st.frozensets(st.integers(0, 20))
+RULES = st.lists(st.builds(Rule, TOKENS, st.booleans()), max_size=4)
+
+
+@given(st.lists(RULES, max_size=5), st.integers(1, 5))
+def test_a_combined_rule_forbids_what_any_of_them_forbids(rows: list[list[Rule]], width: int) -> None:
+    table = rule_table([combine(rules) for rules in rows], width)
+    mask = forbidden(table, 21)
+    assert mask.shape == (len(rows), 21)
+    for rules, row in zip(rows, mask.tolist(), strict=True):
+        assert row == [any(rule.forbids(token) for rule in rules) for token in range(21)]
+
+
+def test_the_width_of_a_table_doubles() -> None:
+    rules = [Rule(frozenset(range(9))), None, Rule(frozenset({3}), only=True)]
+    assert rule_table(rules, 2).shape == (3, 1 + 16) and rule_table(rules, 12).shape == (3, 1 + 12)
+    assert combine([]) is None and combine([Rule(frozenset())]) is None

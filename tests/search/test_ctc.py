@@ -22,7 +22,7 @@ from pam_espnet.llm.llm import LLM
 from pam_espnet.model import build_model
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.constraints import NoRepeatNgram
-from pam_espnet.search.ctc import CTCOptions, CTCScorer
+from pam_espnet.search.ctc import CTCOptions, CTCTable, follow, score, start, token_classes
 from pam_espnet.search.hypothesis import BeamOptions, Hypothesis
 
 KNOWN = [40, 41, 42]
@@ -30,9 +30,9 @@ FRAMES, LENGTHS = 5, [5, 3, 4]
 OPTIONS = CTCOptions(weight=0.8, candidates=1000, unknown=-2.5)
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_llm_dir: Path) -> Engine:
-    return make_engine(LLM.from_pretrained(str(tiny_llm_dir), dtype="float32").eval())
+@pytest.fixture(scope="module", params=["off", "on"], ids=["eager", "static"])
+def engine(request: pytest.FixtureRequest, tiny_llm_dir: Path) -> Engine:
+    return make_engine(LLM.from_pretrained(str(tiny_llm_dir), dtype="float32").eval(), graphs=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,23 @@ def frames() -> Tensor:
     return torch.randn(3, FRAMES, 32, generator=torch.Generator().manual_seed(4))
 
 
-def scorer(
-    ctc: EmbeddingCTC, engine: Engine, frames: Tensor, utterances: list[int], options: CTCOptions = OPTIONS,
+def table(
+    ctc: EmbeddingCTC,
+    engine: Engine,
+    frames: Tensor,
+    covered: list[bool],
+    options: CTCOptions = OPTIONS,
     lengths: list[int] = LENGTHS,
-) -> CTCScorer:
+) -> CTCTable:
+    """Of as many utterances as ``covered`` has; ``frames`` and ``lengths`` are of those that it covers."""
+    whole, own = torch.zeros(len(covered), frames.size(1), 32), torch.ones(len(covered), dtype=torch.long)
+    whole[torch.tensor(covered)], own[torch.tensor(covered)] = frames, torch.tensor(lengths)
+    class_of = {engine.indices([token])[0]: n for n, token in enumerate(KNOWN, 1)}
+    width = engine.llm.vocab_size if engine.ids is None else len(engine.ids)
+    classes = token_classes(class_of, engine.eos_ids, width)
     with torch.no_grad():
-        log_probs = ctc.log_probs(frames).numpy()
-    rows = {b: row[:length] for b, row, length in zip(utterances, log_probs, lengths, strict=True)}
-    return CTCScorer(rows, {engine.indices([token])[0]: n for n, token in enumerate(KNOWN, 1)}, engine.eos_ids, options)
+        log_probs = ctc.log_probs(whole)
+    return CTCTable.of(log_probs, own, torch.tensor(covered), classes, options)
 
 
 def begins(ctc: EmbeddingCTC, frames: Tensor, prefix: tuple[int, ...], whole: bool) -> float:
@@ -69,25 +78,25 @@ def begins(ctc: EmbeddingCTC, frames: Tensor, prefix: tuple[int, ...], whole: bo
 
 
 def test_scores_are_those_of_all_paths(engine: Engine, ctc: EmbeddingCTC, frames: Tensor) -> None:
-    found = scorer(ctc, engine, frames, [7, 8, 9])
+    found = table(ctc, engine, frames, [True] * 3)
     own, end = frames[1, : LENGTHS[1]], engine.eos_ids[0]
-    prefix: tuple[int, ...] = ()
+    candidates = [*KNOWN, end]
+    rows, prefix = start(found), ()
     for token in (41, 41, 40):  # a repeat needs a blank between, so three frames hold no more than the first two
-        scores = found.score(8, prefix, [*KNOWN, end])
+        scores = score(found, rows, torch.tensor([candidates] * 3))[1]
         before = begins(ctc, own, prefix, whole=False)
-        for one, score in zip([*KNOWN, end], scores, strict=True):
+        for one, value in zip(candidates, scores.tolist(), strict=True):
             tokens = prefix if one == end else (*prefix, one)
             expected = begins(ctc, own, tokens, whole=one == end) / before
-            assert math.exp(score) == pytest.approx(expected, rel=1e-3, abs=1e-9), (prefix, one)
+            assert math.exp(value) == pytest.approx(expected, rel=1e-4, abs=1e-9), (prefix, one)
+        rows = follow(found, rows, torch.arange(3), torch.tensor([token] * 3))
         prefix = (*prefix, token)
         if begins(ctc, own, prefix, whole=False) == 0:
             break
-    assert found.covers(8) and not found.covers(0)
+    assert len(prefix) == 3
 
 
-def search(
-    engine: Engine, joint: CTCScorer | None, rows: list[int], beam_size: int = 3
-) -> list[list[Hypothesis]]:
+def search(engine: Engine, joint: CTCTable | None, rows: list[int], beam_size: int = 3) -> list[list[Hypothesis]]:
     prefix = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(9))[rows]
     options = BeamOptions(beam_size=beam_size, nbest=beam_size, max_new_tokens=6, length_penalty=0.0)
     constraints = [NoRepeatNgram(3)]
@@ -99,7 +108,8 @@ def test_the_search_adds_both_up(
     engine: Engine, ctc: EmbeddingCTC, frames: Tensor, vocabulary: range | None, unknown: float
 ) -> None:
     narrow, covered = make_engine(engine.llm, vocabulary), [0, 1, 3]  # utterance 2 is of another task
-    found = search(narrow, scorer(ctc, narrow, frames, covered, replace(OPTIONS, unknown=unknown)), [0, 1, 2, 3])
+    options = replace(OPTIONS, unknown=unknown)
+    found = search(narrow, table(ctc, narrow, frames, [True, True, False, True], options), [0, 1, 2, 3])
     alone = search(narrow, None, [0, 1, 2, 3])
     assert [one.tokens for one in found[2]] == [one.tokens for one in alone[2]]
     prefix = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(9))
@@ -130,9 +140,9 @@ def test_the_search_adds_both_up(
 
 
 def test_batch_does_not_change_nbest(engine: Engine, ctc: EmbeddingCTC, frames: Tensor) -> None:
-    together = search(engine, scorer(ctc, engine, frames, [0, 1, 2]), [0, 1, 2])
+    together = search(engine, table(ctc, engine, frames, [True] * 3), [0, 1, 2])
     for row in range(3):
-        own = scorer(ctc, engine, frames[row : row + 1], [0], lengths=LENGTHS[row : row + 1])
+        own = table(ctc, engine, frames[row : row + 1], [True], lengths=LENGTHS[row : row + 1])
         (alone,) = search(engine, own, [row])
         assert [one.tokens for one in alone] == [one.tokens for one in together[row]]
         assert [one.score for one in alone] == pytest.approx([one.score for one in together[row]], abs=1e-5)
@@ -141,7 +151,7 @@ def test_batch_does_not_change_nbest(engine: Engine, ctc: EmbeddingCTC, frames: 
 def test_an_answer_may_end_where_the_llm_would_not(engine: Engine, ctc: EmbeddingCTC, frames: Tensor) -> None:
     """One frame holds one token: then CTC allows nothing but the end, which may be none of the LLM's best tokens."""
     few = replace(OPTIONS, candidates=2, unknown=-100.0)
-    short = scorer(ctc, engine, frames[:, :1], [0, 1, 2], few, [1, 1, 1])
+    short = table(ctc, engine, frames[:, :1], [True] * 3, few, [1, 1, 1])
     prefix = torch.randn(3, 6, 32, generator=torch.Generator().manual_seed(9))
     logits, _ = engine.prefill(prefix, torch.tensor([6, 4, 5]))
     ranks = (logits[:, list(engine.eos_ids)].amax(1, keepdim=True) < logits).sum(1)

@@ -37,9 +37,10 @@ def build(family: str, folder: Path) -> LLM:
     return LLM(lm, transformers.AutoTokenizer.from_pretrained(folder)).eval()
 
 
-@pytest.fixture(scope="module", params=["Llama", "Qwen2"])
+@pytest.fixture(scope="module", params=["Llama", "Qwen2", "Qwen2 static"])
 def engine(request: pytest.FixtureRequest, tiny_llm_dir: Path) -> Engine:
-    return make_engine(build(request.param, tiny_llm_dir))
+    family, _, static = request.param.partition(" ")
+    return make_engine(build(family, tiny_llm_dir), graphs="on" if static else "off")
 
 
 @pytest.fixture
