@@ -133,7 +133,7 @@ def predictions(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 _FITTED = (
     "Milliseconds for all rows of a batch together. Steps are timed in plain beam search, its bookkeeping included. "
     "The output layer and the fill (keys and values of a skipped block) are timed alone; block, checks and constant "
-    "are fitted to the steps by least squares.\n"
+    "are fitted to the steps by least squares, where zero means less than the noise.\n"
 )
 _PREDICTED = (
     "**Predicted, not measured**: a step with exits against one at full depth, by the numbers of weights as above, and "
