@@ -23,6 +23,7 @@ import torch
 from espnet2.train.reporter import aggregate
 from espnet2.train.trainer import Trainer, TrainerOptions
 from espnet2.utils.build_dataclass import build_dataclass
+from torch import nn
 
 from pam_espnet.config import check_number
 from pam_espnet.errors import CheckpointError, ConfigError
@@ -63,6 +64,10 @@ class PaMTrainer(Trainer):
         """ESPnet's whole training; step checkpoints are gone when it ends.
         Raises CheckpointError: a file could not be written, as on a full disk; names it and what to do."""
         output_dir = Path(trainer_options.output_dir)
+        model = others["model"]
+        trainer_options.unused_parameters |= model.leaves_unused
+        # What all processes have alike is not sent: buffers in every step, frozen weights before the first.
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, model.alike_names())
         with disk_errors(output_dir):  # ESPnet writes its files in place; the copy of the epoch before is whole
             super().run(trainer_options=trainer_options, **others)
         if first_process():
