@@ -2,7 +2,7 @@
 
     pam_train ... --ngpu 4                       one node: the command becomes the agent
     srun ... pam_train ... --num_nodes 2 --ngpu 4    Slurm, one task per node (utils/slurm.py --num-nodes 2)
-    pam_train ... --num_nodes 2 --ngpu 4 --node_rank 0 --master node1:29500     any other cluster: on every node
+    pam_train ... --num_nodes 2 --ngpu 4 --node_rank 0 --first_node node1:29500     any other cluster: on every node
 
 The agent starts the same command once more for each process, with LOCAL_RANK, RANK and WORLD_SIZE in the environment.
 Independent of ESPnet, whose own launcher is not used.
@@ -27,11 +27,11 @@ from pam_espnet.errors import ConfigError
 def add_launch_options(parser: argparse.ArgumentParser) -> None:
     """Options that say how many processes a training has, and where."""
     parser.add_argument("--ngpu", type=int, metavar="N", help="GPUs of each node (default: ngpu of the configuration)")
-    parser.add_argument("--nproc", type=int, metavar="N", help="processes on each node (default: one per GPU; CPU: 1)")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes on each node (default: one per GPU; CPU: 1)")
     parser.add_argument("--num_nodes", type=int, default=1, metavar="N", help="nodes; Slurm names them (default: 1)")
     parser.add_argument("--node_rank", type=int, metavar="I", help="which node this is, from 0, where Slurm is not")
     parser.add_argument(
-        "--master", metavar="HOST:PORT", help="the first node and a free port there, where Slurm is not"
+        "--first_node", metavar="HOST:PORT", help="the first node and a free port there, where Slurm is not"
     )
 
 
@@ -43,22 +43,22 @@ def is_rank() -> bool:
 def agent_options(args: argparse.Namespace, ngpu: int) -> list[str]:
     """The options of torch.distributed.run; none, where this process is a whole training or one that an agent started.
     Raises ConfigError: options that contradict each other, or nodes that cannot be found."""
-    nproc = max(1, ngpu) if args.nproc is None else args.nproc
-    for name, value in (("--nproc", nproc), ("--num_nodes", args.num_nodes)):
+    nproc = max(1, ngpu) if args.processes is None else args.processes
+    for name, value in (("--processes", nproc), ("--num_nodes", args.num_nodes)):
         check_number(value, name, at_least=1, whole=True)
     if ngpu and nproc != ngpu:
-        raise ConfigError(f"--nproc {nproc}: there is one process per GPU, and --ngpu is {ngpu}")
+        raise ConfigError(f"--processes {nproc}: there is one process per GPU, and --ngpu is {ngpu}")
     if is_rank() or nproc * args.num_nodes == 1:
         return []
     if args.num_nodes == 1:
         return ["--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", str(nproc)]
-    node, master = args.node_rank, args.master
+    node, master = args.node_rank, args.first_node
     if node is None and master is None and "SLURM_NODEID" in os.environ:
         node, master = _from_slurm(args.num_nodes)
     if node is None or not re.fullmatch(r"\S+:\d+", master or "") or not 0 <= node < args.num_nodes:
         raise ConfigError(
             f"--num_nodes {args.num_nodes}: which node is this, and which is the first?\n"
-            "  -> under Slurm start it with srun, one task per node; else give --node_rank I --master HOST:PORT"
+            "  -> under Slurm start it with srun, one task per node; else give --node_rank I --first_node HOST:PORT"
         )
     host, _, port = str(master).rpartition(":")
     # The static rendezvous, because the other one asks each node whether it has the first one's name, and on some
