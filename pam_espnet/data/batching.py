@@ -128,17 +128,25 @@ def plan_pass(
 
 
 def cut(keys: list[str], seconds: Mapping[str, float], options: BatchingOptions, share: int = 1) -> list[list[str]]:
-    """Cut ``keys``, in their order, into batches whose largest ``1 / share`` is within the limits; longer utterances
-    make separate batches, of one for each share."""
+    """Cut ``keys``, in order of length, into batches; a longer utterance than the limits makes a separate batch.
+
+    ``share`` > 1: of each batch the largest of so many shares is within the limits, and every share has an utterance;
+    for that the batch of the shortest may have one more per share than the limits allow.
+    """
     batches: list[list[str]] = []
     longest = 0.0
-    for key in keys:
+    # For shares from the longest utterance on, so that what is left over at the end takes little memory elsewhere.
+    for key in keys if share == 1 else reversed(keys):
         longest = max(longest, seconds[key])
         size = len(batches[-1]) // share + 1 if batches else 1  # of the largest share, with this utterance
         if not batches or size > options.max_utterances or (size > 1 and longest * size > options.max_seconds):
             batches.append([])
             longest = seconds[key]
         batches[-1].append(key)
+    if share > 1:
+        if len(batches) > 1 and len(batches[-1]) < share:
+            batches[-2:] = [batches[-2] + batches[-1]]
+        batches = [batch[::-1] for batch in reversed(batches)]
     return batches
 
 

@@ -27,7 +27,9 @@ from pam_espnet.errors import ConfigError
 def add_launch_options(parser: argparse.ArgumentParser) -> None:
     """Options that say how many processes a training has, and where."""
     parser.add_argument("--ngpu", type=int, metavar="N", help="GPUs of each node (default: ngpu of the configuration)")
-    parser.add_argument("--processes", type=int, metavar="N", help="processes on each node (default: one per GPU; CPU: 1)")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="processes on a node (default: one per GPU, on a CPU 1)"
+    )
     parser.add_argument("--num_nodes", type=int, default=1, metavar="N", help="nodes; Slurm names them (default: 1)")
     parser.add_argument("--node_rank", type=int, metavar="I", help="which node this is, from 0, where Slurm is not")
     parser.add_argument(

@@ -50,12 +50,12 @@ def test_one_process_needs_no_agent(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_agents() -> None:
     assert options(ngpu=4)[-2:] == ["--nproc_per_node", "4"] and "--standalone" in options(ngpu=4)
     given = options("--num_nodes", "2", "--node_rank", "1", "--first_node", "node1:29500", ngpu=1)
-    assert given == "--nnodes 2 --node_rank 1 --master_addr node1 --master_port 29500 --nproc_per_node 1".split()
+    assert " ".join(given) == "--nnodes 2 --node_rank 1 --master_addr node1 --master_port 29500 --nproc_per_node 1"
 
 
 def test_nodes_of_slurm(slurm: pytest.MonkeyPatch) -> None:
     found = options("--num_nodes", "2", ngpu=2)
-    assert found == "--nnodes 2 --node_rank 1 --master_addr gpu07 --master_port 18456 --nproc_per_node 2".split()
+    assert " ".join(found) == "--nnodes 2 --node_rank 1 --master_addr gpu07 --master_port 18456 --nproc_per_node 2"
     slurm.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(ConfigError, match="4 tasks on 2 nodes\n  -> srun --nodes=2 --ntasks=2 --ntasks-per-node=1"):
         options("--num_nodes", "2", ngpu=2)
