@@ -14,6 +14,7 @@ learning rate is in pam_espnet/train/scaling.py.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -62,6 +63,8 @@ def _train(experiment: Experiment, espnet: Sequence[str], ngpu: int, first: bool
     ):
         if first:
             experiment.begin(processes)
+        else:
+            logging.getLogger().setLevel(logging.ERROR)  # one process logs what all of them do
         from pam_espnet.train.export import export_trained
         from pam_espnet.train.scaling import scale
         from pam_espnet.train.task import PaMTask

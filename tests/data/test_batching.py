@@ -117,7 +117,7 @@ def test_every_rank_gets_work() -> None:
 @settings(max_examples=30, deadline=None)
 @given(size=st.integers(1, 5), limit=st.floats(6, 40), pool=st.integers(1, 4), ranks=st.integers(1, 8))
 def test_limits_are_those_of_one_rank(size: int, limit: float, pool: int, ranks: int) -> None:
-    """Of its share of a batch; but for the shortest utterances, and for the last ones of a pass, which may be too few."""
+    """Of its share of a batch; but for the shortest utterances, and for the last of a pass, which may be too few."""
     options = BatchingOptions(max_utterances=size, max_seconds=limit, pool=pool)
     for index, batch in enumerate(cut(sorted(SECONDS, key=SECONDS.__getitem__), SECONDS, options, ranks)):
         share = len(batch[::ranks]) - (index == 0 and ranks > 1)  # the largest

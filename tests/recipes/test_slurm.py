@@ -1,4 +1,4 @@
-"""utils/slurm.py keeps run.py's contract over sbatch: its programs replaced, and a real cluster of one node.
+"""utils/slurm.py keeps run.py's contract over sbatch: its programs replaced, and a real cluster of two nodes.
 
 The real one, of the tests marked services, needs slurmctld and slurmd on PATH or in $PAM_SLURM_ROOT
 (see tests/kit/real_slurm.py).
@@ -40,7 +40,7 @@ def fake(tmp_path: Path) -> dict[str, str]:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of commands that reach a real Slurm."""
     try:
-        with real_slurm(tmp_path_factory.mktemp("slurm")) as environment:
+        with real_slurm(tmp_path_factory.mktemp("slurm"), nodes=2) as environment:
             yield environment
     except NoSlurm as reason:
         unavailable("slurm", str(reason))
@@ -283,6 +283,20 @@ def test_real_gpus(tmp_path: Path, cluster: dict[str, str]) -> None:
 
 
 @pytest.mark.services
+def test_real_nodes(tmp_path: Path, cluster: dict[str, str]) -> None:
+    """A task on each, with GPUs of its own; one that fails ends the other."""
+    echo = ["sh", "-c", 'echo "$SLURM_NODEID of $SLURM_STEP_NODELIST [$CUDA_VISIBLE_DEVICES]"']
+    for gpus, seen in (("0", ""), ("2", "0,1")):
+        done = slurm(tmp_path, cluster, "--num-nodes", "2", "--gpu", gpus, "x.log", *echo)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / "x.log").read_text().splitlines()
+        assert {f"{node} of 127.0.0.[1-2] [{seen}]" for node in (0, 1)} <= set(lines)
+    failing = ["sh", "-c", "[ $SLURM_NODEID = 1 ] && exit 3; sleep 100"]
+    done = slurm(tmp_path, cluster, "--num-nodes", "2", "x.log", *failing)
+    assert done.returncode == 1 and "x.log (status" in done.stderr
+
+
+@pytest.mark.services
 def test_stages_3_and_4_as_real_jobs(
     tmp_path: Path, cluster: dict[str, str], mini_models: Path, tiny_llm_dir: Path
 ) -> None:
@@ -290,10 +304,12 @@ def test_stages_3_and_4_as_real_jobs(
     corpus = make_librispeech(tmp_path, subsets, utterances=2)
     recipe = copy_recipe(tmp_path / "tree", "librispeech")
     options = [*small(recipe, mini_models, tiny_llm_dir), "--librispeech", str(corpus), "--use_cache", "true"]
-    options += ["--cmd", "slurm", "--test_sets", "test_clean", "--stop_stage", "4"]
+    options += ["--cmd", "slurm", "--test_sets", "test_clean", "--stop_stage", "4", "--num_nodes", "2"]
+    options += ["--train_nj", "1"]
     done = run(recipe, *options, "--decode_nj", "2", **cluster)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for log, jobs in (("log/cache", 1), ("log/warm_start", 1), ("log/train", 1), ("decode_beam/log/decode", 2)):
         assert f"({jobs} runs): exp/small/{log}" in done.stderr
     assert len((recipe / "exp/small/decode_beam/test_clean/text").read_text().splitlines()) == 4
     assert "Estimate from the configuration" in done.stdout and "whisper" in done.stdout
+    assert "on each of 2 processes" in (recipe / "exp/small/log/train.log").read_text()
