@@ -2,7 +2,9 @@
 
 ESPnet writes ``checkpoint.pth`` in place once per epoch; after a kill in the middle it is half a file. A copy of the
 last whole one is kept beside it, and resuming falls back to the copy. ESPnet seeds random numbers per epoch and batches
-are a function of the epoch, so a resumed run repeats the unbroken one, from its last step checkpoint on.
+are a function of the epoch, so a resumed run repeats the unbroken one, from its last step checkpoint on. Of more than
+two processes to the last digit only with ``unused_parameters: true``: DDP lays gradients out anew after its first step
+otherwise, and sums of more than two terms are rounded in another order.
 """
 
 from __future__ import annotations

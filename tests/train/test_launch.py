@@ -164,10 +164,11 @@ class Nodes:
 def test_two_nodes_go_on_after_one_was_killed(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
     changes = {
         "batching_conf": {"max_utterances": 1, "pool": 2},
-        "num_iters_per_epoch": 400,  # of one process: a hundred of four
+        "num_iters_per_epoch": 160,  # of one process: forty of four
         "checkpoint_steps": 5,
         "optim_conf": {"lr": 0.01},
         "ddp_comm_hook": "bf16_compress_hook",
+        "unused_parameters": True,  # or DDP lays gradients out anew after its first step, and sums round differently
     }
     lora = {"r": 4, "alpha": 8, "dropout": 0.1, "target_modules": ["q_proj"]}  # draws random numbers in every step
     changes["llm_conf"] = {"dtype": "float32", "lora": lora}
