@@ -52,7 +52,7 @@ def scaled(config: Mapping[str, Any], processes: int) -> dict[str, Any]:
 
 def scale(options: Any, processes: int) -> None:
     """Change ESPnet's parsed options, a namespace, in place, and log what was changed."""
-    config = vars(options)
+    config, log = vars(options), logging.getLogger()  # logging.info would set up a log before ESPnet does
     for name, value in scaled(config, processes).items():
-        logging.info(f"{processes} processes, lr_scaling {config['lr_scaling']}: {name} {config[name]} -> {value}")
+        log.info(f"{processes} processes, lr_scaling {config['lr_scaling']}: {name} {config[name]} -> {value}")
         config[name] = value
