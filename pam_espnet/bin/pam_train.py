@@ -69,7 +69,7 @@ def _train(experiment: Experiment, espnet: Sequence[str], ngpu: int, first: bool
         from pam_espnet.train.scaling import scale
         from pam_espnet.train.task import PaMTask
 
-        words = ["--dist_backend", "nccl" if ngpu else "gloo", *experiment.arguments(Path(folder)), *espnet]
+        words = [*experiment.arguments(Path(folder)), *([] if ngpu else ["--dist_backend", "gloo"]), *espnet]
         words += ["--ngpu", str(ngpu), "--multiprocessing_distributed", "false"]
         options = PaMTask.get_parser().parse_args(words)
         scale(options, processes)

@@ -105,8 +105,8 @@ class Experiment:
                 "tables_sha256": tables.digest(),
             }
         config = {name: value for name, value in self.config.items() if name not in _FREE}
-        batching = config.get("batching_conf") or {}
-        if batching.get("limits") == "global" and "limits" not in (_noted_batching(self.exp) or batching):
+        batching, noted = config.get("batching_conf") or {}, _noted_batching(self.exp)
+        if batching.get("limits") == "global" and noted is not None and "limits" not in noted:
             config["batching_conf"] = {name: value for name, value in batching.items() if name != "limits"}
         key = {"config": config, "data": data}
         if files := self.config.get("prompt_files"):
@@ -125,15 +125,9 @@ class Experiment:
         directory and every stream of the data.
         Raises ConfigError: a part of the feature cache is not there."""
         config = self.config if self.feats is None else add_specs(self.config, self.feats)
-        write_config(config, (folder or self.exp) / "train.yaml")
-        words = [
-            "--config",
-            str((folder or self.exp) / "train.yaml"),
-            "--output_dir",
-            str(self.exp),
-            "--resume",
-            "true",
-        ]
+        path = (folder or self.exp) / "train.yaml"
+        write_config(config, path)
+        words = ["--config", str(path), "--output_dir", str(self.exp), "--resume", "true"]
         for mode, raw in (("train", self.train), ("valid", self.valid)):
             streams = [f"{raw}/{stream}" for stream in _STREAMS]
             if self.feats is None:

@@ -75,6 +75,11 @@ def test_limits_of_an_older_version_stay_global(data: Path, tiny_llm_dir: Path, 
     Experiment(tmp_path / "old", data / "dump/train", data / "dump/dev", None, given).begin()
     (tmp_path / "older").mkdir()
     write_config(given, tmp_path / "older/config.yaml")
+    Experiment(tmp_path / "bare", data / "dump/train", data / "dump/dev", None, tiny_config(tiny_llm_dir)).begin()
+    write_config(tiny_config(tiny_llm_dir), tmp_path / "given.yaml")
+    assert experiment("bare").config["batching_conf"] == {"limits": "global"}
+    experiment("bare").begin(4)
+    write_config(given, tmp_path / "given.yaml")
     for name in ("old", "older"):
         for processes in (1, 4):
             experiment(name).begin(processes)
