@@ -152,6 +152,8 @@ class ESPnetPaMModel(AbsESPnetModel):
                 audio.embeddings[rows], audio.lengths[rows], [answers[r][:-1].tolist() for r in rows]
             )
             value = total / max(count, 1) * rank_share(count, weight)
+            if not count and _several_ranks():  # nothing to align here: a gradient of zeros is what others' is added to
+                value = value + 0.0 * sum(p.sum() for p in self.ctc.parameters())
             loss = loss + self.ctc_weight * value
             stats["loss_ctc"] = value.detach()
         stats["loss"] = loss.detach()
@@ -188,6 +190,16 @@ class ESPnetPaMModel(AbsESPnetModel):
     def collect_feats(self, **batch: Any) -> dict[str, Tensor]:
         """Nothing to collect: no statistics of features are used, lengths come from ``utt2num_samples``."""
         raise NotImplementedError("set model_conf.extract_feats_in_collect_stats: false")
+
+    @property
+    def leaves_unused(self) -> bool:
+        """Whether a step can leave trained parameters without a gradient: a CTC head kept for decoding alone."""
+        return self.ctc is not None and self.ctc_weight == 0
+
+    def alike_names(self) -> list[str]:
+        """Names of what never changes: frozen weights and buffers, which every process computes or loads itself."""
+        frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
+        return [*frozen, *(name for name, _ in self.named_buffers())]
 
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Everything that training changes, by name."""

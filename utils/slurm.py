@@ -4,6 +4,7 @@
     utils/slurm.py [options] [JOB=1:n] LOG command [argument ...]
 
     utils/slurm.py --gpu 2 exp/train.log python -m my.training --conf conf/train.yaml
+    utils/slurm.py --num-nodes 2 --gpu 8 exp/train.log python -m my.training    # srun starts it once on each node
     utils/slurm.py --max-jobs-run 4 --time 2:00:00 JOB=1:8 logs/decode.JOB.log python decode.py --keys split8/JOB/text
 
 JOB=1:n becomes one job array, --max-jobs-run its throttle. On the node each task is `utils/run.py LOG command`, so logs
@@ -50,7 +51,7 @@ from job_contract import (
 )
 
 FIRST_POLL, LAST_POLL = 0.5, 10.0  # seconds between two looks at the queue: growing, to spare the controller
-BUILT_IN = ("config", "gpu", "mem", "num_threads", "max_jobs_run", "lag")
+BUILT_IN = ("config", "gpu", "num_nodes", "mem", "num_threads", "max_jobs_run", "lag")
 PATIENCE = 600.0  # seconds for which squeue may fail: controllers are restarted now and then
 ENDED = re.compile(r"# Ended \((code (\d+)|killed with run\.py)\) at ")
 
@@ -131,7 +132,10 @@ def build_parser(options: list[str]) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, default=Path("conf/slurm.conf"), help="(default: conf/slurm.conf)")
-    parser.add_argument("--gpu", type=count, metavar="N", help="GPUs per run; 0 hides them all")
+    parser.add_argument("--gpu", type=count, metavar="N", help="GPUs per run, on each of its nodes; 0 hides them all")
+    parser.add_argument(
+        "--num-nodes", "--num_nodes", type=positive, metavar="N", help="nodes per run; srun starts it on each (1)"
+    )
     parser.add_argument("--mem", type=parse_gib, metavar="4G", help="memory per run; $0 is it in MiB, as in 4096M")
     parser.add_argument("--num-threads", "--num_threads", type=positive, metavar="N", help="OMP_NUM_THREADS of a run")
     parser.add_argument("--max-jobs-run", "--max_jobs_run", type=positive, metavar="N", help="runs at once")
@@ -151,8 +155,8 @@ def sbatch_flags(args: argparse.Namespace, flags: Flags) -> list[str]:
     given = {name: value for name, value in vars(args).items() if value is not None}
     if "mem" in given:
         given["mem"] = f"{max(1, round(args.mem * 1024))}M"
-    for name, free in (("gpu", 0), ("mem", None), ("num_threads", 1)):
-        # No GPU and one thread need no flags; anything else must not be dropped silently.
+    for name, free in (("gpu", 0), ("num_nodes", 1), ("mem", None), ("num_threads", 1)):
+        # No GPU, one node and one thread need no flags; anything else must not be dropped silently.
         if name in given and name not in flags.options and given[name] != free:
             fail(f"{flags.path}: no line about {name}", f"add a line: option {name}=* FLAGS with $0")
     values.update({name: str(value) for name, value in given.items() if name in flags.options})
@@ -162,14 +166,22 @@ def sbatch_flags(args: argparse.Namespace, flags: Flags) -> list[str]:
 def batch_script(work: Work, args: argparse.Namespace) -> str:
     """What a task does on its node: go to this directory and run the command through run.py, which writes the log."""
     command = [sys.executable or "python3", str(Path(__file__).resolve().parent / "run.py")]
-    for name in ("gpu", "num_threads"):
-        if getattr(args, name) is not None:
-            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    several = (args.num_nodes or 1) > 1
+    if args.gpu is not None and not (several and args.gpu):  # every node has GPUs of its own, which Slurm names there
+        command += ["--gpu", str(args.gpu)]
+    if args.num_threads is not None:
+        command += ["--num-threads", str(args.num_threads)]
     line = shlex.join(command)
     if work.name:
         # In double quotes for the shell of the node, which has the task's number.
         line += f' "{work.name}=${{SLURM_ARRAY_TASK_ID:-{work.numbers[0]}}}"'
-    return f"#!/bin/sh\ncd {shlex.quote(os.getcwd())} || exit 1\nexec {line} {shlex.join(work.words)}\n"
+    log, *words = work.words
+    cores = ""
+    if several:
+        words = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", *words]
+        # srun no longer takes the job's cores for a step, unless it is told to.
+        cores = '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK}"\n'
+    return f"#!/bin/sh\ncd {shlex.quote(os.getcwd())} || exit 1\n{cores}exec {line} {shlex.join([log, *words])}\n"
 
 
 class Job:

@@ -18,7 +18,7 @@ from pam_espnet.train.experiment import Experiment, check_config, experiment_par
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = experiment_parser(__doc__, needed=())
-    parser.add_argument("--ngpu", type=int, default=0, help="GPUs that share a batch (default: 0 = CPU)")
+    parser.add_argument("--ngpu", type=int, default=0, help="GPUs of all nodes (default: 0 = CPU)")
     parser.add_argument("--fetch", choices=("true", "false"), default="false", help="get a missing config.json")
     args = parser.parse_args(argv)
     if args.exp and not (args.train and args.valid):

@@ -5,18 +5,27 @@ when it is called again, from the last of its checkpoints (checkpoint_steps make
 the averaged model is written as <exp>/model.safetensors.
 
 Every option of ESPnet's trainer is a key of the configuration (--set max_epoch=3). Options that are not listed here are
-ESPnet's own and go to it as they are (--ngpu 2, --resume false); --help_all lists them (slow: it loads ESPnet).
+ESPnet's own and go to it as they are (--resume false); --help_all lists them (slow: it loads ESPnet).
+
+--ngpu N trains in N processes that share every batch, --num_nodes M in N on each of M nodes, through
+torch.distributed.run (pam_espnet/train/launch.py). Limits of batches are per GPU; what that means for steps and
+learning rate is in pam_espnet/train/scaling.py.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 from pam_espnet.cli import run_main
+from pam_espnet.errors import ConfigError
 from pam_espnet.train.experiment import Experiment, experiment_parser
+from pam_espnet.train.launch import add_launch_options, agent_options, become_rank, is_rank, run_agent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,30 +35,51 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         PaMTask.get_parser().print_help()
         return 0
-    args, espnet = experiment_parser(__doc__).parse_known_args(words)
-    from pam_espnet.fileio import exclusive
-
+    parser = experiment_parser(__doc__)
+    add_launch_options(parser)
+    args, espnet = parser.parse_known_args(words)
+    if "--dist_launcher" in espnet:
+        raise ConfigError("--dist_launcher: processes are started by torch.distributed.run\n  -> give --num_nodes")
     experiment = Experiment.of(args)
-    first = _is_first_rank(espnet)
-    # Other ranks share the first one's output directory; only the first writes there.
-    with exclusive(experiment.exp / ".lock") if first else nullcontext():
-        if first:
-            experiment.begin()
-        from pam_espnet.train.export import export_trained
-        from pam_espnet.train.task import PaMTask
-
-        command = [*experiment.arguments(), *espnet]
-        options = PaMTask.get_parser().parse_args(command)
-        PaMTask.main(cmd=command)
-        if first and not options.dry_run and not options.collect_stats:
-            export_trained(experiment.exp, options.best_model_criterion)
+    ngpu = int((experiment.config.get("ngpu") or 0) if args.ngpu is None else args.ngpu)
+    if agent := agent_options(args, ngpu):
+        return run_agent(agent, "pam_espnet.bin.pam_train", words)
+    if is_rank():
+        become_rank(ngpu)
+    rank, processes = (
+        _given(espnet, f"--dist_{name}") or os.environ.get(name.upper()) for name in ("rank", "world_size")
+    )
+    _train(experiment, espnet, min(ngpu, 1), int(rank or 0) == 0, int(processes or 1))
     return 0
 
 
-def _is_first_rank(espnet: Sequence[str]) -> bool:
-    """From the ranks that torchrun, Slurm or ESPnet's own option give."""
-    given = espnet[espnet.index("--dist_rank") + 1] if "--dist_rank" in espnet else "0"
-    return {os.environ.get("RANK", "0"), os.environ.get("SLURM_PROCID", "0"), given} == {"0"}
+def _train(experiment: Experiment, espnet: Sequence[str], ngpu: int, first: bool, processes: int) -> None:
+    from pam_espnet.fileio import exclusive
+
+    # Other ranks share the first one's output directory; only the first writes there.
+    with (
+        exclusive(experiment.exp / ".lock") if first else nullcontext(),
+        nullcontext(experiment.exp) if first else tempfile.TemporaryDirectory() as folder,
+    ):
+        if first:
+            experiment.begin(processes)
+        else:
+            logging.getLogger().setLevel(logging.ERROR)  # one process logs what all of them do
+        from pam_espnet.train.export import export_trained
+        from pam_espnet.train.scaling import scale
+        from pam_espnet.train.task import PaMTask
+
+        words = [*experiment.arguments(Path(folder)), *([] if ngpu else ["--dist_backend", "gloo"]), *espnet]
+        words += ["--ngpu", str(ngpu), "--multiprocessing_distributed", "false"]
+        options = PaMTask.get_parser().parse_args(words)
+        scale(options, processes)
+        PaMTask.main(args=options)
+        if first and not options.dry_run and not options.collect_stats:
+            export_trained(experiment.exp, options.best_model_criterion)
+
+
+def _given(words: Sequence[str], option: str) -> str | None:
+    return words[words.index(option) + 1] if option in words else None
 
 
 if __name__ == "__main__":

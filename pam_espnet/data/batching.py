@@ -23,8 +23,11 @@ from pam_espnet.errors import ConfigError
 class BatchingOptions:
     """How batches are made."""
 
-    max_utterances: int = 8  # in a batch, over all ranks
+    max_utterances: int = 8  # in a batch
     max_seconds: float = 80.0  # of padded audio in a batch: longest utterance times utterances
+    # What both limits bound: per_gpu, the share of a batch that one process gets, so that more of them take larger
+    # steps; or global, the whole batch, whatever the number of processes, as in version 0.1.
+    limits: str = "per_gpu"
     pool: int = 8  # number of batches whose utterances are sorted by length together; 1 keeps batches random
     # Task name -> how often each of its utterances is seen in a pass: 1 = once, as those of tasks that are not named;
     # 0.5 = with probability one half; 2 = twice.
@@ -38,6 +41,8 @@ class BatchingOptions:
     task_counts: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.limits not in ("per_gpu", "global"):
+            raise ConfigError(f"batching_conf.limits: {self.limits!r}; choose per_gpu or global")
         for name in ("max_utterances", "max_seconds", "pool"):
             check_number(getattr(self, name), f"batching_conf.{name}", above=0)
         for task, share in self.task_share.items():
@@ -52,6 +57,19 @@ class BatchingOptions:
             raise ConfigError("batching_conf: task_weights and task_counts need a task_exponent, such as 1.0")
         if self.task_exponent is not None and self.task_share:
             raise ConfigError("batching_conf: task_share and task_exponent set the same; give one")
+
+    def sharing(self, world_size: int) -> int:
+        """Over how many of ``world_size`` processes a batch is spread before the limits are applied to a share."""
+        return world_size if self.limits == "per_gpu" else 1
+
+    def describe_limits(self, world_size: int) -> str:
+        """What a step takes at most, of one process and in all, for the log."""
+        whole = self.sharing(world_size)
+        one, everything = (
+            f"{self.max_seconds * part:.4g} s and {self.max_utterances * part:.4g} utterances"
+            for part in (whole / world_size, whole)
+        )
+        return f"a step takes at most {one} on each of {world_size} processes, {everything} on all together"
 
 
 def times_seen(tasks: Mapping[str, str], options: BatchingOptions) -> dict[str, float]:
@@ -90,7 +108,7 @@ def plan_pass(
         seconds: utterance -> duration, seconds.
         tasks: utterance -> task.
         number: which pass, from 0.
-        world_size: ranks that share each batch; every batch has at least that many utterances.
+        world_size: ranks that share each batch, dealt out utterance by utterance; every batch has at least that many.
     """
     rng = random.Random(f"{seed}:{number}")
     shares = times_seen(tasks, options)
@@ -99,28 +117,36 @@ def plan_pass(
         share = shares[tasks[key]]
         keys += [key] * (int(share) + (rng.random() < share % 1))
     rng.shuffle(keys)
-    size = options.max_utterances * options.pool
+    share = options.sharing(world_size)
+    size = options.max_utterances * share * options.pool
     batches: list[list[str]] = []
     for start in range(0, len(keys), size):
-        batches += cut(sorted(keys[start : start + size], key=lambda k: (seconds[k], k)), seconds, options)
+        batches += cut(sorted(keys[start : start + size], key=lambda k: (seconds[k], k)), seconds, options, share)
     batches = at_least(batches, world_size)
     rng.shuffle(batches)
     return batches
 
 
-def cut(keys: list[str], seconds: Mapping[str, float], options: BatchingOptions) -> list[list[str]]:
-    """Cut ``keys``, in their order, into batches within the limits; a longer utterance makes a separate batch."""
+def cut(keys: list[str], seconds: Mapping[str, float], options: BatchingOptions, share: int = 1) -> list[list[str]]:
+    """Cut ``keys``, in order of length, into batches; a longer utterance than the limits makes a separate batch.
+
+    ``share`` > 1: of each batch the largest of so many shares is within the limits, and every share has an utterance;
+    for that the batch of the shortest may have one more per share than the limits allow.
+    """
     batches: list[list[str]] = []
     longest = 0.0
-    for key in keys:
+    # For shares from the longest utterance on, so that what is left over at the end takes little memory elsewhere.
+    for key in keys if share == 1 else reversed(keys):
         longest = max(longest, seconds[key])
-        full = batches and (
-            len(batches[-1]) >= options.max_utterances or longest * (len(batches[-1]) + 1) > options.max_seconds
-        )
-        if not batches or full:
+        size = len(batches[-1]) // share + 1 if batches else 1  # of the largest share, with this utterance
+        if not batches or size > options.max_utterances or (size > 1 and longest * size > options.max_seconds):
             batches.append([])
             longest = seconds[key]
         batches[-1].append(key)
+    if share > 1:
+        if len(batches) > 1 and len(batches[-1]) < share:
+            batches[-2:] = [batches[-2] + batches[-1]]
+        batches = [batch[::-1] for batch in reversed(batches)]
     return batches
 
 

@@ -25,6 +25,8 @@ from pam_espnet.early_exit.measured_cost import MeasuredCost, Steps, exit_blocks
 from pam_espnet.engine.calibration import Calibration
 from pam_espnet.engine.exits import ExitOptions
 from pam_espnet.engine.llama import LlamaEngine
+from pam_espnet.engine.static import StaticEngine
+from pam_espnet.engine.static_memory import Shape
 from pam_espnet.errors import ConfigError
 from pam_espnet.search.beam import beam_search
 from pam_espnet.search.hypothesis import BeamOptions
@@ -92,6 +94,7 @@ def measure(
         checks = sum(block <= one for one in own for block in policy.layers) / len(own) if policy else 0.0
         asked = {"gate": (checks, 0.0), "confidence": (0.0, checks)}.get(name, (0.0, 0.0))
         steps.append(Steps(name, milliseconds, statistics.mean(own), *asked))
+    engine.release()  # also the graphs of exits that nobody will ask for again
     cost = MeasuredCost.fit(steps, blocks, median["output"] / REPEATS, median["fill"] / REPEATS / blocks)
     return cost, steps, {"rounds": rounds, "tokens": tokens}
 
@@ -124,27 +127,27 @@ def _ways(engine: LlamaEngine) -> dict[str, LlamaEngine]:
 
 def _alone(engine: LlamaEngine, utterances: int, beam_size: int) -> dict[str, Callable[[], Any]]:
     """``REPEATS`` times the output layer, and the fill of all blocks, for the R rows of a step."""
+
+    def repeat(run: Callable[[], Any]) -> None:
+        for _ in range(REPEATS):
+            run()
+
+    if isinstance(engine, StaticEngine):
+        memory = engine.memory(Shape.holding(utterances, beam_size, 1, 1))
+        x, zeros = engine.embed(memory.tokens.flatten()), torch.zeros_like(memory.utterance)
+        runs: dict[str, Callable[[], Any]] = {
+            "output": lambda: engine.ops.logits(engine.normed(x, None), engine.output),
+            "fill": lambda: engine.fill(memory, x, (zeros, zeros), 0),
+        }
+        return {name: engine.captured(memory, name, partial(repeat, run)) for name, run in runs.items()}
     shape, rows = engine.shape, torch.arange(utterances * beam_size, device=engine.llm.device)
     x = engine.embed(torch.zeros_like(rows))  # (R,D)
     turn = x.new_ones(len(rows), 1, shape.head)
     memories = x.new_zeros(2, utterances, shape.kv_heads, beam_size, shape.head)  # of keys, of values
-    where = rows // beam_size, slice(None), rows % beam_size
-
-    def output() -> None:
-        for _ in range(REPEATS):
-            engine.logits(engine.norm(x))
 
     def fill() -> None:
-        for block in REPEATS * engine.blocks:
-            for memory, made in zip(memories, block.skip(x, (turn, turn)), strict=True):
-                memory[where] = made
+        for block in engine.blocks:
+            for kept, made in zip(memories, block.skip(x, (turn, turn)), strict=True):
+                kept[rows // beam_size, :, rows % beam_size] = made
 
-    runs: dict[str, Callable[[], Any]] = {"output": output, "fill": fill}
-    for name, run in runs.items():
-        run()
-        if x.is_cuda and getattr(engine, "graphs", False):  # as in its steps, kernels are not launched one by one
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run()
-            runs[name] = graph.replay
-    return runs
+    return {"output": partial(repeat, lambda: engine.logits(engine.norm(x))), "fill": partial(repeat, fill)}

@@ -24,6 +24,7 @@ from pam_espnet.frontend.encoders.base import layer_dtype, model_folder_or_id
 from pam_espnet.frontend.encoders.registry import build_encoder, encoder_class
 from pam_espnet.frontend.frontend import PaMFrontend
 from pam_espnet.train.experiment import bare_llm, read_options
+from pam_espnet.train.scaling import scaled
 
 # Operations per second, as ``step_seconds`` counts them. GPU: a step of egs/librispeech/pam1 (313 s of audio) on an
 # NVIDIA H200: Whisper-large-v3, WavLM-large, wav2vec2-large in float32 (without TF32) 1198 ms, in bfloat16 218 ms;
@@ -32,7 +33,7 @@ from pam_espnet.train.experiment import bare_llm, read_options
 _GPU = {"llm": 246e12}
 _GPU_ENCODERS = {torch.float32: 33e12, torch.bfloat16: 182e12}
 _CPU = {torch.float32: 0.09e12, torch.bfloat16: 0.3e12}
-_SHARED = 0.47  # the part of a step that several GPUs divide: 8 H200 do 1.7 times the work of one
+_SHARED = 0.47  # the part of a step that GPUs divide where limits are global: 8 H200 do 1.7 times the work of one
 _TEMPLATE_TOKENS, _CHARACTERS_PER_TOKEN = 20, 4  # of a chat template, of English text: assumed, no tokenizer is run
 
 
@@ -70,7 +71,7 @@ def estimate(config: Mapping[str, Any], train: Path | None, valid: Path | None, 
         config: merged configuration.
         train, valid: formatted data directories; None: batches are as large as they may be.
         cached: whether encoders are run once, before training.
-        ngpu: GPUs that share every batch; 0: CPU.
+        ngpu: GPUs of all nodes, which share every batch; 0: CPU.
     """
     encoders, lm, unknown = {}, None, []
     for name in used_encoders(config):
@@ -103,10 +104,13 @@ def estimate(config: Mapping[str, Any], train: Path | None, valid: Path | None, 
         lines.append(f"feature cache: {format_size(per_hour)} per hour of audio{whole}")
     if lm is None:
         return "\n".join([*lines, "time: unknown, as the LLM is"]) + "\n"
-    plan = batches(config, train, 1)
+    share = read_options(BatchingOptions, config, "batching_conf").sharing(max(1, ngpu))
+    plan = batches(config, train, share)
     step = step_seconds(config, lm, plan, ngpu, 0.0 if cached else encoding)
-    steps = int(config.get("max_epoch") or 1) * int(config.get("num_iters_per_epoch") or len(plan))
-    machine = "an H200" if ngpu == 1 else f"{ngpu} H200, extrapolated from 1 and 8," if ngpu else "two CPU cores"
+    per_epoch = {**config, **scaled(config, max(1, ngpu))}.get("num_iters_per_epoch")
+    steps = int(config.get("max_epoch") or 1) * int(per_epoch or len(plan))
+    source = "one, without the exchange of gradients," if share > 1 else "1 and 8,"
+    machine = "an H200" if ngpu == 1 else f"{ngpu} H200, extrapolated from {source}" if ngpu else "two CPU cores"
     spent = format_timespan(steps * step, max_units=2)
     lines.append(f"time: {steps} steps, {spent}, at {machine} as measured; scale it to other machines")
     return "\n".join([*lines, "      (warm start, validation and decoding are not in it)"]) + "\n"
@@ -177,7 +181,8 @@ def batches(config: Mapping[str, Any], train: Path | None, ranks: int) -> list[B
     options = read_options(BatchingOptions, config, "batching_conf")
     frame_rate = float(config["frontend_conf"].get("frame_rate", 12.5))
     if train is None:
-        seconds, size = options.max_seconds / ranks, options.max_utterances / ranks
+        part = options.sharing(ranks) / ranks
+        seconds, size = options.max_seconds * part, options.max_utterances * part
         return [Batch(seconds, seconds * frame_rate + size * (_TEMPLATE_TOKENS + 30), size * 20)]
     data, passport = DataDir.load(train), Passport.load(train)
     seconds_of = {utt: passport.utterances[utt]["num_samples"] / passport.sample_rate for utt in data.utterances}
@@ -234,7 +239,8 @@ def step_bytes(
 
 
 def step_seconds(config: Mapping[str, Any], lm: Any, plan: list[Batch], ngpu: int, encoding: float) -> float:
-    """The mean time of a step; ``encoding``: seconds that the encoders need for a second of audio."""
+    """The mean time of a step; ``plan``: batches within the limits, shares of them where these are per GPU;
+    ``encoding``: seconds that the encoders need for a second of audio."""
     seconds, positions, targets = (
         sum(getattr(batch, key) for batch in plan) / len(plan) for key in ("seconds", "positions", "targets")
     )
@@ -244,7 +250,8 @@ def step_seconds(config: Mapping[str, Any], lm: Any, plan: list[Batch], ngpu: in
     passes = 3 if _checkpointing(config) else 2
     llm = passes * 2 * in_blocks * positions + 4 * lm.config.hidden_size * lm.config.vocab_size * targets
     alone = llm / (_GPU["llm"] if ngpu else _CPU[lm.dtype]) + encoding * seconds
-    return alone * (1 - _SHARED + _SHARED / max(1, ngpu))
+    over = max(1, ngpu) / read_options(BatchingOptions, config, "batching_conf").sharing(max(1, ngpu))
+    return alone * (1 - _SHARED + _SHARED / over)
 
 
 def _checkpointing(config: Mapping[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """An experiment: its data, its merged configuration, and what must hold before anything is computed for it.
 
     exp/<tag>/key.json     what it depends on; written once, compared by every later command
+    exp/<tag>/processes.json   how many processes train it, where the limits of batches are per GPU
     exp/<tag>/train.yaml   the merged configuration, as ESPnet reads it
 
 A directory that was continued under another learning rate or other recordings would hold a model that its own
@@ -18,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pam_espnet.config import add_specs, merge, resolve, used_encoders, write_config
+from pam_espnet.config import add_specs, load_yaml, merge, resolve, used_encoders, write_config
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import Passport
 from pam_espnet.data.prompts import read_wordings
 from pam_espnet.errors import ConfigError
-from pam_espnet.fileio import check_key, sha256_file
+from pam_espnet.fileio import check_key, read_json, sha256_file
 
 # What may change without changing the model.
 _FREE = ("resources", "num_workers", "log_interval", "checkpoint_steps")
@@ -77,11 +78,19 @@ class Experiment:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Experiment:
-        """From the options of ``experiment_parser``."""
-        return cls(args.exp, args.train, args.valid, args.feats, merged_config(args.config, args.set))
+        """From the options of ``experiment_parser``; ``batching_conf.limits`` of an experiment that an older version
+        began, which had no such option, stays global."""
+        config = merged_config(args.config, args.set)
+        noted = None if args.exp is None else _noted_batching(args.exp)
+        limits = {"limits": "per_gpu" if noted is None else noted.get("limits", "global")}
+        config["batching_conf"] = {**limits, **(config.get("batching_conf") or {})}
+        return cls(args.exp, args.train, args.valid, args.feats, config)
 
-    def begin(self) -> None:
+    def begin(self, processes: int | None = None) -> None:
         """Check the configuration and note what the experiment depends on; later, compare it with what is noted.
+
+        Args:
+            processes: those that share every batch, where training is about to begin.
 
         Raises:
             ConfigError: the configuration cannot work.
@@ -95,20 +104,30 @@ class Experiment:
                 "audio_sha256": Passport.load(path).audio_digest(tables.utterances),
                 "tables_sha256": tables.digest(),
             }
-        key = {"config": {name: value for name, value in self.config.items() if name not in _FREE}, "data": data}
+        config = {name: value for name, value in self.config.items() if name not in _FREE}
+        batching, noted = config.get("batching_conf") or {}, _noted_batching(self.exp)
+        if batching.get("limits") == "global" and noted is not None and "limits" not in noted:
+            config["batching_conf"] = {name: value for name, value in batching.items() if name != "limits"}
+        key = {"config": config, "data": data}
         if files := self.config.get("prompt_files"):
             read_wordings(files)
             key["prompt_files_sha256"] = {task: sha256_file(path) for task, path in files.items()}
         if not (self.exp / "key.json").exists():
             check_config(self.config)
-        check_key(self.exp / "key.json", key, f"give another --tag, or remove {self.exp} to train it anew")
+        hint = f"give another --tag, or remove {self.exp} to train it anew"
+        check_key(self.exp / "key.json", key, hint)
+        if processes and batching.get("limits") == "per_gpu":
+            hint = f"train it in as many processes as before, or {hint}; with batching_conf.limits=global any number do"
+            check_key(self.exp / "processes.json", {"processes": processes}, hint)
 
-    def arguments(self) -> list[str]:
-        """Write ``train.yaml``; ESPnet's own options that name it, the directory and every stream of the data.
+    def arguments(self, folder: Path | None = None) -> list[str]:
+        """Write ``train.yaml`` (to ``folder``, or the experiment's directory); ESPnet's own options that name it, the
+        directory and every stream of the data.
         Raises ConfigError: a part of the feature cache is not there."""
         config = self.config if self.feats is None else add_specs(self.config, self.feats)
-        write_config(config, self.exp / "train.yaml")
-        words = ["--config", str(self.exp / "train.yaml"), "--output_dir", str(self.exp), "--resume", "true"]
+        path = (folder or self.exp) / "train.yaml"
+        write_config(config, path)
+        words = ["--config", str(path), "--output_dir", str(self.exp), "--resume", "true"]
         for mode, raw in (("train", self.train), ("valid", self.valid)):
             streams = [f"{raw}/{stream}" for stream in _STREAMS]
             if self.feats is None:
@@ -122,6 +141,15 @@ class Experiment:
             for stream in streams:
                 words += [f"--{mode}_data_path_and_name_and_type", stream]
         return words
+
+
+def _noted_batching(exp: Path) -> Mapping[str, Any] | None:
+    """``batching_conf`` as an experiment was begun with it; None: it was not begun."""
+    if (exp / "key.json").exists():
+        return read_json(exp / "key.json")["config"].get("batching_conf") or {}
+    if (exp / "config.yaml").exists():  # of version 0.1
+        return load_yaml(exp / "config.yaml").get("batching_conf") or {}
+    return None
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -138,6 +166,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     from pam_espnet.frontend.fusion.registry import build_fusion
     from pam_espnet.frontend.masking import MaskOptions
     from pam_espnet.model import model_options
+    from pam_espnet.train.scaling import scaled
     from pam_espnet.train.task import PaMTask
     from pam_espnet.train.warm_start import WarmStartOptions
 
@@ -157,6 +186,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}_conf: {error}; {name} takes {inspect.signature(classes[name])}") from error
     model_options(config)
     read_options(BatchingOptions, config, "batching_conf")
+    scaled(config, 1)
     read_options(WarmStartOptions, config, "warm_start_conf")
     frontend = config["frontend_conf"]
     read_options(MaskOptions, frontend, "mask_conf")

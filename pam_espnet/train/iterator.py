@@ -124,7 +124,8 @@ class PaMIterFactory(AbsIterFactory):
                 logging.info(f"epoch {epoch}, utterances per task: {describe_seen(plan, self.seconds, self.tasks)}")
         else:
             ordered = sorted(self.seconds, key=lambda k: (self.seconds[k], k))
-            plan = at_least(cut(ordered, self.seconds, self.options), self.world_size)
+            share = self.options.sharing(self.world_size)
+            plan = at_least(cut(ordered, self.seconds, self.options, share), self.world_size)
         return [batch[self.rank :: self.world_size] for batch in plan]
 
     def build_iter(self, epoch: int, shuffle: bool | None = None) -> DataLoader:

@@ -60,6 +60,11 @@ class PaMTask(AbsTask):
         ):
             group.add_argument(f"--{name}", action=NestedDictAction, default={}, help=text)
         group.add_argument(
+            "--lr_scaling",
+            default="auto",
+            help="growth of the learning rate with the processes (see train/scaling.py): auto, none, sqrt, linear",
+        )
+        group.add_argument(
             "--init_trained",
             type=str_or_none,
             default=None,
@@ -75,7 +80,6 @@ class PaMTask(AbsTask):
             iterator_type="task",
             # Batches are planned from utt2num_samples, whose streams are named by the encoders in use.
             allow_variable_data_keys=True,
-            unused_parameters=True,  # an expert that no utterance of a batch is routed to has no gradient
             num_att_plot=0,
             use_matplotlib=False,
             use_tensorboard=False,
@@ -133,6 +137,7 @@ class PaMTask(AbsTask):
         counts = {task: sum(t == task for t in tasks.values()) for task in sorted(set(tasks.values()))}
         hours = sum(seconds.values()) / 3600
         logging.info(f"[{mode}] {len(seconds)} utterances, {hours:.2f} h, per task: {counts}, {options}")
+        logging.info(f"[{mode}] limits {options.limits}: {options.describe_limits(world_size)}")
         fresh = None
         if iter_options.train:
             times = {task: f"{number:.3g}" for task, number in times_seen(tasks, options).items()}

@@ -2,7 +2,9 @@
 
 ESPnet writes ``checkpoint.pth`` in place once per epoch; after a kill in the middle it is half a file. A copy of the
 last whole one is kept beside it, and resuming falls back to the copy. ESPnet seeds random numbers per epoch and batches
-are a function of the epoch, so a resumed run repeats the unbroken one, from its last step checkpoint on.
+are a function of the epoch, so a resumed run repeats the unbroken one, from its last step checkpoint on. Of more than
+two processes to the last digit only with ``unused_parameters: true``: DDP lays gradients out anew after its first step
+otherwise, and sums of more than two terms are rounded in another order.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from espnet2.train.reporter import aggregate
 from espnet2.train.trainer import Trainer, TrainerOptions
 from espnet2.utils.build_dataclass import build_dataclass
+from torch import nn
 
 from pam_espnet.config import check_number
 from pam_espnet.errors import CheckpointError, ConfigError
@@ -63,6 +66,10 @@ class PaMTrainer(Trainer):
         """ESPnet's whole training; step checkpoints are gone when it ends.
         Raises CheckpointError: a file could not be written, as on a full disk; names it and what to do."""
         output_dir = Path(trainer_options.output_dir)
+        model = others["model"]
+        trainer_options.unused_parameters |= model.leaves_unused
+        # What all processes have alike is not sent: buffers in every step, frozen weights before the first.
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, model.alike_names())
         with disk_errors(output_dir):  # ESPnet writes its files in place; the copy of the epoch before is whole
             super().run(trainer_options=trainer_options, **others)
         if first_process():

@@ -114,7 +114,33 @@ def test_every_rank_gets_work() -> None:
     assert batches and all(len(batch) >= 2 for batch in batches)
 
 
+@settings(max_examples=30, deadline=None)
+@given(size=st.integers(1, 5), limit=st.floats(6, 40), pool=st.integers(1, 4), ranks=st.integers(1, 8))
+def test_limits_are_those_of_one_rank(size: int, limit: float, pool: int, ranks: int) -> None:
+    """Of its share of a batch; but for the shortest utterances, and for the last of a pass, which may be too few."""
+    options = BatchingOptions(max_utterances=size, max_seconds=limit, pool=pool)
+    for index, batch in enumerate(cut(sorted(SECONDS, key=SECONDS.__getitem__), SECONDS, options, ranks)):
+        share = len(batch[::ranks]) - (index == 0 and ranks > 1)  # the largest
+        assert share <= size
+        assert share <= 1 or max(SECONDS[utt] for utt in batch) * share <= limit
+    batches = plan_pass(SECONDS, TASKS, options, 0, 0, ranks)
+    assert Counter(utt for batch in batches for utt in batch) == Counter(list(SECONDS))
+    assert all(ranks <= len(batch) <= (size + 2) * ranks for batch in batches)
+
+
+def test_global_limits_are_those_of_the_whole_batch() -> None:
+    whole = BatchingOptions(max_utterances=8, max_seconds=1000, limits="global")
+    each = BatchingOptions(max_utterances=4, max_seconds=1000, pool=8)
+    assert plan_pass(SECONDS, TASKS, whole, 0, 0, 2) == plan_pass(SECONDS, TASKS, whole, 0, 0)
+    even = dict(list(SECONDS.items())[:96])  # nothing is left over
+    assert plan_pass(even, TASKS, whole, 0, 0, 2) == plan_pass(even, TASKS, each, 0, 0, 2)
+    assert "125 s and 1 utterances on each of 8 processes, 1000 s and 8 utterances on all" in whole.describe_limits(8)
+    assert "1000 s and 4 utterances on each of 8 processes, 8000 s and 32" in each.describe_limits(8)
+
+
 def test_options_out_of_range_are_refused() -> None:
+    with pytest.raises(ConfigError, match="limits: 'gpu'; choose per_gpu or global"):
+        BatchingOptions(limits="gpu")
     for wrong in ({"max_utterances": 0}, {"max_seconds": -1.0}, {"pool": 0}, {"task_share": {"asr": -1.0}}):
         with pytest.raises(ConfigError, match="batching_conf"):
             BatchingOptions(**wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from pam_espnet.early_exit.step_times import measure
 from pam_espnet.engine.calibration import Calibration
 from pam_espnet.engine.engine import make_engine
 from pam_espnet.engine.llama import Block, LlamaEngine
+from pam_espnet.engine.ops import Ops
+from pam_espnet.engine.static import StaticEngine
+from pam_espnet.engine.static_memory import Memory
+from pam_espnet.engine.tree import Tree
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import read_json, save_trained
 from pam_espnet.llm.llm import LLM
@@ -34,9 +39,9 @@ def llm_dir(tiny_llm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return deeper_llm(tiny_llm_dir, tmp_path_factory.mktemp("models") / "six", BLOCKS)
 
 
-@pytest.fixture
-def engine(llm_dir: Path) -> LlamaEngine:
-    found = make_engine(LLM.from_pretrained(str(llm_dir), dtype="float32").eval())
+@pytest.fixture(params=["off", "on"])
+def engine(request: pytest.FixtureRequest, llm_dir: Path) -> LlamaEngine:
+    found = make_engine(LLM.from_pretrained(str(llm_dir), dtype="float32").eval(), graphs=request.param)
     assert isinstance(found, LlamaEngine)
     return found
 
@@ -46,25 +51,35 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 0.0
-        prices = {
+        prices = {  # of the eager engine, of the static one, of both
             (Block, "finish"): COST.block,
             (Block, "skip"): COST.fill,
             (LlamaEngine, "logits"): COST.output,
-            (LlamaEngine, "embed"): COST.constant,
+            (Tree, "append"): COST.constant,
+            (Ops, "gate"): COST.block,
+            (Ops, "logits"): COST.output,
+            (Memory, "append"): COST.constant,
             (Calibration, "probability"): COST.gate,
         }
         for (owner, name), price in prices.items():
-            monkeypatch.setattr(owner, name, self.charged(getattr(owner, name), price))
+            monkeypatch.setattr(owner, name, self.charged(getattr(owner, name), lambda *_, price=price: price))
+        filled = self.charged(StaticEngine.fill, lambda engine, *args: COST.fill * (len(engine.blocks) - args[-1]))
+        monkeypatch.setattr(StaticEngine, "fill", filled)
 
-    def charged(self, function: Callable[..., Any], price: float) -> Callable[..., Any]:
+    def charged(self, function: Callable[..., Any], price: Callable[..., float]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            self.seconds += price / 1000
+            self.seconds += price(*args) / 1000
             return function(*args, **kwargs)
 
         return run
 
     def __call__(self) -> float:
         return self.seconds
+
+
+def expected(engine: LlamaEngine) -> MeasuredCost:
+    """A gate of the static engine is an output layer of one row."""
+    return replace(COST, gate=COST.gate + COST.output) if engine.graphs else COST
 
 
 def prefix() -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,7 +117,7 @@ def test_costs_of_an_engine_are_found(engine: LlamaEngine, monkeypatch: pytest.M
     monkeypatch.setattr(step_times, "MOST", 5)
     clock = Clock(monkeypatch)
     cost, steps, counts = measure(engine, *prefix(), BeamOptions(beam_size=beam_size), 1000.0, clock)
-    assert vars(cost) == pytest.approx(vars(COST))
+    assert vars(cost) == pytest.approx(vars(expected(engine)))
     assert counts == {"rounds": 2, "tokens": 5}
     depths = {one.way: one.depth for one in steps}
     assert depths == {"never": 6, "fixed:3": 3, "fixed:4": 4, "fixed:5": 5, "gate": 6, "confidence": 6}
@@ -115,7 +130,7 @@ def test_time_limit(engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch) -> Non
     options = BeamOptions(beam_size=2)
     clock = Clock(monkeypatch)
     cost, _, counts = measure(engine, *prefix(), options, 2.0, clock)  # a round of 24 tokens takes more than that
-    assert vars(cost) == pytest.approx(vars(COST))
+    assert vars(cost) == pytest.approx(vars(expected(engine)))
     assert clock.seconds < 2.5 and counts["rounds"] >= 1 and counts["tokens"] < 24
     before = clock.seconds
     with pytest.raises(ConfigError, match=r"--measure_cost 0.1: too short"):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A replacement of sbatch, squeue and scancel, by the name under which it is called: enough to test utils/slurm.py.
+"""A replacement of sbatch, srun, squeue and scancel, by the name under which it is called: enough for tests.
 
 Jobs are processes of this machine. $FAKE_SLURM is a folder with the state: ``<job>_<task>`` holds a task's state while
 it is in the queue, ``calls`` the command lines of sbatch, ``<job>.sh`` its script; a file ``squeue_fails`` with a
@@ -20,7 +20,8 @@ STATE = Path(os.environ.get("FAKE_SLURM", "."))
 
 
 def option(name: str, default: str = "") -> str:
-    return next((word.partition("=")[2] for word in sys.argv if word.startswith(f"--{name}=")), default)
+    found = [word.partition("=")[2] for word in sys.argv if word.startswith(f"--{name}=")]
+    return found[-1] if found else default  # as sbatch, the last one
 
 
 def sbatch() -> int:
@@ -38,7 +39,7 @@ def sbatch() -> int:
     for task in tasks:
         (STATE / f"{job}_{task.replace('/', '')}").write_text("PD")
     throttle = array[3] if array and array[3] else str(len(tasks))
-    command = [sys.executable, __file__, "work", job, throttle, option("output"), *tasks]
+    command = [sys.executable, __file__, "work", job, option("nodes", "1"), throttle, option("output"), *tasks]
     null = subprocess.DEVNULL
     subprocess.Popen(command, start_new_session=True, stdin=null, stdout=null, stderr=null)
     print("sbatch: a warning that is no number")
@@ -46,7 +47,7 @@ def sbatch() -> int:
     return 0
 
 
-def work(job: str, throttle: str, output: str, *tasks: str) -> None:
+def work(job: str, nodes: str, throttle: str, output: str, *tasks: str) -> None:
     """The controller and the node: run the tasks, ``throttle`` at once, until all ended or the job is cancelled."""
     waiting, running = list(tasks), {}
     cancelled = STATE / f"{job}.cancel"
@@ -55,7 +56,7 @@ def work(job: str, throttle: str, output: str, *tasks: str) -> None:
             task = waiting.pop(0)
             state = STATE / f"{job}_{task.replace('/', '')}"
             state.write_text("R")
-            environment = {**os.environ, "SLURM_JOB_ID": job}
+            environment = {**os.environ, "SLURM_JOB_ID": job, "SLURM_JOB_NUM_NODES": nodes}
             if task.isdigit():
                 environment["SLURM_ARRAY_TASK_ID"] = task
             with open(output.replace("%a", task).replace("%%", "%"), "wb") as file:
@@ -73,6 +74,28 @@ def work(job: str, throttle: str, output: str, *tasks: str) -> None:
                 state.unlink()
                 del running[state]
         time.sleep(0.02)
+
+
+def srun() -> int:
+    """One task on each node of the job, all of which are addresses of this machine; all end with the first that fails.
+
+    Behind the options, which all have a value after "=", comes the command.
+    """
+    words = sys.argv[1:]
+    while words[0].startswith("--"):
+        del words[0]
+    nodes = os.environ["SLURM_JOB_NUM_NODES"]
+    step = {f"SLURM_STEP_{name}": nodes for name in ("NUM_NODES", "NUM_TASKS")}
+    step["SLURM_STEP_NODELIST"] = f"127.0.0.[1-{nodes}]"
+    tasks = [
+        subprocess.Popen(words, env={**os.environ, **step, "SLURM_NODEID": str(node)}) for node in range(int(nodes))
+    ]
+    while any(task.poll() is None for task in tasks):
+        if any(task.poll() for task in tasks):
+            for task in tasks:
+                task.terminate()
+        time.sleep(0.02)
+    return max(abs(task.returncode) for task in tasks)
 
 
 def squeue() -> int:
@@ -98,8 +121,8 @@ def main() -> int:
         return 0
     if name == "sbatch":
         return sbatch()
-    if name == "squeue":
-        return squeue()
+    if name in ("squeue", "srun"):
+        return squeue() if name == "squeue" else srun()
     (STATE / f"{sys.argv[1]}.cancel").touch()  # scancel
     return 0
 

@@ -117,6 +117,7 @@ def small(recipe: Path, models: Path, llm: Path) -> list[str]:
     decode = yaml.safe_load((recipe / "conf/decode.yaml").read_text()) | {"beam_size": 2, "max_new_tokens": 6}
     (recipe / "conf/decode_small.yaml").write_text(yaml.safe_dump(decode))
     options = ["--size", "mini", "--tag", "small", "--nj", "1", "--check_counts", "false", "--set", STEPS]
+    options += ["--train_nj", "2"]
     return [*options, "--train_config", "conf/train.yaml conf/small.yaml", "--decode_config", "conf/decode_small.yaml"]
 
 

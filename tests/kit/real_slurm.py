@@ -21,13 +21,12 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
 SlurmctldPort={port}
-SlurmdPort={node_port}
 AuthType=auth/none
 CredType=cred/none
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -36,9 +35,10 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
 GresTypes=gpu
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000 Gres=gpu:2 State=UNKNOWN
-PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+# Their names are addresses of this machine, where programs that are given them find it.
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=2000 Gres=gpu:2\n"
 WAIT_SECONDS = 30.0
 
 
@@ -77,29 +77,32 @@ def _program(name: str, environment: dict[str, str]) -> str:
 
 
 @contextmanager
-def real_slurm(folder: Path) -> Iterator[dict[str, str]]:
-    """Start a cluster of one node, configured in ``folder``; yields the environment of its commands.
+def real_slurm(folder: Path, nodes: int = 1) -> Iterator[dict[str, str]]:
+    """Start a cluster of nodes 127.0.0.1 and so on, configured in ``folder``; yields the environment of its commands.
 
-    Raises NoSlurm with the reason where that is not possible here. Both daemons are ended with the context.
+    Raises NoSlurm with the reason where that is not possible here. All daemons are ended with the context.
     """
     environment, lines = _environment(folder)
     programs = {name: _program(name, environment) for name in ("slurmctld", "slurmd", "slurmstepd")}
-    for name in ("sbatch", "squeue", "scancel", "sinfo"):
+    for name in ("sbatch", "srun", "squeue", "scancel", "sinfo"):
         _program(name, environment)
     if os.getuid() != 0:
         raise NoSlurm("slurmd must be started by root")
-    for name in ("state", "spool"):
+    names = [f"127.0.0.{number}" for number in range(1, nodes + 1)]
+    for name in ("state", *(f"spool/{name}" for name in names)):
         (folder / name).mkdir(parents=True)
     host = socket.gethostname().partition(".")[0]
-    text = CONFIGURATION.format(host=host, user="root", port=_free_port(), node_port=_free_port(), folder=folder)
+    text = "".join(NODE.format(name=name, host=host, port=_free_port()) for name in names)
+    text += CONFIGURATION.format(host=host, user="root", port=_free_port(), folder=folder)
     (folder / "slurm.conf").write_text(text + "".join(f"{line}\n" for line in lines))
     # Nothing here asks for control groups; what is found by itself, version 2, would need systemd.
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")  # devices that are there
     env = {**os.environ, **environment}
-    logs = [folder / "slurmctld.log", folder / "slurmd.log"]
+    logs = [folder / "slurmctld.log", *(folder / f"slurmd-{name}.log" for name in names)]
     with ExitStack() as stack:
-        commands = [[programs["slurmctld"], "-D"], [programs["slurmd"], "-D", "-d", programs["slurmstepd"]]]
+        node = [programs["slurmd"], "-D", "-d", programs["slurmstepd"], "-N"]
+        commands = [[programs["slurmctld"], "-D"], *([*node, name] for name in names)]
         for command, log in zip(commands, logs, strict=True):
             file = stack.enter_context(log.open("wb"))
             daemon = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
@@ -107,8 +110,8 @@ def real_slurm(folder: Path) -> Iterator[dict[str, str]]:
             stack.callback(daemon.terminate)
         deadline = time.monotonic() + WAIT_SECONDS
         while True:
-            seen = subprocess.run(["sinfo", "-h", "-o", "%t"], env=env, capture_output=True, text=True, check=False)
-            if seen.stdout.strip() == "idle":
+            seen = subprocess.run(["sinfo", "-h", "-o", "%t %D"], env=env, capture_output=True, text=True, check=False)
+            if seen.stdout.strip() == f"idle {nodes}":
                 break
             if time.monotonic() > deadline:
                 last = "; ".join(" ".join(log.read_text(errors="replace").splitlines()[-2:]) for log in logs)

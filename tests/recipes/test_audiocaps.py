@@ -454,7 +454,7 @@ def test_stages_3_to_6_with_small_models(
     done = run(
         recipe, "--csv", str(tmp_path / "csv"), "--audio", str(audio), "--tag", "small",
         "--train_config", f"conf/train.yaml {tmp_path / 'small.yaml'}",
-        "--decode_config", str(tmp_path / "decode.yaml"), "--stop_stage", "6",
+        "--decode_config", str(tmp_path / "decode.yaml"), "--stop_stage", "6", "--train_nj", "2",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     exp = recipe / "exp/small"

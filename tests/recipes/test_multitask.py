@@ -155,7 +155,7 @@ def test_stages_3_to_6(made: SimpleNamespace, tiny_llm_dir: Path, monkeypatch: p
     (recipe / "conf/decode_small.yaml").write_text(yaml.safe_dump(decode))
     done = run(
         recipe, *made.options, "--stage", "3", "--stop_stage", "6", "--tag", "small",
-        "--audio_off", "false", "--all_prompts", "true",
+        "--audio_off", "false", "--all_prompts", "true", "--train_nj", "2",
         "--train_config", "conf/train.yaml conf/small.yaml", "--decode_config", "conf/decode_small.yaml",
         "--set", "num_workers=0 max_epoch=2 num_iters_per_epoch=2", "--test_sets", " ".join(sorted(tests)),
     )  # fmt: skip
@@ -201,7 +201,7 @@ def test_two_processes_train_what_one_does(
     (tmp_path / "dump").symlink_to(made.recipe / "dump/mini/raw")
     conf = yaml.safe_load(Path("conf/train.yaml").read_text())
     options = {
-        "batching_conf": {**conf["batching_conf"], "max_utterances": 4},
+        "batching_conf": {**conf["batching_conf"], "max_utterances": 4, "limits": "global"},
         "prompt_files": conf["prompt_files"],
         "model_conf": {"extract_feats_in_collect_stats": False, "router_loss_weight": 0.1},
     }

@@ -1,4 +1,4 @@
-"""utils/slurm.py keeps run.py's contract over sbatch: its programs replaced, and a real cluster of one node.
+"""utils/slurm.py keeps run.py's contract over sbatch: its programs replaced, and a real cluster of two nodes.
 
 The real one, of the tests marked services, needs slurmctld and slurmd on PATH or in $PAM_SLURM_ROOT
 (see tests/kit/real_slurm.py).
@@ -27,7 +27,7 @@ CONFIG = ROOT / "egs/TEMPLATE/pam1/slurm.conf"
 @pytest.fixture
 def fake(tmp_path: Path) -> dict[str, str]:
     """The environment of commands for which fake_slurm.py is Slurm."""
-    for name in ("sbatch", "squeue", "scancel"):
+    for name in ("sbatch", "srun", "squeue", "scancel"):
         (tmp_path / "bin").mkdir(exist_ok=True)
         shutil.copy(ROOT / "tests/kit/fake_slurm.py", tmp_path / "bin" / name)
         (tmp_path / "bin" / name).chmod(0o755)
@@ -40,7 +40,7 @@ def fake(tmp_path: Path) -> dict[str, str]:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of commands that reach a real Slurm."""
     try:
-        with real_slurm(tmp_path_factory.mktemp("slurm")) as environment:
+        with real_slurm(tmp_path_factory.mktemp("slurm"), nodes=2) as environment:
             yield environment
     except NoSlurm as reason:
         unavailable("slurm", str(reason))
@@ -120,6 +120,23 @@ def test_options_become_flags_of_sbatch(tmp_path: Path, fake: dict[str, str]) ->
     flags = "--gres=gpu:2 --mem=1536M --cpus-per-task=3 --partition=long --time=1:00:00"
     assert flags in calls(fake)[0] and "--array" not in calls(fake)[0]
     assert "3 4,6\n" in (tmp_path / "work/x.log").read_text()
+
+
+def test_several_nodes(tmp_path: Path, fake: dict[str, str]) -> None:
+    """One task on each; what Slurm shows a node of its GPUs stays as it is."""
+    work, env = tmp_path / "work", {**fake, "CUDA_VISIBLE_DEVICES": "4,6"}
+    echo = ["sh", "-c", "echo $SLURM_NODEID of $SLURM_STEP_NODELIST, $CUDA_VISIBLE_DEVICES"]
+    assert slurm(work, env, "--num-nodes", "2", "--gpu", "2", "x.log", *echo).returncode == 0
+    assert "--gres=gpu:2 --nodes=2 --ntasks=2 --ntasks-per-node=1" in calls(fake)[0]
+    lines = (work / "x.log").read_text().splitlines()
+    assert sorted(lines[3:5]) == [f"{node} of 127.0.0.[1-2], 4,6" for node in (0, 1)]
+    failing = ["sh", "-c", "[ $SLURM_NODEID = 1 ] && exit 3; sleep 100"]
+    done = slurm(work, env, "--num-nodes", "2", "--gpu", "0", "x.log", *failing)
+    assert done.returncode == 1 and "x.log (status" in done.stderr
+    config = work / "slurm.conf"
+    config.write_text("option gpu=* --gpus=$0\n")
+    refused = slurm(work, fake, "--num-nodes", "2", "x.log", "true", config=config)
+    assert refused.returncode == 1 and "no line about num_nodes" in refused.stderr
 
 
 def test_a_recipes_own_configuration(tmp_path: Path, fake: dict[str, str]) -> None:
@@ -225,7 +242,13 @@ def test_recipes_switch_to_it(tmp_path: Path) -> None:
     beside = f"utils/slurm.py --config {tmp_path}/tree/egs/TEMPLATE/pam1/slurm.conf"
     assert f"{beside} --gpu 1 --max-jobs-run" in done.stdout  # decoding
     assert f"{beside} --gpu 2 exp/pam_clean100/log/cache.log" in done.stdout
-    assert f"{beside} --gpu 2 exp/pam_clean100/log/warm_start.log" in done.stdout
+    assert f"{beside} --gpu 1 exp/pam_clean100/log/warm_start.log" in done.stdout
+    assert f"{beside} --gpu 2 exp/pam_clean100/log/train.log" in done.stdout
+    several = run(recipe, *words, "--cmd", "slurm", "--num_nodes", "3").stdout
+    assert f"{beside} --gpu 2 --num-nodes 3 exp/pam_clean100/log/train.log" in several
+    assert several.count("--num-nodes") == 1 and "--ngpu 2 --num_nodes 3" in several and "--ngpu 6 --fetch" in several
+    local = run(recipe, *words, "--num_nodes", "3")
+    assert local.returncode == 1 and "--num_nodes 3: this machine is one node" in local.stderr
     (recipe / "conf/slurm.conf").write_text(CONFIG.read_text())
     assert "utils/slurm.py --config conf/slurm.conf --gpu 1" in run(recipe, *words, PAM_CMD="slurm").stdout
     assert "utils/run.py --gpu 1 --max-jobs-run" in run(recipe, *words).stdout
@@ -260,6 +283,20 @@ def test_real_gpus(tmp_path: Path, cluster: dict[str, str]) -> None:
 
 
 @pytest.mark.services
+def test_real_nodes(tmp_path: Path, cluster: dict[str, str]) -> None:
+    """A task on each, with GPUs of its own; one that fails ends the other."""
+    echo = ["sh", "-c", 'echo "$SLURM_NODEID of $SLURM_STEP_NODELIST [$CUDA_VISIBLE_DEVICES]"']
+    for gpus, seen in (("0", ""), ("2", "0,1")):
+        done = slurm(tmp_path, cluster, "--num-nodes", "2", "--gpu", gpus, "x.log", *echo)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / "x.log").read_text().splitlines()
+        assert {f"{node} of 127.0.0.[1-2] [{seen}]" for node in (0, 1)} <= set(lines)
+    failing = ["sh", "-c", "[ $SLURM_NODEID = 1 ] && exit 3; sleep 100"]
+    done = slurm(tmp_path, cluster, "--num-nodes", "2", "x.log", *failing)
+    assert done.returncode == 1 and "x.log (status" in done.stderr
+
+
+@pytest.mark.services
 def test_stages_3_and_4_as_real_jobs(
     tmp_path: Path, cluster: dict[str, str], mini_models: Path, tiny_llm_dir: Path
 ) -> None:
@@ -267,10 +304,12 @@ def test_stages_3_and_4_as_real_jobs(
     corpus = make_librispeech(tmp_path, subsets, utterances=2)
     recipe = copy_recipe(tmp_path / "tree", "librispeech")
     options = [*small(recipe, mini_models, tiny_llm_dir), "--librispeech", str(corpus), "--use_cache", "true"]
-    options += ["--cmd", "slurm", "--test_sets", "test_clean", "--stop_stage", "4"]
+    options += ["--cmd", "slurm", "--test_sets", "test_clean", "--stop_stage", "4", "--num_nodes", "2"]
+    options += ["--train_nj", "1"]
     done = run(recipe, *options, "--decode_nj", "2", **cluster)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for log, jobs in (("log/cache", 1), ("log/warm_start", 1), ("log/train", 1), ("decode_beam/log/decode", 2)):
         assert f"({jobs} runs): exp/small/{log}" in done.stderr
     assert len((recipe / "exp/small/decode_beam/test_clean/text").read_text().splitlines()) == 4
     assert "Estimate from the configuration" in done.stdout and "whisper" in done.stdout
+    assert "on each of 2 processes" in (recipe / "exp/small/log/train.log").read_text()

@@ -110,6 +110,12 @@ def test_what_counts() -> None:
     assert count(lambda: one[torch.tensor([1])] + one[1:2]) == (0, 0)
 
 
+def test_one_transfer_brings_what_several_would() -> None:
+    values = torch.tensor([[0.1, -torch.inf], [3.0, -0.0]])
+    tensors = values.t(), torch.tensor([[2**31 - 1, 0, 7]])[:, ::2], torch.zeros(0, dtype=torch.long), torch.tensor(5)
+    assert transfer.download(*tensors) == [one.tolist() for one in tensors]
+
+
 @pytest.mark.parametrize("beam_size", [1, 4])
 def test_a_step_waits_once(engine: Engine, beam_size: int) -> None:
     """Beside that the prefix does once, for the lengths; sent are tokens, the tree's indices and its mask."""

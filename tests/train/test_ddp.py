@@ -20,7 +20,7 @@ def deep_llm_dir(tiny_llm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_two_processes_train_what_one_does(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
-    options = {"batching_conf": {"max_utterances": 4, "pool": 2}}
+    options = {"batching_conf": {"max_utterances": 4, "pool": 2, "limits": "global"}}
     one = train(data, tiny_llm_dir, tmp_path / "one", 1, **options)
     two = train(data, tiny_llm_dir, tmp_path / "two", 2, **options)
     check_same(one, two)
@@ -31,7 +31,7 @@ def test_two_processes_train_what_one_does(data: Path, tiny_llm_dir: Path, tmp_p
 def test_a_rank_without_an_utterance_of_some_task_does_not_hang(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
     """Batches of two: each rank has one utterance, so one task at most, and most experts get no gradient."""
     options = {
-        "batching_conf": {"max_utterances": 2, "pool": 2},
+        "batching_conf": {"max_utterances": 1, "pool": 2},
         "model_conf": {"extract_feats_in_collect_stats": False, "router_loss_weight": 0.1},
     }
     trained, curve = train(data, tiny_llm_dir, tmp_path / "exp", 2, **options)

@@ -105,7 +105,7 @@ def test_the_measured_step_of_an_h200_is_estimated() -> None:
         parameters=lambda: [weight.weight, blocks], get_input_embeddings=lambda: weight,
         get_output_embeddings=lambda: weight,
     )  # fmt: skip
-    config = {"llm_conf": {"gradient_checkpointing": True}}
+    config = {"llm_conf": {"gradient_checkpointing": True}, "batching_conf": {"limits": "global"}}
     plan = [Batch(313, 5800, 960)]
     work = sum(2 * 50 * params for params in (637e6, 315e6, 317e6))
     encoding = work / module._GPU_ENCODERS[torch.float32]
@@ -114,6 +114,7 @@ def test_the_measured_step_of_an_h200_is_estimated() -> None:
     one, eight = (step_seconds(config, lm, plan, ngpu, encoding) for ngpu in (1, 8))
     assert one == pytest.approx(1.198 + 0.401, rel=0.02)
     assert one / eight == pytest.approx(1.7, abs=0.05)
+    assert step_seconds({**config, "batching_conf": {}}, lm, plan, 8, encoding) == one  # each has as much as one alone
 
 
 def test_a_cache_is_as_large_as_estimated(tiny_llm_dir: Path, tmp_path: Path) -> None:
@@ -162,8 +163,11 @@ def test_batches_of_data_are_the_samplers(tiny_llm_dir: Path, tmp_path: Path) ->
     config = {**tiny_config(tiny_llm_dir), "batching_conf": {"max_utterances": 4, "max_seconds": 4.0}}
     alone, shared = (batches(config, data, ranks) for ranks in (1, 2))
     assert max(batch.seconds for batch in alone) <= 4.0 + 1e-6 and len(alone) >= 18 / 4
-    assert max(batch.positions for batch in shared) < max(batch.positions for batch in alone)
-    assert batches(config, None, 1)[0].seconds == 4.0
+    assert max(batch.seconds for batch in shared) <= 4.0 + 1e-6 and len(shared) < len(alone)
+    config["batching_conf"]["limits"] = "global"
+    assert batches(config, data, 1) == alone
+    assert max(b.positions for b in batches(config, data, 2)) < max(batch.positions for batch in alone)
+    assert [batches(config, None, ranks)[0].seconds for ranks in (1, 2)] == [4.0, 2.0]
 
 
 def test_report(tiny_llm_dir: Path, tmp_path: Path) -> None:
@@ -174,7 +178,7 @@ def test_report(tiny_llm_dir: Path, tmp_path: Path) -> None:
     config["llm_conf"]["dtype"] = "auto"
     text = estimate(config, None, None, cached=False, ngpu=2)
     assert "memory of each of 2 GPUs" in text and "feature cache" not in text and "the widest encoder at work" in text
-    assert "2 H200, extrapolated" in text
+    assert "2 H200, extrapolated from one" in text and "time: 10 steps" in text  # half as many, each twice as large
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith("  L")}
     assert " ".join(lines["LLM"][3:]) == format_size(2 * int(lines["LLM"][1].replace(",", "")))  # bfloat16 on a GPU
 

@@ -14,7 +14,8 @@ from pam_espnet.bin import pam_cache_features, pam_estimate, pam_train, pam_warm
 from pam_espnet.config import load_yaml, write_config
 from pam_espnet.data.tables import read_table, write_table
 from pam_espnet.errors import ConfigError, DataError
-from pam_espnet.train.experiment import Experiment, check_config, merged_config
+from pam_espnet.train.experiment import Experiment, check_config, experiment_parser, merged_config
+from pam_espnet.train.scaling import scaled
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,65 @@ def test_the_same_again_is_fine_and_anything_else_is_named(tiny_llm_dir: Path, t
     write_table(data / "text", {**text, next(iter(text)): "something else"})
     with pytest.raises(DataError, match=r"data\.train\.tables"):
         begin("exp")
+
+
+def test_limits_of_an_older_version_stay_global(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    """Its key.json, or ESPnet's config.yaml of version 0.1, knows no limits per GPU; any number of processes do."""
+    given = {**tiny_config(tiny_llm_dir), "batching_conf": {"pool": 2}}
+    write_config(given, tmp_path / "given.yaml")
+
+    def experiment(name: str, *changes: str) -> Experiment:
+        words = train_args(data, tmp_path / "given.yaml", tmp_path / name)
+        words = [word for word in words if word not in ("--num_workers", "0")]
+        return Experiment.of(experiment_parser("").parse_args([*words, "--set", *changes]))
+
+    new = experiment("new")
+    assert new.config["batching_conf"] == {"limits": "per_gpu", "pool": 2}
+    new.begin(2)
+    with pytest.raises(DataError, match=r"processes.json.*\(changed: processes\)\n.*as many processes as before"):
+        experiment("new").begin(4)
+    with pytest.raises(DataError, match=r"batching_conf\.limits"):
+        experiment("new", "batching_conf.limits=global").begin(2)
+
+    Experiment(tmp_path / "old", data / "dump/train", data / "dump/dev", None, given).begin()
+    (tmp_path / "older").mkdir()
+    write_config(given, tmp_path / "older/config.yaml")
+    Experiment(tmp_path / "bare", data / "dump/train", data / "dump/dev", None, tiny_config(tiny_llm_dir)).begin()
+    write_config(tiny_config(tiny_llm_dir), tmp_path / "given.yaml")
+    assert experiment("bare").config["batching_conf"] == {"limits": "global"}
+    experiment("bare").begin(4)
+    write_config(given, tmp_path / "given.yaml")
+    for name in ("old", "older"):
+        for processes in (1, 4):
+            experiment(name).begin(processes)
+            assert experiment(name).config["batching_conf"] == {"limits": "global", "pool": 2}
+        with pytest.raises(DataError, match=r"batching_conf\.limits"):
+            experiment(name, "batching_conf.limits=per_gpu").begin(4)
+    experiment("all", "batching_conf.limits=global").begin(2)
+    experiment("all", "batching_conf.limits=global").begin(3)
+
+
+@pytest.mark.parametrize(
+    ("optim", "rule", "rate"),
+    [
+        ("adamw", "auto", 0.2),
+        ("sgd", "auto", 0.4),
+        ("sgd", "sqrt", 0.2),
+        ("adam", "linear", 0.4),
+        ("adam", "none", 0.1),
+    ],
+)
+def test_steps_and_learning_rate_follow_the_number_of_processes(optim: str, rule: str, rate: float) -> None:
+    config = {
+        "optim": optim, "lr_scaling": rule, "optim_conf": {"lr": 0.1, "weight_decay": 0.01}, "num_iters_per_epoch": 10,
+        "scheduler_conf": {"warmup_steps": 500, "model_size": 100}, "max_epoch": 3,
+    }  # fmt: skip
+    assert scaled(config, 4) == {
+        "num_iters_per_epoch": 3,
+        "scheduler_conf": {"warmup_steps": 125, "model_size": 100},
+        "optim_conf": {"lr": pytest.approx(rate), "weight_decay": 0.01},
+    }
+    assert scaled(config, 1) == {} and scaled({**config, "batching_conf": {"limits": "global"}}, 4) == {}
 
 
 def test_an_encoder_alone_is_what_its_own_file_was(tmp_path: Path) -> None:
@@ -95,6 +155,7 @@ def put(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         ("scheduler", "warmuplrr", "scheduler: unknown 'warmuplrr'; one of .*, warmuplr"),
         ("batching_conf/task_share", {"asrr": 0.5}, "unknown task 'asrr'"),
         ("batching_conf", {"size": 4}, "batching_conf.*size"),
+        ("lr_scaling", "root", "lr_scaling: 'root'; choose auto, none, sqrt, linear"),
         ("warm_start_conf", {"steps": 0}, "warm_start_conf"),
     ],
 )

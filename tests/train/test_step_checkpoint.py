@@ -202,16 +202,17 @@ def test_two_processes_continue_in_the_middle_of_an_epoch(
     data: Path, tiny_llm_dir: Path, tmp_path: Path, warm: Any
 ) -> None:
     log = tmp_path / "log.txt"
-    for process, connection in ranks(warm, log, tmp_path / "unbroken", data, tiny_llm_dir):
+    shared = {"batching_conf": {"max_utterances": 2, "pool": 2}, "num_iters_per_epoch": 18}  # nine of two processes
+    for process, connection in ranks(warm, log, tmp_path / "unbroken", data, tiny_llm_dir, **shared):
         finish(process, connection, log)
     exp = tmp_path / "killed"
-    running = ranks(warm, log, exp, data, tiny_llm_dir)
+    running = ranks(warm, log, exp, data, tiny_llm_dir, **shared)
     assert follow(running[0][1], 5) == 5
     for process, _ in running:
         process.kill()
         process.join(60)
     assert checkpoints(exp)[-1] == "epoch1_step4"
-    for process, connection in ranks(warm, log, exp, data, tiny_llm_dir):
+    for process, connection in ranks(warm, log, exp, data, tiny_llm_dir, **shared):
         finish(process, connection, log)
     assert "resumed epoch 1 at step" in log.read_text()
     assert_same(exp, tmp_path / "unbroken")

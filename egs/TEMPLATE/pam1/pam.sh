@@ -49,7 +49,9 @@ valid_set       NAME     dev        validation set
 test_sets       NAMES    'test_asr test_count test_caption'  separated by blanks
 max_seconds     S        30         longer utterances are skipped, and listed
 nj              N        ${nj}          parallel processes where work is split: the cores, at most 8
-ngpu            N        0          GPUs for training, and for decoding; 0 = CPU
+ngpu            N        0          GPUs of each node, a process for each, and for decoding; 0 = CPU
+num_nodes       N        1          nodes for training, with --cmd slurm
+train_nj        N        ''         processes that train on each node; empty: one per GPU, on a CPU one
 cmd             NAME     ${PAM_CMD:-local}      where jobs of stages 3 and 4 run: local, slurm (cmd.sh; \$PAM_CMD)
 decode_nj       N        ''         processes that decode, each with the whole model; empty: --nj, and on GPUs --ngpu,
                                     each with one GPU
@@ -71,6 +73,8 @@ else
 fi
 ((nj > 0 && decode_nj > 0)) || fail "--nj and --decode_nj must be at least 1"
 [[ ${batch_size} =~ ^(auto|[1-9][0-9]*)$ ]] || fail "--batch_size takes a number from 1 or auto, not '${batch_size}'"
+[ "${num_nodes}" = 1 ] || [ "${cmd:-local}" != local ] || [ -n "${train_cmd:-}" ] ||
+    fail "--num_nodes ${num_nodes}: this machine is one node" "  -> --cmd slurm; on other clusters see pam_train --help"
 [[ ${select} =~ ^(loss|scores)$ ]] || fail "--select takes loss or scores, not '${select}'"
 [ -d conf ] || fail "no conf/ here: call pam.sh through the run.sh of a recipe"
 
@@ -140,25 +144,28 @@ if wants 3; then
     experiment=(--train "${raw}/${train_set}" --valid "${raw}/${valid_set}" --exp "${exp}" --config "${configs[@]}"
         --set "${changes[@]}")
     [ "${use_cache}" = false ] || experiment+=(--feats "dump/${size}/feats")
-    module pam_estimate "${experiment[@]}" --ngpu "${ngpu}" --fetch true  # first it checks the configuration
+    module pam_estimate "${experiment[@]}" --ngpu $((ngpu * num_nodes)) --fetch true  # first it checks the configuration
     jobs=$((ngpu > 0 ? ngpu : nj))
-    [ "${use_cache}" = false ] || job "${exp}/log/cache.log" "${ngpu}" "${exp}/log/cache.log" pam_cache_features \
+    [ "${use_cache}" = false ] || job "${exp}/log/cache.log" "${ngpu}" 1 "${exp}/log/cache.log" pam_cache_features \
         "${experiment[@]}" --jobs "${jobs}" --device "${device}" --rebuild "${rebuild_cache}"
     init=()
     if [ "${warm_start}" = true ]; then
         log=${exp}/log/warm_start.log
-        job "${log}" "${ngpu}" "${log}" pam_warm_start "${experiment[@]}" --ngpu "${ngpu}"
+        job "${log}" "$((ngpu > 0))" 1 "${log}" pam_warm_start "${experiment[@]}" --ngpu "$((ngpu > 0))"
         init=(--init_trained "${exp}/warm_start.safetensors")
     fi
     if [ -f "${exp}/model.safetensors" ] && [ "${dry_run}" = false ]; then
         echo "${exp}/model.safetensors: already trained"
     else
-        job "${exp}/progress.txt" "${ngpu}" "${exp}/log/train.log" pam_train "${experiment[@]}" "${init[@]}" \
-            --ngpu "${ngpu}" --multiprocessing_distributed true
+        processes=(--ngpu "${ngpu}")
+        [ "${num_nodes}" = 1 ] || processes+=(--num_nodes "${num_nodes}")
+        [ -z "${train_nj}" ] || processes+=(--processes "${train_nj}")
+        job "${exp}/progress.txt" "${ngpu}" "${num_nodes}" "${exp}/log/train.log" pam_train "${experiment[@]}" \
+            "${init[@]}" "${processes[@]}"
     fi
     if [ "${select}" = scores ] || [ -f "${exp}/selection.json" ]; then
         log=${exp}/log/select.log
-        job "${log}" "$((ngpu > 0))" "${log}" pam_select --exp "${exp}" --by "${select}" --data "${raw}/${valid_set}" \
+        job "${log}" "$((ngpu > 0))" 1 "${log}" pam_select --exp "${exp}" --by "${select}" --data "${raw}/${valid_set}" \
             --config "${decode_config}" --batch_size "${batch_size}" --dtype "${decode_dtype}" --device "${device}"
     fi
     end "the same command with --stage 4"

@@ -59,6 +59,8 @@ background() {
         "  -> run the same command again to continue where it stopped"
 }
 job() {
-    # job FOLLOWED GPUS LOG MODULE ARGUMENTS...: run a module in the background as a job with its log
-    background "$1" "$3" "${train_run[@]}" --gpu "$2" "$3" "${python}" -m "pam_espnet.bin.$4" "${@:5}"
+    # job FOLLOWED GPUS NODES LOG MODULE ARGUMENTS...: run a module in the background as a job with its log
+    local nodes=()
+    (($3 == 1)) || nodes=(--num-nodes "$3")
+    background "$1" "$4" "${train_run[@]}" --gpu "$2" "${nodes[@]}" "$4" "${python}" -m "pam_espnet.bin.$5" "${@:6}"
 }
