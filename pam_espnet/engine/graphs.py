@@ -42,7 +42,7 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = function()
 
-        def replay() -> Any:
+        def replay(keeps: Callable[[], Any] = function) -> Any:  # alive with the tensors that it refers to
             graph.replay()
             return result
 
