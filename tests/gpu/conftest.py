@@ -29,12 +29,8 @@ FIRST = "Qwen2.5-3B-bfloat16"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of this folder in their order; without a GPU they are skipped before any fixture is made."""
+    """The tests of this folder in their order."""
     own = [item for item in items if HERE in item.path.parents]
-    if not torch.cuda.is_available() and not ON_CPU:
-        why = "needs a CUDA GPU (PAM_GPU_TESTS_ON_CPU=1 runs the tests themselves on a CPU)"
-        for item in own:
-            item.add_marker(pytest.mark.skip(reason=why))
     own.sort(key=lambda item: (FIRST not in item.name, NAMES.index(item.path.stem.removeprefix("test_"))))
     places = iter(own)
     items[:] = [next(places) if HERE in item.path.parents else item for item in items]
@@ -59,8 +55,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-@pytest.fixture(autouse=True)
-def _time_left() -> None:
+def pytest_runtest_setup() -> None:
+    """A GPU, or a dry run; time left. Before any fixture, since those of a module need a GPU, too."""
+    if not torch.cuda.is_available() and not ON_CPU:
+        pytest.skip("needs a CUDA GPU (PAM_GPU_TESTS_ON_CPU=1 runs the tests themselves on a CPU)")
     if time.monotonic() - BEGAN > float(os.environ.get("PAM_GPU_SECONDS", "inf")):
         pytest.skip("no time left (PAM_GPU_SECONDS)")
 

@@ -142,10 +142,8 @@ def test_nor_answer_probabilities(qwen: Batch, device: str) -> None:
     torch.testing.assert_close(whole[:1], alone, atol=0 if device == "cuda" else 1e-4, rtol=0)
 
 
-def test_faster_products_are_close(device: str, half: torch.dtype) -> None:
-    """``batch_invariant: false`` promises no bits: the first token's log-probability stays near."""
-    found = [
-        [nbest[0].log_probs[0] for nbest in plain(one)(list(range(8)))]
-        for one in (make("Qwen2.5-3B", device, half), make("Qwen2.5-3B", device, half, batch_invariant=False))
-    ]
-    assert found[0] == pytest.approx(found[1], abs=0.3)
+def test_faster_products_are_close(qwen: Batch, device: str, half: torch.dtype) -> None:
+    """``batch_invariant: false`` promises no bits: logits differ by rounding."""
+    faster = make("Qwen2.5-3B", device, half, batch_invariant=False)
+    expected, found = (batch.engine.prefill(*batch.inputs(list(range(8))))[0] for batch in (qwen, faster))
+    assert float((found - expected).norm() / expected.norm()) < (0.05 if device == "cuda" else 1e-4)
