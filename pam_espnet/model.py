@@ -75,6 +75,7 @@ class ESPnetPaMModel(AbsESPnetModel):
         self.ctc_weight = ctc_weight
         self.exit_weight = exit_weight
         self.exit_layers = tuple(sorted(set(exit_layers)))
+        self.step_size = (0, 0, 0)  # of the last forward: positions of the LLM's input, with padding, target tokens
         self.register_state_dict_post_hook(_drop_frozen)
         self.register_load_state_dict_post_hook(_forgive_frozen)
 
@@ -132,6 +133,7 @@ class ESPnetPaMModel(AbsESPnetModel):
         inputs = self.build_inputs(prompts, audio, answers)
         exit_layer = self._draw_exit()
         nll, correct, exit_nll = self.decoder.token_losses(inputs, exit_layer)
+        self.step_size = (inputs.positions, inputs.mask.numel(), nll.numel())
         weight = torch.tensor(float(nll.numel()), device=nll.device)
         loss = nll.mean()
         task_of_token = torch.repeat_interleave(task, torch.tensor([len(a) for a in answers], device=task.device))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError, PamError
 from pam_espnet.llm.lora import add_lora, lora_off, lora_precision, set_lora_training
 from pam_espnet.llm.prompt_layout import Inputs, end_of_turn_id, layout
@@ -40,7 +41,8 @@ class LLM(nn.Module):
         lm: a transformers causal LM; it is frozen in place.
         tokenizer: its tokenizer, with a chat template.
         lora: options of ``llm.lora.add_lora``, or None for a frozen LLM.
-        gradient_checkpointing: recompute activations in the backward pass (less memory, more time).
+        gradient_checkpointing: recompute activations in the backward pass (less memory, more time): True those of every
+            block, a number N of every N-th block.
         prompt_position: where the prompt vector is read: "prompt" (last token of the prompt text) or "template" (last
             token of the whole template).
         system: system prompt of every conversation; "" is an empty one, None the template's default.
@@ -61,7 +63,7 @@ class LLM(nn.Module):
         lm: Any,
         tokenizer: Any,
         lora: Mapping[str, Any] | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | int = False,
         prompt_position: str = "prompt",
         system: str | None = "",
         fused_decoding: bool = True,
@@ -79,8 +81,8 @@ class LLM(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         if lora is not None:
             add_lora(lm, lora)
-        if gradient_checkpointing:
-            lm.activation_checkpointing_enable({"use_reentrant": False})
+        if every := recomputed_every(gradient_checkpointing):
+            lm.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
         self.vocab_size: int
         self.width: int
         self.vocab_size, self.width = lm.get_input_embeddings().weight.shape
@@ -174,7 +176,7 @@ class LLM(nn.Module):
         LLM's dtype. ``mask`` (B,P) bool is False on padding, where rows are meaningless."""
         return self._outputs(embeds, mask).last_hidden_state
 
-    def _outputs(self, embeds: Tensor, mask: Tensor, **options: Any) -> Any:
+    def _outputs(self, embeds: Tensor, mask: Tensor | None, **options: Any) -> Any:
         if self.freed:
             raise PamError("the LLM's weights were handed to the engine and freed; load the experiment again")
         positions = torch.arange(embeds.size(1), device=embeds.device).expand(embeds.shape[:2])
@@ -207,7 +209,7 @@ class LLM(nn.Module):
     def token_losses(self, inputs: Inputs, exit_layer: int | None = None) -> TokenLosses:
         """Negative log-likelihood of each answer token; logits are computed only where there is a target. The output of
         the block ``exit_layer`` (from 1) predicts the tokens too, through the shared final norm and output layer."""
-        outputs = self._outputs(inputs.embeds, inputs.mask, output_hidden_states=exit_layer is not None)
+        outputs = self._outputs(inputs.embeds, needed_mask(inputs.mask), output_hidden_states=exit_layer is not None)
         logits = self.logits(outputs.last_hidden_state.flatten(0, 1)[inputs.target_index])  # (targets,V)
         nll = F.cross_entropy(logits, inputs.target_ids, reduction="none")
         correct = logits.detach().argmax(-1) == inputs.target_ids
@@ -244,6 +246,21 @@ class LLM(nn.Module):
         for weight in weights:
             weight.data = weight.data.new_empty(0)
         self.freed = True
+
+
+def recomputed_every(option: Any) -> int:
+    """N of ``gradient_checkpointing`` where every N-th block is recomputed in the backward pass; 0: none.
+    Raises ConfigError: it is neither false nor true nor a number of blocks."""
+    every = int(option or 0) if option in (None, False, True) else option
+    check_number(every, "llm_conf.gradient_checkpointing", at_least=0, whole=True)
+    return every
+
+
+def needed_mask(mask: Tensor) -> Tensor | None:
+    """The mask (B,P) of right-padded rows whose padding carries no loss: None on CUDA. Attention is causal, so no valid
+    position sees what is behind it, and without a mask transformers takes torch's causal kernel, which is faster. CPUs
+    keep the mask, and the last bits of older runs."""
+    return None if mask.is_cuda else mask
 
 
 def _forget_prompt_vectors(llm: LLM, _: Any) -> None:

@@ -38,6 +38,7 @@ class Inputs:
 
     embeds: Tensor  # (B,P,D)
     mask: Tensor  # (B,P) bool, False on padding
+    positions: int  # of all utterances, padding not counted: known on the host, without asking the device
     prefix_lengths: Tensor  # (B,) positions before the answer
     target_ids: Tensor  # (targets,) answer tokens of all utterances, one after the other
     target_index: Tensor  # (targets,) row of embeds.view(B*P, D) whose hidden state predicts each target
@@ -138,6 +139,7 @@ def build_inputs(
     return Inputs(
         embeds=embeds,
         mask=mask,
+        positions=sum(map(len, rows)),
         prefix_lengths=torch.tensor(prefixes, device=device),
         target_ids=torch.cat(targets) if targets else none,
         target_index=torch.cat(index) if index else none,

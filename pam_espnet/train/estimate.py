@@ -23,6 +23,7 @@ from pam_espnet.frontend.encoder_spec import EncoderSpec
 from pam_espnet.frontend.encoders.base import layer_dtype, model_folder_or_id
 from pam_espnet.frontend.encoders.registry import build_encoder, encoder_class
 from pam_espnet.frontend.frontend import PaMFrontend
+from pam_espnet.llm.llm import recomputed_every
 from pam_espnet.train.experiment import bare_llm, read_options
 from pam_espnet.train.scaling import scaled
 
@@ -200,13 +201,13 @@ def batches(config: Mapping[str, Any], train: Path | None, ranks: int) -> list[B
     return shares or batches(config, None, ranks)
 
 
-def llm_activation_bytes(lm: Any, batch: Batch, checkpointing: bool) -> float:
+def llm_activation_bytes(lm: Any, batch: Batch, checkpointing: int) -> float:
     """What a Llama-type LLM with LoRA keeps for the backward pass, in bytes.
 
     Per position and block ``6 D + 2 Q + 2 K + 4 F`` elements in the LLM's precision and two float32 copies of D (D
-    width, F inner width, Q and K widths of queries and keys); with gradient checkpointing D of each block, and one
-    block at a time has all. Answer tokens have V logits, three times also in float32. After Korthikanti et al.,
-    arXiv 2205.05198.
+    width, F inner width, Q and K widths of queries and keys); where every ``checkpointing``-th block is recomputed (0:
+    none), D of these, and one of them at a time has all. Answer tokens have V logits, three times also in float32.
+    After Korthikanti et al., arXiv 2205.05198.
     """
     own, size = lm.config, lm.dtype.itemsize
     head = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
@@ -214,7 +215,8 @@ def llm_activation_bytes(lm: Any, batch: Batch, checkpointing: bool) -> float:
     elements = 6 * own.hidden_size + 2 * queries + 2 * keys + 4 * own.intermediate_size
     block = batch.positions * (elements * size + 8 * own.hidden_size)
     blocks = own.num_hidden_layers
-    kept = blocks * batch.positions * own.hidden_size * size + block if checkpointing else blocks * block
+    again = -(-blocks // checkpointing) if checkpointing else 0
+    kept = (blocks - again) * block + again * batch.positions * own.hidden_size * size + (block if again else 0)
     return kept + batch.targets * own.vocab_size * (size + 12)
 
 
@@ -244,18 +246,24 @@ def step_seconds(config: Mapping[str, Any], lm: Any, plan: list[Batch], ngpu: in
     seconds, positions, targets = (
         sum(getattr(batch, key) for batch in plan) / len(plan) for key in ("seconds", "positions", "targets")
     )
-    outside = {id(lm.get_input_embeddings().weight), id(lm.get_output_embeddings().weight)}
-    in_blocks = sum(p.numel() for p in lm.parameters() if id(p) not in outside)
-    # Two operations per parameter and position, forward and for the inputs' gradients, once more where recomputed.
-    passes = 3 if _checkpointing(config) else 2
-    llm = passes * 2 * in_blocks * positions + 4 * lm.config.hidden_size * lm.config.vocab_size * targets
+    every = _checkpointing(config)
+    llm = llm_operations(lm, positions, targets, recomputed=1 / every if every else 0)
     alone = llm / (_GPU["llm"] if ngpu else _CPU[lm.dtype]) + encoding * seconds
     over = max(1, ngpu) / read_options(BatchingOptions, config, "batching_conf").sharing(max(1, ngpu))
     return alone * (1 - _SHARED + _SHARED / over)
 
 
-def _checkpointing(config: Mapping[str, Any]) -> bool:
-    return bool((config.get("llm_conf") or {}).get("gradient_checkpointing", False))
+def llm_operations(lm: Any, positions: float, targets: float, recomputed: float = 0) -> float:
+    """Of a step of a frozen LLM: two per parameter of its blocks and position, forward and for inputs' gradients,
+    once more in the part ``recomputed`` of the blocks; the output layer for ``targets``. Attention's are left out."""
+    outside = {id(lm.get_input_embeddings().weight), id(lm.get_output_embeddings().weight)}
+    in_blocks = sum(p.numel() for p in lm.parameters() if id(p) not in outside)
+    passes = 2 + recomputed
+    return passes * 2 * in_blocks * positions + 4 * lm.config.hidden_size * lm.config.vocab_size * targets
+
+
+def _checkpointing(config: Mapping[str, Any]) -> int:
+    return recomputed_every((config.get("llm_conf") or {}).get("gradient_checkpointing"))
 
 
 def _short(error: Exception) -> str:

@@ -229,10 +229,11 @@ def bare_llm(config: Mapping[str, Any], cuda: bool = False) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from pam_espnet.llm.llm import choose_dtype, hub_source
+    from pam_espnet.llm.llm import choose_dtype, hub_source, recomputed_every
     from pam_espnet.llm.lora import add_lora
 
     conf = dict(config.get("llm_conf") or {})
+    recomputed_every(conf.get("gradient_checkpointing"))  # raises
     name = conf.get("dtype", "auto")
     # The GPU is perhaps another machine's; those that train LLMs compute bfloat16.
     dtype = torch.bfloat16 if name == "auto" and cuda else choose_dtype(name)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,8 +145,19 @@ class PaMIterFactory(AbsIterFactory):
 class _Loader(DataLoader):
     """A ``DataLoader`` that ends with the error that a worker met in place of a batch."""
 
+    waited = 0.0  # seconds until batches came, so far
+
     def __iter__(self) -> Any:
-        return map(_batch_or_error, super().__iter__())
+        return self._timed(super().__iter__())  # no generator itself: making the iterator draws the workers' seed now
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield _batch_or_error(batch)
 
 
 def _batch_or_error(batch: Any) -> Any:

@@ -30,6 +30,7 @@ from torch import nn
 from pam_espnet.config import check_number
 from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import atomic_path, write_text
+from pam_espnet.train.rates import Rates
 from pam_espnet.train.step_checkpoint import DIRECTORY, ResumableEpoch, disk_errors, first_process
 from pam_espnet.train.training_state import Training
 
@@ -120,15 +121,16 @@ class PaMTrainer(Trainer):
         def write_curve() -> None:
             _write_curve(output_dir / CURVE, reporter, "train", options.log_interval or 10)
 
+        training = Training(model, optimizers, others["schedulers"], others["scaler"], reporter)
         epoch = ResumableEpoch(
             iterator,
             output_dir / DIRECTORY,
-            Training(model, optimizers, others["schedulers"], others["scaler"], reporter),
+            training,
             interval=-(-options.checkpoint_steps // options.accum_grad) * options.accum_grad,
             resume=options.resume,
             before_save=write_curve,
         )
-        steps = _Steps(epoch, reporter, options, optimizers)
+        steps = _Steps(epoch, reporter, options, optimizers, Rates(training.bare_model, iterator))
         super().train_one_epoch(model=model, iterator=steps, reporter=reporter, options=options, **others)
         if first_process():
             write_curve()
@@ -170,6 +172,7 @@ class _Steps:
     reporter: Any
     options: Any
     optimizers: Any
+    rates: Rates
 
     def __len__(self) -> int:
         return len(self.epoch)
@@ -178,6 +181,7 @@ class _Steps:
         from tqdm import tqdm
 
         size, number, first = len(self), self.reporter.epoch, first_process()
+        interval = self.options.log_interval or max(size // 20, 10)  # as ESPnet's
         path = Path(self.options.output_dir) / PROGRESS if first else os.devnull
         with open(path, "a", encoding="utf-8") as file:
             bar = tqdm(
@@ -192,8 +196,14 @@ class _Steps:
                 disable=not first,
             )
             with bar:
-                for batch in self.epoch:
+                for done, batch in enumerate(self.epoch, 1):
                     yield batch
+                    self.rates.add(batch[1])
+                    if done % interval == 0:  # on all ranks, behind ESPnet's own line
+                        rate, line = self.rates.since_last()
+                        last = self.reporter.count
+                        logging.info(f"{number}epoch:train:{last - interval + 1}-{last}batch: {line}")
+                        bar.set_postfix_str(rate, refresh=False)
                     bar.update()
                     patience = _PATIENCE * self.options.accum_grad
                     if self.reporter.count >= patience and not self.finite_updates(patience):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tiny_model import deeper_llm
 from torch import Tensor
 
 from pam_espnet.errors import ConfigError
-from pam_espnet.llm.llm import LLM
+from pam_espnet.llm.llm import LLM, needed_mask
 from pam_espnet.llm.prompt_layout import Inputs, answer_ids, build_inputs, layout
 
 LORA = {"r": 2, "alpha": 4, "dropout": 0.5}
@@ -135,6 +137,67 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_llm_dir: Path, aud
         gradients.append({name: p.grad for name, p in llm.named_parameters() if "lora_B" in name})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize(
+    ("option", "runs"), [(2, [2, 1, 2, 1, 2]), (3, [2, 1, 1, 2, 1]), (1, [2] * 5), (None, [1] * 5)]
+)
+def test_every_nth_block_is_recomputed_with_the_same_gradients(
+    tiny_llm_dir: Path, tmp_path: Path, audio: Tensor, option: int | None, runs: list[int]
+) -> None:
+    torch.manual_seed(0)
+    path, gradients = deeper_llm(tiny_llm_dir, tmp_path / "deep", 5), []
+    for value in (False, option):
+        torch.manual_seed(0)
+        llm = load(path, lora={**LORA, "dropout": 0.0}, gradient_checkpointing=value).train()
+        stir_lora(llm)
+        calls = [0] * 5
+        for i, layer in enumerate(llm.transformer.layers):
+            layer.mlp.register_forward_pre_hook(lambda *_, i=i, calls=calls: calls.__setitem__(i, calls[i] + 1))
+        llm.token_losses(batch(llm, ["a dog", "2"], audio[:2], [7, 3]))[0].sum().backward()
+        gradients.append({name: p.grad for name, p in llm.named_parameters() if "lora_B" in name})
+    assert calls == runs
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize("option", [-1, 1.5, "auto", "every 2", [2]])
+def test_another_way_to_recompute_is_refused(tiny_llm_dir: Path, option: object) -> None:
+    with pytest.raises(ConfigError, match=r"llm_conf.gradient_checkpointing: .*; must be a whole number"):
+        load(tiny_llm_dir, gradient_checkpointing=option)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_without_a_mask_valid_positions_are_the_same(
+    tiny_llm_dir: Path, audio: Tensor, monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    """What CUDA computes: torch's causal kernel where there was a mask, the same states, losses and gradients."""
+    found, causal, plain = [], [], torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*args: Any, **options: Any) -> Tensor:
+        causal.append((options["attn_mask"] is None, options["is_causal"]))
+        return plain(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    for masked in (True, False):
+        if not masked:
+            monkeypatch.setattr("pam_espnet.llm.llm.needed_mask", lambda mask: None)
+        torch.manual_seed(0)
+        llm = load(tiny_llm_dir, lora={**LORA, "dropout": 0.0}, attention=attention).train()
+        stir_lora(llm)
+        source = audio.clone().requires_grad_()
+        inputs = batch(llm, ["a dog barks", "", "two people"], source, [7, 0, 3])
+        assert not inputs.mask.all() and inputs.positions == int(inputs.mask.sum())
+        causal.clear()
+        nll, _, exit_nll = llm.token_losses(inputs, exit_layer=1)
+        assert set(causal) == ({(not masked, not masked)} if attention == "sdpa" else set())
+        assert exit_nll is not None
+        hidden = llm._outputs(inputs.embeds, needed_mask(inputs.mask) if masked else None).last_hidden_state
+        (nll.sum() + exit_nll.sum()).backward()
+        trained = [p.grad for p in llm.parameters() if p.requires_grad]
+        found.append([hidden[inputs.mask], nll, exit_nll, source.grad, *trained])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_logits_of_hidden_states(tiny_llm_dir: Path, audio: Tensor) -> None:

@@ -24,6 +24,10 @@ def test_two_processes_train_what_one_does(data: Path, tiny_llm_dir: Path, tmp_p
     one = train(data, tiny_llm_dir, tmp_path / "one", 1, **options)
     two = train(data, tiny_llm_dir, tmp_path / "two", 2, **options)
     check_same(one, two)
+    lines = (tmp_path / "two/rank0.log").read_text().splitlines()
+    rates = [line for line in lines if "s of audio/s" in line]
+    assert len(rates) == 4 and "1epoch:train:1-2batch: " in rates[0] and "2epoch:train:3-4batch: " in rates[-1]
+    assert "0 tokens/s" not in rates[0].split() and "s of audio/s" not in (tmp_path / "two/rank1.log").read_text()
     first, last = (entry["loss_answer"] for entry in one[1] if entry["split"] == "valid")
     assert last < first
 

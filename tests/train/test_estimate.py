@@ -111,6 +111,9 @@ def test_the_measured_step_of_an_h200_is_estimated() -> None:
     encoding = work / module._GPU_ENCODERS[torch.float32]
     assert encoding * 313 == pytest.approx(1.198, rel=0.02)
     assert work / module._GPU_ENCODERS[torch.bfloat16] * 313 == pytest.approx(0.218, rel=0.02)
+    every_second = {**config, "llm_conf": {"gradient_checkpointing": 2}}
+    times = [step_seconds(one, lm, plan, 1, 0.0) for one in (config, every_second, {**config, "llm_conf": {}})]
+    assert times[1] == pytest.approx((times[0] + times[2]) / 2)
     one, eight = (step_seconds(config, lm, plan, ngpu, encoding) for ngpu in (1, 8))
     assert one == pytest.approx(1.198 + 0.401, rel=0.02)
     assert one / eight == pytest.approx(1.7, abs=0.05)
@@ -156,6 +159,8 @@ def test_activations_are_within_a_factor_of_two_of_what_autograd_keeps() -> None
     expected = llm_activation_bytes(lm, Batch(1, 160, 0), checkpointing=False)
     assert real / 2 < expected < real * 2, (real, expected)
     assert llm_activation_bytes(lm, Batch(1, 160, 0), checkpointing=True) < expected / 3
+    half = llm_activation_bytes(lm, Batch(1, 160, 0), checkpointing=2)
+    assert expected / 3 < half < expected
 
 
 def test_batches_of_data_are_the_samplers(tiny_llm_dir: Path, tmp_path: Path) -> None:

@@ -13,5 +13,7 @@ export python
 export PATH="${PAM_ROOT}/utils:${PATH}"
 # A bar redrawn ten times a second is for terminals; logs get a line now and then.
 [ -t 2 ] || export TQDM_MININTERVAL=${TQDM_MININTERVAL:-20}
+# OpenMP threads that wait without spinning: with other programs on the machine, spinning ones slow training down.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 export PYTHONUNBUFFERED=1
 export LC_ALL=C.UTF-8
