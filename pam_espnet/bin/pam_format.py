@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--min_seconds", type=float, default=0.1, help="shortest utterance (default: %(default)s)")
     parser.add_argument("--sample_rate", type=int, default=16000, help="Hz (default: %(default)s)")
     parser.add_argument("--audio_format", choices=("flac", "wav"), default="flac", help="default: %(default)s")
+    parser.add_argument("--archive_mb", type=float, default=0, help="MB of an archive; 0: one file each (default)")
     parser.add_argument("--allow-pipes", action="store_true", help="run commands ('cmd |') found in wav.scp")
     args = parser.parse_args(argv)
     if len(args.data) != len(args.out):
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             min_seconds=args.min_seconds,
             jobs=args.jobs,
             allow_pipes=args.allow_pipes,
+            archive_mb=args.archive_mb,
         )
         print(f"{target}: {passport.summary()}")
     return 0

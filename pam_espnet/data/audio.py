@@ -18,6 +18,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from pam_espnet.data.audio_ark import locate, read_record
 from pam_espnet.data.audio_header import REPAIR_HINT, counts_mp3_frames, cut_short, ogg_streams, whole_file
 from pam_espnet.errors import DataError
 from pam_espnet.fileio import atomic_path
@@ -38,14 +39,21 @@ FFMPEG_FORMATS = (*STATING, *OTHERS, "mpegts", "nistsphere", "nut", "ogg", "wav"
 
 
 def read_audio(
-    path: str | Path, *, start: float | None = None, end: float | None = None, allow_pipes: bool = False
+    path: str | Path,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    allow_pipes: bool = False,
+    key: str | None = None,
 ) -> tuple[np.ndarray, int]:
     """Read a recording or a piece of it.
 
     Args:
-        path: an audio file, or (with ``allow_pipes``) ``"command arguments |"`` whose output is an audio file. The
-            command is split as a shell would but run without one: no second pipe, no redirection, no variables.
+        path: an audio file, ``"<archive>.ark:<offset>"`` (see ``audio_ark``), or (with ``allow_pipes``)
+            ``"command arguments |"`` whose output is an audio file. The command is split as a shell would but run
+            without one: no second pipe, no redirection, no variables.
         start, end: the piece in seconds; None for the beginning and the end of the recording.
+        key: the key that it must have in the archive; None: any.
 
     Returns:
         (wave (N,) float32, mean of the channels, [-1, 1] for integer formats; sample rate in Hz, the first one where
@@ -55,9 +63,12 @@ def read_audio(
     recording, a pipe that is not allowed or fails; contains the library's own message.
     """
     name = str(path)
-    if not name.endswith("|") and not os.path.isfile(name):  # also what is too long
+    file_name, offset = locate(name)
+    if not name.endswith("|") and not os.path.isfile(file_name):  # also what is too long
         raise DataError(name, "no such audio file", hint="relative paths start at the current directory")
     try:
+        if offset is not None:
+            return _read(name, io.BytesIO(read_record(name, key)), start, end)
         with io.BytesIO(_run_pipe(name, allow_pipes)) if name.endswith("|") else open(name, "rb", buffering=0) as file:
             return _read(name, file, start, end)
     except OSError as error:
@@ -228,15 +239,20 @@ def to_pcm16(wave: np.ndarray) -> tuple[np.ndarray, int]:
     return np.clip(scaled, -32768, 32767).astype("<i2"), clipped
 
 
+def encode_audio(samples: np.ndarray, rate: int, audio_format: str) -> bytes:
+    """The bytes of a "flac" or "wav" file with int16 ``samples`` (N,)."""
+    encoded = io.BytesIO()
+    soundfile.write(encoded, samples, rate, subtype="PCM_16", format=audio_format.upper())
+    return encoded.getvalue()
+
+
 def write_audio(path: str | Path, samples: np.ndarray, rate: int, audio_format: str) -> None:
     """Write int16 ``samples`` (N,) as "flac" or "wav", a whole file or none.
     Raises OSError: a full disk among others, which libsndfile does not name, or not notice, where it writes the
     file.
     """
-    encoded = io.BytesIO()
-    soundfile.write(encoded, samples, rate, subtype="PCM_16", format=audio_format.upper())
     with atomic_path(path) as tmp:
-        tmp.write_bytes(encoded.getbuffer())
+        tmp.write_bytes(encode_audio(samples, rate, audio_format))
 
 
 def pcm16_sha256(samples: np.ndarray) -> str:

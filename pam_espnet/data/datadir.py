@@ -1,6 +1,6 @@
 """Kaldi-style data directories: their tables, and everything that can be wrong with them.
 
-    wav.scp      <recording> <audio file, relative to the current directory>
+    wav.scp      <recording> <audio file, relative to the current directory; or <archive>.ark:<offset> (audio_ark)>
     text         <utterance> <answer>
     prompt       <utterance> <question to the model>
     utt2task     <utterance> <asr | count | caption | verify>
@@ -8,7 +8,7 @@
     segments     <utterance> <recording> <start> <end>     optional, seconds; without it utterance = recording
     references   <utterance> <JSON list of strings>        optional, several right answers, for some utterances
 
-Reads tables only: no audio file is opened here.
+Reads tables only: no audio is decoded here.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pam_espnet.data.audio_ark import check_record, locate
 from pam_espnet.data.tables import Problem, Scan, raise_problems, scan_table, write_table
 from pam_espnet.data.tasks import TASKS
 from pam_espnet.errors import DataError
@@ -134,14 +135,21 @@ def validate(path: str | Path, *, allow_pipes: bool = False) -> DataDir:
 
 
 def audio_problems(wav: Scan, allow_pipes: bool) -> list[Problem]:
-    """Values of ``wav.scp`` that are no file, and commands unless they are allowed."""
+    """Values of ``wav.scp`` that are no file and no record of an archive, and commands unless they are allowed."""
     problems = []
     for recording, value in wav.values.items():
+        archive, offset = locate(value)
         if value.endswith("|"):
             message = "the value is a command (it ends in '|')"
             hint = "run the command once and list the file it makes, or pass --allow-pipes if you trust it"
             if allow_pipes:
                 continue
+        elif offset is not None and os.path.isfile(archive):
+            try:
+                check_record(value)
+                continue
+            except DataError as error:
+                message, hint = f"{value}: {error.message}", error.hint or ""
         elif not os.path.exists(value):  # False also for what is too long to be a path
             message = f"no such audio file: {value if len(value) <= _SHOWN else value[:_SHOWN] + '...'}"
             hint = "correct the path (relative ones start at the current directory); a command has to end in '|'"

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ import soundfile
 
 import pam_espnet
 from pam_espnet.config import check_number
-from pam_espnet.data.audio import RESAMPLER, pcm16_sha256, read_audio, resample, to_pcm16, write_audio
+from pam_espnet.data.audio import RESAMPLER, encode_audio, pcm16_sha256, read_audio, resample, to_pcm16, write_audio
+from pam_espnet.data.audio_ark import ARCHIVES, locate, pack
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import PASSPORT_NAME, Passport
 from pam_espnet.data.tables import read_table, write_table
@@ -50,18 +52,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One utterance to format: value of wav.scp, piece in seconds (None: whole file), file to write."""
+    """One utterance to format: value of wav.scp, piece in seconds (None: whole file), file to write (None: none)."""
 
     utt: str
     source: str
     start: float | None
     end: float | None
-    target: str
+    target: str | None
     settings: Settings
 
     def stamp(self) -> dict[str, Any]:
         """Changes when the source does; a command counts by its text alone."""
-        path = Path(self.source)
+        path = Path(locate(self.source)[0])
         stat = path.stat() if not self.source.endswith("|") and path.exists() else None
         size, time = (stat.st_size, stat.st_mtime_ns) if stat else (None, None)
         return {"source": self.source, "piece": [self.start, self.end], "size": size, "mtime_ns": time}
@@ -77,6 +79,7 @@ def format_data_dir(
     min_seconds: float = 0.1,
     jobs: int = 1,
     allow_pipes: bool = False,
+    archive_mb: float = 0,
 ) -> Passport:
     """Write ``target`` (``dump/raw/<set>``) from ``source`` (``data/<set>``) and return its passport.
 
@@ -90,6 +93,7 @@ def format_data_dir(
         max_seconds, min_seconds: duration limits, inclusive.
         jobs: processes.
         allow_pipes: run ``wav.scp`` values that end in ``|`` (see ``read_audio``).
+        archive_mb: put the same files into ``audio.<n>.ark`` of about so many MB (see ``audio_ark``); 0: do not.
 
     Raises:
         DataError: the source is inconsistent, has pipes that were not allowed, or more than half is skipped.
@@ -99,6 +103,7 @@ def format_data_dir(
         raise ConfigError(f"audio_format: {audio_format!r} is not one of {', '.join(AUDIO_FORMATS)}")
     check_number(sample_rate, "sample_rate", at_least=1, whole=True)
     check_number(jobs, "jobs", at_least=1, whole=True)
+    check_number(archive_mb, "archive_mb", at_least=0)
     check_number(min_seconds, "min_seconds", at_least=0, below=max_seconds)
     data, target = DataDir.load(source), Path(target)
     if target.resolve() == data.path.resolve():
@@ -107,21 +112,23 @@ def format_data_dir(
         message = f"{pipes[0]!r}: the value is a command (it ends in '|')"
         raise DataError(data.path / "wav.scp", message, hint="pass --allow-pipes if you trust it")
     settings = Settings(sample_rate, audio_format, max_seconds, min_seconds)
-    (target / "audio").mkdir(parents=True, exist_ok=True)
-    todo = [
-        Job(utt, *data.source(utt), target=str(target / "audio" / f"{utt}.{audio_format}"), settings=settings)
-        for utt in data.utterances
-    ]
-    records = _run_journaled(todo, target / JOURNAL_NAME, settings, jobs)
+    audio = target / "audio"
+    (target if archive_mb else audio).mkdir(parents=True, exist_ok=True)
+    files = {utt: None if archive_mb else str(audio / f"{utt}.{audio_format}") for utt in data.utterances}
+    todo = [Job(utt, *data.source(utt), target=file, settings=settings) for utt, file in files.items()]
+    records = _run_journaled(todo, target / JOURNAL_NAME, settings, jobs, archive_mb * 1e6)
     return _write_tables(data, target, settings, records)
 
 
-def _run_journaled(todo: list[Job], journal: Path, settings: Settings, jobs: int) -> dict[str, dict[str, Any]]:
+def _run_journaled(
+    todo: list[Job], journal: Path, settings: Settings, jobs: int, archive_bytes: float
+) -> dict[str, dict[str, Any]]:
     """{utt: record} of all jobs, formatting only those whose record in the journal does not hold any more."""
     from tqdm import tqdm
 
     head = {"settings": asdict(settings)}
     old = _read_journal(journal, head)
+    archives = {path.name for path in journal.parent.glob(ARCHIVES)}
     records = {}
     for job in todo:
         record = old.get(job.utt)
@@ -129,10 +136,12 @@ def _run_journaled(todo: list[Job], journal: Path, settings: Settings, jobs: int
             continue
         # what could not be read is tried again: the disk or this program may have been the reason
         reason = record.get("skipped", "")
-        if (reason and not reason.startswith("unreadable")) or ("entry" in record and Path(job.target).is_file()):
+        archive = record.get("ark", "").split(":")[0]
+        there = Path(job.target).is_file() and not archive if job.target else archive in archives
+        if (reason and not reason.startswith("unreadable")) or ("entry" in record and there):
             records[job.utt] = record
     audio = journal.parent / "audio"
-    for leftover in audio.glob(".*.tmp-*"):  # of a killed run
+    for leftover in (*audio.glob(".*.tmp-*"), *journal.parent.glob(".audio.*.tmp-*.ark")):  # of a killed run
         leftover.unlink()
     for utt in old.keys() - {job.utt for job in todo}:  # no longer in the source
         for suffix in AUDIO_FORMATS:
@@ -142,8 +151,9 @@ def _run_journaled(todo: list[Job], journal: Path, settings: Settings, jobs: int
     rest = [job for job in todo if job.utt not in records]
     if records:
         logging.info("%s: %d of %d utterances are formatted already", journal.parent, len(records), len(todo))
+    done = pack(_run(rest, jobs), journal.parent, archive_bytes)
     with journal.open("a", encoding="utf-8") as file:
-        for record in tqdm(_run(rest, jobs), total=len(rest), desc=f"format {journal.parent.name}", disable=not rest):
+        for record in tqdm(done, total=len(rest), desc=f"format {journal.parent.name}", disable=not rest):
             records[record["utt"]] = record
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
@@ -158,10 +168,12 @@ def _run(rest: list[Job], jobs: int) -> Iterator[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(rest)), mp_context=context) as pool:
         try:
-            yield from pool.map(format_one, rest, chunksize=8)
+            # in turns where the records hold audio, which would fill the memory before a slow disk
+            for some in batched(rest, len(rest) if rest[0].target else 128 * jobs):
+                yield from pool.map(format_one, some, chunksize=8)
         except BrokenProcessPool as error:
             hint = "run the same command again with fewer --jobs; what is done is kept"
-            raise DataError(rest[0].target, "a worker died (out of memory?)", hint=hint) from error
+            raise DataError(rest[0].target or rest[0].source, "a worker died (out of memory?)", hint=hint) from error
 
 
 def _read_journal(path: Path, head: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -193,7 +205,10 @@ def format_one(job: Job) -> dict[str, Any]:
     if reason := skip_reason(wave, rate, settings):
         return record | {"skipped": reason}
     samples, clipped = to_pcm16(resample(wave, rate, settings.sample_rate))
-    write_audio(job.target, samples, settings.sample_rate, settings.audio_format)
+    if job.target:
+        write_audio(job.target, samples, settings.sample_rate, settings.audio_format)
+    else:
+        record["audio"] = encode_audio(samples, settings.sample_rate, settings.audio_format)
     entry: dict[str, Any] = {
         "sha256": pcm16_sha256(samples),
         "num_samples": len(samples),
@@ -247,9 +262,11 @@ def _write_tables(data: DataDir, target: Path, settings: Settings, records: dict
         some = "".join(f"\n  {utt}: {reason}" for utt, reason in list(skipped.items())[:5])
         message = f"{len(skipped)} of {len(data)} utterances cannot be used, for example:{some}"
         raise DataError(data.path, message, hint="repair these recordings, or check wav.scp and --max_seconds")
-    wav = {utt: str(target / "audio" / f"{utt}.{settings.audio_format}") for utt in data.utterances}
+    files = {utt: target / "audio" / f"{utt}.{settings.audio_format}" for utt in data.utterances}
+    arks = {utt: str(target / records[utt]["ark"]) for utt in kept if "ark" in records[utt]}
+    wav = {utt: str(files[utt]) for utt in kept} | arks
     for utt in skipped:  # files of an earlier run, when the utterance was still good
-        Path(wav.pop(utt)).unlink(missing_ok=True)
+        files[utt].unlink(missing_ok=True)
     for utt, reason in list(skipped.items())[:SHOWN_SKIPS]:
         logging.warning("skipped %s: %s", utt, reason)
     if len(skipped) > SHOWN_SKIPS:
@@ -272,4 +289,9 @@ def _write_tables(data: DataDir, target: Path, settings: Settings, records: dict
         skipped=skipped | missing,
     )
     passport.save(target)
+    # what an earlier run wrote and nothing names any more
+    used, audio = {value.rpartition(":")[0] for value in arks.values()}, target / "audio"
+    for path in (*target.glob(ARCHIVES), *(files[utt] for utt in (arks if audio.is_dir() else ()))):
+        if str(path) not in used:
+            path.unlink(missing_ok=True)
     return passport

@@ -264,7 +264,7 @@ def is_complete(
 def read_wave(data: DataDir, key: str, rate: int) -> np.ndarray:
     """The waveform (N,) of an utterance; DataError where it is not sampled at ``rate`` Hz."""
     source, start, end = data.source(key)
-    wave, found = read_audio(source, start=start, end=end)
+    wave, found = read_audio(source, start=start, end=end, key=None if data.segments else key)
     if found != rate:
         raise DataError(source, f"utterance {key!r} is sampled at {found} Hz, not {rate} Hz", hint="use dump/raw/...")
     return wave

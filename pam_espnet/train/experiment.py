@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from pam_espnet.config import add_specs, load_yaml, merge, resolve, used_encoders, write_config
+from pam_espnet.data.audio_ark import ARCHIVED_SOUND, locate
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import Passport
 from pam_espnet.data.prompts import read_wordings
+from pam_espnet.data.tables import read_table
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import check_key, read_json, sha256_file
 
@@ -131,7 +133,8 @@ class Experiment:
         for mode, raw in (("train", self.train), ("valid", self.valid)):
             streams = [f"{raw}/{stream}" for stream in _STREAMS]
             if self.feats is None:
-                streams.append(f"{raw}/wav.scp,speech,sound")
+                archived = any(locate(value)[1] is not None for value in read_table(raw / "wav.scp").values())
+                streams.append(f"{raw}/wav.scp,speech,{ARCHIVED_SOUND if archived else 'sound'}")
             else:
                 for name in used_encoders(config):
                     scp = self.feats / name / raw.name / "feats.scp"

@@ -1,10 +1,11 @@
-"""ESPnet's preprocessor and iterator: one utterance's strings to arrays, and this project's plan of batches."""
+"""ESPnet's preprocessor and iterator, and audio in archives: strings to arrays, and this project's plan of batches."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import time
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +13,44 @@ from typing import Any
 import numpy as np
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.iterators.sequence_iter_factory import worker_init_fn
+from espnet2.train.dataset import DATA_TYPES
 from espnet2.train.preprocessor import AbsPreprocessor
 from torch.utils.data import DataLoader, Dataset
 
+from pam_espnet.data.audio import read_audio
+from pam_espnet.data.audio_ark import ARCHIVED_SOUND, locate
 from pam_espnet.data.batching import BatchingOptions, at_least, cut, describe_seen, epoch_batches
 from pam_espnet.data.kaldi_io import check_matrix
 from pam_espnet.data.prompts import Wordings
-from pam_espnet.errors import ConfigError, DataError
+from pam_espnet.data.tables import read_table
+from pam_espnet.errors import ConfigError, DataError, PamError
 from pam_espnet.llm.prompt_layout import answer_ids, end_of_turn_id
 
 
 def prompt_bytes(prompt: str) -> np.ndarray:
     """A prompt as a batch holds it: its UTF-8 bytes, int64."""
     return np.frombuffer(prompt.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+
+
+class ArchivedSound(UserDict[str, Any]):
+    """The waves (N,) float32 of a ``wav.scp`` with archives; every reading process opens them for itself.
+    Raises DataError: an archive that was cut is found at the start, other damage where it is read; names the line."""
+
+    def __init__(self, scp: str) -> None:
+        super().__init__(read_table(scp))
+        self.scp = scp
+        for key in {locate(value)[0]: key for key, value in self.data.items() if locate(value)[1] is not None}.values():
+            self[key]  # the last of an archive
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        try:
+            return read_audio(self.data[key], key=key)[0]
+        except DataError as error:
+            line = list(self.data).index(key) + 1
+            raise DataError(self.scp, f"{self.data[key]}: {error.message}", line=line, hint=error.hint) from error
+
+
+DATA_TYPES[ARCHIVED_SOUND] = {"func": ArchivedSound, "kwargs": [], "help": ArchivedSound.__doc__}
 
 
 class PaMPreprocessor(AbsPreprocessor):
@@ -132,8 +158,9 @@ class PaMIterFactory(AbsIterFactory):
     def build_iter(self, epoch: int, shuffle: bool | None = None) -> DataLoader:
         """The batches of ``epoch`` (from 1); ``shuffle`` is fixed by ``train`` and kept for ESPnet's contract."""
         prompts = self.fresh_prompts if self.train else None
+        dataset = self.dataset if prompts is None else Reworded(self.dataset, prompts, epoch)
         return _Loader(
-            dataset=self.dataset if prompts is None else Reworded(self.dataset, prompts, epoch),
+            dataset=_Caught(dataset) if self.num_workers else dataset,
             batch_sampler=self.batches(epoch),
             worker_init_fn=functools.partial(worker_init_fn, base_seed=epoch + self.seed),
             collate_fn=functools.partial(_collate, self.collate_fn) if self.num_workers else self.collate_fn,
@@ -161,14 +188,29 @@ class _Loader(DataLoader):
 
 
 def _batch_or_error(batch: Any) -> Any:
-    if isinstance(batch, ConfigError):
+    if isinstance(batch, PamError):
         raise batch
     return batch
+
+
+class _Caught(Dataset):
+    """In a worker: the error about an utterance in its place; torch would give it back as another one."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, utterance: str) -> Any:
+        try:
+            return self.dataset[utterance]
+        except PamError as error:
+            return error
 
 
 def _collate(collate_fn: Callable[..., Any], utterances: Any) -> Any:
     """In a worker: a batch in shared memory. Left to the queue's own thread, a batch that does not fit would be lost
     with a line in the log, and training would block for ever."""
+    if errors := [error for error in utterances if isinstance(error, PamError)]:
+        return errors[0]
     batch = collate_fn(utterances)
     try:
         for tensor in batch[1].values():

@@ -15,6 +15,7 @@ from tiny_model import tiny_config, write_data
 
 from pam_espnet.bin.pam_decode import main
 from pam_espnet.config import write_config
+from pam_espnet.data.format import format_data_dir
 from pam_espnet.data.tables import read_table
 from pam_espnet.decode import shards as decoding
 from pam_espnet.decode.options import AnswerOptions
@@ -70,6 +71,15 @@ def test_outputs(decoded: Path, data: Path) -> None:
 
 
 @pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="int8 needs FBGEMM (x86)")
+def test_archives_give_the_same_hypotheses(decoded: Path, exp: Path, data: Path, tmp_path: Path) -> None:
+    archived = tmp_path / "dump" / data.name
+    format_data_dir(data.parents[1] / "data" / data.name, archived, archive_mb=0.05)
+    assert len(list(archived.glob("*.ark"))) > 1
+    assert decode(exp, archived, tmp_path / "out") == 0
+    for name in ("nbest.jsonl", "key.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (decoded / name).read_bytes()
+
+
 def test_int8_is_named_in_the_statistics(exp: Path, data: Path, tmp_path: Path) -> None:
     assert decode(exp, data, tmp_path, "--dtype", "int8", "--limit", "3") == 0
     assert read_json(tmp_path / "stats.json")["dtype"] == "int8"

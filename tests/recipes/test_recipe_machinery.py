@@ -95,6 +95,13 @@ def test_packing_and_the_demo_are_not_run_by_default(recipe: Path) -> None:
     assert "stage 6 " not in call(recipe, "--dry_run", "true").stdout
 
 
+def test_audio_is_put_into_archives_only_when_asked_for() -> None:
+    words = ["--dry_run", "true", "--stage", "2", "--stop_stage", "2"]
+    assert "--archive_mb" not in call(RECIPES[0], *words).stdout
+    asked = call(RECIPES[0], *words, "--archive_mb", "1000", "--max_seconds", "30").stdout
+    assert "--max_seconds 30 --archive_mb 1000\n" in asked
+
+
 def test_a_range_of_stages_prints_only_those() -> None:
     done = call(RECIPES[0], "--dry_run", "true", "--stage", "4", "--stop_stage", "4")
     assert "stage 4 " in done.stdout and "stage 3 " not in done.stdout and "stage 5 " not in done.stdout

@@ -17,7 +17,9 @@ from read_only_disk import read_only
 from tiny_model import tiny_config, train_args
 
 from pam_espnet.config import load_yaml, write_config
-from pam_espnet.errors import CheckpointError, ConfigError
+from pam_espnet.data.audio_ark import locate
+from pam_espnet.data.format import format_data_dir
+from pam_espnet.errors import CheckpointError, ConfigError, DataError
 from pam_espnet.fileio import read_trained
 
 TRAINING = {
@@ -317,6 +319,37 @@ def test_a_diverged_warm_start_is_none(data: Path, tiny_llm_dir: Path, tmp_path:
     with pytest.raises(ConfigError, match=r"diverged at step \d+ of 12: loss (nan|inf).*\n.*lower warm_start_conf.lr"):
         warm_start(train_args(data, exp / "given.yaml", exp))
     assert not (exp / "warm_start.safetensors").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_archives_train_what_files_train(
+    unbroken: Path, data: Path, tiny_llm_dir: Path, tmp_path: Path, workers: int
+) -> None:
+    from pam_espnet.bin.pam_train import main
+
+    for name in ("train", "dev"):
+        format_data_dir(data / "data" / name, tmp_path / "dump" / name, archive_mb=0.1)
+    assert len(list((tmp_path / "dump/train").glob("*.ark"))) > 1
+    write_config({**tiny_config(tiny_llm_dir), **TRAINING}, tmp_path / "given.yaml")
+    words = [*train_args(tmp_path, tmp_path / "given.yaml", tmp_path / "exp"), "--num_workers", str(workers)]
+    assert main(words) == 0
+    assert same_model(unbroken, tmp_path / "exp")
+    losses = [[(e["split"], e["step"], e["loss"]) for e in curve(exp)] for exp in (unbroken, tmp_path / "exp")]
+    assert losses[0] == losses[1]
+
+    scp = tmp_path / "dump/train/wav.scp"
+    value = scp.read_text().splitlines()[0].split()[1]
+    archive, offset = locate(value)
+    content = bytearray(Path(archive).read_bytes())
+    content[offset : offset + 5] = b"WRONG"
+    Path(archive).write_bytes(content)
+    shutil.rmtree(tmp_path / "exp")
+    with pytest.raises(DataError, match=f"^{scp}:1: {value}: the archive was cut or the offset(.|\n)*run stage 2"):
+        main(words)
+    Path(archive).write_bytes(content[:-1])
+    shutil.rmtree(tmp_path / "exp")
+    with pytest.raises(DataError, match=rf"^{scp}:\d+: {archive}:\d+: the archive was cut: it has"):
+        main([*words, "--max_epoch", "0"])  # before the first step
 
 
 @pytest.mark.slow  # another process imports ESPnet

@@ -48,6 +48,8 @@ train_set       NAME     train      training set
 valid_set       NAME     dev        validation set
 test_sets       NAMES    'test_asr test_count test_caption'  separated by blanks
 max_seconds     S        30         longer utterances are skipped, and listed
+archive_mb      MB       0          stage 2 puts audio into archives of about so many MB, for large corpora on network
+                                    disks 1000; 0: a file for each utterance
 nj              N        ${nj}          parallel processes where work is split: the cores, at most 8
 ngpu            N        0          GPUs of each node, a process for each, and for decoding; 0 = CPU
 num_nodes       N        1          nodes for training, with --cmd slurm
@@ -123,8 +125,10 @@ fi
 if wants 2; then
     begin 2 format "${data}/" "${raw}/"
     sets=("${train_set}" "${valid_set}" "${tests[@]}")
+    archives=()
+    [ "${archive_mb}" = 0 ] || archives=(--archive_mb "${archive_mb}")
     module pam_format --data "${sets[@]/#/${data}/}" --out "${sets[@]/#/${raw}/}" --jobs "${nj}" \
-        --max_seconds "${max_seconds}"
+        --max_seconds "${max_seconds}" "${archives[@]}"
     end "the same command with --stage 3"
 fi
 
