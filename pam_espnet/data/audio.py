@@ -177,9 +177,11 @@ def _samples(frame: av.AudioFrame) -> np.ndarray:
 
 def _mono(name: str, wave: np.ndarray) -> np.ndarray:
     """The mean (N,) of the channels (N, C)."""
+    if wave.shape[1] == 1:
+        return wave[:, 0]
     with np.errstate(invalid="ignore", over="ignore"):  # samples that are not finite are looked for later
         mean = wave.mean(axis=1, dtype=np.float32)
-        if wave.shape[1] > 1 and len(wave):
+        if len(wave):
             loudest = float(np.sqrt(np.mean(np.square(wave, dtype=np.float64), axis=0)).max())
             total = float(np.sqrt(np.mean(np.square(mean, dtype=np.float64)))) * wave.shape[1]
             if total < CANCELLED * loudest:

@@ -19,7 +19,6 @@ from pam_espnet.fileio import atomic_path
 
 ARCHIVES = "audio.*.ark"  # those that ``pack`` writes
 ARCHIVED_SOUND = "archived_sound"  # this project's type of data in ESPnet: a wav.scp with archives (train.iterator)
-HINT = "an archive of stage 2: remove it and run stage 2 again; another: copy it and its wav.scp again"
 _MARK = b"AUDIO"
 
 
@@ -48,7 +47,8 @@ def _find(file: BinaryIO, value: str, key: str | None) -> int:
     lead = b"" if key is None else f"{key} ".encode()
     file.seek(max(0, offset - len(lead)))
     found, head = file.read(len(lead)) == lead and offset >= len(lead), file.read(len(_MARK) + 9)
-    problem, first, length = "", 0, 0  # bytes before the audio file, and of it
+    problem = "" if found else f"the offset is wrong: the audio there is not that of {key!r}"
+    first = length = 0  # bytes before the audio file, and of it
     if head.startswith(_MARK) and len(head) > len(_MARK):
         first = len(_MARK) + 1 + head[len(_MARK)]
         length = int.from_bytes(head[len(_MARK) + 1 : first], "little")
@@ -56,12 +56,10 @@ def _find(file: BinaryIO, value: str, key: str | None) -> int:
         length = 8 + int.from_bytes(head[4:8], "little")
     else:
         problem = "the archive was cut or the offset is wrong: no audio begins there"
-    if not problem and not found:
-        problem = f"the offset is wrong: the audio there is not that of {key!r}"
     if offset + first + length > size:
         problem = f"the archive was cut: it has {size} bytes, too few for this offset and its audio"
     if problem:
-        raise DataError(value, problem, hint=HINT)
+        raise DataError(value, problem, hint="from stage 2: remove it and run stage 2 again; else: copy it again")
     file.seek(offset + first)
     return length
 
@@ -69,7 +67,6 @@ def _find(file: BinaryIO, value: str, key: str | None) -> int:
 def pack(records: Iterable[dict[str, Any]], folder: Path, limit: float) -> Iterator[dict[str, Any]]:
     """Put what records have as ``audio`` (bytes of a file; skipped ones have none) into ``<folder>/audio.<n>.ark`` of
     about ``limit`` bytes, under the key ``utt``; they come out with ``ark``, ``audio.<n>.ark:<offset>``, in its place.
-
     Archives that were there stay as they are; a new one gets its name when it is whole and its records came out."""
     number = max((int(path.name.split(".")[1]) for path in folder.glob(ARCHIVES)), default=0)
     with ExitStack() as stack:
