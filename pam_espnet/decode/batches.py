@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pam_espnet.engine.engine import TransformersEngine
+from pam_espnet.engine.graphs import out_of_memory
 from pam_espnet.engine.static_memory import rounded
 from pam_espnet.errors import DataError, PamError
 from pam_espnet.fileio import read_json, write_json
@@ -182,7 +183,9 @@ def in_batches[T, R](
         batch = todo[index]
         try:
             result = work(batch)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             reason = str(error).partition("\n")[0].partition(". GPU ")[0]  # the error itself would hold tensors
         else:
             yield batch, result

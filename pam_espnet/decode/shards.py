@@ -162,6 +162,7 @@ def note_machine(journal: Path, model: SpeechLLM) -> None:
         "device": torch.cuda.get_device_name(model.device) if on_gpu else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "dtype": model.engine.precision,
+        "graphs": model.engine.graphs,
     }
     write_json(journal.with_name("machine.json"), machine)
 

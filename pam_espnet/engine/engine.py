@@ -141,6 +141,10 @@ class Engine(ABC):
     def take_over(self) -> None:
         """Free the LLM's own weights for good; prompts whose vectors were not computed before are then errors."""
 
+    def log_probs(self, logits: Tensor, temperature: float) -> Tensor:
+        """Log-probabilities (R,W) of the next token from logits (R,W)."""
+        return torch.log_softmax(logits.float() / temperature, dim=-1)
+
     def release(self) -> None:  # noqa: B027 - most engines keep nothing
         """Free what is kept from batch to batch; it is made again when it is needed."""
 
@@ -179,7 +183,7 @@ def make_engine(
     if llm.fused_decoding and _is_llama(llm.lm):
         fused = LlamaEngine(llm, vocabulary, int8=False)
         difference = self_check(fused)
-        if difference <= TOLERANCE.get(llm.dtype, COARSE_TOLERANCE):
+        if difference <= tolerance(llm):
             engine = fused
         else:
             logging.warning(
@@ -189,7 +193,7 @@ def make_engine(
     if graphs == "on" and not isinstance(engine, LlamaEngine):
         raise ConfigError(f"graphs: on: transformers must run {type(llm.lm).__name__}; set graphs to auto")
     if isinstance(engine, LlamaEngine) and (graphs == "on" or (graphs == "auto" and llm.device.type == "cuda")):
-        engine = _with_graphs(engine, vocabulary, batch_invariant)
+        engine = _with_graphs(engine, graphs == "on", batch_invariant)
     if int8:
         if not isinstance(engine, LlamaEngine):
             reason = "its blocks are not Llama's" if llm.fused_decoding else "llm_conf.fused_decoding is false"
@@ -200,8 +204,10 @@ def make_engine(
     return engine if exits is None or exits.mode == "never" else engine.with_exits(exits)
 
 
-def _with_graphs(engine: LlamaEngine, vocabulary: Collection[int] | None, batch_invariant: bool) -> Engine:
-    """The same on fixed buffers; ``engine`` where that gives other logits, or is not possible here."""
+def _with_graphs(engine: LlamaEngine, wanted: bool, batch_invariant: bool) -> Engine:
+    """The same on fixed buffers; ``engine`` where that gives other logits, or is not possible here.
+    Raises ConfigError: then, if it was ``wanted``."""
+    from pam_espnet.engine.graphs import out_of_memory
     from pam_espnet.engine.static import StaticEngine
 
     began = time.perf_counter()
@@ -209,14 +215,24 @@ def _with_graphs(engine: LlamaEngine, vocabulary: Collection[int] | None, batch_
         static = StaticEngine(engine, batch_invariant)
         difference = self_check(static, engine)
         static.release()
+        if difference <= tolerance(engine.llm):
+            logging.info(f"graphs: checked in {time.perf_counter() - began:.1f} s")
+            return static
+        reason = f"logits differ by {difference:.2g}"
     except Exception as error:  # of Triton's compiler, of a driver: all of them leave the eager way
-        logging.warning(f"graphs: decoding goes without them, which is slower: {type(error).__name__}: {error}")
-        return engine
-    if not difference <= TOLERANCE.get(engine.llm.dtype, COARSE_TOLERANCE):
-        logging.warning(f"graphs: decoding goes without them, which is slower: logits differ by {difference:.2g}")
-        return engine
-    logging.info(f"graphs: checked in {time.perf_counter() - began:.1f} s")
-    return static
+        if out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+    if wanted:
+        raise ConfigError(f"graphs: on: not possible here: {reason}; set graphs to auto")
+    logging.warning(f"graphs: decoding goes without them, which is slower, and answers depend on batches: {reason}")
+    return engine
+
+
+def tolerance(llm: LLM) -> float:
+    """Of the self-check, by the precision of the products."""
+    rounded = llm.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    return COARSE_TOLERANCE if rounded else TOLERANCE.get(llm.dtype, COARSE_TOLERANCE)
 
 
 def _is_llama(lm: Any) -> bool:

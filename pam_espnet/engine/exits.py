@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -97,6 +98,7 @@ class ExitPolicy:
         calibration: Calibration | None = None,
     ) -> None:
         self.options, self.norm, self.head, self.calibration = options, norm, head, calibration
+        self.log_probs: Callable[[Tensor], Tensor] = partial(torch.log_softmax, dim=-1)  # of logits (...,V)
         self.layers: Sequence[int] = options.layers
         self.threshold: float | None = 0.9 if options.threshold is None else options.threshold
         if options.mode == "fixed":
@@ -156,8 +158,17 @@ class ExitPolicy:
         """How sure a block is, (B',D) -> (B',): what gate, confidence and entropy compare with the threshold."""
         if self.options.mode == "gate" and self.calibration is not None:
             return self.calibration.probability(layer, self.norm(hidden))
-        log_probs = self.head(self.norm(self.mapped(layer, hidden))).log_softmax(dim=-1)
+        log_probs = self.log_probs(self.head(self.norm(self.mapped(layer, hidden))))
         if self.options.mode == "confidence":
             return log_probs.amax(dim=-1).exp()
-        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+        entropy = -_total(log_probs.exp() * log_probs)
         return 1 - entropy / math.log(log_probs.size(-1))
+
+
+def _total(values: Tensor) -> Tensor:
+    """The sum over the last dimension, neighbours first: in an order that the number of rows does not change."""
+    while values.size(-1) > 1:
+        pairs = values.size(-1) // 2
+        odd, values = values[..., 1::2], values[..., ::2].clone()
+        values[..., :pairs] += odd
+    return values[..., 0]

@@ -46,17 +46,18 @@ class GatedStep:
         if key not in memory.scratch:
             memory.scratch[key] = self._new_rows(), copy.copy(engine.exits)  # patience counts in buffers of its own
         self.rows, self.policy = memory.scratch[key]
+        own = copy.copy(self)  # what graphs keep alive has no graphs itself: a cycle would outlive ``Memory.clear``
         ends = [*self.policy.layers, len(engine.blocks)]
 
         def captured(part: str, function: Callable[[], Any]) -> Callable[[], Any]:
-            return engine.captured(memory, (part, *((name,) if part == "finish" else ())), function)
+            return engine.captured(memory, (part, engine.exits, *((name,) if part == "finish" else ())), function)
 
         self.chunks = [
-            captured(f"blocks {first} to {last}", lambda first=first, last=last: self._chunk(first, last))  # type: ignore[misc]
+            captured(f"blocks {first} to {last}", lambda first=first, last=last: own._chunk(first, last))  # type: ignore[misc]
             for first, last in zip([0, *ends], ends, strict=False)
         ]
-        self.fills = [captured(f"fill from {end}", lambda end=end: self._fill(end)) for end in ends[:-1]]  # type: ignore[misc]
-        self.finish = captured("finish", lambda: finish(self._logits()))
+        self.fills = [captured(f"fill from {end}", lambda end=end: own._fill(end)) for end in ends[:-1]]  # type: ignore[misc]
+        self.finish = captured("finish", lambda: finish(own._logits()))
 
     def __call__(self) -> Any:
         """Run it."""

@@ -80,14 +80,15 @@ class Kernels(Ops):
         )  # fmt: skip
         return found
 
-    def product(self, x: Tensor, layer: Any, many: bool) -> Parts:
+    def product(self, x: Tensor, layer: Any, many: bool, like: Any = None) -> Parts:
         """See ``Ops``."""
         weight, bias = layer.weight, layer.bias
         if not self.batch_invariant and (many or len(x) >= CUBLAS_ROWS):
             return Parts(F.linear(x, weight, bias)[None], None, x.dtype)
         if self.batch_invariant and many and cublas_holds(weight, bias):
             return Parts(_product_of_prefixes(x, weight, bias)[None], None, x.dtype)
-        return Parts(multiply(x, weight, one_part=many, rounded=bias is None), bias, x.dtype)
+        alike = len((like or layer).weight)
+        return Parts(multiply(x, weight, one_part=many, rounded=bias is None, alike=alike), bias, x.dtype)
 
     def turn_write(
         self,
@@ -206,11 +207,12 @@ def choose_tiles(rows: int, outputs: int, inputs: int, itemsize: int, shared: in
     return Tiles(width, block, depth, 1 if one_part else max(1, parts), buffers + early, warps)
 
 
-def multiply(x: Tensor, weight: Tensor, one_part: bool, rounded: bool) -> Tensor:
-    """x (R,I) times weight (O,I), the sum over I in parts -> (N,R,O) float32; ``rounded``: as x where N is 1."""
+def multiply(x: Tensor, weight: Tensor, one_part: bool, rounded: bool, alike: int | None = None) -> Tensor:
+    """x (R,I) times weight (O,I), the sum over I in parts -> (N,R,O) float32; ``rounded``: as x where N is 1;
+    ``alike``: outputs of the weight whose order of sums is to be followed, where it is another one."""
     x, (rows, inputs), outputs = x.contiguous(), x.shape, len(weight)
     assert weight.is_contiguous()
-    tiles = choose_tiles(rows, outputs, inputs, x.element_size(), _shared_memory(x.device), one_part)
+    tiles = choose_tiles(rows, alike or outputs, inputs, x.element_size(), _shared_memory(x.device), one_part)
     found = x.new_empty(tiles.parts, rows, outputs, dtype=x.dtype if rounded and tiles.parts == 1 else torch.float32)
     grid = (triton.cdiv(rows, tiles.rows), triton.cdiv(outputs, tiles.width), tiles.parts)
     _product[grid](

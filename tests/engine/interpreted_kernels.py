@@ -89,6 +89,18 @@ def test_sums_in_parts() -> None:
     assert close(total(OURS.product(x, layer, False)), THEIRS.product(x, layer, False))
 
 
+def test_keys_and_values_alone_are_summed_as_with_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where early exit has skipped a block alone, and where neighbours were still in it."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 4)  # as if the weights were large: fewer outputs, more parts
+    whole = layer_of(256, 1024, True)
+    assert whole.bias is not None
+    part, x = Plain(whole.weight[192:], whole.bias[192:]), torch.randn(3, 1024)
+    expected, alone, alike = (
+        OURS.product(x, layer, False, like) for layer, like in ((whole, None), (part, None), (part, whole))
+    )
+    assert torch.equal(alike.values, expected.values[..., 192:]) and len(alone.values) > len(alike.values)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("width", [64, 100])
 def test_add_norm(width: int, bias: bool) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pam_espnet.engine.engine import Engine, make_engine, self_check
+from pam_espnet.engine.engine import Engine, _with_graphs, make_engine, self_check
 from pam_espnet.engine.exits import ExitOptions
 from pam_espnet.engine.llama import LlamaEngine
 from pam_espnet.engine.static import StaticEngine
@@ -159,6 +161,24 @@ def test_buffers_are_reused_bounded_and_freed(llm: LLM, monkeypatch: pytest.Monk
     assert not engine._memories
 
 
+def test_released_buffers_are_freed_without_a_garbage_collection(llm: LLM) -> None:
+    """Also where gates end steps: graphs that hold each other would keep keys and values until some later time."""
+    engine = make_engine(llm, graphs="on")
+    assert isinstance(engine, StaticEngine)
+    engine._graphs.capture = lambda function: lambda keeps=function: keeps()  # type: ignore[method-assign]
+    options = BeamOptions(beam_size=2, max_new_tokens=5)
+    for exits in EXITS:
+        own = engine if exits is None else engine.with_exits(exits)
+        beam_search(own, prefixes(LENGTHS), LENGTHS, options)
+    kept = weakref.ref(next(iter(engine._memories.values())).keys)
+    gc.disable()
+    try:
+        engine.release()
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
 @given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 3000), st.integers(1, 2000))
 def test_shapes_hold_what_is_asked_with_little_more(utterances: int, rows: int, prefix: int, steps: int) -> None:
     shape = Shape.holding(utterances, rows, prefix, steps)
@@ -199,19 +219,31 @@ def test_blocks_that_compute_otherwise_are_left_to_the_eager_way(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert self_check(make_engine(llm, graphs="on"), make_engine(llm, graphs="off")) < 1e-5
-    monkeypatch.setattr(StaticEngine, "run_rows", lambda self, memory, chained: torch.zeros(1, self.vocabulary))
-    with caplog.at_level(logging.WARNING):
-        engine = make_engine(llm, graphs="on")
-    assert not engine.graphs and "logits differ by" in caplog.text
+    eager = make_engine(llm, graphs="off")
+    assert isinstance(eager, LlamaEngine)
 
     def broken(*_: Any) -> None:
         raise RuntimeError("no kernel for this card")
 
-    monkeypatch.setattr(StaticEngine, "run_prefix", broken)
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        engine = make_engine(llm, graphs="on")
-    assert not engine.graphs and len(caplog.records) == 1 and "no kernel for this card" in caplog.text
+    def wrong(self: StaticEngine, *_: Any) -> Tensor:
+        return torch.zeros(1, self.vocabulary)
+
+    for function, why in ((wrong, "logits differ by"), (broken, "RuntimeError: no kernel for this card")):
+        monkeypatch.setattr(StaticEngine, "run_rows", function)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert _with_graphs(eager, wanted=False, batch_invariant=True) is eager
+        assert len(caplog.records) == 1 and why in caplog.text
+        with pytest.raises(ConfigError, match="graphs: on: not possible here") as refused:
+            make_engine(llm, graphs="on")
+        assert why in str(refused.value)
+
+    def full(*_: Any) -> None:
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    monkeypatch.setattr(StaticEngine, "run_rows", full)
+    with pytest.raises(RuntimeError, match="out of memory"):  # no reason to be slower for good
+        _with_graphs(eager, wanted=False, batch_invariant=True)
 
 
 def test_graphs_are_off_on_a_cpu_and_refused_where_they_cannot_be(llm: LLM, tiny_llm_dir: Path) -> None:

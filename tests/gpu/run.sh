@@ -4,10 +4,11 @@
 #     tests/gpu/run.sh                          # in the repository's own environment, or with python3
 #     tests/gpu/run.sh --site gpu_site.tar.gz   # an image with PyTorch, no internet: see tools/pack_gpu_site.py
 #     tests/gpu/run.sh --tiny                   # dry run on a CPU: whether tests and benchmark themselves work
+#     tests/gpu/run.sh --training               # the benchmark of training in place of all that: training.json, .md
 #
 #   --output DIR      for gpu.json, gpu.md, tests.txt, benchmark.txt (default: $OUT, else gpu_results)
 #   --seconds N       for everything (default: 235, what comes last is then left out; 3600 with --tiny)
-#   --tests N         seconds of them for the tests (default: 45 %); 0 runs the benchmark alone
+#   --tests N         seconds of them for the tests (default: 45 %, none with --training); 0: the benchmark alone
 #   --site FILE       packages for a machine that lacks them (default: gpu_site.tar.gz at the root, if it is there)
 #   $PAM_PYTHON       the interpreter (default: .venv/bin/python, else python3)
 #
@@ -22,7 +23,7 @@ fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 output=${OUT:-gpu_results}
 site=${root}/gpu_site.tar.gz
-seconds='' tests='' tiny=
+seconds='' tests='' tiny='' benchmark=gpu_decode name=gpu
 
 fail() {
     printf 'error: %s\n' "$@" >&2
@@ -32,6 +33,7 @@ fail() {
 while [ $# -gt 0 ]; do
     case "$1" in
         --tiny) tiny=--tiny && shift ;;
+        --training) benchmark=gpu_training name=training tests=${tests:-0} && shift ;;
         --output | --seconds | --tests | --site)
             [ $# -ge 2 ] || fail "$1 needs a value"
             [ "$1" != --site ] || [ -f "$2" ] || fail "$2: no such file; make it: python tools/pack_gpu_site.py"
@@ -100,10 +102,10 @@ if [ "${tests}" -gt 0 ]; then
 fi
 left=$((seconds - SECONDS))
 echo "== benchmark, ${left} s"
-if [ "${left}" -lt 10 ] || ! "${python}" tests/benchmarks/gpu_decode.py ${tiny:+"${tiny}"} --limit "${left}" \
-    --tests "${output}/tests.jsonl" --output "${output}/gpu.json" 2>&1 | tee "${output}/benchmark.txt"; then
+if [ "${left}" -lt 10 ] || ! "${python}" "tests/benchmarks/${benchmark}.py" ${tiny:+"${tiny}"} --limit "${left}" \
+    --tests "${output}/tests.jsonl" --output "${output}/${name}.json" 2>&1 | tee "${output}/benchmark.txt"; then
     failed+=" benchmark"
 fi
-rm -f "${output}/tests.jsonl"  # in gpu.json
-echo "== ${SECONDS} s; results: ${output}/gpu.json, gpu.md"
+rm -f "${output}/tests.jsonl"  # in the JSON
+echo "== ${SECONDS} s; results: ${output}/${name}.json, ${name}.md"
 [ -z "${failed}" ] || fail "failed:${failed}; see ${output}"

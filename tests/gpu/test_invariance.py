@@ -25,7 +25,7 @@ from pam_espnet.search.hypothesis import BeamOptions, Hypothesis
 LENGTHS = [50, 64, 20, 33, 47, 60, 12, 59, 100, 65, 128, 129, 31, 192, 193, 7, *range(40, 200, 10)]
 ENDS = (4, 9)
 # Real shapes, with fewer blocks: what could differ is in each of them.
-BLOCKS = {"Qwen2.5-3B": 8, "Llama-3.2-1B": 6, "SmolLM2-135M": 12}
+BLOCKS = {"Qwen2.5-3B": 8, "Llama-3.2-1B": 6, "SmolLM2-135M": 12, "Qwen3-1.7B": 6}
 Search = Callable[[list[int]], list[list[Hypothesis]]]  # utterances -> n-best of each
 
 
@@ -68,6 +68,12 @@ def qwen(device: str, half: torch.dtype) -> Batch:
     return make("Qwen2.5-3B", device, half)
 
 
+@pytest.fixture(scope="module")
+def exiting(device: str, half: torch.dtype) -> Batch:
+    """Keys and values alone would be summed in other parts than with queries, were it not seen to."""
+    return make("Qwen3-1.7B", device, half)
+
+
 def plain(batch: Batch, engine: Engine | None = None, beam: int = 4, **options: Any) -> Search:
     wanted = BeamOptions(beam_size=beam, nbest=beam, max_new_tokens=16, eos_ids=ENDS, **options)
     return lambda rows: beam_search(engine or batch.engine, *batch.inputs(rows), wanted)
@@ -102,9 +108,9 @@ def test_nor_with_constraints_and_ctc(qwen: Batch, device: str) -> None:
     qwen.check(search, device == "cuda")
 
 
-@pytest.mark.parametrize("mode", ["fixed", "confidence", "patience", "gate"])
-def test_nor_with_early_exit(qwen: Batch, device: str, tmp_path: Path, mode: str) -> None:
-    llm = qwen.engine.llm
+@pytest.mark.parametrize("mode", ["fixed", "confidence", "entropy", "patience", "gate"])
+def test_nor_with_early_exit(exiting: Batch, device: str, tmp_path: Path, mode: str) -> None:
+    llm = exiting.engine.llm
     layers = tuple(range(1, llm.num_layers))
     options: dict[str, Any] = {"layers": layers}
     if mode == "gate":
@@ -114,10 +120,10 @@ def test_nor_with_early_exit(qwen: Batch, device: str, tmp_path: Path, mode: str
         options = {"calibration": str(tmp_path / "exit.safetensors")}
     elif mode == "fixed":
         options = {"layers": (llm.num_layers // 2,)}
-    elif mode == "confidence":
+    elif mode in ("confidence", "entropy"):
         options["threshold"] = 0.3
-    engine = qwen.engine.with_exits(ExitOptions(mode, **options))
-    qwen.check(plain(qwen, engine), device == "cuda")
+    engine = exiting.engine.with_exits(ExitOptions(mode, **options))
+    exiting.check(plain(exiting, engine), device == "cuda")
 
 
 def test_nor_with_drafts(qwen: Batch, device: str) -> None:

@@ -55,7 +55,8 @@ def model(tmp_path_factory: pytest.TempPathFactory, device: str) -> ESPnetPaMMod
     known = sorted({token for answer in answers for token in tokenizer(answer)["input_ids"]} | set(range(30, 120)))
     (folder / "tokens").write_text(" ".join(map(str, known)))
     torch.manual_seed(0)
-    return build_model(tiny_config(folder / "llm", ctc_tokens=str(folder / "tokens"))).eval()
+    config = tiny_config(folder / "llm", ctc_tokens=str(folder / "tokens"))
+    return build_model({**config, "use_tf32": False}).eval()  # which would stay on for the tests that follow
 
 
 @pytest.fixture(scope="module")
