@@ -336,7 +336,8 @@ def test_archives_train_what_files_train(
     assert same_model(unbroken, tmp_path / "exp")
     losses = [[(e["split"], e["step"], e["loss"]) for e in curve(exp)] for exp in (unbroken, tmp_path / "exp")]
     assert losses[0] == losses[1]
-    assert (tmp_path / "exp/key.json").read_text() == (unbroken / "key.json").read_text()  # either goes on with the other
+    # either goes on with the other
+    assert (tmp_path / "exp/key.json").read_text() == (unbroken / "key.json").read_text()
 
     scp = tmp_path / "dump/train/wav.scp"
     value = scp.read_text().splitlines()[0].split()[1]
