@@ -13,7 +13,8 @@ export python
 export PATH="${PAM_ROOT}/utils:${PATH}"
 # A bar redrawn ten times a second is for terminals; logs get a line now and then.
 [ -t 2 ] || export TQDM_MININTERVAL=${TQDM_MININTERVAL:-20}
-# OpenMP threads that wait without spinning: with other programs on the machine, spinning ones slow training down.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+# GNU's OpenMP threads wait for each other by spinning, but not for long: with other programs on the machine, two that
+# spin as long as is usual keep each other from the core.
+[ -n "${OMP_WAIT_POLICY:-}" ] || export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 export PYTHONUNBUFFERED=1
 export LC_ALL=C.UTF-8
