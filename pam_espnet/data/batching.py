@@ -130,7 +130,7 @@ def plan_pass(
 def cut(keys: list[str], seconds: Mapping[str, float], options: BatchingOptions, share: int = 1) -> list[list[str]]:
     """Cut ``keys``, in order of length, into batches; a longer utterance than the limits makes a separate batch.
 
-    ``share`` > 1: of each batch the largest of so many shares is within the limits, and every share has an utterance;
+    ``share`` > 1: of each batch the largest of ``share`` shares is within the limits, and every share has an utterance;
     for that the batch of the shortest may have one more per share than the limits allow.
     """
     batches: list[list[str]] = []

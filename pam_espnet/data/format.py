@@ -93,7 +93,7 @@ def format_data_dir(
         max_seconds, min_seconds: duration limits, inclusive.
         jobs: processes.
         allow_pipes: run ``wav.scp`` values that end in ``|`` (see ``read_audio``).
-        archive_mb: put the same files into ``audio.<n>.ark`` of about so many MB (see ``audio_ark``); 0: do not.
+        archive_mb: put the same files into ``audio.<n>.ark`` of about N MB (see ``audio_ark``); 0: do not.
 
     Raises:
         DataError: the source is inconsistent, has pipes that were not allowed, or more than half is skipped.

@@ -19,6 +19,7 @@ from pam_espnet.early_exit.fitting import CostModel
 from pam_espnet.early_exit.measured_cost import MeasuredCost, exit_blocks
 from pam_espnet.early_exit.profile import shown_outcomes
 from pam_espnet.early_exit.step_times import measure
+from pam_espnet.engine.graphs import out_of_memory
 from pam_espnet.engine.llama import LlamaEngine
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import read_json, write_json
@@ -82,7 +83,9 @@ def _measure(speech: SpeechLLM, data_dirs: Sequence[str | Path], batch_size: int
         cost, steps, counts = measure(engine, prefix, lengths, beam, limit)
     except ConfigError as error:
         return {"reason": str(error)}
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         return {"reason": f"batches of {batch_size} do not fit into the GPU's memory; lower --batch_size"}
     setting = {"dtype": engine.precision, "beam_size": beam.beam_size, "positions": prefix.shape[1]}
     return {**setting, **counts, "cost": asdict(cost), "steps": [asdict(one) for one in steps]}

@@ -31,7 +31,7 @@ PREFIX_ROWS = 8192  # positions of prefixes that are run together
 CAPTURED_ROWS = 1024  # positions up to which a GPU waits for the host to launch a prefix's kernels
 KEPT = 1 / 8  # of a GPU's memory, for buffers that may be needed again
 KEPT_ON_CPU = 2**30  # bytes
-ROOM = (4, 64)  # rows and steps behind a prefix, where nobody says how many there will be
+ROOM = (4, 64)  # rows and steps behind a prefix, where nobody knows yet how many there will be
 
 
 class StaticEngine(LlamaEngine):
@@ -234,17 +234,13 @@ class StaticEngine(LlamaEngine):
 
     @torch.no_grad()
     def prefill(
-        self,
-        prefix: Tensor,
-        lengths: Tensor,
-        drafts: Sequence[Sequence[int]] | None = None,
-        room: tuple[int, int] = ROOM,
+        self, prefix: Tensor, lengths: Tensor, drafts: Sequence[Sequence[int]] | None = None
     ) -> tuple[Tensor, Any]:
-        """See ``Engine``; ``room`` has the rows of an utterance and the steps that will follow."""
+        """See ``Engine``."""
         drafted = [len(draft) for draft in drafts] if drafts is not None else [0] * len(lengths)
         behind, counts = 1 + max(drafted), lengths.tolist()
         longest = max(have + more for have, more in zip(counts, drafted, strict=True))
-        memory = self.memory(Shape.holding(len(counts), max(room[0], behind), longest, room[1]))
+        memory = self.memory(Shape.holding(len(counts), max(ROOM[0], behind), longest, ROOM[1]))
         self.load(memory, prefix, counts, drafts)
         logits = self.prefix_pass(memory, "rows", lambda logits: logits, behind)()
         cells = [b * behind + k for b, more in enumerate(drafted) for k in range(1 + more)]

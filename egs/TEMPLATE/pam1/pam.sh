@@ -48,7 +48,7 @@ train_set       NAME     train      training set
 valid_set       NAME     dev        validation set
 test_sets       NAMES    'test_asr test_count test_caption'  separated by blanks
 max_seconds     S        30         longer utterances are skipped, and listed
-archive_mb      MB       0          stage 2 puts audio into archives of about so many MB, for large corpora on network
+archive_mb      MB       0          stage 2 puts audio into archives of about that size, for large corpora on network
                                     disks 1000; 0: a file for each utterance
 nj              N        ${nj}          parallel processes where work is split: the cores, at most 8
 ngpu            N        0          GPUs of each node, a process for each, and for decoding; 0 = CPU
