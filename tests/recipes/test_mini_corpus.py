@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import shutil
 from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from queen_archive import RATE as GAME_RATE
+from queen_archive import descriptions, dialogue, mp3, write_archive
 from recipe_modules import in_this_process, local_modules
 
 from pam_espnet.data import rendering
@@ -27,8 +30,9 @@ from pam_espnet.errors import ConfigError, DataError
 
 RECIPE = Path(__file__).resolve().parents[2] / "egs" / "mini" / "pam1"
 LOCAL = RECIPE / "local"
-MODULES = ("asr", "caption", "count", "download", "models", "prepare", "rcc", "recordings", "text")
+MODULES = ("asr", "caption", "count", "download", "game", "models", "prepare", "queen", "rcc", "recordings", "text")
 RATE = 16000
+GAME = "flight-of-the-amazon-queen"
 SPLITS = ("train", "dev", "test")
 
 
@@ -85,6 +89,14 @@ def fake_packages(downloads: Path, voices: dict[str, dict[str, str]], sounds: di
     book = root / "pocketsphinx-testdata/usr/share/pocketsphinx/test/data/librivox"
     write_audio(book / "book-0870.wav", voiced(0.6, 120))
     (book / "transcription").write_text("<s> it was late </s> (book-0870)\n", encoding="utf-8")
+    persons = {"joe": ["Look at the old door.", "Open it.", "Hmmm..."], "ian": ["Where is he?"], "bob": ["Let me in now!"]}
+    files = {"QUEEN2.JAS": descriptions(persons["joe"], [])}
+    for number, person in enumerate(("ian", "bob"), 1):
+        text = persons[person][0]
+        files[f"{person.upper()}.DOG"] = dialogue(number, {0: "Hi."}, {0: "0", 6: text}, ("0", "Hello."))
+    for name in ("JOE00411", "JOE00421", "JOE00431", "010006P1", "020006P1", "01SSSSJ1"):
+        files[f"{name}.SB"] = mp3(voiced(0.6, 180, GAME_RATE))
+    write_archive(root / GAME / "usr/share/scummvm" / GAME / "queen.1c", files)
     for number, voice in enumerate(name for split in voices.values() for name in split):
         language = voice.split("/")[1]
         for clip in range(2):
@@ -108,12 +120,15 @@ def small(tmp_path: Path, local: SimpleNamespace, monkeypatch: pytest.MonkeyPatc
         for name in ("dog", "bell", "rain")
     }
     sizes = {"mini": {"asr": {"speeds": [0.9], "splices": 2, "test": 1, "dev": 1}}}
+    sizes["mini"]["asr"]["game"] = {"train": 1, "min_words": 2, "dev": 2, "test": 1}
+    persons = {"train": {"joe": "A"}, "dev": {"ian": "B"}, "test": {"bob": "C"}, "left_out": {}}
     sizes["mini"] |= {task: {"train": 6, "dev": 5, "test": 5} for task in ("count", "caption")}
     tables = tmp_path / "local"
     tables.mkdir()
     for path in LOCAL.glob("*.py"):
         shutil.copy(path, tables)
-    for name, table in (("voices", voices), ("sounds", sounds), ("sizes", sizes), ("packages", [])):
+    written = {"voices": voices, "sounds": sounds, "sizes": sizes, "packages": [], "game_voices": persons}
+    for name, table in written.items():
         (tables / f"{name}.yaml").write_text(yaml.safe_dump(table), encoding="utf-8")
     fake_packages(tmp_path / "downloads", voices, sounds)
     monkeypatch.setattr(local.prepare, "LOCAL", tables)
@@ -140,7 +155,8 @@ def test_corpus_is_whole_disjoint_and_the_same_twice(small: SimpleNamespace, mon
 
     prepare(small.local)
     data = Path("data/mini")
-    sets = {name: validate(data / name) for name in ("train", "dev", "test_asr", "test_count", "test_caption")}
+    names = ("train", "dev", "test_asr", "test_voices", "test_count", "test_caption")
+    sets = {name: validate(data / name) for name in names}
     assert sets["train"].per_task()["count"] == 6 and sets["dev"].per_task()["caption"] == 5
     assert sorted(sets["test_count"].text.values()) == ["0", "1", "2", "3", "4"]
     references = sets["test_caption"].references
@@ -148,6 +164,10 @@ def test_corpus_is_whole_disjoint_and_the_same_twice(small: SimpleNamespace, mon
     for key, text in sets["test_caption"].text.items():
         assert len(set(references[key])) == 5 and references[key][0] == text
     assert not set(sets["test_asr"].text.values()) & set(sets["train"].text.values())
+    assert list(sets["test_voices"].text.items()) == [("asr-game-bob-020006P1", "let me in now")]
+    assert set(sets["dev"].utt2spk.values()) > {"asr-game-ian", "asr-game-joe"}
+    left_out = (data / "audio/asr/left_out.tsv").read_text(encoding="utf-8")
+    assert left_out == "JOE00431\tjoe\ta cry or laughter\tHmmm...\n"
     for name, directory in sets.items():
         for audio in directory.wav.values():
             info = soundfile.info(audio)
@@ -297,8 +317,10 @@ def test_scene_is_five_to_ten_seconds_and_not_clipped(local: SimpleNamespace, tm
 
 
 @pytest.mark.slow
-def test_real_packages(local: SimpleNamespace, mini_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every recording the tables name is there, and the English prompts normalise and split as in the README."""
+def test_real_packages(
+    local: SimpleNamespace, mini_models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every recording the tables name is there; English prompts and lines normalise and split as in the README."""
     downloads = mini_models.parent
     for voice in [name for names in local.count.read_voices(LOCAL / "voices.yaml").values() for name in names]:
         assert len(local.recordings.voice_clips(downloads, voice)) >= 6, voice
@@ -307,11 +329,19 @@ def test_real_packages(local: SimpleNamespace, mini_models: Path, monkeypatch: p
     for sound in sounds:
         local.recordings.sound_path(downloads, sound)
     monkeypatch.chdir(RECIPE)
-    jobs = local.asr.plan(downloads, Path("unused"), {"speeds": [], "splices": 0, "test": 70, "dev": 40}, 0)
-    texts = {split: {job.utterance.text for job in jobs if job.utterance.split == split} for split in SPLITS}
-    assert not texts["train"] & texts["test"] and not texts["train"] & texts["dev"] and not texts["dev"] & texts["test"]
-    for inner in texts["test"]:
-        if len(inner.split()) >= local.asr.MIN_SHARED_WORDS:
-            assert not any(f" {inner} " in f" {outer} " for outer in texts["train"] | texts["dev"])
-    wave = local.recordings.read_16k(next(Path(job.spec[0][0]) for job in jobs if job.spec[0][0].endswith(".g722")))
-    assert np.abs(wave).max() > 0.01
+    options = yaml.safe_load((LOCAL / "sizes.yaml").read_text(encoding="utf-8"))["quick"]["asr"]
+    jobs = local.asr.plan(downloads, tmp_path, options, 0, LOCAL)
+    texts: dict[str, list[str]] = {}
+    for job in jobs:
+        texts.setdefault(job.utterance.split, []).append(job.utterance.text)
+    sizes = {split: len(found) for split, found in texts.items()}
+    assert sizes == {"train": 2604, "dev": 160, "test": 70, "test_voices": 240}
+    for one, other in permutations(texts, 2):
+        assert not set(texts[one]) & set(texts[other])
+        long = [text for text in texts[one] if len(text.split()) >= local.game.MIN_SHARED_WORDS]
+        whole = "|".join(f" {text} " for text in texts[other])
+        assert not [text for text in long if f" {text} " in whole]
+    assert len((tmp_path / "left_out.tsv").read_text(encoding="utf-8").splitlines()) == 235
+    for suffix in (".g722", ".mp3"):
+        wave = local.recordings.read_16k(next(Path(job.spec[0][0]) for job in jobs if job.spec[0][0].endswith(suffix)))
+        assert np.abs(wave).max() > 0.01

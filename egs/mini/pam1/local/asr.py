@@ -124,7 +124,7 @@ def plan(downloads: Path, folder: Path, options: dict[str, Any], seed: int, tabl
         jobs.append(job(key, "train", text, "asr-splice", [clip.path for clip, _ in chosen], speed, gap))
     prompts = {side: [text for _, text in clips if split[text] == side] for side in SPLITS}
     for side, lines in game.plan(downloads, folder, prompts, options["game"], tables).items():
-        for (line, text), path in lines:
+        for line, text, path in lines:
             speaker = f"asr-game-{line.voice}"
             set_name = "test_voices" if side == "test" else side
             jobs.append(job(f"{speaker}-{line.name}", set_name, text, speaker, [path], 1.0, 0.0))

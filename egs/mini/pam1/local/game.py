@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ STRETCHED = re.compile(r"(.)\1\1")
 MUMBLED = re.compile(r"[^aeiouy']{2,}")
 ABBREVIATIONS = frozenset(("mr", "mrs", "dr", "vs", "tv", "fx"))
 CRIES = re.compile(
-    "aark|aroo[fp]?|arrgh|ack|eep|eurgh|faark|gah|hah?|he[eh]|hvxivg|ook|oop|ptooie|ruff|squa(r|w)k|ugga|ungha?|unga|"
-    "chunga|kunga|warrk|whoof|woof"
+    r"\w*ungh?a|ungh|ugga|aark|aroo[fp]?|arrgh|ack|eep|eurgh|faark|gah|ha[hr]?|haar|he[eh]|nyah|ook|oop|ptooie|ruff|"
+    r"squa[rw]k|warrk|whoo[fp]|woof|changa|wanga|tuwanga|hvxivg"  # the last: chants and a cipher
 )
 
 
@@ -82,14 +82,20 @@ def unusable(text: str, seconds: float) -> str:
     return "too short for its text" if seconds < len(text) / FASTEST else ""
 
 
-def usable_lines(archive: QueenArchive) -> tuple[list[tuple[Line, str]], list[tuple[Line, str]]]:
-    """The lines that are used with their normalised texts, and the others with the reason."""
+def usable_lines(
+    archive: QueenArchive, left_out: Container[str] = ()
+) -> tuple[list[tuple[Line, str]], list[tuple[Line, str]]]:
+    """The lines that are used with their normalised texts, and the others with the reason; ``left_out``: persons."""
     lines = archive.lines()
     names = Counter(line.name for line in lines)
     used, unused = [], []
     for line in lines:
         text = spoken_text(line.text)
-        reason = "two texts" if names[line.name] > 1 else unusable(text, archive.seconds(line))
+        reason = unusable(text, archive.seconds(line))
+        if line.voice in left_out:
+            reason = "person left out"
+        elif names[line.name] > 1:
+            reason = "two texts"
         (unused if reason else used).append((line, reason or text))
     return used, unused
 
@@ -144,20 +150,23 @@ def _digest(text: str) -> str:
 
 
 def read_persons(table: Path) -> dict[str, dict[str, str]]:
-    """game_voices.yaml: {side: {person: actors}}."""
+    """game_voices.yaml: {side, or left_out: {person: actors}}."""
     return load_yaml(table)
 
 
 def plan(
     downloads: Path, folder: Path, prompts: dict[str, list[str]], size: dict[str, Any], tables: Path
-) -> dict[str, list[tuple[tuple[Line, str], Path]]]:
-    """What ``choose`` gives, with the files of the lines' speech; ``FOLDER/left_out.tsv`` lists the other lines."""
+) -> dict[str, list[tuple[Line, str, Path]]]:
+    """Lines, texts and files of speech of train, dev and test; ``FOLDER/left_out.tsv`` lists the lines left out."""
     archive = QueenArchive(find_unpacked(downloads, PACKAGE) / f"usr/share/scummvm/{PACKAGE}/queen.1c")
-    used, unused = usable_lines(archive)
+    persons = read_persons(tables / "game_voices.yaml")
+    used, unused = usable_lines(archive, persons["left_out"])
     report(unused, folder / "left_out.tsv")
-    chosen = choose(used, prompts, read_persons(tables / "game_voices.yaml"), size)
+    chosen = choose(used, prompts, persons, size)
     speech = downloads / "unpacked" / f"{PACKAGE}-speech"
-    return {side: [(entry, extract(archive, entry[0], speech)) for entry in lines] for side, lines in chosen.items()}
+    return {
+        side: [(line, text, extract(archive, line, speech)) for line, text in lines] for side, lines in chosen.items()
+    }
 
 
 def extract(archive: QueenArchive, line: Line, folder: Path) -> Path:
