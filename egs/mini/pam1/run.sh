@@ -10,5 +10,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 exec ../../TEMPLATE/pam1/pam.sh \
     --size quick \
     --fusion pam \
-    --test_sets "test_asr test_count test_caption" \
+    --test_sets "test_asr test_voices test_count test_caption" \
     "$@"

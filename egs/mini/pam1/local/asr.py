@@ -1,7 +1,8 @@
-"""Speech recognition: English telephone prompts with their transcripts, split by text.
+"""Speech recognition: English telephone prompts with their transcripts, split by text, and acted lines of a game.
 
-Dev and test are prompts of the one studio voice; training has the other prompts, the English picture captions and the
-LibriVox sentences. No normalised text is in two sets, nor a text of three or more words inside a text of another set.
+Test is prompts of the one studio voice, and ``test_voices`` lines of voices that are in no other set. Dev is prompts
+and lines; training has the other prompts and lines, the English picture captions and the LibriVox sentences. No
+normalised text is in two sets, nor a text of three or more words inside a text of another set.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import game
 import numpy as np
 from recordings import Clip, asterisk_english, librivox, read_16k, tuxpaint_english
 from text import normalise
 
-from pam_espnet.data.rendering import Job, Utterance, seeded
+from pam_espnet.data.rendering import SPLITS, Job, Utterance, seeded
 from pam_espnet.data.signals import SAMPLE_RATE, change_speed, set_level
 
 MAX_SECONDS = 20.0  # of a prompt; longer ones (menus read aloud) are left out
 MAX_SPLICE_SECONDS = 15.0
-MIN_SHARED_WORDS = 3
 MAX_GROUP = 6  # a larger family of texts goes to training whole
 LEVEL = -23.0  # dB RMS
 
@@ -37,7 +38,7 @@ def group_texts(texts: list[str]) -> dict[str, str]:
         return text
 
     for inner in distinct:
-        if len(inner.split()) < MIN_SHARED_WORDS:
+        if len(inner.split()) < game.MIN_SHARED_WORDS:
             continue
         for outer in distinct:
             if inner != outer and f" {inner} " in f" {outer} ":
@@ -84,8 +85,8 @@ def clip_seconds(path: Path) -> float:
     return path.stat().st_size / 8000 if path.suffix == ".g722" else soundfile.info(path).duration
 
 
-def plan(downloads: Path, folder: Path, options: dict[str, Any], seed: int) -> list[Job]:
-    """What to make: every clip once, then copies at other speeds and splices for training."""
+def plan(downloads: Path, folder: Path, options: dict[str, Any], seed: int, tables: Path) -> list[Job]:
+    """What to make: every clip once, then copies at other speeds and splices for training, then lines of the game."""
     clips = [(clip, text) for clip, text in read_clips(downloads, options.get("limit")) if text]
     clips = [(clip, text) for clip, text in clips if clip_seconds(clip.path) <= MAX_SECONDS]
     held = [text for clip, text in clips if clip.source == "asterisk-en"]
@@ -121,6 +122,12 @@ def plan(downloads: Path, folder: Path, options: dict[str, Any], seed: int) -> l
                 break
         text = " ".join(text for _, text in chosen)
         jobs.append(job(key, "train", text, "asr-splice", [clip.path for clip, _ in chosen], speed, gap))
+    prompts = {side: [text for _, text in clips if split[text] == side] for side in SPLITS}
+    for side, lines in game.plan(downloads, folder, prompts, options["game"], tables).items():
+        for (line, text), path in lines:
+            speaker = f"asr-game-{line.voice}"
+            set_name = "test_voices" if side == "test" else side
+            jobs.append(job(f"{speaker}-{line.name}", set_name, text, speaker, [path], 1.0, 0.0))
     return jobs
 
 

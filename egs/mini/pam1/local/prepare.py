@@ -1,6 +1,6 @@
-"""Make the corpus: data directories train, dev, test_asr, test_count, test_caption, and their audio.
+"""Make the corpus: data directories train, dev, test_asr, test_voices, test_count, test_caption, and their audio.
 
-Reads the packages that download.py unpacked, and packages.yaml, sizes.yaml, sounds.yaml, voices.yaml; writes
+Reads the packages that download.py unpacked, and packages.yaml, sizes.yaml and the tables of voices and sounds; writes
 ``DATA/{train,dev,test_*}`` and ``DATA/audio/<task>/<split>/*.flac`` (16 kHz). A task that is complete with the same
 options is kept; an unfinished one continues. The same size and seed give the same bytes.
 """
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from pam_espnet.data.rendering import Job, Utterance
 
 TASKS = ("asr", "count", "caption")
-SHARED_SETS = ("train", "dev")  # joint over the tasks; each task has its own test set
 
 
 def make_task(task: str, args: argparse.Namespace, options: dict) -> list[Utterance]:
@@ -41,11 +40,11 @@ def make_task(task: str, args: argparse.Namespace, options: dict) -> list[Uttera
 
     folder = args.data_dir / "audio" / task
     module = {"asr": asr, "count": count, "caption": caption}[task]
-    plan: Callable[[], list[Job]] = partial(module.plan, args.downloads, folder, options, args.seed)
+    plan: Callable[[], list[Job]] = partial(module.plan, args.downloads, folder, options, args.seed, LOCAL)
     if task != "asr":
-        plan = partial(plan, LOCAL)
         recordings.extract_gcompris(args.downloads, caption.all_recordings(caption.read_sounds(LOCAL / "sounds.yaml")))
-    own = {"asr": ["text.py"], "count": ["voices.yaml", "sounds.yaml"], "caption": ["sounds.yaml"]}[task]
+    lines = ["text.py", "game.py", "queen.py", "game_voices.yaml"]
+    own = {"asr": lines, "count": ["voices.yaml", "sounds.yaml"], "caption": ["sounds.yaml"]}[task]
     files = [LOCAL / name for name in (f"{task}.py", "recordings.py", "packages.yaml", *own)]
     files += [Path(module.__file__) for module in (mixtures, rendering, signals) if module.__file__]
     key = rendering.fingerprint((options, str(folder), str(args.downloads)), args.seed, files)
@@ -60,7 +59,7 @@ def write_sets(made: dict[str, list[Utterance]], data: Path) -> None:
     sets: dict[str, list[tuple[str, Utterance]]] = {}
     for task, utterances in made.items():
         for utterance in utterances:
-            name = utterance.split if utterance.split in SHARED_SETS else f"{utterance.split}_{task}"
+            name = f"test_{task}" if utterance.split == "test" else utterance.split
             sets.setdefault(name, []).append((task, utterance))
     print(f"{'set':<14}{'task':<10}{'utterances':>10}{'hours':>8}{'mean s':>8}{'max s':>7}{'answers':>9}")
     for name, entries in sets.items():

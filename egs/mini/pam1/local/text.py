@@ -30,6 +30,9 @@ REPLACE = {
     "rerecord": "re record",
     "xray": "x ray",
     "mountaingoat": "mountain goat",
+    "1844": "eighteen forty four",
+    "1940's": "nineteen forties",
+    "1948": "nineteen forty eight",
     "a amiable": "amiable",  # the LibriVox list repeats the reader's slip
 }
 PLAIN = str.maketrans("’‘“”—…", "''    ")
