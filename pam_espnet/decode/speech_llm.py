@@ -27,7 +27,6 @@ from pam_espnet.engine.exits import ExitOptions
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import MODEL_FILE, load_strict, read_trained
 from pam_espnet.frontend.frontend import AudioEmbeddings, join_audio
-from pam_espnet.llm.prompt_layout import answer_ids
 from pam_espnet.model import ESPnetPaMModel, build_model
 from pam_espnet.search.answer_scores import answer_log_probs
 from pam_espnet.search.beam import beam_search
@@ -116,7 +115,7 @@ class SpeechLLM:
         if options.draft.kind != "none" and not self.engine.can_verify:
             raise ConfigError("draft: only Llama-type LLMs with llm_conf.fused_decoding: true; set draft.kind: none")
         self._answer_sets = {
-            task: [self.engine.indices(answer_ids(model.decoder.tokenizer, answer)[:-1]) for answer in answers]
+            task: [self.engine.indices(model.decoder.answer_ids(answer, task)[:-1]) for answer in answers]
             for task, answers in options.answer_sets.items()
         }
         for task, answers in self._answer_sets.items():

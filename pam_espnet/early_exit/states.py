@@ -16,7 +16,6 @@ from torch import Tensor
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.decode.shards import read_wave
 from pam_espnet.decode.speech_llm import SpeechLLM
-from pam_espnet.llm.prompt_layout import answer_ids
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,8 @@ class BlockStates:
 
 def reference_answers(speech: SpeechLLM, data: DataDir) -> dict[str, list[int]]:
     """Token ids of every utterance's reference, with the end token."""
-    return {key: answer_ids(speech.model.decoder.tokenizer, data.text[key]) for key in data.utterances}
+    llm = speech.model.decoder
+    return {key: llm.answer_ids(data.text[key], data.utt2task[key]) for key in data.utterances}
 
 
 @torch.no_grad()

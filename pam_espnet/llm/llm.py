@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError, PamError
 from pam_espnet.llm.lora import add_lora, lora_off, lora_precision, set_lora_training
-from pam_espnet.llm.prompt_layout import Inputs, end_of_turn_id, layout
+from pam_espnet.llm.prompt_layout import Inputs, answer_ids, check_answer_prefix, end_of_turn_id, layout
 
 # Settings of models whose logits are more than final norm + output layer; exit_logits and loss would be wrong.
 _SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -46,6 +46,7 @@ class LLM(nn.Module):
         prompt_position: where the prompt vector is read: "prompt" (last token of the prompt text) or "template" (last
             token of the whole template).
         system: system prompt of every conversation; "" is an empty one, None the template's default.
+        answer_prefix: task -> white space before its answers, see ``prompt_layout.check_answer_prefix``.
         fused_decoding: decode with the engine's own blocks where the LLM is of that kind; False goes through
             transformers, slower and without a packed copy.
 
@@ -67,6 +68,7 @@ class LLM(nn.Module):
         prompt_position: str = "prompt",
         system: str | None = "",
         fused_decoding: bool = True,
+        answer_prefix: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         if prompt_position not in ("prompt", "template"):
@@ -77,6 +79,7 @@ class LLM(nn.Module):
         self.tokenizer = tokenizer
         self.prompt_position = prompt_position
         self.system = system
+        self.answer_prefix = check_answer_prefix(tokenizer, answer_prefix or {})
         self.fused_decoding = fused_decoding
         self.gradient_checkpointing = gradient_checkpointing
         if lora is not None:
@@ -170,6 +173,10 @@ class LLM(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (...) -> input embeddings (...,D)."""
         return self.lm.get_input_embeddings()(ids) if self._lookup is None else self._lookup(ids)
+
+    def answer_ids(self, text: str, task: str) -> list[int]:
+        """Token ids of an answer to a prompt of ``task``, with the end token."""
+        return answer_ids(self.tokenizer, text, self.end_id, self.answer_prefix.get(task, ""))
 
     def forward(self, embeds: Tensor, mask: Tensor) -> Tensor:
         """Hidden states after the final norm: right-padded embeddings (B,P,D) of any floating dtype -> (B,P,D) in the

@@ -9,7 +9,7 @@ B utterances, U audio frames (embeddings), L tokens, P positions, D width, V voc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from pam_espnet.data.tasks import task_spec
 from pam_espnet.errors import ConfigError
 
 AUDIO_MARK = "[[audio]]"  # replaces the audio while the chat template is rendered; never tokenised
@@ -93,9 +94,31 @@ def end_of_turn_id(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def answer_ids(tokenizer: Any, text: str, end_id: int | None = None) -> list[int]:
-    """Token ids of an answer and the token that ends it (``end_id``, by default ``end_of_turn_id(tokenizer)``)."""
-    return [*_text_ids(tokenizer, text), end_of_turn_id(tokenizer) if end_id is None else end_id]
+def answer_ids(tokenizer: Any, text: str, end_id: int | None = None, prefix: str = "") -> list[int]:
+    """Token ids of an answer and the token that ends it (``end_id``, by default ``end_of_turn_id(tokenizer)``).
+    ``prefix``: white space before it, see ``check_answer_prefix``."""
+    return [*_text_ids(tokenizer, prefix + text), end_of_turn_id(tokenizer) if end_id is None else end_id]
+
+
+def check_answer_prefix(tokenizer: Any, prefixes: Mapping[str, str]) -> dict[str, str]:
+    """White space that is put before the answers of each task in training, and stripped when decoded.
+
+    In many vocabularies a word at the beginning of a text is another token than the same word inside it: after a
+    space, the first word of an answer is trained by every other place where it occurs.
+
+    Raises ConfigError: not white space of a known task, or a token of its own in this vocabulary, which helps nobody.
+    """
+    if not isinstance(prefixes, Mapping):
+        raise ConfigError(f'llm_conf.answer_prefix: {prefixes!r}; must be a mapping such as {{asr: " "}}')
+    for task, prefix in prefixes.items():
+        task_spec(task)
+        if not isinstance(prefix, str) or prefix.strip():
+            raise ConfigError(f"llm_conf.answer_prefix.{task}: {prefix!r}; must be white space in quotes")
+        if len(_text_ids(tokenizer, f"{prefix}the")) > len(_text_ids(tokenizer, "the")):
+            raise ConfigError(
+                f"llm_conf.answer_prefix.{task}: {prefix!r} is a token of its own for this tokenizer; leave it out"
+            )
+    return dict(prefixes)
 
 
 def build_inputs(

@@ -24,7 +24,7 @@ from pam_espnet.data.kaldi_io import check_matrix
 from pam_espnet.data.prompts import Wordings
 from pam_espnet.data.tables import read_table
 from pam_espnet.errors import ConfigError, DataError, PamError
-from pam_espnet.llm.prompt_layout import answer_ids, end_of_turn_id
+from pam_espnet.llm.prompt_layout import answer_ids, check_answer_prefix, end_of_turn_id
 
 
 def prompt_bytes(prompt: str) -> np.ndarray:
@@ -60,13 +60,21 @@ class PaMPreprocessor(AbsPreprocessor):
         tokenizer: the LLM's tokenizer; its vocabulary is never changed.
         tasks: task names in the model's order.
         train: part of ESPnet's contract.
+        answer_prefix: as the LLM's, ``llm_conf.answer_prefix``.
     """
 
-    def __init__(self, tokenizer: Any, tasks: Sequence[str], train: bool) -> None:
+    def __init__(
+        self, tokenizer: Any, tasks: Sequence[str], train: bool, answer_prefix: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(train)
         self.tokenizer = tokenizer
         self.tasks = list(tasks)
         self.end_id = end_of_turn_id(tokenizer)
+        self.answer_prefix = check_answer_prefix(tokenizer, answer_prefix or {})
+
+    def answer_ids(self, text: str, task: str) -> list[int]:
+        """Token ids of an answer, with the end token."""
+        return answer_ids(self.tokenizer, text, self.end_id, self.answer_prefix.get(task, ""))
 
     def __call__(self, uid: str, data: dict[str, Any]) -> dict[str, np.ndarray]:
         """Strings ``text``, ``prompt``, ``task`` become arrays; ``speech``, ``num_samples`` and ``feats_*`` are ones.
@@ -83,7 +91,7 @@ class PaMPreprocessor(AbsPreprocessor):
                 raise DataError(name, f"utterance {uid!r} has an empty {name}")
         data["task"] = np.array([self.tasks.index(task)], dtype=np.int64)
         data["prompt"] = prompt_bytes(str(data["prompt"]))
-        data["text"] = np.array(answer_ids(self.tokenizer, str(data["text"]), self.end_id), dtype=np.int64)
+        data["text"] = np.array(self.answer_ids(str(data["text"]), task), dtype=np.int64)
         return data
 
 

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.distributed
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
@@ -92,9 +91,10 @@ class PaMTask(AbsTask):
         return CommonCollateFn(float_pad_value=0.0, int_pad_value=IGNORE)
 
     @classmethod
-    def build_preprocess_fn(cls, args: argparse.Namespace, train: bool) -> Callable[[str, dict], dict[str, np.ndarray]]:
+    def build_preprocess_fn(cls, args: argparse.Namespace, train: bool) -> PaMPreprocessor:
         """Strings to ids; the tokenizer object stays the LLM's own."""
-        return PaMPreprocessor(tokenizer_of(args), tasks=tuple(TASKS), train=train)
+        prefixes = (args.llm_conf or {}).get("answer_prefix")
+        return PaMPreprocessor(tokenizer_of(args), tasks=tuple(TASKS), train=train, answer_prefix=prefixes)
 
     @classmethod
     def required_data_names(cls, train: bool = True, inference: bool = False) -> tuple[str, ...]:

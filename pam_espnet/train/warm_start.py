@@ -35,11 +35,10 @@ from pam_espnet.data.tasks import TASKS, task_spec
 from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import atomic_path, load_strict, read_trained, save_trained, write_text
 from pam_espnet.frontend.fusion.routing import router_loss
-from pam_espnet.llm.prompt_layout import answer_ids
 from pam_espnet.model import ESPnetPaMModel, build_model
 from pam_espnet.train.experiment import read_options
 from pam_espnet.train.step_checkpoint import disk_errors
-from pam_espnet.train.task import PaMTask, parameter_groups, tokenizer_of
+from pam_espnet.train.task import PaMTask, parameter_groups
 from pam_espnet.train.warm_losses import token_errors, warm_loss
 
 OUTPUT = "warm_start.safetensors"
@@ -288,8 +287,9 @@ def run(args: argparse.Namespace) -> Path:
         raise ConfigError("model_conf.ctc_tokens is missing: the file for the head's token ids (pam.sh sets it)")
     tokens = Path(args.model_conf["ctc_tokens"])
     if not tokens.exists():
-        texts, tokenizer = read_table(paths["text"]), tokenizer_of(args)
-        ids = {token for utt in factories["train"].tasks for token in answer_ids(tokenizer, texts[utt])[:-1]}
+        texts, strings = read_table(paths["text"]), PaMTask.build_preprocess_fn(args, train=True)
+        answers = (strings.answer_ids(texts[utt], task)[:-1] for utt, task in factories["train"].tasks.items())
+        ids = {token for answer in answers for token in answer}
         write_text(tokens, "".join(f"{token}\n" for token in sorted(ids)))
         logging.info(f"{tokens}: {len(ids)} token types in {len(factories['train'].tasks)} training answers")
     scales = {**(args.lr_scale_conf or {}), **options.lr_scales}

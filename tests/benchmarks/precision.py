@@ -156,7 +156,6 @@ def answer_prefixes(model: Any, data_dir: str, limit: int) -> list[tuple[str, An
 
     from pam_espnet.data.datadir import DataDir
     from pam_espnet.decode.shards import read_wave
-    from pam_espnet.llm.prompt_layout import answer_ids
 
     data = DataDir.load(data_dir)
     found = []
@@ -167,7 +166,7 @@ def answer_prefixes(model: Any, data_dir: str, limit: int) -> list[tuple[str, An
             waves = [torch.from_numpy(read_wave(data, key, model.frontend.sample_rate)) for key in some]
             batch = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
             prompts = [data.prompt[key] for key in some]
-            answers = [answer_ids(model.decoder.tokenizer, data.text[key]) for key in some]
+            answers = [model.decoder.answer_ids(data.text[key], task) for key in some]
             with torch.no_grad():
                 audio = model.audio_embeddings(prompts, torch.tensor([len(wave) for wave in waves]), batch)
                 inputs = model.build_inputs(prompts, audio, None)

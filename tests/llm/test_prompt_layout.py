@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pam_espnet.errors import ConfigError
-from pam_espnet.llm.prompt_layout import answer_ids, build_inputs, end_of_turn_id, layout
+from pam_espnet.llm.prompt_layout import answer_ids, build_inputs, check_answer_prefix, end_of_turn_id, layout
 
 # Templates as published models write them: Llama 2 refuses nothing, strips text and ends with EOS; Gemma has no
 # system turn.
@@ -97,6 +97,27 @@ def test_answer_ends_with_the_end_of_turn(tokenizer: Any) -> None:
     ids = answer_ids(tokenizer, "a dog barks")
     assert tokenizer.decode(ids) == "a dog barks<|im_end|>" and ids[-1] == end
     assert answer_ids(tokenizer, "") == [end]
+
+
+def test_with_a_space_before_it_the_first_word_is_the_token_that_it_is_inside(tokenizer: Any) -> None:
+    prefix = check_answer_prefix(tokenizer, {"asr": " "})["asr"]
+    first, inside = answer_ids(tokenizer, "the dog", prefix=prefix), answer_ids(tokenizer, "a the dog", prefix=prefix)
+    assert inside[-len(first) :] == first and tokenizer.decode(first[:-1]) == " the dog"
+    assert answer_ids(tokenizer, "the dog")[0] != first[0]
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "message"),
+    [
+        ({"asr": "x"}, r"answer_prefix\.asr: 'x'; must be white space"),
+        ({"asr": "\n\n\n"}, r"answer_prefix\.asr: .* is a token of its own"),
+        ({"sing": " "}, "sing"),
+        (" ", "must be a mapping"),
+    ],
+)
+def test_answer_prefixes_that_cannot_be_one(tokenizer: Any, prefixes: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_answer_prefix(tokenizer, prefixes)
 
 
 @pytest.mark.parametrize("template", [None, LLAMA2])

@@ -23,3 +23,14 @@ def test_cached_features_of_another_kind_are_refused(tiny_llm_dir: Path, feature
     assert preprocess("utt1", data)["feats_mock"].shape == (4, 6)
     with pytest.raises(DataError, match=f"utterance 'utt1': feats_mock: has .*{message}"):
         preprocess("utt1", {**data, "feats_mock": features})
+
+
+def test_each_task_has_its_own_answer_prefix(tiny_llm_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llm_dir)
+    preprocess = PaMPreprocessor(tokenizer, ["asr", "count"], train=True, answer_prefix={"asr": " "})
+    asr, count = (
+        preprocess("utt1", {"text": "two people", "prompt": "B", "task": t})["text"] for t in ("asr", "count")
+    )
+    assert tokenizer.decode(asr[:-1]) == " two people" and tokenizer.decode(count[:-1]) == "two people"
