@@ -27,6 +27,7 @@ from pam_espnet.errors import DataError
 from pam_espnet.fileio import compare_keys, read_json, write_json
 
 STATE = "cache.json"
+_ALIKE_HINT = "set frontend_conf.encoder_dtype to float32 or bfloat16, and give all machines the same models"
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,15 @@ def cache_features(
         share: this process's part, where several call this together; the first one writes all but shards.
 
     Raises DataError: a cache with another key is there and ``rebuild`` is false; audio differs from its passport;
-    the disk is too small; ``encode`` gave something else than finite (H, T, D).
+    the disk is too small; ``encode`` gave something else than finite (H, T, D); processes have other ``spec``.
     """
     data, passport, out = DataDir.load(data_dir), Passport.load(data_dir), Path(out_dir)
     encoder = _Encoder(encode, data, passport)
     begun = _begin(encoder, spec, out, shard_size, rebuild) if share.rank == 0 else None
-    state, todo = share.gather(begun)[0]
+    every = share.gather((begun, spec))
+    if any(other != spec for _, other in every):
+        raise DataError(out, "its processes differ in precision or weights of the encoder", hint=_ALIKE_HINT)
+    state, todo = every[0][0]
     scp, encoder.num_layers, encoder.width = out / "feats.scp", state["num_layers"], state["width"]
     if not state["complete"]:
         shards = _shards(data.utterances, out, state["shard_size"])

@@ -68,8 +68,8 @@ def start(args: argparse.Namespace, ngpu: int, module: str, words: Sequence[str]
 
 @contextmanager
 def process_group(cuda: bool, wait: timedelta | None = None) -> Iterator[None]:
-    """Between processes that agents started a group of torch.distributed, over NCCL or gloo, each with a GPU; for one
-    that is alone nothing. ``wait``: how long one may wait for another (default: torch's)."""
+    """The group of torch.distributed between the processes that agents started: over NCCL, with a GPU each, or gloo; a
+    process that is alone has none. ``wait``: how long one may wait for another (default: torch's)."""
     if not is_rank():
         yield
         return
