@@ -14,18 +14,14 @@ learning rate is in pam_espnet/train/scaling.py.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
-from pathlib import Path
 
 from pam_espnet.cli import run_main
 from pam_espnet.errors import ConfigError
 from pam_espnet.train.experiment import Experiment, experiment_parser
-from pam_espnet.train.launch import add_launch_options, agent_options, become_rank, is_rank, run_agent
+from pam_espnet.train.launch import add_launch_options, chosen_ngpu, start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,11 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--dist_launcher" in espnet:
         raise ConfigError("--dist_launcher: processes are started by torch.distributed.run\n  -> give --num_nodes")
     experiment = Experiment.of(args)
-    ngpu = int((experiment.config.get("ngpu") or 0) if args.ngpu is None else args.ngpu)
-    if agent := agent_options(args, ngpu):
-        return run_agent(agent, "pam_espnet.bin.pam_train", words)
-    if is_rank():
-        become_rank(ngpu)
+    ngpu = chosen_ngpu(args, experiment.config)
+    if (status := start(args, ngpu, "pam_espnet.bin.pam_train", words)) is not None:
+        return status
     rank, processes = (
         _given(espnet, f"--dist_{name}") or os.environ.get(name.upper()) for name in ("rank", "world_size")
     )
@@ -54,22 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(experiment: Experiment, espnet: Sequence[str], ngpu: int, first: bool, processes: int) -> None:
-    from pam_espnet.fileio import exclusive
-
-    # Other ranks share the first one's output directory; only the first writes there.
-    with (
-        exclusive(experiment.exp / ".lock") if first else nullcontext(),
-        nullcontext(experiment.exp) if first else tempfile.TemporaryDirectory() as folder,
-    ):
-        if first:
-            experiment.begin(processes)
-        else:
-            logging.getLogger().setLevel(logging.ERROR)  # one process logs what all of them do
+    with experiment.locked(first, processes) as given:
         from pam_espnet.train.export import export_trained
         from pam_espnet.train.scaling import scale
         from pam_espnet.train.task import PaMTask
 
-        words = [*experiment.arguments(Path(folder)), *([] if ngpu else ["--dist_backend", "gloo"]), *espnet]
+        words = [*given, *([] if ngpu else ["--dist_backend", "gloo"]), *espnet]
         words += ["--ngpu", str(ngpu), "--multiprocessing_distributed", "false"]
         options = PaMTask.get_parser().parse_args(words)
         scale(options, processes)

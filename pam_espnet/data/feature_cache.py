@@ -1,7 +1,8 @@
 """Hidden states of a frozen encoder, computed once per utterance and kept as Kaldi matrices.
 
 No encoder is imported: the caller gives a function from a wave to its hidden states, and a description of it that
-becomes part of the cache's key. Written in shards, each whole or absent, so a killed run loses one shard at most.
+becomes part of the cache's key. Written in shards, each whole or absent, so a killed run loses one shard at most;
+several processes, on several machines, share them.
 Shape letters: N samples, H layers, T encoder frames, D width.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from pam_espnet.data.tables import read_table, write_table
 from pam_espnet.errors import DataError
 from pam_espnet.fileio import compare_keys, read_json, write_json
 
+STATE = "cache.json"
+_ALIKE_HINT = "set frontend_conf.encoder_dtype to float32 or bfloat16, and give all machines the same models"
+
 
 @dataclass(frozen=True)
 class FeatureCache:
@@ -35,6 +39,15 @@ class FeatureCache:
     width: int
 
 
+@dataclass(frozen=True)
+class Share:
+    """The shards of this process: the ``rank``-th of those to do, and every ``processes``-th after it."""
+
+    rank: int = 0
+    processes: int = 1
+    gather: Callable[[Any], list[Any]] = lambda value: [value]  # a value of each process, in all, once all have come
+
+
 def cache_features(
     encode: Callable[[np.ndarray], np.ndarray],
     spec: dict[str, Any],
@@ -43,6 +56,7 @@ def cache_features(
     *,
     shard_size: int = 100,
     rebuild: bool = False,
+    share: Share = Share(),
 ) -> FeatureCache:
     """Write ``<out_dir>/feats.scp`` for every utterance of a formatted data directory; return at once if it is there.
 
@@ -54,16 +68,41 @@ def cache_features(
         out_dir: ``dump/feats/<encoder>/<set>``; paths in feats.scp begin with it as it is given.
         shard_size: utterances per ark file.
         rebuild: remove an existing cache instead of completing it.
+        share: this process's part, where several call this together; the first one writes all but shards.
 
     Raises DataError: a cache with another key is there and ``rebuild`` is false; audio differs from its passport;
-    the disk is too small; ``encode`` gave something else than finite (H, T, D).
+    the disk is too small; ``encode`` gave something else than finite (H, T, D); processes have other ``spec``.
     """
     data, passport, out = DataDir.load(data_dir), Passport.load(data_dir), Path(out_dir)
+    encoder = _Encoder(encode, data, passport)
+    begun = _begin(encoder, spec, out, shard_size, rebuild) if share.rank == 0 else None
+    every = share.gather((begun, spec))
+    if any(other != spec for _, other in every):
+        raise DataError(out, "its processes differ in precision or weights of the encoder", hint=_ALIKE_HINT)
+    state, todo = every[0][0]
+    scp, encoder.num_layers, encoder.width = out / "feats.scp", state["num_layers"], state["width"]
+    if not state["complete"]:
+        shards = _shards(data.utterances, out, state["shard_size"])
+        own = [shards[number] for number in todo[share.rank :: share.processes]]
+        # Indices as values, because other machines may see each other's new files late.
+        written = share.gather(_write_shards(encoder, own, f"{out.parent.name} {out.name}", share.rank == 0))
+        if share.rank == 0:
+            there = [read_table(shard.scp) for number, shard in enumerate(shards) if number not in set(todo)]
+            index = {utt: matrix for part in (*there, *written) for utt, matrix in part.items()}
+            write_table(scp, {utt: index[utt] for utt in data.utterances})
+            write_json(out / STATE, state | {"complete": True})
+    return FeatureCache(scp, encoder.num_layers, encoder.width)
+
+
+def _begin(
+    encoder: _Encoder, spec: Mapping[str, Any], out: Path, shard_size: int, rebuild: bool
+) -> tuple[dict[str, Any], list[int]]:
+    """What is noted of the cache, with its key compared or written; which shards are to be done."""
+    data, state_file, scp = encoder.data, out / STATE, out / "feats.scp"
     # as JSON gives it back, so that a tuple equals the list it becomes
-    key = json.loads(json.dumps({**spec, "audio_sha256": passport.audio_digest(data.wav)}))
-    scp, state_file = out / "feats.scp", out / "cache.json"
+    key = json.loads(json.dumps({**spec, "audio_sha256": encoder.passport.audio_digest(data.wav)}))
     if rebuild:  # the key last: what a kill leaves is still recognised as the old cache
-        for pattern in ("feats.scp", "feats.*.scp", "feats.*.ark", "cache.json"):
+        for pattern in ("feats.scp", "feats.*.scp", "feats.*.ark", STATE):
             for path in out.glob(pattern):
                 path.unlink()
     state: dict[str, Any] = {"shard_size": shard_size}
@@ -71,20 +110,18 @@ def cache_features(
         state = read_json(state_file)
         compare_keys(state_file, state["key"], key, REBUILD_HINT)
     shards = _shards(data.utterances, out, state["shard_size"])
-    todo = [shard for shard in shards if not shard.is_done()]
+    todo = [number for number, shard in enumerate(shards) if not shard.is_done()]
     if state.get("complete") and not todo and scp.is_file():
         logging.info("%s is complete", scp)
-        return FeatureCache(scp, state["num_layers"], state["width"])
+        return state, []
     for leftover in out.glob(".*.tmp-*"):
         leftover.unlink()
-    encoder = _Encoder(encode, data, passport)
     encoder.check_space(out)
     state |= {"complete": False, "num_layers": encoder.num_layers, "width": encoder.width, "key": key}
     write_json(state_file, state)
-    _write_shards(encoder, todo, len(data), f"{out.parent.name} {out.name}")
-    write_table(scp, {utt: matrix for shard in shards for utt, matrix in read_table(shard.scp).items()})
-    write_json(state_file, state | {"complete": True})
-    return FeatureCache(scp, encoder.num_layers, encoder.width)
+    if len(todo) < len(shards):
+        logging.info("%s: %d of %d shards are there already", out, len(shards) - len(todo), len(shards))
+    return state, todo
 
 
 @dataclass(frozen=True)
@@ -103,13 +140,13 @@ def _shards(utterances: list[str], out: Path, size: int) -> list[_Shard]:
     return [_Shard(out / f"feats.{n}.ark", out / f"feats.{n}.scp", part) for n, part in enumerate(parts, 1)]
 
 
-def _write_shards(encoder: _Encoder, todo: list[_Shard], total: int, name: str) -> None:
+def _write_shards(encoder: _Encoder, todo: list[_Shard], name: str, show: bool) -> dict[str, str]:
+    """Write shards; their index, {utterance: matrix}."""
     from tqdm import tqdm
 
-    done = total - sum(len(shard.utterances) for shard in todo)
-    if done:
-        logging.info("features %s: %d of %d utterances are there already", name, done, total)
-    with tqdm(total=total, initial=done, desc=f"features {name}", disable=not todo) as progress:
+    index: dict[str, str] = {}
+    total = sum(len(shard.utterances) for shard in todo)
+    with tqdm(total=total, desc=f"features {name}", disable=not (show and todo)) as progress:
 
         def matrices(shard: _Shard) -> Iterator[tuple[str, np.ndarray]]:
             for utt in shard.utterances:
@@ -117,7 +154,8 @@ def _write_shards(encoder: _Encoder, todo: list[_Shard], total: int, name: str) 
                 progress.update()
 
         for shard in todo:
-            write_matrices(shard.ark, shard.scp, matrices(shard))
+            index |= write_matrices(shard.ark, shard.scp, matrices(shard))
+    return index
 
 
 class _Encoder:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from pam_espnet.data.feature_cache import FeatureCache, cache_features
+from pam_espnet.data.feature_cache import FeatureCache, Share, cache_features
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import exclusive, write_json
 from pam_espnet.frontend.encoder_spec import EncoderSpec
@@ -30,7 +29,8 @@ def cache_encoder(
 ) -> list[FeatureCache]:
     """Cache the hidden states of encoder ``name`` over each data directory under ``root/<name>/<set>``.
 
-    Also writes ``root/<name>/spec.json``, with which training uses the cache without loading the encoder.
+    Also writes ``root/<name>/spec.json``, with which training uses the cache without loading the encoder. The processes
+    of torch.distributed's group, where there is one, share the utterances.
 
     Raises:
         ConfigError: no such encoder in ``frontend_conf.encoders``, or one that cannot have ``encoder_dtype``.
@@ -54,12 +54,13 @@ def cache_encoder(
         hidden, frames = encoder(batch, torch.tensor([len(wave)], device=device))
         return hidden[0, :, : int(frames[0])].float().cpu().numpy()
 
-    caches = []
+    caches, share = [], _share()
     for data_dir in data_dirs:
         out = root / name / Path(data_dir).name
-        with exclusive(out / ".lock"):
-            caches.append(cache_features(encode, key, data_dir, out, rebuild=rebuild))
-    write_json(root / name / "spec.json", spec.to_dict())
+        with exclusive(out / ".lock") if share.rank == 0 else nullcontext():
+            caches.append(cache_features(encode, key, data_dir, out, rebuild=rebuild, share=share))
+    if share.rank == 0:
+        write_json(root / name / "spec.json", spec.to_dict())
     return caches
 
 
@@ -71,18 +72,20 @@ def cache_encoders(
     *,
     rebuild: bool = False,
     device: str = "cpu",
-    jobs: int = 1,
 ) -> Iterator[FeatureCache]:
-    """Cache the hidden states of several encoders, ``jobs`` at a time, each in a process with one thread (small models
-    gain little from a second one) and, where there are several GPUs, on a separate one. Raises as ``cache_encoder``."""
-    run = partial(cache_encoder, frontend_conf=frontend_conf, data_dirs=data_dirs, root=root, rebuild=rebuild)
-    if jobs <= 1 or len(names) == 1:
-        for name in names:
-            yield from run(name, device)
-        return
-    gpus = torch.cuda.device_count() if device == "cuda" else 0
-    devices = [f"cuda:{number % gpus}" if gpus else device for number in range(len(names))]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(names)), spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for caches in pool.map(run, names, devices):
-            yield from caches
+    """Cache the hidden states of several encoders, one after another. Raises as ``cache_encoder``."""
+    for name in names:
+        yield from cache_encoder(name, device, frontend_conf, data_dirs, root, rebuild)
+
+
+def _share() -> Share:
+    """Of a process in torch.distributed's group; all utterances where there is none."""
+    if not dist.is_initialized():
+        return Share()
+
+    def gather(value: Any) -> list[Any]:
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, value)
+        return every
+
+    return Share(dist.get_rank(), dist.get_world_size(), gather)

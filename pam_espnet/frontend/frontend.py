@@ -177,7 +177,7 @@ class PaMFrontend(AbsFrontend):
 
     def needed_encoders(self, routing: Routing) -> list[str]:
         """The encoders that have weight for at least one utterance of the batch."""
-        needed = (routing.encoder_weights > 0).any(dim=0).tolist()
+        needed = (routing.encoder_weights != 0).any(dim=0).tolist()  # NaN as well, for the loss to show it
         return [name for name, need in zip(self.names, needed, strict=True) if need]
 
     def output_size(self) -> int:

@@ -29,7 +29,7 @@ from pam_espnet.train.scaling import scaled
 
 # Operations per second, as ``step_seconds`` counts them. GPU: a step of egs/librispeech/pam1 (313 s of audio) on an
 # NVIDIA H200: Whisper-large-v3, WavLM-large, wav2vec2-large in float32 (without TF32) 1198 ms, in bfloat16 218 ms;
-# Qwen2.5-3B in bfloat16 401 ms.
+# Qwen2.5-3B in bfloat16 401 ms. Whole steps took more: 1650 ms, with encoders in bfloat16 805 to 890.
 # CPU: a step of egs/mini/pam1 on two cores, 4.7 s in float32 (AVX2) and 1.5 s in bfloat16 (AVX-512).
 _GPU = {"llm": 246e12}
 _GPU_ENCODERS = {torch.float32: 33e12, torch.bfloat16: 182e12}
@@ -114,7 +114,9 @@ def estimate(config: Mapping[str, Any], train: Path | None, valid: Path | None, 
     machine = "an H200" if ngpu == 1 else f"{ngpu} H200, extrapolated from {source}" if ngpu else "two CPU cores"
     spent = format_timespan(steps * step, max_units=2)
     lines.append(f"time: {steps} steps, {spent}, at {machine} as measured; scale it to other machines")
-    return "\n".join([*lines, "      (warm start, validation and decoding are not in it)"]) + "\n"
+    lines.append("      (of encoders and LLM alone: whole steps took up to 1.4 times as long where they were measured;")
+    lines.append("      warm start, validation and decoding are not in it)")
+    return "\n".join(lines) + "\n"
 
 
 def encoder_shape(name: str, frontend_conf: Mapping[str, Any], cuda: bool = False) -> Encoder:

@@ -14,7 +14,9 @@ import argparse
 import contextlib
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from pam_espnet.data.passport import Passport
 from pam_espnet.data.prompts import read_wordings
 from pam_espnet.data.tables import read_table
 from pam_espnet.errors import ConfigError
-from pam_espnet.fileio import check_key, read_json, sha256_file
+from pam_espnet.fileio import check_key, exclusive, read_json, sha256_file
 
 # What may change without changing the model.
 _FREE = ("resources", "num_workers", "log_interval", "checkpoint_steps")
@@ -121,6 +123,20 @@ class Experiment:
         if processes and batching.get("limits") == "per_gpu":
             hint = f"train it in as many processes as before, or {hint}; with batching_conf.limits=global any number do"
             check_key(self.exp / "processes.json", {"processes": processes}, hint)
+
+    @contextlib.contextmanager
+    def locked(self, first: bool, processes: int | None = None) -> Iterator[list[str]]:
+        """Of several processes the ``first`` holds the directory's lock and begins (see there); yields ``arguments``,
+        for which the others, which share its directory and write nothing there, have a folder of their own."""
+        with (
+            exclusive(self.exp / ".lock") if first else contextlib.nullcontext(),
+            contextlib.nullcontext(self.exp) if first else tempfile.TemporaryDirectory() as folder,
+        ):
+            if first:
+                self.begin(processes)
+            else:
+                logging.getLogger().setLevel(logging.ERROR)  # one process logs what all of them do
+            yield self.arguments(Path(folder))
 
     def arguments(self, folder: Path | None = None) -> list[str]:
         """Write ``train.yaml`` (to ``folder``, or the experiment's directory); ESPnet's own options that name it, the

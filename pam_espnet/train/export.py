@@ -31,7 +31,7 @@ def export_state(source: Path, target: Path, metadata: Mapping[str, str] | None 
     safetensors does not write its header in the same order every time.
     """
     state = torch.load(source, map_location="cpu", weights_only=True)
-    if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+    if broken := not_finite(state):
         raise CheckpointError(f"{source}: {len(broken)} tensors are not finite ({broken[0]}, ...): training diverged")
     if target.exists() and _equal(read_trained(target), state):
         logging.info(f"{target}: holds {source.resolve().name} already")
@@ -40,6 +40,11 @@ def export_state(source: Path, target: Path, metadata: Mapping[str, str] | None 
         save_trained(state, target, {"source": source.resolve().name, **(metadata or {})})
     logging.info(f"wrote {target} ({len(state)} tensors) from {source.resolve().name}")
     return target
+
+
+def not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that have values which are NaN or infinite."""
+    return [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
 
 
 def _equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:

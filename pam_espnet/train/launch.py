@@ -1,4 +1,5 @@
-"""Start of a training in several processes: one agent of torch.distributed.run per node, one process per GPU under it.
+"""Start of stage 3's commands in several processes: one agent of torch.distributed.run per node, one process per GPU
+under it.
 
     pam_train ... --ngpu 4                       one node: the command becomes the agent
     srun ... pam_train ... --num_nodes 2 --ngpu 4    Slurm, one task per node (utils/slurm.py --num-nodes 2)
@@ -18,14 +19,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError
 
 
 def add_launch_options(parser: argparse.ArgumentParser) -> None:
-    """Options that say how many processes a training has, and where."""
+    """Options that say in how many processes a command runs, and where."""
     parser.add_argument("--ngpu", type=int, metavar="N", help="GPUs of each node (default: ngpu of the configuration)")
     parser.add_argument(
         "--processes", type=int, metavar="N", help="processes on a node (default: one per GPU, on a CPU 1)"
@@ -37,13 +41,49 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def chosen_ngpu(args: argparse.Namespace, config: Mapping[str, Any]) -> int:
+    """GPUs of each node: ``--ngpu``, else those of the configuration."""
+    return int((config.get("ngpu") or 0) if args.ngpu is None else args.ngpu)
+
+
 def is_rank() -> bool:
     """Whether this process was started by an agent."""
     return "LOCAL_RANK" in os.environ
 
 
+def is_first() -> bool:
+    """Whether this process is the only one, or the first of those that agents started."""
+    return not is_rank() or os.environ["RANK"] == "0"
+
+
+def start(args: argparse.Namespace, ngpu: int, module: str, words: Sequence[str]) -> int | None:
+    """Where several processes are asked for, be the agent that runs ``module`` with ``words`` in each; its exit status.
+    None: this process does the work, alone or as one of those. Raises as ``agent_options``."""
+    if agent := agent_options(args, ngpu):
+        return run_agent(agent, module, words)
+    if is_rank():
+        become_rank(ngpu)
+    return None
+
+
+@contextmanager
+def process_group(cuda: bool, wait: timedelta | None = None) -> Iterator[None]:
+    """The group of torch.distributed between the processes that agents started: over NCCL, with a GPU each, or gloo; a
+    process that is alone has none. ``wait``: how long one may wait for another (default: torch's)."""
+    if not is_rank():
+        yield
+        return
+    import torch
+
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=wait)
+    yield
+    torch.distributed.destroy_process_group()  # after an error the others may be in the middle of something
+
+
 def agent_options(args: argparse.Namespace, ngpu: int) -> list[str]:
-    """The options of torch.distributed.run; none, where this process is a whole training or one that an agent started.
+    """The options of torch.distributed.run; none, where this process is to be alone or one that an agent started.
     Raises ConfigError: options that contradict each other, or nodes that cannot be found."""
     nproc = max(1, ngpu) if args.processes is None else args.processes
     for name, value in (("--processes", nproc), ("--num_nodes", args.num_nodes)):

@@ -9,6 +9,8 @@ With ``batching_conf.limits: per_gpu`` R processes take R times as much audio in
   gradients), ``linear`` (by R: Goyal et al., arXiv 1706.02677, for SGD with warm-up) or ``none``. ``auto``, the
   default, is linear for SGD and sqrt for all others, which divide by the gradient's size.
 
+The warm start keeps to the same rules, with AdamW and ``warm_start_conf.steps`` and ``single_steps``.
+
 Both rules hold until the batch is so large that gradients hardly differ between batches; where that is has to be tried.
 Adam's betas and epsilon stay as they are. With ``limits: global``, and with one process, nothing changes.
 """
@@ -28,15 +30,22 @@ _RULES = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}  # power of the number of pro
 _STEPS = ("warmup_steps", "first_cycle_steps", "total_steps", "max_steps", "steps_per_epoch")  # of ESPnet's schedulers
 
 
-def scaled(config: Mapping[str, Any], processes: int) -> dict[str, Any]:
-    """The entries of a training's options that ``processes`` processes change, with their new values.
+def factors(config: Mapping[str, Any], processes: int, optim: str | None) -> tuple[int, float]:
+    """How many times as much audio a step of ``processes`` processes takes; the factor on the rate of ``optim``.
     Raises ConfigError: a ``lr_scaling`` that there is not."""
     rule = config.get("lr_scaling") or "auto"
     if rule == "auto":
-        rule = "linear" if config.get("optim") in ("sgd", "asgd") else "sqrt"
+        rule = "linear" if optim in ("sgd", "asgd") else "sqrt"
     if rule not in _RULES:
         raise ConfigError(f"lr_scaling: {rule!r}; choose auto, {', '.join(_RULES)}")
     ratio = read_options(BatchingOptions, config, "batching_conf").sharing(processes)
+    return ratio, ratio ** _RULES[rule]
+
+
+def scaled(config: Mapping[str, Any], processes: int) -> dict[str, Any]:
+    """The entries of a training's options that ``processes`` processes change, with their new values.
+    Raises as ``factors``."""
+    ratio, growth = factors(config, processes, config.get("optim"))
     if ratio == 1:
         return {}
     changed: dict[str, Any] = {}
@@ -46,7 +55,7 @@ def scaled(config: Mapping[str, Any], processes: int) -> dict[str, Any]:
     schedule.update({name: math.ceil(schedule[name] / ratio) for name in _STEPS if schedule.get(name)})
     optim = dict(config.get("optim_conf") or {})
     if "lr" in optim:
-        optim["lr"] = float(optim["lr"]) * ratio ** _RULES[rule]
+        optim["lr"] = float(optim["lr"]) * growth
     return {**changed, "scheduler_conf": schedule, "optim_conf": optim}
 
 

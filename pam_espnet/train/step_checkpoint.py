@@ -87,7 +87,7 @@ class ResumableEpoch:
             "processes": dist.get_world_size() if dist.is_initialized() else 1,
             "batches": hashlib.sha256(plan).hexdigest(),
         }
-        found, problem = _agree(self._choose(resume) if first_process() else (None, None))
+        found, problem = agree(self._choose(resume) if first_process() else (None, None))
         if problem is not None:
             raise CheckpointError(problem)
         if found is not None:
@@ -162,7 +162,7 @@ class ResumableEpoch:
                 problem = write_problem(error, path)
                 if problem is None:
                     raise
-        if (problem := _agree(problem)) is not None:
+        if (problem := agree(problem)) is not None:
             raise CheckpointError(problem)
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
@@ -207,7 +207,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise CheckpointError(problem) from error
 
 
-def _agree[T](value: T) -> T:
+def agree[T](value: T) -> T:
     """The first process's ``value``, in every process."""
     if not dist.is_initialized():
         return value

@@ -2,7 +2,7 @@
 
 No LLM forward pass is needed beyond one per distinct prompt, so it takes seconds to minutes where joint training
 takes hours. What it trains (frontend and CTC head) is written as safetensors and loaded by training through
-``--init_trained``.
+``--init_trained``. Several processes share every batch and sum their gradients; the first one writes.
 
 Dimension letters: B utterances, U adapter frames, D width.
 """
@@ -19,11 +19,12 @@ import pickle
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from espnet2.tasks.abs_task import DistributedOption
 from espnet2.torch_utils.set_all_random_seed import set_all_random_seed
 from torch import Tensor
@@ -37,7 +38,9 @@ from pam_espnet.fileio import atomic_path, load_strict, read_trained, save_train
 from pam_espnet.frontend.fusion.routing import router_loss
 from pam_espnet.model import ESPnetPaMModel, build_model
 from pam_espnet.train.experiment import read_options
-from pam_espnet.train.step_checkpoint import disk_errors
+from pam_espnet.train.export import not_finite
+from pam_espnet.train.scaling import factors
+from pam_espnet.train.step_checkpoint import agree, disk_errors, first_process
 from pam_espnet.train.task import PaMTask, parameter_groups
 from pam_espnet.train.warm_losses import token_errors, warm_loss
 
@@ -62,7 +65,7 @@ class WarmStartOptions:
     lr: float = 2e-3  # peak of AdamW's learning rate: linear warm-up over a tenth of the steps, cosine to zero
     # Parameter-name prefix -> factor on the learning rate, laid over training's ``lr_scale_conf``.
     lr_scales: Mapping[str, float] = field(default_factory=dict)
-    max_utterances: int = 16  # limits of a batch (``data.batching``)
+    max_utterances: int = 16  # limits of a batch (``data.batching``), of one GPU or global as ``batching_conf.limits``
     max_seconds: float = 120.0
     save_every: int = 100  # steps between checkpoints that a killed run resumes from
     report_every: int = 20  # steps between lines in the log
@@ -116,8 +119,11 @@ def fit(
     device: str = "cpu",
     lr_scales: Mapping[str, float] | None = None,
     router_pairs: Sequence[tuple[str, int]] = (),
+    lr_factor: float = 1.0,
 ) -> Path:
     """Fit frontend and CTC head; resumes from ``warm_start.pth``; returns the path of ``warm_start.safetensors``.
+
+    All processes of torch.distributed's group call it and get the same weights.
 
     Args:
         model: with a CTC head; its LLM is not trained.
@@ -125,27 +131,43 @@ def fit(
         options, output_dir, device: how long and how fast; the experiment directory; a torch device.
         lr_scales: parameter-name prefix -> factor on the learning rate.
         router_pairs: (prompt, task index) to fit the router to first, where it is supervised.
+        lr_factor: of several processes, on ``options.lr``.
 
     Raises ConfigError: no utterance can be aligned, or the loss is not finite.
     """
     from tqdm import tqdm
 
-    done = output_dir / OUTPUT
+    done, first, lr = output_dir / OUTPUT, first_process(), options.lr * lr_factor
     model.to(device)
     model.train()
     model.decoder.requires_grad_(False)
-    groups = parameter_groups(model, lr_scales or {}, options.lr)
+    groups = parameter_groups(model, lr_scales or {}, lr)
     parameters = [p for group in groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.01)
-    step, epoch, lines = _resume(output_dir / STATE, model, optimizer)
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.01)
+    step, epoch = 0, 0
+    lines: list[dict] = []
+    if agree((output_dir / STATE).exists()):
+        step, epoch, lines = _resume(output_dir / STATE, model, optimizer, options.steps)
     started = time.monotonic()
     if step == 0 and router_pairs and model.router_loss_weight > 0:
         logging.info(f"router fitted to {len(router_pairs)} prompts: loss {fit_router(model, router_pairs):.4f}")
+    if dist.is_initialized():
+        for tensor in _trained(model).values():
+            dist.broadcast(tensor, src=0)
+
+    def diverged(loss: float) -> ConfigError:
+        return ConfigError(
+            f"the warm start diverged at step {step + 1} of {options.steps}: loss {loss}, learning rate {lr:.3g}\n"
+            f"  -> no model was written; give another --tag and a lower warm_start_conf.lr than {options.lr:g}"
+        )
+
     mixture = model.frontend.fusion.mixture_parameters() if options.held_out_every else []
     fixed = {id(parameter) for parameter in mixture}
     networks = [parameter for parameter in parameters if id(parameter) not in fixed]
     draw = random.Random()
-    with tqdm(total=options.steps, initial=step, desc="CTC warm start", unit="step", mininterval=2.0) as bar:
+    with tqdm(
+        total=options.steps, initial=step, desc="CTC warm start", unit="step", mininterval=2.0, disable=not first
+    ) as bar:
         while step < options.steps:
             epoch += 1
             before, unaligned = step, 0
@@ -155,16 +177,13 @@ def fit(
             for _, batch in train.build_iter(epoch):
                 only = draw.choice(model.frontend.fusion.used) if step < options.single_steps else None
                 for group in optimizer.param_groups:
-                    group["lr"] = options.lr * group["scale"] * rate(step, options)
+                    group["lr"] = lr * group["scale"] * rate(step, options)
                 total, count, skipped = _step(model, batch, options.losses, only, optimizer, networks)
                 unaligned += skipped
                 if count == 0:
                     continue
                 if not torch.isfinite(total):
-                    raise ConfigError(
-                        f"the warm start diverged at step {step + 1} of {options.steps}: loss {total.item()}, learning "
-                        f"rate {options.lr:.3g}\n  -> give another --tag and a lower warm_start_conf.lr"
-                    )
+                    raise diverged(total.item())
                 if mixture and step % options.held_out_every == 0:
                     _step(model, next(held_out), options.losses, only, optimizer, mixture)
                 step += 1
@@ -173,7 +192,8 @@ def fit(
                     loss = total.item() / count
                     lines.append({"step": step, "loss": round(loss, 4), "unaligned": unaligned})
                     bar.set_postfix(loss=f"{loss:.2f}")
-                    write_text(output_dir / LOG, "".join(json.dumps(line) + "\n" for line in lines))
+                    if first:
+                        _write_log(output_dir, lines)
                 if step >= options.steps:
                     break
             if step == before:
@@ -182,14 +202,19 @@ def fit(
                     "audio, or is frontend_conf.frame_rate too low?"
                 )
             # Saved between epochs, so that a resumed run gets the same batches.
-            if step < options.steps:
-                _save(output_dir / STATE, model, optimizer, step, epoch, lines)
+            if step < options.steps and first:
+                _save(output_dir / STATE, model, optimizer, options.steps, step, epoch, lines)
+    trained = _trained(model)
+    if not_finite(trained):  # by the last step
+        raise diverged(total.item())
     model.eval()
-    errors = token_errors(model, valid.build_iter(1), options.losses)
+    errors = _all_errors(token_errors(model, valid.build_iter(1), options.losses))
+    if not first:
+        return done
     rates = {task: wrong / max(tokens, 1) for task, (wrong, tokens) in sorted(errors.items())}
     lines.append({"step": step, **{f"valid_token_error_rate_{task}": round(rate, 4) for task, rate in rates.items()}})
-    write_text(output_dir / LOG, "".join(json.dumps(line) + "\n" for line in lines))
-    save_trained(_trained(model), done)
+    _write_log(output_dir, lines)
+    save_trained(trained, done)
     (output_dir / STATE).unlink(missing_ok=True)
     shown = ", ".join(f"{task} {rate:.1%}" for task, rate in rates.items())
     seconds = time.monotonic() - started
@@ -205,16 +230,45 @@ def _step(
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[torch.nn.Parameter],
 ) -> tuple[Tensor, int, int]:
-    """One optimizer step of ``parameters`` alone; the summed loss, its target tokens, utterances left out."""
-    total, count, skipped = warm_loss(model, batch, losses, only)
+    """One optimizer step of ``parameters`` alone; of all processes the summed loss, its target tokens, utterances left
+    out."""
+    own, count, skipped = warm_loss(model, batch, losses, only)
+    total = own.detach()
+    if dist.is_initialized():
+        sums = torch.stack([total.double(), *(total.new_tensor(n, dtype=torch.double) for n in (count, skipped))])
+        dist.all_reduce(sums)
+        total, count, skipped = sums[0], int(sums[1]), int(sums[2])
     optimizer.zero_grad()  # parameters without a gradient are left alone, by weight decay too
     if count:
-        gradients = torch.autograd.grad(total / count, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        gradients = torch.autograd.grad(own / count, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, _summed(gradients, parameters), strict=True):
             parameter.grad = gradient
         torch.nn.utils.clip_grad_norm_(parameters, 5.0)
         optimizer.step()
-    return total.detach(), count, skipped
+    return total, count, skipped
+
+
+def _summed(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients summed over all processes, in one exchange; None where no process has one."""
+    if not dist.is_initialized():
+        return list(gradients)
+    pairs = list(zip(gradients, parameters, strict=True))
+    used = parameters[0].new_tensor([gradient is not None for gradient in gradients])
+    everything = torch.cat([used, *(torch.zeros_like(p).view(-1) if g is None else g.reshape(-1) for g, p in pairs)])
+    dist.all_reduce(everything)
+    used, *parts = everything.split([len(pairs), *(parameter.numel() for parameter in parameters)])
+    found = zip(used.tolist(), parts, parameters, strict=True)
+    return [part.view_as(parameter) if number else None for number, part, parameter in found]
+
+
+def _all_errors(own: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Errors and tokens per task, summed over all processes, some of which may have no utterance of a task."""
+    every = [dict(own)]
+    if dist.is_initialized():
+        every = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(every, dict(own))
+    pairs = {task: [errors[task] for errors in every if task in errors] for task in set().union(*every)}
+    return {task: (sum(wrong for wrong, _ in some), sum(tokens for _, tokens in some)) for task, some in pairs.items()}
 
 
 def _endless(valid: Any, epoch: int) -> Iterator[Mapping[str, Any]]:
@@ -229,19 +283,28 @@ def _trained(model: ESPnetPaMModel) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("decoder.")}
 
 
-def _save(path: Path, model: ESPnetPaMModel, optimizer: Any, step: int, epoch: int, lines: list[dict]) -> None:
+def _write_log(output_dir: Path, lines: list[dict]) -> None:
+    write_text(output_dir / LOG, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _save(
+    path: Path, model: ESPnetPaMModel, optimizer: Any, steps: int, step: int, epoch: int, lines: list[dict]
+) -> None:
     state = {"model": _trained(model), "optimizer": optimizer.state_dict()}
     with atomic_path(path) as tmp:
-        torch.save({**state, "step": step, "epoch": epoch, "lines": lines}, tmp)
+        torch.save({**state, "steps": steps, "step": step, "epoch": epoch, "lines": lines}, tmp)
 
 
-def _resume(path: Path, model: ESPnetPaMModel, optimizer: Any) -> tuple[int, int, list[dict]]:
-    if not path.exists():
-        return 0, 0, []
+def _resume(path: Path, model: ESPnetPaMModel, optimizer: Any, steps: int) -> tuple[int, int, list[dict]]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: damaged ({error})\n  -> remove it to start again") from error
+    if (begun := state.get("steps", steps)) != steps:
+        raise CheckpointError(
+            f"{path}: was begun for {begun} steps, now there are {steps}, with another number of processes\n"
+            "  -> continue with as many as before, or remove it to start again"
+        )
     rest = {k: v for k, v in model.state_dict().items() if k.startswith("decoder.")}
     load_strict(model, {**rest, **state["model"]}, path)
     optimizer.load_state_dict(state["optimizer"])
@@ -253,45 +316,54 @@ def run(args: argparse.Namespace) -> Path:
     """Warm start with the options of a training run, parsed by ``PaMTask.get_parser()``.
 
     ``model_conf.ctc_tokens`` names the file of token ids, which is written here when it is missing.
+    Several processes are in torch.distributed's group already; ``train.scaling`` has what they change.
     Raises ConfigError: no utterances of these tasks, or keys that nobody reads in ``warm_start_conf``.
     """
     options = read_options(WarmStartOptions, vars(args), "warm_start_conf")
     output_dir = Path(args.output_dir)
-    if (output_dir / OUTPUT).exists():
+    if agree((output_dir / OUTPUT).exists()):
         read_trained(output_dir / OUTPUT)
         logging.info(f"{output_dir / OUTPUT}: already there")
         return output_dir / OUTPUT
     set_all_random_seed(args.seed)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    ratio, growth = factors(vars(args), processes, "adamw")
+    if ratio > 1:
+        steps, single = (math.ceil(number / ratio) for number in (options.steps, options.single_steps))
+        logging.info(f"{processes} processes: {steps} steps (of {options.steps}), learning rate times {growth:.3g}")
+        options = replace(options, steps=steps, single_steps=single)
     factories = {}
     pairs: list[tuple[str, int]] = []
     for mode in ("train", "valid"):
-        factory = PaMTask.build_iter_factory(args, DistributedOption(), mode)
+        factory = PaMTask.build_iter_factory(args, DistributedOption(distributed=dist.is_initialized()), mode)
         if mode == "train":
             paths = {name: path for path, name, _ in args.train_data_path_and_name_and_type}
             prompts, order = read_table(paths["prompt"]), list(TASKS)
             pairs = sorted({(prompts[utt], order.index(task)) for utt, task in factory.tasks.items()})
         chosen = {utt: task for utt, task in factory.tasks.items() if task in options.losses}
-        if not chosen:
+        if len(chosen) < processes:
+            number = f"{len(chosen)} utterances, for {processes} processes," if chosen else "no utterance"
             raise ConfigError(
-                f"warm_start_conf.losses: the {mode} set has no utterance of {', '.join(options.losses)}\n"
+                f"warm_start_conf.losses: the {mode} set has {number} of {', '.join(options.losses)}\n"
                 "  -> choose other tasks, or run with --warm_start false"
             )
         factory.seconds = {utt: s for utt, s in factory.seconds.items() if utt in chosen}
         factory.tasks = chosen
         factory.announce = False  # its passes are counted, and fall in the middle of the bar
-        factory.options = BatchingOptions(max_utterances=options.max_utterances, max_seconds=options.max_seconds)
+        factory.options = BatchingOptions(options.max_utterances, options.max_seconds, factory.options.limits)
         # What a killed run resumes from is written between epochs, so these have save_every batches.
         factory.batches_per_epoch = options.save_every if mode == "train" else None
         factories[mode] = factory
     if not (args.model_conf or {}).get("ctc_tokens"):
         raise ConfigError("model_conf.ctc_tokens is missing: the file for the head's token ids (pam.sh sets it)")
     tokens = Path(args.model_conf["ctc_tokens"])
-    if not tokens.exists():
+    if first_process() and not tokens.exists():
         texts, strings = read_table(paths["text"]), PaMTask.build_preprocess_fn(args, train=True)
         answers = (strings.answer_ids(texts[utt], task)[:-1] for utt, task in factories["train"].tasks.items())
         ids = {token for answer in answers for token in answer}
         write_text(tokens, "".join(f"{token}\n" for token in sorted(ids)))
         logging.info(f"{tokens}: {len(ids)} token types in {len(factories['train'].tasks)} training answers")
+    agree(None)  # the others wait for the file
     scales = {**(args.lr_scale_conf or {}), **options.lr_scales}
     with disk_errors(output_dir):
         return fit(
@@ -303,4 +375,5 @@ def run(args: argparse.Namespace) -> Path:
             device="cuda" if args.ngpu > 0 else "cpu",
             lr_scales={prefix: factor for prefix, factor in scales.items() if not prefix.startswith("decoder")},
             router_pairs=pairs,
+            lr_factor=growth,
         )

@@ -11,7 +11,7 @@ import soundfile
 from make_data import make_data, noise
 
 from pam_espnet.data.audio import read_audio
-from pam_espnet.data.feature_cache import FeatureCache, cache_features
+from pam_espnet.data.feature_cache import FeatureCache, Share, cache_features
 from pam_espnet.data.format import format_data_dir
 from pam_espnet.data.kaldi_io import check_matrix, write_matrices
 from pam_espnet.data.tables import read_table
@@ -201,3 +201,9 @@ def test_matrices_come_back(tmp_path: Path) -> None:
 def test_other_matrices_are_refused(matrix: np.ndarray, message: str) -> None:
     with pytest.raises(DataError, match=message + r"(.|\n)*--rebuild_cache true"):
         check_matrix(matrix, "utterance 'a'")
+
+
+def test_processes_with_other_encoders_are_refused(raw: Path, tmp_path: Path) -> None:
+    other = Share(0, 2, lambda value: [value, (None, {**SPEC, "encoder_dtype": "bfloat16"})])
+    with pytest.raises(DataError, match=r"differ in precision(.|\n)*encoder_dtype"):
+        cache_features(encode, SPEC, raw, tmp_path / "feats", share=other)

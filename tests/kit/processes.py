@@ -1,10 +1,14 @@
-"""Training the tiny model in one process, or in several that share every batch (gloo)."""
+"""The commands of stage 3 on the tiny model in one process, or in several that share the work (gloo)."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import socket
 import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +34,51 @@ TRAINING: dict[str, Any] = {
 }
 
 
-def _main(log: Path, arguments: list[str]) -> None:
+def _main(log: Path, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.update(environment)
     torch.set_num_threads(1)
-    from pam_espnet.bin.pam_train import main
+    if environment.get("PAM_TEST_SGD"):
+        torch.optim.AdamW = sgd  # type: ignore[assignment,misc]
+    sys.exit(importlib.import_module(f"pam_espnet.bin.{module}").main(arguments))
 
-    sys.exit(main(arguments))
+
+def sgd(groups: Any, lr: float, **_: Any) -> torch.optim.SGD:
+    """In place of AdamW, which makes full steps of the rounding of tiny gradients."""
+    return torch.optim.SGD(groups, lr=lr)
+
+
+def start(log: Path, module: str, arguments: Sequence[str], **environment: str) -> BaseProcess:
+    """A process with a command of the package."""
+    process = warm_processes().Process(target=_main, args=(log, module, arguments, environment))
+    process.start()
+    return process
+
+
+def start_ranks(
+    folder: Path, module: str, arguments: Sequence[str], ranks: int, **environment: str
+) -> list[BaseProcess]:
+    """The processes that an agent of torch.distributed.run would start; their logs are ``folder/rank<r>.log``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)} for rank in range(ranks)]
+    logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
+    return [start(log, module, arguments, **shared, **one, **environment) for log, one in zip(logs, own, strict=True)]
+
+
+def finish(processes: Sequence[BaseProcess], folder: Path) -> None:
+    """Wait until all have ended well."""
+    try:
+        for rank, process in enumerate(processes):
+            process.join(300)
+            assert process.exitcode == 0, (folder / f"rank{rank}.log").read_text()[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def train(root: Path, llm: Path, output: Path, ranks: int, **changes: Any) -> Training:
@@ -50,19 +90,11 @@ def train(root: Path, llm: Path, output: Path, ranks: int, **changes: Any) -> Tr
         "--multiprocessing_distributed", "false",
     ]  # fmt: skip
     arguments = train_args(root, output / "given.yaml", output)
-    logs, processes = [], []
+    processes = []
     for rank in range(ranks):
-        logs.append(output / f"rank{rank}.log")
         more = [*shared, "--dist_rank", str(rank)] if ranks > 1 else []
-        processes.append(warm_processes().Process(target=_main, args=(logs[-1], [*arguments, *more])))
-        processes[-1].start()
-    try:
-        for process, log in zip(processes, logs, strict=True):
-            process.join(300)
-            assert process.exitcode == 0, log.read_text()[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+        processes.append(start(output / f"rank{rank}.log", "pam_train", [*arguments, *more]))
+    finish(processes, output)
     curve = [json.loads(line) for line in (output / "curve.jsonl").read_text().splitlines()]
     return read_trained(output / "model.safetensors"), curve
 

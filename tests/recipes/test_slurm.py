@@ -242,11 +242,12 @@ def test_recipes_switch_to_it(tmp_path: Path) -> None:
     beside = f"utils/slurm.py --config {tmp_path}/tree/egs/TEMPLATE/pam1/slurm.conf"
     assert f"{beside} --gpu 1 --max-jobs-run" in done.stdout  # decoding
     assert f"{beside} --gpu 2 exp/pam_clean100/log/cache.log" in done.stdout
-    assert f"{beside} --gpu 1 exp/pam_clean100/log/warm_start.log" in done.stdout
+    assert f"{beside} --gpu 2 exp/pam_clean100/log/warm_start.log" in done.stdout
     assert f"{beside} --gpu 2 exp/pam_clean100/log/train.log" in done.stdout
     several = run(recipe, *words, "--cmd", "slurm", "--num_nodes", "3").stdout
-    assert f"{beside} --gpu 2 --num-nodes 3 exp/pam_clean100/log/train.log" in several
-    assert several.count("--num-nodes") == 1 and "--ngpu 2 --num_nodes 3" in several and "--ngpu 6 --fetch" in several
+    for log in ("cache", "warm_start", "train"):
+        assert f"{beside} --gpu 2 --num-nodes 3 exp/pam_clean100/log/{log}.log" in several
+    assert several.count("--ngpu 2 --num_nodes 3") == 3 and "--ngpu 6 --fetch" in several
     local = run(recipe, *words, "--num_nodes", "3")
     assert local.returncode == 1 and "--num_nodes 3: this machine is one node" in local.stderr
     (recipe / "conf/slurm.conf").write_text(CONFIG.read_text())
@@ -312,4 +313,6 @@ def test_stages_3_and_4_as_real_jobs(
         assert f"({jobs} runs): exp/small/{log}" in done.stderr
     assert len((recipe / "exp/small/decode_beam/test_clean/text").read_text().splitlines()) == 4
     assert "Estimate from the configuration" in done.stdout and "whisper" in done.stdout
-    assert "on each of 2 processes" in (recipe / "exp/small/log/train.log").read_text()
+    for log in ("warm_start", "train"):
+        assert "on each of 2 processes" in (recipe / f"exp/small/log/{log}.log").read_text()
+    assert "2 processes: " in (recipe / "exp/small/log/warm_start.log").read_text()

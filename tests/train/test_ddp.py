@@ -32,6 +32,22 @@ def test_two_processes_train_what_one_does(data: Path, tiny_llm_dir: Path, tmp_p
     assert last < first
 
 
+def test_gradients_in_bfloat16_differ_by_its_rounding(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    """``ddp_comm_hook=bf16_compress_hook``; of one step of gradient descent, which moves weights by their gradient."""
+    one_step = {"max_epoch": 1, "num_iters_per_epoch": 1}
+    still, exact, rounded = (
+        train(data, tiny_llm_dir, tmp_path / f"{lr}-{hook}", 2, optim_conf={"lr": lr}, ddp_comm_hook=hook, **one_step)
+        for lr, hook in ((1e-30, None), (0.05, None), (0.05, "bf16_compress_hook"))
+    )
+    moved, error = (
+        torch.cat([(one[0][name] - other[0][name]).flatten().double() for name in still[0]])
+        for one, other in ((exact, still), (rounded, exact))
+    )
+    assert 0 < error.norm() < 2**-8 * moved.norm()
+    losses = [next(e["loss_answer"] for e in curve if e["split"] == "valid") for _, curve in (exact, rounded)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_rank_without_an_utterance_of_some_task_does_not_hang(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
     """Batches of two: each rank has one utterance, so one task at most, and most experts get no gradient."""
     options = {

@@ -1,4 +1,4 @@
-"""Training through torch.distributed.run: which agent is started, what its processes train, and what a kill leaves."""
+"""Stage 3 through torch.distributed.run: which agent is started, what its processes make, and what a kill leaves."""
 
 from __future__ import annotations
 
@@ -104,6 +104,13 @@ def command(data: Path, exp: Path, llm: Path, *words: str, **changes: Any) -> li
     return [sys.executable, "-m", "pam_espnet.bin.pam_train", *train_args(data, exp / "given.yaml", exp), *words]
 
 
+def ended(words: list[str], status: int = 0) -> str:
+    """Run a command; what it wrote to stderr."""
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == status, done.stderr[-5000:]
+    return done.stderr
+
+
 def environment(**more: str) -> dict[str, str]:
     kit = str(Path(__file__).resolve().parents[1] / "kit")
     return {**os.environ, "PYTHONPATH": kit, "CUDA_VISIBLE_DEVICES": "", **more}
@@ -127,19 +134,16 @@ def test_two_processes_train_what_one_does(data: Path, tiny_llm_dir: Path, tmp_p
         "optim_conf": {"lr": 0.025},
     }
     two = tmp_path / "two"
-    words = command(data, two, tiny_llm_dir, "--processes", "2", **changes)
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    log = ended(command(data, two, tiny_llm_dir, "--processes", "2", **changes))
     check_same(trained(one), trained(two))
-    assert "80 s and 2 utterances on each of 2 processes, 160 s and 4 utterances on all together" in done.stderr
-    assert "num_iters_per_epoch 8 -> 4" in done.stderr
+    assert "80 s and 2 utterances on each of 2 processes, 160 s and 4 utterances on all together" in log
+    assert "num_iters_per_epoch 8 -> 4" in log
     assert load_yaml(two / "train.yaml")["optim_conf"] == {"lr": 0.025}
     assert load_yaml(two / "config.yaml")["optim_conf"] == {"lr": 0.05}
     # what one process begins to compute is for as many processes
-    three = command(data, two, tiny_llm_dir, "--processes", "3", **changes)
-    done = subprocess.run(three, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 1 and "processes.json: was made with other settings" in done.stderr
-    assert "error: process 0 ended first, with status 1" in done.stderr and "Traceback" not in done.stderr
+    log = ended(command(data, two, tiny_llm_dir, "--processes", "3", **changes), status=1)
+    assert "processes.json: was made with other settings" in log
+    assert "error: process 0 ended first, with status 1" in log and "Traceback" not in log
 
 
 class Nodes:

@@ -52,7 +52,7 @@ archive_mb      MB       0          stage 2 puts audio into archives of about th
                                     disks 1000; 0: a file for each utterance
 nj              N        ${nj}          parallel processes where work is split: the cores, at most 8
 ngpu            N        0          GPUs of each node, a process for each, and for decoding; 0 = CPU
-num_nodes       N        1          nodes for training, with --cmd slurm
+num_nodes       N        1          nodes for stage 3, with --cmd slurm
 train_nj        N        ''         processes that train on each node; empty: one per GPU, on a CPU one
 cmd             NAME     ${PAM_CMD:-local}      where jobs of stages 3 and 4 run: local, slurm (cmd.sh; \$PAM_CMD)
 decode_nj       N        ''         processes that decode, each with the whole model; empty: --nj, and on GPUs --ngpu,
@@ -149,21 +149,22 @@ if wants 3; then
         --set "${changes[@]}")
     [ "${use_cache}" = false ] || experiment+=(--feats "dump/${size}/feats")
     module pam_estimate "${experiment[@]}" --ngpu $((ngpu * num_nodes)) --fetch true  # first it checks the configuration
-    jobs=$((ngpu > 0 ? ngpu : nj))
-    [ "${use_cache}" = false ] || job "${exp}/log/cache.log" "${ngpu}" 1 "${exp}/log/cache.log" pam_cache_features \
-        "${experiment[@]}" --jobs "${jobs}" --device "${device}" --rebuild "${rebuild_cache}"
+    nodes=(--ngpu "${ngpu}")
+    [ "${num_nodes}" = 1 ] || nodes+=(--num_nodes "${num_nodes}")
+    processes=("${nodes[@]}")
+    [ -z "${train_nj}" ] || processes+=(--processes "${train_nj}")
+    log=${exp}/log/cache.log
+    [ "${use_cache}" = false ] || job "${log}" "${ngpu}" "${num_nodes}" "${log}" pam_cache_features "${experiment[@]}" \
+        "${nodes[@]}" --processes $((ngpu > 0 ? ngpu : nj)) --device "${device}" --rebuild "${rebuild_cache}"
     init=()
     if [ "${warm_start}" = true ]; then
         log=${exp}/log/warm_start.log
-        job "${log}" "$((ngpu > 0))" 1 "${log}" pam_warm_start "${experiment[@]}" --ngpu "$((ngpu > 0))"
+        job "${log}" "${ngpu}" "${num_nodes}" "${log}" pam_warm_start "${experiment[@]}" "${processes[@]}"
         init=(--init_trained "${exp}/warm_start.safetensors")
     fi
     if [ -f "${exp}/model.safetensors" ] && [ "${dry_run}" = false ]; then
         echo "${exp}/model.safetensors: already trained"
     else
-        processes=(--ngpu "${ngpu}")
-        [ "${num_nodes}" = 1 ] || processes+=(--num_nodes "${num_nodes}")
-        [ -z "${train_nj}" ] || processes+=(--processes "${train_nj}")
         job "${exp}/progress.txt" "${ngpu}" "${num_nodes}" "${exp}/log/train.log" pam_train "${experiment[@]}" \
             "${init[@]}" "${processes[@]}"
     fi
