@@ -15,6 +15,7 @@ from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.iterators.sequence_iter_factory import worker_init_fn
 from espnet2.train.dataset import DATA_TYPES
 from espnet2.train.preprocessor import AbsPreprocessor
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pam_espnet.data.audio import read_audio
@@ -213,8 +214,10 @@ def _collate(collate_fn: Callable[..., Any], utterances: Any) -> Any:
         return errors[0]
     batch = collate_fn(utterances)
     try:
-        for tensor in batch[1].values():
-            tensor.share_memory_()
+        for value in batch[1].values():
+            for tensor in value if isinstance(value, tuple) else [value]:
+                if isinstance(tensor, Tensor):
+                    tensor.share_memory_()
     except (OSError, RuntimeError) as error:
         return ConfigError(
             f"num_workers: a batch does not fit into the shared memory of this machine, /dev/shm ({error})\n"

@@ -15,7 +15,6 @@ import torch
 import torch.distributed
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.tasks.abs_task import AbsTask, IteratorOptions, optim_classes
-from espnet2.train.collate_fn import CommonCollateFn
 from espnet2.utils.nested_dict_action import NestedDictAction
 from espnet2.utils.types import str_or_none
 
@@ -26,7 +25,8 @@ from pam_espnet.data.tasks import TASKS
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import load_strict, read_trained
 from pam_espnet.llm.llm import load_tokenizer
-from pam_espnet.model import IGNORE, ESPnetPaMModel, build_model
+from pam_espnet.model import ESPnetPaMModel, build_model
+from pam_espnet.train.collate import PaMCollate
 from pam_espnet.train.experiment import read_options
 from pam_espnet.train.iterator import FreshPrompts, PaMIterFactory, PaMPreprocessor
 from pam_espnet.train.trainer import PaMTrainer
@@ -88,8 +88,10 @@ class PaMTask(AbsTask):
 
     @classmethod
     def build_collate_fn(cls, args: argparse.Namespace, train: bool) -> Callable[..., Any]:
-        """Zero-padded floats; integers padded with a value that no token, byte or index has."""
-        return CommonCollateFn(float_pad_value=0.0, int_pad_value=IGNORE)
+        """Batches for ``ESPnetPaMModel.forward``."""
+        frontend, system = args.frontend_conf or {}, (args.llm_conf or {}).get("system", "")
+        rates = float(frontend.get("frame_rate", 12.5)), int(frontend.get("sample_rate", 16000))
+        return PaMCollate(tokenizer_of(args), system, *rates)
 
     @classmethod
     def build_preprocess_fn(cls, args: argparse.Namespace, train: bool) -> Callable[[str, dict], dict[str, np.ndarray]]:

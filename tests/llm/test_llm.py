@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pam_espnet.errors import ConfigError
 from pam_espnet.llm.llm import LLM, needed_mask
-from pam_espnet.llm.prompt_layout import Inputs, answer_ids, build_inputs, layout
+from pam_espnet.llm.prompt_layout import Inputs, answer_ids, build_inputs, lay_out, layout
 
 LORA = {"r": 2, "alpha": 4, "dropout": 0.5}
 
@@ -32,14 +32,8 @@ def stir_lora(llm: LLM) -> None:
 def batch(llm: LLM, answers: list[str], audio: Tensor, lengths: list[int]) -> Inputs:
     prompts = ["Describe the sounds.", "How many people are speaking?", "Hi"][: len(answers)]
     parts = [layout(llm.tokenizer, prompt) for prompt in prompts]
-    return build_inputs(
-        [torch.tensor(part.head_ids) for part in parts],
-        audio,
-        torch.tensor(lengths),
-        [torch.tensor(part.tail_ids) for part in parts],
-        [torch.tensor(answer_ids(llm.tokenizer, answer)) for answer in answers],
-        llm.embed,
-    )
+    laid_out = lay_out(parts, lengths, [answer_ids(llm.tokenizer, answer) for answer in answers])
+    return build_inputs(laid_out, audio, llm.embed)
 
 
 @pytest.fixture
