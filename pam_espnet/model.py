@@ -124,7 +124,7 @@ class ESPnetPaMModel(AbsESPnetModel):
     def forward(self, **batch: Any) -> tuple[Tensor, dict[str, Tensor | None], Tensor]:
         """Loss of one batch.
 
-        Nothing here reads what the device computes, so that the host never waits for it: all lengths are the host's.
+        The host knows all lengths, so it hardly waits for the device: tests/train/test_waits.py has what is left.
 
         Args (see ``train.collate``):
             text: answer token ids with the end token, B lists.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from pam_espnet.fileio import load_strict, read_trained
 from pam_espnet.llm.llm import load_tokenizer
 from pam_espnet.model import ESPnetPaMModel, build_model
 from pam_espnet.train.collate import PaMCollate
+from pam_espnet.train.estimate import fitting_checkpointing
 from pam_espnet.train.experiment import read_options
 from pam_espnet.train.iterator import FreshPrompts, PaMIterFactory, PaMPreprocessor
 from pam_espnet.train.trainer import PaMTrainer
@@ -112,6 +114,11 @@ class PaMTask(AbsTask):
     def build_model(cls, args: argparse.Namespace) -> ESPnetPaMModel:
         """Build the model and, with ``--init_trained``, load what an earlier step trained."""
         model = build_model(vars(args))
+        if (args.llm_conf or {}).get("gradient_checkpointing") == "auto" and args.ngpu > 0:
+            paths = {name: path for path, name, _ in args.train_data_path_and_name_and_type}
+            ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+            train, free = Path(paths["text"]).parent, torch.cuda.mem_get_info()[0]  # nothing is on the GPU yet
+            model.decoder.recompute(fitting_checkpointing(vars(args), train, "speech" not in paths, ranks, free))
         if getattr(args, "init_trained", None):
             _load_part(model, args.init_trained)
         return model

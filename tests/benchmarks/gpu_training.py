@@ -57,7 +57,7 @@ from pam_espnet.frontend.ctc_head import EmbeddingCTC  # noqa: E402
 from pam_espnet.frontend.encoders.wavlm_attention import FusedWavLMAttention, fuse_attention  # noqa: E402
 from pam_espnet.frontend.frontend import PaMFrontend  # noqa: E402
 from pam_espnet.llm import llm as llm_module  # noqa: E402
-from pam_espnet.llm.llm import LLM, needed_mask, recomputed_every  # noqa: E402
+from pam_espnet.llm.llm import LLM, needed_mask  # noqa: E402
 from pam_espnet.llm.prompt_layout import end_of_turn_id  # noqa: E402
 from pam_espnet.model import ESPnetPaMModel, choose_tf32  # noqa: E402
 from pam_espnet.train.collate import PaMCollate  # noqa: E402
@@ -70,24 +70,27 @@ RECIPE = ROOT / "egs/librispeech/pam1/conf"
 
 @dataclass(frozen=True)
 class Way:
-    """A step; the defaults are those of the recipe now."""
+    """A step; the defaults are those of the recipe now, on a card on which nothing has to be recomputed."""
 
     name: str
     encoder_dtype: str = "auto"
     tf32: bool = True
     fused_wavlm: bool = True
     mask: bool = False  # of the padding, given to the LLM
-    recompute: bool | int = True  # llm_conf.gradient_checkpointing
+    recompute: bool | int = False  # llm_conf.gradient_checkpointing
+    dropout: float = 0.0  # of LoRA
 
 
-NOW, BEFORE = Way("now"), Way("as in version 0.2", "float32", tf32=False, fused_wavlm=False, mask=True)
+NOW = Way("now")
+BEFORE = Way("as in version 0.2", "float32", tf32=False, fused_wavlm=False, mask=True, recompute=True, dropout=0.05)
 WAYS = (
     NOW,
     BEFORE,
-    Way("nothing recomputed", recompute=False),
+    Way("every block recomputed", recompute=True),
     Way("every second block recomputed", recompute=2),
     Way("WavLM through transformers' attention", fused_wavlm=False),
     Way("with the mask", mask=True),
+    Way("LoRA with dropout", dropout=0.05),
     Way("without TF32", tf32=False),
     Way("encoders in float32", "float32"),
 )
@@ -126,7 +129,8 @@ class Bench:
         torch.manual_seed(1)
         dtype = torch.bfloat16 if self.gpu else torch.float32
         lm = random_lm("tiny-qwen2" if self.tiny else "Qwen2.5-3B", self.device, dtype)
-        llm = LLM(lm, tiny_tokenizer(), llm_conf["lora"], NOW.recompute, llm_conf["prompt_position"])
+        lora = {**llm_conf["lora"], "dropout": BEFORE.dropout}  # or there is none to switch off
+        llm = LLM(lm, tiny_tokenizer(), lora, NOW.recompute, llm_conf["prompt_position"])
         with random_weights(self.sizes, self.device):
             frontend = PaMFrontend(width=llm.width, prompt_width=llm.width, **conf)
         classes = 300 if self.tiny else 25000
@@ -171,9 +175,11 @@ class Bench:
         for module in frontend.encoder("wavlm").modules():
             if type(module) is FusedWavLMAttention and not way.fused_wavlm:
                 module.__class__ = WavLMAttention
-        llm.gradient_checkpointing = way.recompute
-        if every := recomputed_every(way.recompute):
-            llm.lm.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+        llm.lm.activation_checkpointing_disable()
+        llm.recompute(way.recompute)
+        for module in llm.lm.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = way.dropout
         self.model.train()
         with mock.patch.object(llm_module, "needed_mask", (lambda mask: mask) if way.mask else needed_mask):
             yield
