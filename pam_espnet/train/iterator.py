@@ -161,7 +161,7 @@ class PaMIterFactory(AbsIterFactory):
 
     def build_iter(self, epoch: int, shuffle: bool | None = None) -> DataLoader:
         """The batches of ``epoch`` (from 1); ``shuffle`` is fixed by ``train`` and kept for ESPnet's contract."""
-        loader = self._kept or self._loader(epoch)
+        loader: Any = self._kept or self._loader(epoch)
         if self.train and self.num_workers:
             self._kept = loader
         loader.batch_sampler[:] = self.batches(epoch)
