@@ -27,10 +27,10 @@ from pam_espnet.frontend.ctc_head import EmbeddingCTC
 from pam_espnet.frontend.frontend import AudioEmbeddings, PaMFrontend
 from pam_espnet.frontend.fusion.routing import router_loss
 from pam_espnet.llm.llm import LLM
-from pam_espnet.llm.prompt_layout import Inputs, build_inputs, layout
+from pam_espnet.llm.prompt_layout import BatchLayout, Inputs, build_inputs, lay_out, layout
+from pam_espnet.transfer import send
 
 FEATURE_PREFIX = "feats_"
-IGNORE = -1  # padding value of token ids, prompts and task indices in a batch
 
 
 class ESPnetPaMModel(AbsESPnetModel):
@@ -97,47 +97,58 @@ class ESPnetPaMModel(AbsESPnetModel):
 
         Args:
             prompts: one per utterance.
-            num_samples: (B,) samples of each utterance.
+            num_samples: (B,) samples of each utterance, on the host.
             wave: (B, N) in [-1, 1]; may be None when ``features`` holds what the routing needs.
             features: cached hidden states per encoder, ((B, T, H*D), (B,)).
             only: the one encoder to use (the warm start); None follows the routing.
         """
         return self.frontend(num_samples, self.prompt_vectors(prompts), wave=wave, features=features, only=only)
 
-    def build_inputs(self, prompts: Sequence[str], audio: AudioEmbeddings, answers: Sequence[Tensor] | None) -> Inputs:
-        """Lay out ``[prompt head | audio | prompt tail | answer]`` (see ``decoder.prompt_layout``)."""
-        layouts = [layout(self.decoder.tokenizer, prompt, self.decoder.system) for prompt in prompts]
-        device = audio.embeddings.device
-        heads = [torch.tensor(one.head_ids, device=device) for one in layouts]
-        tails = [torch.tensor(one.tail_ids, device=device) for one in layouts]
-        return build_inputs(heads, audio.embeddings, audio.lengths, tails, answers, self.decoder.embed)
+    def build_inputs(
+        self,
+        prompts: Sequence[str],
+        audio: AudioEmbeddings,
+        answers: Sequence[Sequence[int]] | None,
+        laid_out: BatchLayout | None = None,
+    ) -> Inputs:
+        """Fill ``[prompt head | audio | prompt tail | answer]`` (see ``llm.prompt_layout``), where it is not laid out
+        yet by prompts and answers."""
+        if laid_out is None:
+            layouts = [layout(self.decoder.tokenizer, prompt, self.decoder.system) for prompt in prompts]
+            laid_out = lay_out(layouts, audio.lengths.tolist(), answers)
+            laid_out = laid_out._replace(numbers=send(laid_out.numbers, audio.embeddings.device))
+        return build_inputs(laid_out, audio.embeddings, self.decoder.embed)
 
     # -- ESPnet's contract ------------------------------------------------------------------------------------------
 
     def forward(self, **batch: Any) -> tuple[Tensor, dict[str, Tensor | None], Tensor]:
         """Loss of one batch.
 
-        Args (as ESPnet's collate function names them):
-            text: (B, L) answer token ids with the end token, padded with -1.
-            prompt: (B, bytes) UTF-8, padded with -1.
-            task, num_samples: (B, 1); the task is an index into ``tasks``.
+        The host knows all lengths, so it hardly waits for the device: tests/train/test_waits.py has what is left.
+
+        Args (see ``train.collate``):
+            text: answer token ids with the end token, B lists.
+            prompt: B strings.
+            task: B indices into ``tasks``.
+            num_samples: B numbers.
+            layout: ``BatchLayout`` of these, its numbers on the device; made here where it is missing.
             speech: (B, N) waveform; or, instead, feats_<encoder>: (B, T, H*D) cached hidden states.
 
         Returns:
             loss (1,), statistics, weight (1,), the number of target tokens.
         """
-        prompts = decode_prompts(batch["prompt"])
-        answers = [row[row != IGNORE] for row in batch["text"]]
-        task = batch["task"][:, 0]
-        audio = self.audio_embeddings(prompts, batch["num_samples"][:, 0], batch.get("speech"), cached_features(batch))
-        inputs = self.build_inputs(prompts, audio, answers)
+        prompts, answers, tasks = batch["prompt"], batch["text"], batch["task"]
+        num_samples = torch.tensor(batch["num_samples"])
+        audio = self.audio_embeddings(prompts, num_samples, batch.get("speech"), cached_features(batch))
+        inputs = self.build_inputs(prompts, audio, answers, batch.get("layout"))
         exit_layer = self._draw_exit()
         nll, correct, exit_nll = self.decoder.token_losses(inputs, exit_layer)
         self.step_size = (inputs.positions, inputs.mask.numel(), nll.numel())
-        weight = torch.tensor(float(nll.numel()), device=nll.device)
+        weight = torch.full((), float(nll.numel()), device=nll.device)
         loss = nll.mean()
-        task_of_token = torch.repeat_interleave(task, torch.tensor([len(a) for a in answers], device=task.device))
-        stats = self._task_statistics(nll.detach(), correct, task_of_token)
+        task = send(torch.tensor(tasks), nll.device)
+        task_of_token = task[inputs.target_index // inputs.mask.size(1)]
+        stats = self._task_statistics(nll.detach(), correct, task_of_token, set(tasks))
         stats["acc"] = correct.float().mean()
         stats["loss_answer"] = loss.detach()
         if exit_layer is not None and exit_nll is not None:
@@ -145,14 +156,13 @@ class ESPnetPaMModel(AbsESPnetModel):
             loss = loss + self.exit_weight * exit_layer / mean_layer * exit_nll.mean()
             stats["loss_exit"] = exit_nll.detach().mean()
         if self.router_loss_weight > 0 and audio.routing.expert_logits is not None:
-            value = router_loss(audio.routing, task) * rank_share(len(task), weight)
+            value = router_loss(audio.routing, task) * rank_share(len(tasks), weight)
             loss = loss + self.router_loss_weight * value
             stats["loss_router"] = value.detach()
         if self.ctc_weight > 0 and self.ctc is not None and "asr" in self.tasks:
-            rows = (task == self.tasks.index("asr")).nonzero()[:, 0]
-            total, count, _ = self.ctc.loss(
-                audio.embeddings[rows], audio.lengths[rows], [answers[r][:-1].tolist() for r in rows]
-            )
+            asr = self.tasks.index("asr")
+            transcripts = [answer[:-1] if one == asr else [] for answer, one in zip(answers, tasks, strict=True)]
+            total, count, _ = self.ctc.loss(audio.embeddings, audio.lengths, transcripts)
             value = total / max(count, 1) * rank_share(count, weight)
             if not count and _several_ranks():  # nothing to align here: a gradient of zeros is what others' is added to
                 value = value + 0.0 * sum(p.sum() for p in self.ctc.parameters())
@@ -172,9 +182,11 @@ class ESPnetPaMModel(AbsESPnetModel):
             torch.distributed.broadcast(drawn, 0)
         return self.exit_layers[int(drawn)]
 
-    def _task_statistics(self, nll: Tensor, correct: Tensor, task: Tensor) -> dict[str, Tensor | None]:
+    def _task_statistics(
+        self, nll: Tensor, correct: Tensor, task: Tensor, present: set[int]
+    ) -> dict[str, Tensor | None]:
         """Loss and accuracy per task, the same keys on every rank (None where no rank had one): ESPnet reduces key by
-        key, and a rank without a sample of some task would never return."""
+        key, and a rank without a sample of some task would never return. ``present``: the tasks of this rank."""
         size = len(self.tasks)
         table = torch.zeros(3, size, device=nll.device)
         table[0].index_add_(0, task, nll.float())
@@ -182,11 +194,11 @@ class ESPnetPaMModel(AbsESPnetModel):
         table[2].index_add_(0, task, torch.ones_like(nll, dtype=torch.float32))
         if _several_ranks():
             torch.distributed.all_reduce(table)
+            present = {i for i, count in enumerate(table[2].tolist()) if count}  # as ESPnet reads right after this
         stats: dict[str, Tensor | None] = {}
         for i, name in enumerate(self.tasks):
-            count = table[2, i]
-            stats[f"loss_{name}"] = table[0, i] / count if count > 0 else None
-            stats[f"acc_{name}"] = table[1, i] / count if count > 0 else None
+            stats[f"loss_{name}"] = table[0, i] / table[2, i] if i in present else None
+            stats[f"acc_{name}"] = table[1, i] / table[2, i] if i in present else None
         return stats
 
     def collect_feats(self, **batch: Any) -> dict[str, Tensor]:
@@ -216,14 +228,9 @@ def rank_share(count: int, weight: Tensor) -> Tensor | float:
     """
     if not _several_ranks():
         return 1.0
-    sums = torch.stack([weight, weight.new_tensor(float(count))])
+    sums = torch.stack([weight, torch.full_like(weight, float(count))])
     torch.distributed.all_reduce(sums)
     return sums[0] / weight * count / sums[1].clamp_min(1.0)
-
-
-def decode_prompts(padded: Tensor) -> list[str]:
-    """Prompts (B strings) from their padded UTF-8 bytes (B, bytes)."""
-    return [bytes(row[row != IGNORE].tolist()).decode("utf-8") for row in padded]
 
 
 def cached_features(batch: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]] | None:

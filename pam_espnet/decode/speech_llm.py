@@ -188,7 +188,7 @@ class SpeechLLM:
         batch = torch.zeros(len(waves), int(lengths.max()))
         for row, wave in zip(batch, waves, strict=True):
             row[: len(wave)] = torch.from_numpy(wave)
-        return self.model.audio_embeddings(prompts, lengths.to(self.device), batch.to(self.device))
+        return self.model.audio_embeddings(prompts, lengths, batch.to(self.device))
 
     @torch.no_grad()
     def answer(

@@ -58,7 +58,7 @@ def answer_states(
         batch = keys[start : start + batch_size]
         prompts = [data.prompt[key] for key in batch]
         audio = speech.encode([read_wave(data, key, model.frontend.sample_rate) for key in batch], prompts)
-        inputs = model.build_inputs(prompts, audio, [torch.tensor(answers[key], device=speech.device) for key in batch])
+        inputs = model.build_inputs(prompts, audio, [answers[key] for key in batch])
         blocks: list[Tensor] = []
 
         def keep(_module: Any, _inputs: Any, output: Any, kept: Any = blocks, index: Any = inputs.target_index) -> None:

@@ -31,10 +31,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pam_espnet.engine.exits import ExitOptions
-from pam_espnet.engine.transfer import upload
 from pam_espnet.errors import ConfigError
 from pam_espnet.llm.llm import LLM
 from pam_espnet.llm.lora import lora_precision
+from pam_espnet.transfer import upload
 
 if TYPE_CHECKING:
     from pam_espnet.engine.llama import LlamaEngine

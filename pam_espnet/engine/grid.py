@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from pam_espnet.engine.static_memory import Memory, Shape
-from pam_espnet.engine.transfer import upload
+from pam_espnet.transfer import upload
 
 if TYPE_CHECKING:
     from pam_espnet.engine.static import StaticEngine

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from pam_espnet.engine.engine import Engine
 from pam_espnet.engine.exits import ExitOptions, ExitPolicy
 from pam_espnet.engine.packed import BlockedTable, Linear, pack
-from pam_espnet.engine.transfer import upload
 from pam_espnet.engine.tree import RESERVE, Tree
 from pam_espnet.errors import PamError
 from pam_espnet.llm.llm import LLM
+from pam_espnet.transfer import upload
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines (N,1,E) of rows' positions
 

@@ -25,7 +25,7 @@ from pam_espnet.engine.grid import GridState
 from pam_espnet.engine.llama import Block, LlamaEngine
 from pam_espnet.engine.ops import operations
 from pam_espnet.engine.static_memory import Memory, Shape
-from pam_espnet.engine.transfer import upload
+from pam_espnet.transfer import upload
 
 PREFIX_ROWS = 8192  # positions of prefixes that are run together
 CAPTURED_ROWS = 1024  # positions up to which a GPU waits for the host to launch a prefix's kernels

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pam_espnet.engine.transfer import send, upload
+from pam_espnet.transfer import send, upload
 
 RESERVE = 64  # slots for steps, allocated with the prefix
 GROWTH = 1.5  # of the memory when it is full

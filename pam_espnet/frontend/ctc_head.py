@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from pam_espnet.transfer import upload
+
 BLANK = 0
 
 
@@ -69,8 +71,8 @@ class EmbeddingCTC(nn.Module):
 
         Args:
             frames: audio embeddings (B,U,D).
-            lengths: valid frames (B,).
-            answers: token ids of each utterance, without the end token.
+            lengths: valid frames (B,), on the host.
+            answers: token ids of each utterance, without the end token; one without any is left out.
 
         Returns:
             the summed negative log-likelihood, the number of target tokens it sums over, and the number of
@@ -85,9 +87,9 @@ class EmbeddingCTC(nn.Module):
         if not targets:
             return frames.sum() * 0.0, 0, len(answers)
         rows = list(targets)
-        flat = torch.tensor([c for target in targets.values() for c in target], device=frames.device)
-        target_lengths = torch.tensor([len(target) for target in targets.values()], device=frames.device)
-        log_probs = self.log_probs(frames[rows]).transpose(0, 1)
+        index, flat = upload(frames.device, rows, [c for target in targets.values() for c in target])
+        target_lengths = torch.tensor([len(target) for target in targets.values()])
+        log_probs = self.log_probs(frames[index]).transpose(0, 1)
         total = F.ctc_loss(log_probs, flat, lengths[rows], target_lengths, blank=BLANK, reduction="sum")
         return total, flat.numel(), len(answers) - len(rows)
 

@@ -31,6 +31,7 @@ from pam_espnet.frontend.encoders.registry import build_encoder, encoder_class
 from pam_espnet.frontend.fusion.registry import build_fusion
 from pam_espnet.frontend.fusion.routing import Routing, join_routing, keep_encoder, skip_encoders
 from pam_espnet.frontend.masking import MaskOptions, draw_spans, hide
+from pam_espnet.transfer import send
 
 Hidden = tuple[Tensor, Tensor]  # hidden states (B,H,T,D) and frames (B,)
 
@@ -40,7 +41,7 @@ class AudioEmbeddings:
     """The audio in the LLM's input, and how it was mixed."""
 
     embeddings: Tensor  # (B,U,D), zero beyond each utterance's length
-    lengths: Tensor  # (B,) frames
+    lengths: Tensor  # (B,) frames; on the host
     routing: Routing
 
 
@@ -176,7 +177,10 @@ class PaMFrontend(AbsFrontend):
         return routing
 
     def needed_encoders(self, routing: Routing) -> list[str]:
-        """The encoders that have weight for at least one utterance of the batch."""
+        """The encoders that have weight for at least one utterance of the batch; in training all that the fusion uses,
+        none of which is skipped."""
+        if self.training:
+            return [name for name in self.names if name in self.fusion.used]
         needed = (routing.encoder_weights != 0).any(dim=0).tolist()  # NaN as well, for the loss to show it
         return [name for name, need in zip(self.names, needed, strict=True) if need]
 
@@ -186,8 +190,7 @@ class PaMFrontend(AbsFrontend):
 
     def output_lengths(self, num_samples: Tensor) -> Tensor:
         """Audio embeddings (B,) for sample counts (B,): the exact ``ceil(num_samples / sample_rate * frame_rate)``."""
-        per_sample = Fraction(self.frame_rate).limit_denominator(10**6) / self.sample_rate
-        return -(-num_samples.long() * per_sample.numerator // per_sample.denominator)
+        return output_lengths(num_samples, self.frame_rate, self.sample_rate)
 
     def forward(
         self,
@@ -200,7 +203,7 @@ class PaMFrontend(AbsFrontend):
         """Audio embeddings for a batch.
 
         Args:
-            num_samples: (B,).
+            num_samples: (B,); on the host, or it waits for the device here.
             prompt_vector: (B,P).
             wave: (B,N) in [-1, 1]; needed for the encoders that ``features`` does not cover.
             features: name -> (hidden states (B,T,H*D) layer by layer as the cache stores them, or (B,H,T,D);
@@ -209,10 +212,10 @@ class PaMFrontend(AbsFrontend):
 
         Raises ConfigError: an encoder has weight but neither features nor a waveform, or features of another shape.
         """
-        routing = self.route(prompt_vector)
-        if only in self.fusion.used:
-            routing = keep_encoder(routing, self.names.index(only))
+        routing, num_samples = self.route(prompt_vector), num_samples.cpu()
         needed = self.needed_encoders(routing)
+        if only in self.fusion.used:
+            routing, needed = keep_encoder(routing, self.names.index(only)), [only]
         hidden = {name: self._unflatten(name, *pair) for name, pair in (features or {}).items() if name in needed}
         missing = [name for name in needed if name not in hidden]
         if missing and wave is None:
@@ -224,7 +227,9 @@ class PaMFrontend(AbsFrontend):
             hidden.update(self.encode(wave, num_samples, missing))
         lengths = self.output_lengths(num_samples)  # (B,)
         num_frames = int(lengths.max())  # U
-        spans = draw_spans(num_samples / self.sample_rate, self.masks) if self.training else None
+        samples, frames = send(torch.stack([num_samples, lengths]), prompt_vector.device)
+        longest = float(num_samples.max() / self.sample_rate)
+        spans = draw_spans(samples / self.sample_rate, longest, self.masks) if self.training else None
         streams: list[Tensor | None] = []
         for name, weights in zip(self.names, routing.layer_weights, strict=True):
             if name not in hidden:
@@ -235,7 +240,7 @@ class PaMFrontend(AbsFrontend):
                 mixed = hide(mixed, self.specs[name].frame_rate, spans, self.masks.dropout)
             streams.append(self.adapters[name](mixed, num_frames))  # (B,U,D)
         fused = self.gain * self.fusion(streams, routing)
-        return AudioEmbeddings(fused.masked_fill(padding_mask(lengths, num_frames)[..., None], 0.0), lengths, routing)
+        return AudioEmbeddings(fused.masked_fill(padding_mask(frames, num_frames)[..., None], 0.0), lengths, routing)
 
     def _unflatten(self, name: str, states: Tensor, frames: Tensor) -> Hidden:
         spec = self.specs[name]
@@ -247,6 +252,12 @@ class PaMFrontend(AbsFrontend):
                 f"{spec.num_layers} layers of width {spec.width}: was the cache made with other layers? Rebuild it"
             )
         return states, frames
+
+
+def output_lengths(num_samples: Tensor, frame_rate: float, sample_rate: int) -> Tensor:
+    """Audio embeddings (B,) at ``frame_rate`` Hz of clips of ``num_samples`` (B,) at ``sample_rate`` Hz."""
+    per_sample = Fraction(frame_rate).limit_denominator(10**6) / sample_rate
+    return -(-num_samples.long() * per_sample.numerator // per_sample.denominator)
 
 
 def _check(

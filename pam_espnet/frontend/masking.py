@@ -33,16 +33,16 @@ class MaskOptions:
         check_number(self.dropout, "mask_conf.dropout", at_least=0, below=1)
 
 
-def draw_spans(seconds: Tensor, options: MaskOptions) -> Tensor:
-    """Time masks (B, masks, 2) as start and end in seconds, for utterances of ``seconds`` (B,).
+def draw_spans(seconds: Tensor, longest: float, options: MaskOptions) -> Tensor:
+    """Time masks (B, masks, 2) as start and end in seconds, for utterances of ``seconds`` (B,), ``longest`` at most.
 
     They are the same for all encoders, so that none fills in another. Utterances with fewer masks than others get
     empty ones. A mask covers at most a third of an utterance.
     """
-    most = max(1, math.ceil(float(seconds.max()) / options.every))
+    most = max(1, math.ceil(longest / options.every))
     count = torch.ceil(seconds / options.every)[:, None]
-    longest = torch.clamp(seconds / 3, max=options.span)[:, None]
-    width = torch.rand(len(seconds), most, device=seconds.device) * longest
+    widest = torch.clamp(seconds / 3, max=options.span)[:, None]
+    width = torch.rand(len(seconds), most, device=seconds.device) * widest
     width = width * (torch.arange(most, device=seconds.device) < count)
     start = torch.rand_like(width) * (seconds[:, None] - width)
     return torch.stack([start, start + width], dim=-1)

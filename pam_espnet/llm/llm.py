@@ -42,7 +42,7 @@ class LLM(nn.Module):
         tokenizer: its tokenizer, with a chat template.
         lora: options of ``llm.lora.add_lora``, or None for a frozen LLM.
         gradient_checkpointing: recompute activations in the backward pass (less memory, more time): True those of every
-            block, a number N of every N-th block.
+            block, a number N of every N-th block. "auto": none, but training on a GPU sets the least that fits.
         prompt_position: where the prompt vector is read: "prompt" (last token of the prompt text) or "template" (last
             token of the whole template).
         system: system prompt of every conversation; "" is an empty one, None the template's default.
@@ -64,7 +64,7 @@ class LLM(nn.Module):
         lm: Any,
         tokenizer: Any,
         lora: Mapping[str, Any] | None = None,
-        gradient_checkpointing: bool | int = False,
+        gradient_checkpointing: bool | int | str = False,
         prompt_position: str = "prompt",
         system: str | None = "",
         fused_decoding: bool = True,
@@ -81,11 +81,9 @@ class LLM(nn.Module):
         self.system = system
         self.answer_prefix = check_answer_prefix(tokenizer, answer_prefix or {})
         self.fused_decoding = fused_decoding
-        self.gradient_checkpointing = gradient_checkpointing
         if lora is not None:
             add_lora(lm, lora)
-        if every := recomputed_every(gradient_checkpointing):
-            lm.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+        self.recompute(gradient_checkpointing)
         self.vocab_size: int
         self.width: int
         self.vocab_size, self.width = lm.get_input_embeddings().weight.shape
@@ -140,6 +138,12 @@ class LLM(nn.Module):
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"cannot load the LLM {path_or_id!r}: {error}") from error
         return cls(lm, tokenizer, lora=lora, **options)
+
+    def recompute(self, gradient_checkpointing: bool | int | str) -> None:
+        """Recompute activations as the option says; it was none before."""
+        self.gradient_checkpointing = recomputed_every(gradient_checkpointing)
+        if every := self.gradient_checkpointing:
+            self.lm.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
 
     def train(self, mode: bool = True) -> LLM:
         """Training mode switches on LoRA's dropout alone; the frozen LLM's dropout stays off."""
@@ -256,8 +260,10 @@ class LLM(nn.Module):
 
 
 def recomputed_every(option: Any) -> int:
-    """N of ``gradient_checkpointing`` where every N-th block is recomputed in the backward pass; 0: none.
-    Raises ConfigError: it is neither false nor true nor a number of blocks."""
+    """N of ``gradient_checkpointing`` where every N-th block is recomputed in the backward pass; 0: none, or "auto".
+    Raises ConfigError: it is neither auto nor false nor true nor a number of blocks."""
+    if option == "auto":
+        return 0
     every = int(option or 0) if option in (None, False, True) else option
     check_number(every, "llm_conf.gradient_checkpointing", at_least=0, whole=True)
     return every

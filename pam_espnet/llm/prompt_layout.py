@@ -2,7 +2,8 @@
 
 One utterance is ``[head | audio | tail | answer]``: head is everything the tokenizer's chat template puts before the
 audio, tail is the prompt text plus the header of the assistant's turn, the answer ends with the end-of-turn token.
-Nothing here depends on the LLM: ``build_inputs`` is given the function that embeds token ids.
+Nothing here depends on the LLM: ``build_inputs`` is given the function that embeds token ids. What goes where follows
+from lengths alone; ``lay_out`` finds it on the host, in training in the processes that load data.
 
 B utterances, U audio frames (embeddings), L tokens, P positions, D width, V vocabulary.
 """
@@ -11,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from pam_espnet.data.tasks import task_spec
 from pam_espnet.errors import ConfigError
@@ -31,6 +32,19 @@ class PromptLayout:
     head_ids: list[int]  # before the audio: system turn, header of the user turn
     tail_ids: list[int]  # after the audio: prompt text, end of the user turn, header of the assistant turn
     prompt_ids: list[int]  # the part of the tail up to the end of the prompt text (for the prompt vector)
+
+
+class BatchLayout(NamedTuple):
+    """Where the parts of a batch go in the LLM's input, rows of (B*P, D)."""
+
+    utterances: int  # B
+    width: int  # P
+    positions: int  # of all utterances, padding not counted
+    sizes: list[int]  # of the parts of ``numbers``
+    # int64, so that one transfer moves all of them: token_ids (L,) of heads, tails and answers, and their rows (L,);
+    # the row of each audio frame (B*U,), B*P for padding; positions of each utterance (B,), those before its answer
+    # (B,); target_ids and target_index (targets,) as in Inputs.
+    numbers: Tensor
 
 
 @dataclass(frozen=True)
@@ -121,51 +135,61 @@ def check_answer_prefix(tokenizer: Any, prefixes: Mapping[str, str]) -> dict[str
     return dict(prefixes)
 
 
-def build_inputs(
-    head: Sequence[Tensor],
-    audio: Tensor,
-    audio_lengths: Tensor,
-    tail: Sequence[Tensor],
-    answer: Sequence[Tensor] | None,
-    embed: Callable[[Tensor], Tensor],
-) -> Inputs:
-    """Put ``[head | audio | tail | answer]`` of each utterance in one right-padded batch.
+def lay_out(
+    prompts: Sequence[PromptLayout], frames: Sequence[int], answers: Sequence[Sequence[int]] | None
+) -> BatchLayout:
+    """Where each part of ``[head | audio | tail | answer]`` goes in one right-padded batch.
 
     Padding is behind the answer only, never between the parts, so prompts of different length share a batch.
     The last answer token is a target but no input: nothing is predicted from it.
 
     Args:
-        head, tail: B tensors (L,) of token ids; L differs.
+        prompts: B.
+        frames: of the audio, B; 0 allowed.
+        answers: token ids that end with the end-of-turn token, B; None when decoding.
+    """
+    replies = [()] * len(prompts) if answers is None else answers
+    prefixes = [len(one.head_ids) + size + len(one.tail_ids) for one, size in zip(prompts, frames, strict=True)]
+    lengths = [prefix + len(reply[:-1]) for prefix, reply in zip(prefixes, replies, strict=True)]
+    width = max(lengths)
+    tokens: list[int] = []
+    token_rows, target_index = [], []
+    frame_rows = np.full((len(prompts), max(frames)), len(prompts) * width)
+    for b, (prompt, size, reply) in enumerate(zip(prompts, frames, replies, strict=True)):
+        tokens += [*prompt.head_ids, *prompt.tail_ids, *reply[:-1]]
+        rows, head = np.arange(b * width, b * width + lengths[b]), len(prompt.head_ids)
+        token_rows += [rows[:head], rows[head + size :]]
+        frame_rows[b, :size] = rows[head : head + size]
+        first = b * width + prefixes[b] - 1  # the last prefix position predicts the first answer token
+        target_index.append(np.arange(first, first + len(reply)))
+    targets = [token for reply in replies for token in reply]
+    parts = [tokens, np.concatenate(token_rows), frame_rows.ravel(), lengths, prefixes, targets]
+    arrays = [np.asarray(part, dtype=np.int64) for part in (*parts, np.concatenate(target_index))]
+    numbers = torch.from_numpy(np.concatenate(arrays))
+    return BatchLayout(len(prompts), width, sum(lengths), [len(array) for array in arrays], numbers)
+
+
+def build_inputs(layout: BatchLayout, audio: Tensor, embed: Callable[[Tensor], Tensor]) -> Inputs:
+    """Fill a batch that was laid out.
+
+    Args:
+        layout: its numbers on the device of ``audio``.
         audio: (B,U,D) audio embeddings; gradients flow back through them.
-        audio_lengths: (B,) valid frames, 0 allowed.
-        answer: B tensors (L,) of token ids that end with the end-of-turn token, or None when decoding.
         embed: token ids (L,) -> (L,D).
     """
-    device, answers = audio.device, answer if answer is not None else [None] * len(head)
-    rows, prefixes, targets, index = [], [], [], []
-    for b, (before, after, reply) in enumerate(zip(head, tail, answers, strict=True)):
-        given = [after] if reply is None else [after, reply[:-1]]
-        row = torch.cat(
-            [embed(before.to(device)), audio[b, : int(audio_lengths[b])], embed(torch.cat(given).to(device))]
-        )
-        rows.append(row)
-        prefixes.append(len(row) - (0 if reply is None else len(reply) - 1))
-    embeds = pad_sequence(rows, batch_first=True)
-    positions = torch.arange(embeds.size(1), device=device)
-    mask = positions < torch.tensor([len(row) for row in rows], device=device)[:, None]
-    for b, reply in enumerate(answers):
-        if reply is not None:
-            first = b * embeds.size(1) + prefixes[b] - 1  # the last prefix position predicts the first answer token
-            targets.append(reply.to(device))
-            index.append(torch.arange(first, first + len(reply), device=device))
-    none = torch.zeros(0, dtype=torch.long, device=device)
+    ids, token_rows, frame_rows, lengths, prefixes, targets, target_index = layout.numbers.split(layout.sizes)
+    tokens, frames = embed(ids), audio[:, : len(frame_rows) // layout.utterances].flatten(0, 1)
+    size = layout.utterances * layout.width
+    dtype = torch.promote_types(tokens.dtype, audio.dtype)
+    rows = torch.zeros(size + 1, audio.size(2), dtype=dtype, device=audio.device)  # the last one is of padding
+    rows = rows.index_copy(0, token_rows, tokens.to(dtype)).index_copy(0, frame_rows, frames.to(dtype))
     return Inputs(
-        embeds=embeds,
-        mask=mask,
-        positions=sum(map(len, rows)),
-        prefix_lengths=torch.tensor(prefixes, device=device),
-        target_ids=torch.cat(targets) if targets else none,
-        target_index=torch.cat(index) if index else none,
+        embeds=rows[:size].unflatten(0, (layout.utterances, layout.width)),
+        mask=torch.arange(layout.width, device=audio.device) < lengths[:, None],
+        positions=layout.positions,
+        prefix_lengths=prefixes,
+        target_ids=targets,
+        target_index=target_index,
     )
 
 

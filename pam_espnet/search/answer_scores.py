@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pam_espnet.engine.engine import Engine
-from pam_espnet.engine.transfer import upload
+from pam_espnet.transfer import upload
 
 
 @torch.no_grad()

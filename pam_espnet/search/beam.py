@@ -16,11 +16,11 @@ from torch import Tensor
 
 from pam_espnet.engine.engine import Engine
 from pam_espnet.engine.static import StaticEngine
-from pam_espnet.engine.transfer import download, send, upload
 from pam_espnet.search.constraints import Constraint, combine, count_fired, find_rules, forbidden, rule_table
 from pam_espnet.search.ctc import CTCState, CTCTable, follow, joint, start, with_ends
 from pam_espnet.search.hypothesis import BeamOptions, Candidate, Hypothesis, Partial, UtteranceBeam, new_beams
 from pam_espnet.search.static_beam import static_beam_search
+from pam_espnet.transfer import download, send, upload
 
 
 @torch.no_grad()

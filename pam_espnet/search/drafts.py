@@ -25,10 +25,10 @@ from torch import Tensor
 
 from pam_espnet.config import LAST_COMMIT, check_number
 from pam_espnet.engine.engine import Engine
-from pam_espnet.engine.transfer import download, send, upload
 from pam_espnet.errors import ConfigError
 from pam_espnet.search.constraints import Constraint, combine, count_fired, find_rules, forbidden, rule_table
 from pam_espnet.search.hypothesis import BeamOptions, Candidate, Hypothesis, Partial, UtteranceBeam, new_beams
+from pam_espnet.transfer import download, send, upload
 
 KINDS = ("none", "ctc")
 

@@ -7,14 +7,16 @@ import logging
 import time
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.iterators.sequence_iter_factory import worker_init_fn
 from espnet2.train.dataset import DATA_TYPES
 from espnet2.train.preprocessor import AbsPreprocessor
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pam_espnet.data.audio import read_audio
@@ -117,22 +119,23 @@ class FreshPrompts:
 
 
 class Reworded(Dataset):
-    """``dataset`` with the prompts of one epoch, which depend on utterance, seed and epoch alone: neither on the number
+    """``dataset`` with the prompts of ``epoch``, which depend on utterance, seed and epoch alone: neither on the number
     of processes that load data nor on where a resumed run continues."""
 
-    def __init__(self, dataset: Any, prompts: FreshPrompts, epoch: int) -> None:
+    def __init__(self, dataset: Any, prompts: FreshPrompts) -> None:
         self.dataset = dataset
         self.prompts = prompts
-        self.epoch = epoch
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers outlive epochs
 
     def __getitem__(self, utterance: str) -> tuple[str, dict[str, np.ndarray]]:
         key, data = self.dataset[utterance]
-        return key, {**data, "prompt": prompt_bytes(self.prompts.draw(key, self.epoch))}
+        return key, {**data, "prompt": prompt_bytes(self.prompts.draw(key, int(self.epoch)))}
 
 
 @dataclass
 class PaMIterFactory(AbsIterFactory):
-    """A ``DataLoader`` per epoch; training epochs are slices of freshly shuffled passes, validation is in order."""
+    """Batches of each epoch; training epochs are slices of freshly shuffled passes, validation is in order. Workers of
+    training are kept from epoch to epoch: nothing in them is random."""
 
     dataset: Any  # ESPnet's: keys -> arrays
     seconds: Mapping[str, float]  # of every utterance
@@ -148,6 +151,7 @@ class PaMIterFactory(AbsIterFactory):
     world_size: int = 1  # each batch is dealt out over the ranks, utterance by utterance
     fresh_prompts: FreshPrompts | None = None  # where given, training draws the wordings anew in each epoch
     announce: bool = True  # whether the log has how much of each task is in an epoch
+    _kept: Any = field(default=None, init=False)  # loader
 
     def batches(self, epoch: int) -> list[list[str]]:
         """This rank's share of the epoch's batches; the same number of batches on every rank, none empty."""
@@ -165,11 +169,22 @@ class PaMIterFactory(AbsIterFactory):
 
     def build_iter(self, epoch: int, shuffle: bool | None = None) -> DataLoader:
         """The batches of ``epoch`` (from 1); ``shuffle`` is fixed by ``train`` and kept for ESPnet's contract."""
+        loader: Any = self._kept or self._loader(epoch)
+        if self.train and self.num_workers:
+            self._kept = loader
+        loader.batch_sampler[:] = self.batches(epoch)
+        dataset = loader.dataset.dataset if self.num_workers else loader.dataset
+        if isinstance(dataset, Reworded):
+            dataset.epoch.fill_(epoch)
+        return loader
+
+    def _loader(self, epoch: int) -> DataLoader:
         prompts = self.fresh_prompts if self.train else None
-        dataset = self.dataset if prompts is None else Reworded(self.dataset, prompts, epoch)
+        dataset = self.dataset if prompts is None else Reworded(self.dataset, prompts)
         return _Loader(
             dataset=_Caught(dataset) if self.num_workers else dataset,
-            batch_sampler=self.batches(epoch),
+            batch_sampler=[],
+            persistent_workers=self.train and self.num_workers > 0,
             worker_init_fn=functools.partial(worker_init_fn, base_seed=epoch + self.seed),
             collate_fn=functools.partial(_collate, self.collate_fn) if self.num_workers else self.collate_fn,
             num_workers=self.num_workers,
@@ -183,6 +198,8 @@ class _Loader(DataLoader):
     waited = 0.0  # seconds until batches came, so far
 
     def __iter__(self) -> Any:
+        if self._iterator is not None:  # workers begun anew, as in a resumed run, would draw their seed
+            torch.empty((), dtype=torch.long).random_()
         return self._timed(super().__iter__())  # no generator itself: making the iterator draws the workers' seed now
 
     def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -221,8 +238,10 @@ def _collate(collate_fn: Callable[..., Any], utterances: Any) -> Any:
         return errors[0]
     batch = collate_fn(utterances)
     try:
-        for tensor in batch[1].values():
-            tensor.share_memory_()
+        for value in batch[1].values():
+            for tensor in value if isinstance(value, tuple) else [value]:
+                if isinstance(tensor, Tensor):
+                    tensor.share_memory_()
     except (OSError, RuntimeError) as error:
         return ConfigError(
             f"num_workers: a batch does not fit into the shared memory of this machine, /dev/shm ({error})\n"

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from pam_espnet.train.estimate import llm_operations
 
@@ -50,12 +49,12 @@ class Rates:
         self.tokens, self.padded_tokens, self.targets = 0, 0, 0
         self.begun, self.waited = time.perf_counter(), self.loader.waited
 
-    def add(self, batch: Mapping[str, Tensor]) -> None:
+    def add(self, batch: Mapping[str, Any]) -> None:
         """Count a step that is done; ``batch``: on the host, as the model takes it."""
-        samples = batch["num_samples"]  # (B,1)
-        seconds = int(samples.sum()) / self.model.frontend.sample_rate
+        samples = batch["num_samples"]
+        seconds = sum(samples) / self.model.frontend.sample_rate
         self.audio += seconds
-        self.padded_audio += samples.numel() * int(samples.max()) / self.model.frontend.sample_rate
+        self.padded_audio += len(samples) * max(samples) / self.model.frontend.sample_rate
         for name, number in zip(("tokens", "padded_tokens", "targets"), self.model.step_size, strict=True):
             setattr(self, name, getattr(self, name) + number)
         if "speech" in batch:  # else the encoders' hidden states come from the cache

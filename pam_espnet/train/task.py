@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.tasks.abs_task import AbsTask, IteratorOptions, optim_classes
-from espnet2.train.collate_fn import CommonCollateFn
 from espnet2.utils.nested_dict_action import NestedDictAction
 from espnet2.utils.types import str_or_none
 
@@ -25,7 +25,9 @@ from pam_espnet.data.tasks import TASKS
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import load_strict, read_trained
 from pam_espnet.llm.llm import load_tokenizer
-from pam_espnet.model import IGNORE, ESPnetPaMModel, build_model
+from pam_espnet.model import ESPnetPaMModel, build_model
+from pam_espnet.train.collate import PaMCollate
+from pam_espnet.train.estimate import fitting_checkpointing
 from pam_espnet.train.experiment import read_options
 from pam_espnet.train.iterator import FreshPrompts, PaMIterFactory, PaMPreprocessor
 from pam_espnet.train.trainer import PaMTrainer
@@ -87,8 +89,10 @@ class PaMTask(AbsTask):
 
     @classmethod
     def build_collate_fn(cls, args: argparse.Namespace, train: bool) -> Callable[..., Any]:
-        """Zero-padded floats; integers padded with a value that no token, byte or index has."""
-        return CommonCollateFn(float_pad_value=0.0, int_pad_value=IGNORE)
+        """Batches for ``ESPnetPaMModel.forward``."""
+        frontend, system = args.frontend_conf or {}, (args.llm_conf or {}).get("system", "")
+        rates = float(frontend.get("frame_rate", 12.5)), int(frontend.get("sample_rate", 16000))
+        return PaMCollate(tokenizer_of(args), system, *rates)
 
     @classmethod
     def build_preprocess_fn(cls, args: argparse.Namespace, train: bool) -> PaMPreprocessor:
@@ -110,6 +114,11 @@ class PaMTask(AbsTask):
     def build_model(cls, args: argparse.Namespace) -> ESPnetPaMModel:
         """Build the model and, with ``--init_trained``, load what an earlier step trained."""
         model = build_model(vars(args))
+        if (args.llm_conf or {}).get("gradient_checkpointing") == "auto" and args.ngpu > 0:
+            paths = {name: path for path, name, _ in args.train_data_path_and_name_and_type}
+            ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+            train, free = Path(paths["text"]).parent, torch.cuda.mem_get_info()[0]  # nothing is on the GPU yet
+            model.decoder.recompute(fitting_checkpointing(vars(args), train, "speech" not in paths, ranks, free))
         if getattr(args, "init_trained", None):
             _load_part(model, args.init_trained)
         return model

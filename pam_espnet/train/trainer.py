@@ -65,14 +65,20 @@ class PaMTrainer(Trainer):
     @classmethod
     def run(cls, *, trainer_options: PaMTrainerOptions, **others: Any) -> None:
         """ESPnet's whole training; step checkpoints are gone when it ends.
-        Raises CheckpointError: a file could not be written, as on a full disk; names it and what to do."""
+        Raises:
+            CheckpointError: a file could not be written, as on a full disk; names it and what to do.
+            ConfigError: a step does not fit into the GPU's memory; names the option to change.
+        """
         output_dir = Path(trainer_options.output_dir)
         model = others["model"]
         trainer_options.unused_parameters |= model.leaves_unused
         # What all processes have alike is not sent: buffers in every step, frozen weights before the first.
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, model.alike_names())
-        with disk_errors(output_dir):  # ESPnet writes its files in place; the copy of the epoch before is whole
-            super().run(trainer_options=trainer_options, **others)
+        try:
+            with disk_errors(output_dir):  # ESPnet writes its files in place; the copy of the epoch before is whole
+                super().run(trainer_options=trainer_options, **others)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f"the GPU's memory is too small for a step: {error}\n{_less_memory(model)}") from error
         if first_process():
             shutil.rmtree(output_dir / DIRECTORY, ignore_errors=True)
 
@@ -223,6 +229,14 @@ class _Steps:
             f"training diverged in epoch {self.reporter.epoch} of {self.options.max_epoch}: no finite gradient since "
             f"step {since} of {len(self)}; loss {loss:.4g}, learning rate {rate:.3g}\n{_WHAT_TO_TRY}"
         )
+
+
+def _less_memory(model: Any) -> str:
+    """What to set after a step that did not fit."""
+    if (every := model.decoder.gradient_checkpointing) == 1:
+        return "  -> give another --tag and a smaller batching_conf.max_seconds"
+    more = "true" if every in (2, 3) else every // 2 or 2
+    return f"  -> give another --tag and --set llm_conf.gradient_checkpointing={more}, where it is {every} now"
 
 
 def _loads(path: Path) -> bool:

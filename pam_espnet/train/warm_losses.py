@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pam_espnet.model import IGNORE, ESPnetPaMModel, cached_features, decode_prompts
+from pam_espnet.model import ESPnetPaMModel, cached_features
 
 
 def embed_batch(model: ESPnetPaMModel, batch: Mapping[str, Any], only: str | None = None) -> tuple[Tensor, Tensor]:
-    """Audio embeddings (B, U, D) of a batch, on the model's device, and their lengths (B,)."""
+    """Audio embeddings (B, U, D) of a batch, on the model's device, and their lengths (B,), on the host."""
     device = model.decoder.device
     batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     audio = model.audio_embeddings(
-        decode_prompts(batch["prompt"]),
-        batch["num_samples"][:, 0],
+        batch["prompt"],
+        torch.tensor(batch["num_samples"]),
         batch.get("speech"),
         cached_features(batch),
         only=only,
@@ -32,7 +32,7 @@ def embed_batch(model: ESPnetPaMModel, batch: Mapping[str, Any], only: str | Non
 
 
 def _answers(batch: Mapping[str, Any]) -> list[list[int]]:
-    return [row[row != IGNORE][:-1].tolist() for row in batch["text"]]
+    return [answer[:-1] for answer in batch["text"]]
 
 
 def warm_loss(
@@ -41,7 +41,7 @@ def warm_loss(
     """Loss of a batch by its tasks' ``losses``: the sum, the target tokens, the utterances left out."""
     assert model.ctc is not None
     embeddings, lengths = embed_batch(model, batch, only)
-    answers, names = _answers(batch), [model.tasks[index] for index in batch["task"][:, 0].tolist()]
+    answers, names = _answers(batch), [model.tasks[index] for index in batch["task"]]
     total, count, skipped = embeddings.sum() * 0.0, 0, 0
     for kind, loss in (("ctc", model.ctc.loss), ("bag", model.ctc.bag_loss)):
         rows = [b for b, name in enumerate(names) if losses[name] == kind]
@@ -67,7 +67,7 @@ def token_errors(
     for _, batch in batches:
         embeddings, lengths = embed_batch(model, batch)
         answers = _answers(batch)
-        for b, index in enumerate(batch["task"][:, 0].tolist()):
+        for b, index in enumerate(batch["task"]):
             task, one, length = model.tasks[index], embeddings[b : b + 1], lengths[b : b + 1]
             if losses[task] == "ctc":
                 wrong, tokens = Levenshtein.distance(answers[b], model.ctc.greedy(one, length)[0]), len(answers[b])

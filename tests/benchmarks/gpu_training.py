@@ -40,6 +40,7 @@ BEGAN = time.perf_counter()  # reading PyTorch counts
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/kit")]
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from benchmarks.gpu_clock import Clock  # noqa: E402
 from benchmarks.gpu_rows import Row, Rows, begin  # noqa: E402
@@ -47,7 +48,7 @@ from espnet2.torch_utils.device_funcs import to_device  # noqa: E402
 from random_encoders import LARGE, SMALL, random_weights  # noqa: E402
 from random_llm import random_lm  # noqa: E402
 from tiny_tokenizer import tiny_tokenizer  # noqa: E402
-from torch import Tensor  # noqa: E402
+from torch.utils.data._utils.pin_memory import pin_memory  # noqa: E402
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention  # noqa: E402
 
 from pam_espnet.config import resolve  # noqa: E402
@@ -56,9 +57,12 @@ from pam_espnet.frontend.ctc_head import EmbeddingCTC  # noqa: E402
 from pam_espnet.frontend.encoders.wavlm_attention import FusedWavLMAttention, fuse_attention  # noqa: E402
 from pam_espnet.frontend.frontend import PaMFrontend  # noqa: E402
 from pam_espnet.llm import llm as llm_module  # noqa: E402
-from pam_espnet.llm.llm import LLM, needed_mask, recomputed_every  # noqa: E402
+from pam_espnet.llm.llm import LLM, needed_mask  # noqa: E402
+from pam_espnet.llm.prompt_layout import end_of_turn_id  # noqa: E402
 from pam_espnet.model import ESPnetPaMModel, choose_tf32  # noqa: E402
+from pam_espnet.train.collate import PaMCollate  # noqa: E402
 from pam_espnet.train.estimate import llm_operations  # noqa: E402
+from pam_espnet.train.iterator import prompt_bytes  # noqa: E402
 from pam_espnet.train.rates import PEAK, Rates  # noqa: E402
 
 RECIPE = ROOT / "egs/librispeech/pam1/conf"
@@ -66,24 +70,27 @@ RECIPE = ROOT / "egs/librispeech/pam1/conf"
 
 @dataclass(frozen=True)
 class Way:
-    """A step; the defaults are those of the recipe now."""
+    """A step; the defaults are those of the recipe now, on a card on which nothing has to be recomputed."""
 
     name: str
     encoder_dtype: str = "auto"
     tf32: bool = True
     fused_wavlm: bool = True
     mask: bool = False  # of the padding, given to the LLM
-    recompute: bool | int = True  # llm_conf.gradient_checkpointing
+    recompute: bool | int = False  # llm_conf.gradient_checkpointing
+    dropout: float = 0.0  # of LoRA
 
 
-NOW, BEFORE = Way("now"), Way("as in version 0.2", "float32", tf32=False, fused_wavlm=False, mask=True)
+NOW = Way("now")
+BEFORE = Way("as in version 0.2", "float32", tf32=False, fused_wavlm=False, mask=True, recompute=True, dropout=0.05)
 WAYS = (
     NOW,
     BEFORE,
-    Way("nothing recomputed", recompute=False),
+    Way("every block recomputed", recompute=True),
     Way("every second block recomputed", recompute=2),
     Way("WavLM through transformers' attention", fused_wavlm=False),
     Way("with the mask", mask=True),
+    Way("LoRA with dropout", dropout=0.05),
     Way("without TF32", tf32=False),
     Way("encoders in float32", "float32"),
 )
@@ -122,7 +129,8 @@ class Bench:
         torch.manual_seed(1)
         dtype = torch.bfloat16 if self.gpu else torch.float32
         lm = random_lm("tiny-qwen2" if self.tiny else "Qwen2.5-3B", self.device, dtype)
-        llm = LLM(lm, tiny_tokenizer(), llm_conf["lora"], NOW.recompute, llm_conf["prompt_position"])
+        lora = {**llm_conf["lora"], "dropout": BEFORE.dropout}  # or there is none to switch off
+        llm = LLM(lm, tiny_tokenizer(), lora, NOW.recompute, llm_conf["prompt_position"])
         with random_weights(self.sizes, self.device):
             frontend = PaMFrontend(width=llm.width, prompt_width=llm.width, **conf)
         classes = 300 if self.tiny else 25000
@@ -131,26 +139,27 @@ class Bench:
         model = ESPnetPaMModel(frontend, llm, tuple(TASKS), ctc, **weights).to(self.device).train()
         trained = model.trainable_parameters()
         self.optimizer = torch.optim.AdamW(trained.values(), lr=0.0, weight_decay=config["optim_conf"]["weight_decay"])
-        self.batch = self.make_batch(classes, llm.end_id)
+        collate = PaMCollate(llm.tokenizer, llm.system, conf["frame_rate"], frontend.sample_rate)
+        self.batch = self.make_batch(classes, collate)
         counts = {"utterances": len(self.batch["text"]), "trained": sum(p.numel() for p in trained.values())}
         self.rows.add("set-up", **counts, encoders=str(frontend.encoder("whisper").dtype).removeprefix("torch."))
         self.model = model
 
-    def make_batch(self, classes: int, end: int) -> dict[str, Tensor]:
-        """On the host: ``speech`` (B,N), ``text`` (B,L), ``prompt`` (B,bytes), ``num_samples`` and ``task`` (B,1)."""
+    def make_batch(self, classes: int, collate: PaMCollate) -> dict[str, Any]:
+        """As workers give it to the trainer."""
         seconds = torch.linspace(0.9, 1.1, 3) if self.tiny else torch.linspace(12.75, 13.33, 24)
         samples = (16000 * seconds).long()
-        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-        answers = [torch.randint(5, classes, (int(3.5 * one),)) for one in seconds.tolist()]
-        prompt = torch.tensor(list(TASKS["asr"].default_prompt.encode()))
-        batch = {
-            "speech": pad([0.1 * torch.randn(size) for size in samples.tolist()]),
-            "num_samples": samples[:, None],
-            "text": pad([torch.cat([one, torch.tensor([end])]) for one in answers], padding_value=-1),
-            "prompt": prompt.expand(len(samples), -1).contiguous(),
-            "task": torch.full((len(samples), 1), list(TASKS).index("asr")),
-        }
-        return {name: one.pin_memory() if self.gpu else one for name, one in batch.items()}
+        end, prompt = torch.tensor([end_of_turn_id(collate.tokenizer)]), prompt_bytes(TASKS["asr"].default_prompt)
+        utterances = [
+            ("", {
+                "speech": 0.1 * torch.randn(size).numpy(), "num_samples": np.array([size]), "prompt": prompt,
+                "text": torch.cat([torch.randint(5, classes, (int(3.5 * one),)), end]).numpy(),
+                "task": np.array([list(TASKS).index("asr")]),
+            })
+            for one, size in zip(seconds.tolist(), samples.tolist(), strict=True)
+        ]  # fmt: skip
+        batch = collate(utterances)[1]
+        return pin_memory(batch) if self.gpu else batch
 
     @contextmanager
     def using(self, way: Way) -> Iterator[None]:
@@ -166,9 +175,11 @@ class Bench:
         for module in frontend.encoder("wavlm").modules():
             if type(module) is FusedWavLMAttention and not way.fused_wavlm:
                 module.__class__ = WavLMAttention
-        llm.gradient_checkpointing = way.recompute
-        if every := recomputed_every(way.recompute):
-            llm.lm.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+        llm.lm.activation_checkpointing_disable()
+        llm.recompute(way.recompute)
+        for module in llm.lm.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = way.dropout
         self.model.train()
         with mock.patch.object(llm_module, "needed_mask", (lambda mask: mask) if way.mask else needed_mask):
             yield

@@ -40,7 +40,7 @@ def main() -> None:
     import torch
 
     from pam_espnet.llm.llm import LLM
-    from pam_espnet.llm.prompt_layout import build_inputs, layout
+    from pam_espnet.llm.prompt_layout import build_inputs, lay_out, layout
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -53,14 +53,8 @@ def main() -> None:
     parts = layout(decoder.tokenizer, PROMPT, decoder.system)
     ids = decoder.tokenizer(ANSWER * 5)["input_ids"]
     audio = 0.1 * torch.randn(args.batch, args.audio, decoder.width)
-    inputs = build_inputs(
-        [torch.tensor(parts.head_ids)] * args.batch,
-        audio,
-        torch.full((args.batch,), args.audio),
-        [torch.tensor(parts.tail_ids)] * args.batch,
-        [torch.tensor(ids[start : start + args.answer]) for start in range(args.batch)],
-        decoder.embed,
-    )
+    answers = [ids[start : start + args.answer] for start in range(args.batch)]
+    inputs = build_inputs(lay_out([parts] * args.batch, [args.audio] * args.batch, answers), audio, decoder.embed)
 
     def step(way: str, draw: int) -> None:
         exit_block = None if way == "plain" else layers[draw % len(layers)]

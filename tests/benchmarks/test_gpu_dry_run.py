@@ -40,7 +40,7 @@ def test_benchmark_of_training_runs(repo_root: Path, tmp_path: Path) -> None:
     assert record["errors"] == [] and record["left_out"] == [] and "dry run" in record["card"]
     tables = {what: [row for row in record["rows"] if row["what"] == what] for what in ("step", "parts, ms")}
     ways = [row["way"] for row in tables["step"]]
-    assert ways == [row["way"] for row in tables["parts, ms"]] and len(ways) == 8
+    assert ways == [row["way"] for row in tables["parts, ms"]] and len(ways) == 9
     assert ways[:2] == ["now", "as in version 0.2"]
     first, *others = (row["loss"] for row in tables["step"])
     assert others == pytest.approx([first] * len(others), abs=1e-3)

@@ -20,7 +20,7 @@ from pam_espnet.frontend.encoders.base import AbsEncoder, layer_dtype
 from pam_espnet.frontend.encoders.registry import ENCODERS, build_encoder, encoder_class
 from pam_espnet.frontend.frontend import PaMFrontend
 from pam_espnet.llm.prompt_layout import answer_ids
-from pam_espnet.model import IGNORE, build_model
+from pam_espnet.model import build_model
 
 WAVES = [f"{family}-{norm}" for family in ("wav2vec2", "hubert", "wavlm") for norm in ("layer", "group")]
 HALF = ["whisper", "ast", *WAVES, "data2vec-audio-layer"]
@@ -139,13 +139,9 @@ def test_loss_moves_by_little(
     torch.manual_seed(0)
     model = build_model(config).eval()
     wave, lengths = batch()
-    rows = [torch.tensor(answer_ids(model.decoder.tokenizer, text)) for text in ("you have", "a dog barks", "2")]
-    prompt = torch.tensor([list(b"Transcribe the speech.")] * len(rows))
-    given = {
-        "speech": wave, "speech_lengths": lengths, "num_samples": lengths[:, None], "prompt": prompt,
-        "text": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE),
-        "task": torch.zeros(len(rows), 1, dtype=torch.long),
-    }  # fmt: skip
+    text = [answer_ids(model.decoder.tokenizer, one) for one in ("you have", "a dog barks", "2")]
+    prompt, task = ["Transcribe the speech."] * 3, [0] * 3
+    given = {"speech": wave, "num_samples": lengths.tolist(), "prompt": prompt, "text": text, "task": task}
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         for name in encoders:

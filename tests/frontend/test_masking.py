@@ -13,7 +13,7 @@ def test_spans_lie_inside_and_cover_at_most_a_third_each() -> None:
     torch.manual_seed(0)
     seconds = torch.tensor([0.3, 4.0, 9.0])
     for _ in range(50):
-        spans = draw_spans(seconds, MaskOptions(span=0.5, every=2.0))
+        spans = draw_spans(seconds, float(seconds.max()), MaskOptions(span=0.5, every=2.0))
         assert spans.shape == (3, 5, 2)
         width = spans[..., 1] - spans[..., 0]
         assert (spans[..., 0] >= 0).all() and (spans[..., 1] <= seconds[:, None] + 1e-5).all()
@@ -32,7 +32,7 @@ def test_hide_zeroes_the_span_at_every_rate() -> None:
 
 
 def test_defaults_hide_nothing() -> None:
-    spans = draw_spans(torch.tensor([3.0]), MaskOptions())
+    spans = draw_spans(torch.tensor([3.0]), 3.0, MaskOptions())
     hidden = torch.randn(1, 150, 4)
     assert torch.equal(hide(hidden, 50.0, spans, MaskOptions().dropout), hidden)
 

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pam_espnet.errors import ConfigError
-from pam_espnet.llm.prompt_layout import answer_ids, build_inputs, check_answer_prefix, end_of_turn_id, layout
+from pam_espnet.llm.prompt_layout import (
+    PromptLayout,
+    answer_ids,
+    build_inputs,
+    check_answer_prefix,
+    end_of_turn_id,
+    lay_out,
+    layout,
+)
 
 # Templates as published models write them: Llama 2 refuses nothing, strips text and ends with EOS; Gemma has no
 # system turn.
@@ -162,8 +170,8 @@ _IDS = st.lists(st.integers(10, 99), min_size=1, max_size=5)
 @given(st.lists(st.tuples(_IDS, st.integers(0, 4), _IDS, _IDS), min_size=1, max_size=4))
 def test_padding_is_behind_the_answer_only(batch: list[tuple[list[int], int, list[int], list[int]]]) -> None:
     heads, lengths, tails, answers = (list(column) for column in zip(*batch, strict=True))
-    tensors = [[torch.tensor(ids) for ids in column] for column in (heads, tails, answers)]
-    inputs = build_inputs(tensors[0], _audio(lengths), torch.tensor(lengths), tensors[1], tensors[2], _embed)
+    prompts = [PromptLayout(head, tail, []) for head, tail in zip(heads, tails, strict=True)]
+    inputs = build_inputs(lay_out(prompts, lengths, answers), _audio(lengths), _embed)
     index = 0
     for b, (head, frames, tail, answer) in enumerate(batch):
         row = [*head, *range(frames), *tail, *answer[:-1]]
@@ -180,9 +188,9 @@ def test_padding_is_behind_the_answer_only(batch: list[tuple[list[int], int, lis
 
 
 def test_decoding_has_no_targets_and_gradients_reach_the_audio() -> None:
-    ids = [torch.tensor([11, 12]), torch.tensor([13])]
+    prompts = [PromptLayout([11, 12], [11, 12], []), PromptLayout([13], [13], [])]
     audio = _audio([2, 1]).requires_grad_()
-    inputs = build_inputs(ids, audio, torch.tensor([2, 1]), ids, None, _embed)
+    inputs = build_inputs(lay_out(prompts, [2, 1], None), audio, _embed)
     assert inputs.target_ids.numel() == 0 and inputs.prefix_lengths.tolist() == [6, 3]
     inputs.embeds.sum().backward()
     assert audio.grad is not None

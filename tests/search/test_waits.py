@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pam_espnet.engine import transfer
+from pam_espnet import transfer
 from pam_espnet.engine.engine import Engine, make_engine
 from pam_espnet.engine.exits import ExitOptions
 from pam_espnet.llm.llm import LLM

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from humanfriendly import format_size
-from tiny_model import tiny_config, train_args, write_data
+from tiny_model import deeper_llm, tiny_config, train_args, write_data
 
 from pam_espnet.config import write_config
 from pam_espnet.frontend.encoders.registry import build_encoder
@@ -20,8 +20,10 @@ from pam_espnet.train.estimate import (
     batches,
     encoder_shape,
     estimate,
+    fitting_checkpointing,
     llm_activation_bytes,
     parameters,
+    step_bytes,
     step_seconds,
 )
 from pam_espnet.train.experiment import bare_llm
@@ -118,6 +120,32 @@ def test_the_measured_step_of_an_h200_is_estimated() -> None:
     assert one == pytest.approx(1.198 + 0.401, rel=0.02)
     assert one / eight == pytest.approx(1.7, abs=0.05)
     assert step_seconds({**config, "batching_conf": {}}, lm, plan, 8, encoding) == one  # each has as much as one alone
+
+
+def test_training_recomputes_the_least_that_fits(
+    tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pam_espnet.train.task import PaMTask
+
+    data = write_data(tmp_path, "train")
+    config = tiny_config(deeper_llm(tiny_llm_dir, tmp_path / "deep", 6))
+    encoders = {name: encoder_shape(name, config["frontend_conf"], cuda=True) for name in ("one", "two")}
+    lm = bare_llm(config, cuda=True)
+    parts = parameters(config, lm, encoders, complete=True)
+    largest = max(batches(config, data, 1), key=lambda batch: batch.positions)
+    for every in (0, 5, 2, 1):  # 0, 2, 3 and 6 blocks; a single one is kept while it is recomputed, so it saves nothing
+        config["llm_conf"]["gradient_checkpointing"] = every
+        free = sum(step_bytes(config, lm, encoders, parts, largest, False).values()) / 0.8
+        config["llm_conf"]["gradient_checkpointing"] = "auto"
+        assert fitting_checkpointing(config, data, False, 1, 1.0001 * free) == every
+    assert fitting_checkpointing(config, data, False, 1, 1.0) == 1
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1.0001 * free, 1e12))
+    caplog.set_level("INFO")
+    for ngpu, expected in ((0, 0), (1, 1)):
+        streams = [(f"{data}/text", "text", "text"), (f"{data}/wav.scp", "speech", "sound")]
+        args = SimpleNamespace(**config, ngpu=ngpu, train_data_path_and_name_and_type=streams)
+        assert PaMTask.build_model(args).decoder.gradient_checkpointing == expected
+    assert "gradient_checkpointing: auto is 1 " in caplog.text
 
 
 def test_a_cache_is_as_large_as_estimated(tiny_llm_dir: Path, tmp_path: Path) -> None:

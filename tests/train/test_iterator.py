@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Stored:
     """A dataset whose entries have a prompt already."""
 
     def __getitem__(self, utterance: str) -> tuple[str, dict[str, np.ndarray]]:
-        return utterance, {"prompt": prompt_bytes("Say it."), "text": np.array([1])}
+        return utterance, {"prompt": prompt_bytes("Say it."), "text": np.array([1]), "pid": os.getpid()}
 
 
 def pairs_alone(utterances: list[Any]) -> tuple[list[Any], dict[str, torch.Tensor]]:
@@ -57,12 +58,12 @@ def pairs_alone(utterances: list[Any]) -> tuple[list[Any], dict[str, torch.Tenso
     return utterances, {}
 
 
-def asked(
-    epoch: int, *, train: bool, workers: int = 0, rank: int = 0, ranks: int = 1, files: bool = True
-) -> dict[str, str]:
-    """{utterance: prompt} of one epoch."""
+def factory(
+    train: bool = True, workers: int = 0, rank: int = 0, ranks: int = 1, files: bool = True
+) -> PaMIterFactory:
+    """Batches of four, with wordings from a file or those of the data."""
     wordings = {"asr": Wordings(PROMPTS)} if files else {}
-    factory = PaMIterFactory(
+    return PaMIterFactory(
         dataset=Stored(),
         seconds=SECONDS,
         tasks=TASKS,
@@ -76,9 +77,17 @@ def asked(
         world_size=ranks,
         fresh_prompts=FreshPrompts(wordings, dict.fromkeys(SECONDS, "Transcribe the speech."), TASKS, 0),
     )
-    pairs = [pair for batch, _ in factory.build_iter(epoch) for pair in batch]
+
+
+def read(made: PaMIterFactory, epoch: int) -> dict[str, str]:
+    """{utterance: prompt} of one epoch."""
+    pairs = [pair for batch, _ in made.build_iter(epoch) for pair in batch]
     assert all(data["text"] == [1] for _, data in pairs)
     return {utterance: data["prompt"].astype(np.uint8).tobytes().decode() for utterance, data in pairs}
+
+
+def asked(epoch: int, **options: Any) -> dict[str, str]:
+    return read(factory(**options), epoch)
 
 
 def test_prompts_are_drawn_anew_in_every_epoch_by_any_number_of_workers() -> None:
@@ -96,3 +105,19 @@ def test_a_prompt_that_no_wording_fits_is_found_before_training() -> None:
     fresh.check()
     with pytest.raises(DataError, match="no wording for the prompt 'Sing"):
         FreshPrompts({"asr": Wordings(PROMPTS)}, {"utt00": "Sing."}, TASKS, 0).check()
+
+
+def test_workers_are_kept_and_nothing_else_changes() -> None:
+    """They read what new ones read, in every epoch, and leave the same random state; those of validation end."""
+    random: dict[int, list[torch.Tensor]] = {0: [], 2: []}
+    for workers, states in random.items():
+        made = factory(workers=workers)
+        torch.manual_seed(0)
+        for epoch in (1, 2, 3):
+            assert read(made, epoch) == asked(epoch)
+            states.append(torch.get_rng_state())
+    assert all(torch.equal(one, other) for one, other in zip(*random.values(), strict=True))
+    for train in (True, False):
+        made = factory(train=train, workers=2)
+        pids = [{data["pid"] for batch, _ in made.build_iter(epoch) for _, data in batch} for epoch in (1, 2)]
+        assert (pids[0] == pids[1]) is train and len(pids[0]) == 2

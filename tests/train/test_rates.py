@@ -53,8 +53,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def two_steps(rates: Rates, clock: Clock, waved: bool = True) -> None:
     """Four seconds: 1 + 3 s of audio, then 4 s; 60 of 80 and 40 of 40 positions; half a second of waiting."""
-    batch = {"num_samples": torch.tensor([[16000], [48000]]), **({"speech": torch.zeros(2, 1)} if waved else {})}
-    for size, step in (((60, 80, 8), batch), ((40, 40, 2), {**batch, "num_samples": torch.tensor([[64000]])})):
+    batch = {"num_samples": [16000, 48000], **({"speech": torch.zeros(2, 1)} if waved else {})}
+    for size, step in (((60, 80, 8), batch), ((40, 40, 2), {**batch, "num_samples": [64000]})):
         rates.model.step_size = size
         rates.loader.waited += 0.25
         rates.add(step)

@@ -206,11 +206,11 @@ def test_held_out_mixture_gets_no_training_gradients(data: Path, tiny_llm_dir: P
     rest = [p for p in model.parameters() if p.requires_grad and p is not mixture[0]]
     optimizer = torch.optim.AdamW([*rest, *mixture], lr=0.01, weight_decay=0.1)
     batch = {
-        "prompt": torch.tensor([list(b"Hi"), list(b"Ho")]),
-        "num_samples": torch.tensor([[16000], [12000]]),
+        "prompt": ["Hi", "Ho"],
+        "num_samples": [16000, 12000],
         "speech": torch.randn(2, 16000),
-        "text": torch.tensor([[5, 7, 2], [9, 2, -1]]),
-        "task": torch.tensor([[0], [1]]),
+        "text": [[5, 7, 2], [9, 2]],
+        "task": [0, 1],
     }
     for moving, still in ((rest, mixture), (mixture, rest)):
         before = [p.detach().clone() for p in still], [p.detach().clone() for p in moving]
@@ -386,3 +386,21 @@ def test_a_read_only_disk_is_named(
     message = capsys.readouterr().err
     assert f"error: {disk}/exp" in message and "choose a folder that can be written" in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(("every", "advice"), [(0, "=2,"), (7, "=3,"), (2, "=true,"), (1, "max_seconds")])
+def test_a_step_that_does_not_fit_says_what_to_set(
+    data: Path, tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, advice: str
+) -> None:
+    from pam_espnet.bin.pam_train import main
+    from pam_espnet.llm.llm import LLM
+
+    def too_much(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(LLM, "token_losses", too_much)
+    config = {**tiny_config(tiny_llm_dir), **TRAINING}
+    config["llm_conf"]["gradient_checkpointing"] = every
+    write_config(config, tmp_path / "given.yaml")
+    with pytest.raises(ConfigError, match=f"too small for a step: CUDA out of memory.\n.*{advice}"):
+        main(train_args(data, tmp_path / "given.yaml", tmp_path / "exp"))

@@ -75,9 +75,10 @@ class ASTEncoder(AbsEncoder):
 
     def hidden_states(self, wave: Tensor, lengths: Tensor) -> Sequence[Tensor]:
         """Hidden states 0..max(layers), each (B,T,D)."""
-        counts = -(-self.output_lengths(lengths) // self._along)  # windows of each utterance
-        clips = [row[:size] for row, size in zip(wave, lengths.tolist(), strict=True)]
-        windows = torch.cat([self._windows(clip, count) for clip, count in zip(clips, counts.tolist(), strict=True)])
+        host = self.host_lengths
+        counts = (-(-self.output_lengths(host) // self._along)).tolist()  # windows of each utterance
+        clips = [row[:size] for row, size in zip(wave, host.tolist(), strict=True)]
+        windows = torch.cat([self._windows(clip, count) for clip, count in zip(clips, counts, strict=True)])
         hidden = self.model.embeddings(windows.to(self.dtype))
         states = [self._frames(hidden, counts)]
         for block in self.model.layers:
@@ -99,8 +100,8 @@ class ASTEncoder(AbsEncoder):
         mel = (mel - self._mean) / (2 * self._std)
         return mel.unfold(0, self._length, hop).transpose(1, 2)
 
-    def _frames(self, hidden: Tensor, counts: Tensor) -> Tensor:
+    def _frames(self, hidden: Tensor, counts: list[int]) -> Tensor:
         """(sum of W, 2 + Q*P, D) -> (B,T,D): patches averaged over frequency, windows put one behind the other."""
         patches = hidden[:, 2:].reshape(len(hidden), self._across, self._along, -1).mean(dim=1)
-        rows = [part.flatten(0, 1) for part in patches.split(counts.tolist())]
+        rows = [part.flatten(0, 1) for part in patches.split(counts)]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -26,6 +26,7 @@ from torch.nn.utils import parametrize
 
 from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import read_json
+from pam_espnet.transfer import send
 
 MODEL_STAGE = "./run.sh --stage 1 --stop_stage 1"
 
@@ -40,6 +41,7 @@ class AbsEncoder(torch.nn.Module, ABC):
     layers: tuple[int, ...]  # which hidden states of the model are emitted (0 = what enters the first block)
     # Whether its sub-modules may be bfloat16: then ``hidden_states`` casts to ``dtype`` what enters the first layer.
     runs_in_bfloat16 = False
+    host_lengths: Tensor  # (B,) samples of the batch at work, on the host: reading them waits for no device
     dtype = torch.float32  # of the layers and the hidden states; features before the first layer are always float32
 
     def finish(
@@ -79,7 +81,7 @@ class AbsEncoder(torch.nn.Module, ABC):
 
         Args:
             wave: (B,N) float32 in [-1, 1], zero beyond each utterance's length.
-            lengths: (B,) samples, on the same device.
+            lengths: (B,) samples, on the same device; ``host_lengths`` has them for what the host decides.
         """
 
     def use_dtype(self, dtype: torch.dtype) -> AbsEncoder:
@@ -101,21 +103,22 @@ class AbsEncoder(torch.nn.Module, ABC):
 
         Args:
             wave: (B,N) float32 in [-1, 1]; anything beyond an utterance's length.
-            lengths: (B,) samples.
+            lengths: (B,) samples; on the host, or it waits for the device here.
         """
         if wave.dim() != 2 or lengths.shape != wave.shape[:1]:
             raise ValueError(f"wave {tuple(wave.shape)} and lengths {tuple(lengths.shape)}: expected (B,N) and (B,)")
-        lengths = lengths.to(wave.device)
-        longest = int(lengths.max())
-        if int(lengths.min()) < 1 or longest > wave.shape[1]:
+        self.host_lengths = lengths.cpu()
+        longest = int(self.host_lengths.max())
+        if int(self.host_lengths.min()) < 1 or longest > wave.shape[1]:
             raise ValueError(f"lengths must be within 1..{wave.shape[1]} samples, got {lengths.tolist()}")
+        host_frames = self.output_lengths(self.host_lengths)
+        lengths, frames = send(torch.stack([self.host_lengths, host_frames]), wave.device)
         # Cut the common tail as well: what a caller padded beyond the longest utterance costs nothing.
         wave = wave[:, :longest].float().masked_fill(padding_mask(lengths, longest), 0.0)
         # The same also inside a mixed-precision training step: the cached features are made outside of one.
         with torch.autocast(wave.device.type, enabled=False):
             states = self.hidden_states(wave, lengths)
-        frames = self.output_lengths(lengths)
-        num_frames = int(frames.max())
+        num_frames = int(host_frames.max())
         hidden = torch.stack([states[index][:, :num_frames] for index in self.layers], dim=1)
         return hidden.masked_fill(padding_mask(frames, num_frames)[:, None, :, None], 0.0), frames
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pam_espnet.errors import ConfigError
 from pam_espnet.frontend.encoders.base import AbsEncoder, load_extractor, load_pretrained, padding_mask
+from pam_espnet.transfer import send
 
 # Families in which an attention mask makes padding harmless, given layer norms in the feature extractor.
 _MASKABLE = ("wav2vec2", "hubert", "wavlm")
@@ -88,15 +89,17 @@ class HFWaveEncoder(AbsEncoder):
         if self._normalize:
             wave = _normalized(wave, lengths)
         lengths = lengths.clamp(min=self._shortest)
-        size = int(lengths.max())
+        host = self.host_lengths.clamp(min=self._shortest)
+        size = int(host.max())
         wave = torch.nn.functional.pad(wave, (0, max(0, size - wave.shape[1]))).to(self.dtype)
         if self._maskable:
-            mask = (~padding_mask(lengths, size)).long()
+            # Without padding a mask changes nothing, and transformers would ask the device whether it is needed.
+            mask = None if host.min() == size else (~padding_mask(lengths, size)).long()
             return self.model(wave, attention_mask=mask, output_hidden_states=True).hidden_states
-        num_frames = int(self.output_lengths(lengths).max())
+        num_frames = int(self.output_lengths(host).max())
         states: list[Tensor] = []
-        for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero()[:, 0]
+        for length in host.unique().tolist():
+            rows = send((host == length).nonzero()[:, 0], wave.device)
             group = self.model(wave[rows, :length], output_hidden_states=True).hidden_states
             if not states:
                 states = [state.new_zeros(len(wave), num_frames, state.shape[2]) for state in group]

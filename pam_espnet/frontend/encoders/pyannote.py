@@ -173,7 +173,7 @@ class PyannoteEncoder(AbsEncoder):
         wave = functional.pad(wave, (0, max(RECEPTIVE_FIELD - wave.shape[1], 0)))
         seen = lengths.clamp_min(RECEPTIVE_FIELD)
         frames = self.net.frame_lengths(seen)
-        num_cells = int(self.output_lengths(lengths).max())
+        num_cells = int(self.output_lengths(self.host_lengths).max())
         emitted = []
         for state in itertools.islice(self.net.states(wave, seen), max(self.layers) + 1):
             cells = average_to_grid(state, frames, num_cells)

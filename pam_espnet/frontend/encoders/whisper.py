@@ -19,6 +19,7 @@ from torch.nn import functional
 from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError, PamError
 from pam_espnet.frontend.encoders.base import AbsEncoder, load_pretrained, padding_mask
+from pam_espnet.transfer import send
 
 _SAMPLE_RATE = 16000
 _FFT, _HOP = 400, 160  # samples: 25 ms windows every 10 ms
@@ -90,19 +91,26 @@ class WhisperEncoder(AbsEncoder):
     def hidden_states(self, wave: Tensor, lengths: Tensor) -> Sequence[Tensor]:
         """Hidden states 0..max(layers), each (B,T,D).
         Raises PamError: a clip is longer than the model's window, and such are refused; it is never cut silently."""
-        if int(lengths.max()) > self._longest:
+        longest = int(self.host_lengths.max())
+        if longest > self._longest:
             if self.long_clips == "split":
-                return self._in_pieces(wave, lengths)
+                return self._in_pieces(wave, self.host_lengths)
             raise PamError(
-                f"a clip of {int(lengths.max()) / _SAMPLE_RATE:.2f} s is longer than Whisper's window of "
+                f"a clip of {longest / _SAMPLE_RATE:.2f} s is longer than Whisper's window of "
                 f"{self._longest / _SAMPLE_RATE:g} s\n  -> cut it with a segments file, format the data with a "
                 "smaller maximum duration, or set long_clips: split"
             )
+        return self._encode(wave, lengths, self.host_lengths)
+
+    def _windows(self, lengths: Tensor) -> Tensor:
         if self.window == "30s":
-            windows = torch.full_like(lengths, self._longest)
-        else:
-            windows = (self.output_lengths(lengths + self._pad) * _FRAME).clamp(max=self._longest)
-        mel = self._log_mel(wave, windows)
+            return torch.full_like(lengths, self._longest)
+        return (self.output_lengths(lengths + self._pad) * _FRAME).clamp(max=self._longest)
+
+    def _encode(self, wave: Tensor, lengths: Tensor, host_lengths: Tensor) -> list[Tensor]:
+        """Hidden states (B,T,D) of clips that fit the model's window."""
+        windows, host_windows = self._windows(lengths), self._windows(host_lengths)
+        mel = self._log_mel(wave, windows, int(host_windows.max()))
         # Zeros beyond the own window are what the first convolution's own padding would put there. The second one, of
         # kernel 3 and stride 2, reads nothing beyond a window of whole frames.
         mel = mel.masked_fill(padding_mask(windows // _HOP, mel.shape[2])[:, None], 0.0).to(self.dtype)
@@ -111,7 +119,7 @@ class WhisperEncoder(AbsEncoder):
         hidden = hidden + self.model.embed_positions.weight[: hidden.shape[1]]
         outside = padding_mask(windows // _FRAME, hidden.shape[1])
         mask = None
-        if bool(outside.any()):
+        if host_windows.min() < host_windows.max():
             lowest = torch.finfo(hidden.dtype).min
             mask = torch.zeros_like(outside, dtype=hidden.dtype).masked_fill(outside, lowest)[:, None, None, :]
             mask = mask.expand(-1, 1, hidden.shape[1], -1)
@@ -123,15 +131,16 @@ class WhisperEncoder(AbsEncoder):
         return states
 
     def _in_pieces(self, wave: Tensor, lengths: Tensor) -> list[Tensor]:
-        """Hidden states (B,T,D) of clips of which some are cut into equal pieces of whole frames."""
+        """Hidden states (B,T,D) of clips some of which are cut into equal pieces of whole frames."""
         frames = self.output_lengths(lengths)
         counts = -(-frames // (self._longest // _FRAME))  # (B,) pieces
         sizes = -(-frames // counts) * _FRAME  # (B,) samples of a piece but the last
         pieces: list[Tensor] = []
         for row, length, count, size in zip(wave, lengths.tolist(), counts.tolist(), sizes.tolist(), strict=True):
             pieces += [row[start * size : min((start + 1) * size, length)] for start in range(count)]
-        piece_lengths = torch.tensor([len(piece) for piece in pieces], device=lengths.device)
-        states = self.hidden_states(torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True), piece_lengths)
+        piece_lengths = torch.tensor([len(piece) for piece in pieces])
+        padded = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+        states = self._encode(padded, send(piece_lengths, wave.device), piece_lengths)
         kept = self.output_lengths(piece_lengths).tolist()
         joined: list[Tensor] = []
         for state in states:
@@ -140,13 +149,13 @@ class WhisperEncoder(AbsEncoder):
             joined.append(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
         return joined
 
-    def _log_mel(self, wave: Tensor, windows: Tensor) -> Tensor:
-        """Log-mel spectrogram (B,mels,N/160), each row as Whisper's own for a clip of its window (B,) samples.
+    def _log_mel(self, wave: Tensor, windows: Tensor, size: int) -> Tensor:
+        """Log-mel spectrogram (B,mels,N/160), each row as Whisper's own for a clip of its window (B,) samples, of
+        which ``size`` is the largest.
 
         The short-time transform reflects the signal at both ends of the window, so each row is extended at its own
         end before one transform runs over all of them. Values beyond a row's own window mean nothing.
         """
-        size = int(windows.max())
         wave = functional.pad(wave, (0, size - wave.shape[1])) if size > wave.shape[1] else wave
         index = torch.arange(-(_FFT // 2), size + _FFT // 2, device=wave.device).abs()[None, :]
         last = windows[:, None] - 1

@@ -117,7 +117,7 @@ class YAMNetEncoder(AbsEncoder):
         # Zeros behind a clip turn into log-mel silence. With a whole number of periods every stride meets an even
         # size, for which TensorFlow's SAME padding is always the same.
         periods = -(-lengths // (HOP * PERIOD))
-        num_samples = int(periods.max()) * HOP * PERIOD + WINDOW - HOP
+        num_samples = -(-int(self.host_lengths.max()) // (HOP * PERIOD)) * HOP * PERIOD + WINDOW - HOP
         log_mel = self.net.log_mel(functional.pad(wave, (0, num_samples - wave.shape[1])))
         blocks = itertools.islice(self.net.blocks(log_mel, periods * PERIOD), max(self.layers) + 1)
         return [self._to_grid(block, log_mel.shape[1]) for block in blocks]

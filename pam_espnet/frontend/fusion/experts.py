@@ -6,11 +6,14 @@ Dimension letters: B utterances, U adapter frames, E experts, D width, F hidden 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pam_espnet.config import check_number
+from pam_espnet.transfer import upload
 
 
 class ResidualExperts(nn.Module):
@@ -52,15 +55,16 @@ class ResidualExperts(nn.Module):
         inner = nn.functional.gelu(normed @ self.in_weight[index] + self.in_bias[index])
         return x + inner @ self.out_weight[index] + self.out_bias[index]
 
-    def forward(self, x: Tensor, gate: Tensor, expert: Tensor | None = None) -> Tensor:
-        """Gated sum of ``x`` (B,U,D) with ``gate`` (B,E). ``expert`` (B,) long is the only expert whose gate counts
-        for each utterance; None runs all of them."""
+    def forward(self, x: Tensor, gate: Tensor, expert: Sequence[int] | None = None) -> Tensor:
+        """Gated sum of ``x`` (B,U,D) with ``gate`` (B,E). ``expert``: of each utterance the only one that counts;
+        None runs all of them."""
         if expert is None:
             outputs = [gate[:, index, None, None] * self._expert(index, x) for index in range(self.num_experts)]
             return torch.stack(outputs).sum(dim=0)
-        rows, outputs = [], []
-        for index in expert.unique().tolist():
-            chosen = (expert == index).nonzero().squeeze(1)
-            rows.append(chosen)
-            outputs.append(gate[chosen, index, None, None] * self._expert(index, x[chosen]))
-        return torch.cat(outputs)[torch.cat(rows).argsort()]
+        order = np.argsort(expert, kind="stable")  # the utterances of the first expert, of the second one, ...
+        rows, back = upload(x.device, order, np.argsort(order))
+        outputs = []
+        for index, chosen in enumerate(rows.split(np.bincount(expert).tolist())):
+            if len(chosen):
+                outputs.append(gate[chosen, index, None, None] * self._expert(index, x[chosen]))
+        return torch.cat(outputs)[back]

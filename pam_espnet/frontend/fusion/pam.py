@@ -101,9 +101,10 @@ class PaMFusion(AbsFusion):
             gate = mixing = top + (probs - probs.detach())  # the bracket is exactly zero: forward stays one-hot
         # Products and sums instead of a matrix product: a one-hot row picks its expert's weights bit by bit.
         weights = (mixing[:, :, None] * self.layer_logits.softmax(dim=1)).sum(dim=1)  # (B, sum of H)
-        return Routing(logits, probs, expert, gate, list(weights.split(self.num_layers, dim=1)))
+        needs_all = self.training and self.gradient == "straight_through"
+        # The host needs it: it waits for the device now, when little has been asked of it yet, and not after encoders.
+        chosen = None if needs_all else expert.tolist()
+        return Routing(logits, probs, expert, gate, list(weights.split(self.num_layers, dim=1)), chosen)
 
     def forward(self, embeddings: Sequence[Tensor | None], routing: Routing) -> Tensor:
-        mixed = weighted_sum(embeddings, routing.encoder_weights)
-        needs_all = self.training and self.gradient == "straight_through"
-        return self.experts(mixed, routing.gate, None if needs_all else routing.expert)
+        return self.experts(weighted_sum(embeddings, routing.encoder_weights), routing.gate, routing.chosen)

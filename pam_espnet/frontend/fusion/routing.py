@@ -22,6 +22,7 @@ class Routing:
     expert: Tensor  # (B,) long, the top-1 expert
     gate: Tensor  # (B,E) what each expert's output is multiplied by
     layer_weights: list[Tensor]  # per encoder (B,H_m); over all of them they sum to one for each utterance
+    chosen: list[int] | None = None  # ``expert`` on the host, where each utterance is given to its expert alone
 
     @property
     def encoder_weights(self) -> Tensor:
@@ -60,6 +61,7 @@ def join_routing(parts: Sequence[Routing]) -> Routing:
         expert=torch.cat([part.expert for part in parts]),
         gate=torch.cat([part.gate for part in parts]),
         layer_weights=[torch.cat(weights) for weights in zip(*(part.layer_weights for part in parts), strict=True)],
+        chosen=None if parts[0].chosen is None else [one for part in parts for one in part.chosen or ()],
     )
 
 
