@@ -83,7 +83,7 @@ class ESPnetPaMModel(AbsESPnetModel):
 
     def prompt_vectors(self, prompts: Sequence[str]) -> Tensor:
         """The LLM's last hidden state of each prompt, (B, D); each distinct prompt is run once and kept."""
-        return torch.stack([self.decoder.prompt_vector(prompt) for prompt in prompts])
+        return self.decoder.prompt_vectors(prompts)
 
     def audio_embeddings(
         self,
