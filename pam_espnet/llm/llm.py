@@ -21,6 +21,7 @@ from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError, PamError
 from pam_espnet.llm.lora import add_lora, lora_off, lora_precision, set_lora_training
 from pam_espnet.llm.prompt_layout import Inputs, end_of_turn_id, layout
+from pam_espnet.llm.quantize import check_layers, check_quantize, loading_options
 from pam_espnet.llm.shard import load_sharded, shard_mesh, wanted_by_any
 
 # Settings of models whose logits are more than final norm + output layer; exit_logits and loss would be wrong.
@@ -111,6 +112,7 @@ class LLM(nn.Module):
         local_files_only: bool = False,
         chat_template: str | None = None,
         shard: str | None = None,
+        quantize: str | None = None,
         **options: Any,
     ) -> LLM:
         """Load from a Hugging Face folder or id.
@@ -127,6 +129,8 @@ class LLM(nn.Module):
             chat_template: a Jinja text or file that replaces the tokenizer's own.
             shard: for training an LLM that does not fit on a GPU: its blocks are sharded over the processes of each
                 node ("node") or over all ("all"); None: every process holds it whole, as one process always does.
+            quantize: "nf4" rounds the frozen weights to 4 bits, for training with less memory; needs the extra
+                "quantize". Decoding reads them rounded, too, and holds them in ``dtype``. Not together with ``shard``.
             options: further options of the constructor.
 
         Raises ConfigError: no such folder or id, or a value out of range.
@@ -138,13 +142,15 @@ class LLM(nn.Module):
             attention = "eager" if chosen == torch.bfloat16 and not torch.cuda.is_available() else "sdpa"
         source = hub_source(path_or_id, revision, local_files_only)
         tokenizer = load_tokenizer(path_or_id, revision, local_files_only, chat_template)
+        check_quantize(quantize, shard)
         mesh = shard_mesh(shard)
         try:
             if mesh is not None:
                 lm = load_sharded(path_or_id, mesh, chosen, attention, source)
             else:
-                load = AutoModelForCausalLM.from_pretrained
+                load, source = AutoModelForCausalLM.from_pretrained, source | loading_options(quantize, chosen)
                 lm = load(path_or_id, dtype=chosen, attn_implementation=attention, **source)
+                check_layers(lm)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"cannot load the LLM {path_or_id!r}: {error}") from error
         llm = cls(lm, tokenizer, lora=lora, **options)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from pam_espnet.data.pretrained import hub_folder
 from pam_espnet.errors import ConfigError
@@ -24,14 +25,17 @@ from pam_espnet.errors import ConfigError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-SHARDS = (None, "node", "all")
+
+def check_shard(shard: str | None) -> None:
+    """Raises ConfigError: a way to shard that there is not."""
+    if shard not in (None, "node", "all"):
+        raise ConfigError(f"llm_conf.shard: {shard!r}; choose node, all, or leave it out")
 
 
 def shard_mesh(shard: str | None) -> DeviceMesh | None:
     """The processes over which blocks are sharded: those of this node, or all; None: the LLM is whole here.
     Raises ConfigError: another value."""
-    if shard not in SHARDS:
-        raise ConfigError(f"llm_conf.shard: {shard!r}; choose node, all, or leave it out")
+    check_shard(shard)
     if shard is None:
         return None
     size = dist.get_world_size() if dist.is_initialized() else 1
@@ -115,3 +119,22 @@ def wanted_by_any(wanted: Iterable[str], group: dist.ProcessGroup | None) -> lis
     lists: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(lists, list(wanted), group=group)
     return list(dict.fromkeys(itertools.chain(*lists)))
+
+
+def stream_blocks(lm: Any, device: str) -> None:
+    """Keep the blocks of a whole LLM on the host, also where the rest moves to ``device``: each is copied there while
+    it runs. For the few passes of a warm start, which has one process; without gradients."""
+
+    def send(block: nn.Module, _: Any) -> None:
+        block.__dict__["on_host"] = [p.data for p in block.parameters()]
+        for p in block.parameters():
+            p.data = p.data.to(device)
+
+    def drop(block: nn.Module, *_: Any) -> None:
+        for p, data in zip(block.parameters(), block.__dict__.pop("on_host"), strict=True):
+            p.data = data
+
+    for block in lm.base_model.layers:
+        block.register_forward_pre_hook(send)
+        block.register_forward_hook(drop)
+        block._apply = lambda *_, block=block: block  # what ``to`` calls

@@ -148,7 +148,8 @@ if wants 3; then
     experiment=(--train "${raw}/${train_set}" --valid "${raw}/${valid_set}" --exp "${exp}" --config "${configs[@]}"
         --set "${changes[@]}")
     [ "${use_cache}" = false ] || experiment+=(--feats "dump/${size}/feats")
-    module pam_estimate "${experiment[@]}" --ngpu $((ngpu * num_nodes)) --fetch true  # first it checks the configuration
+    # It checks the configuration, too.
+    module pam_estimate "${experiment[@]}" --ngpu $((ngpu * num_nodes)) --fetch true --num_nodes "${num_nodes}"
     jobs=$((ngpu > 0 ? ngpu : nj))
     [ "${use_cache}" = false ] || job "${exp}/log/cache.log" "${ngpu}" 1 "${exp}/log/cache.log" pam_cache_features \
         "${experiment[@]}" --jobs "${jobs}" --device "${device}" --rebuild "${rebuild_cache}"
