@@ -51,7 +51,7 @@ def shard_mesh(shard: str | None) -> DeviceMesh | None:
 def load_sharded(path_or_id: str, mesh: DeviceMesh, dtype: torch.dtype, attention: str, source: Mapping) -> Any:
     """A causal LM whose blocks are sharded over ``mesh``, without LoRA; ``source``: as ``hub_source`` returns it.
     The host never holds more than this process's part of one tensor, and what is whole everywhere.
-    Raises ConfigError: files that are missing, or hold other tensors than the LLM has.
+    Raises ConfigError: files that are missing, or hold other tensors than the LLM has; blocks under another name.
     """
     from accelerate import init_empty_weights
     from torch.distributed.fsdp import fully_shard
@@ -63,8 +63,9 @@ def load_sharded(path_or_id: str, mesh: DeviceMesh, dtype: torch.dtype, attentio
     with suppress(OSError):  # not every LLM has one
         lm.generation_config = GenerationConfig.from_pretrained(path_or_id, **source)
     lm.tie_weights()
-    blocks = lm.requires_grad_(False).eval().base_model.layers
-    kind = type(lm.base_model)
+    kind, blocks = type(lm.base_model), getattr(lm.requires_grad_(False).eval().base_model, "layers", None)
+    if blocks is None:
+        raise ConfigError(f"llm_conf.shard: {kind.__name__} has no blocks named layers\n  -> leave out shard")
     for block in blocks:
         fully_shard(block, mesh=mesh)
     # The root of all blocks, so that the next one is gathered while one runs; it has nothing of its own to shard.

@@ -167,9 +167,8 @@ def parameters(
     if lm is not None:
         lora = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in lm.parameters()) - lora
-        blocks = block_bytes(config, lm)
         whole = frozen - sum(p.numel() for p in _blocks(lm))
-        parts["LLM"] = (frozen, 0, whole * lm.dtype.itemsize + math.ceil(blocks / shards))
+        parts["LLM"] = (frozen, 0, whole * lm.dtype.itemsize + math.ceil(block_bytes(config, lm) / shards))
         if lora:
             parts["LoRA"] = (0, lora, 4 * lora)
     for name, encoder in encoders.items():
@@ -194,7 +193,8 @@ def block_bytes(config: Mapping[str, Any], lm: Any) -> float:
 
 
 def _blocks(lm: Any) -> list[torch.nn.Parameter]:
-    return [p for p in lm.base_model.layers.parameters() if not p.requires_grad]
+    layers = getattr(lm.base_model, "layers", None)  # another name in a few families, which can be neither
+    return [p for p in layers.parameters() if not p.requires_grad] if layers is not None else []
 
 
 def batches(config: Mapping[str, Any], train: Path | None, ranks: int) -> list[Batch]:

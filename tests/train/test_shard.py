@@ -8,13 +8,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from processes import check_same, command, environment, trained
 from tiny_model import deeper_llm
 
+from pam_espnet.config import load_yaml
+from pam_espnet.decode.options import AnswerOptions
+from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.errors import ConfigError
 from pam_espnet.llm.llm import LLM
+from pam_espnet.llm.shard import stream_blocks
 
 KIT = Path(__file__).resolve().parents[1] / "kit"
 
@@ -52,39 +57,66 @@ def test_one_process_holds_the_whole_llm(tiny_llm_dir: Path, caplog: pytest.LogC
         LLM.from_pretrained(str(tiny_llm_dir), shard="gpu")
 
 
-@pytest.mark.slow  # each run imports ESPnet three times
-def test_training_killed_and_resumed_is_training_with_whole_blocks(
-    data: Path, tiny_llm_dir: Path, tmp_path: Path
-) -> None:
-    lora = {"r": 4, "alpha": 8, "dropout": 0.1, "target_modules": ["q_proj"]}
-    changes: dict[str, Any] = {
-        "batching_conf": {"max_utterances": 1, "pool": 2},  # a task, and so a prompt, that another process has not
-        "num_iters_per_epoch": 40,
-        "checkpoint_steps": 5,
-        "optim_conf": {"lr": 0.01},
-    }
+@pytest.mark.parametrize("shard", [None, "node"])
+def test_a_warm_start_streams_blocks_that_may_not_fit(tiny_llm_dir: Path, shard: str | None) -> None:
+    """On a CPU the copy of a block is the block; that it is on the GPU for its pass alone is for tests/gpu."""
+    whole, streamed = (LLM.from_pretrained(str(tiny_llm_dir), dtype="float32", shard=shard) for _ in range(2))
+    stream_blocks(streamed.lm, "cpu")
+    assert streamed.to("meta").device.type == "meta"
+    assert {p.device.type for p in streamed.transformer.layers.parameters()} == {"cpu"}
+    streamed.lm.model.embed_tokens, streamed.lm.model.norm = whole.lm.model.embed_tokens, whole.lm.model.norm
+    streamed.lm.model.rotary_emb = whole.lm.model.rotary_emb
+    assert torch.equal(streamed.prompt_vectors(["Hi", "Count."]), whole.prompt_vectors(["Hi", "Count."]))
 
-    def words(name: str, **llm_conf: Any) -> list[str]:
-        conf = {"dtype": "float32", "lora": lora, **llm_conf}
-        return command(data, tmp_path / name, tiny_llm_dir, "--processes", "2", **changes, llm_conf=conf)
 
-    def run(arguments: list[str]) -> str:
-        done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stderr
+LLM_CONF = {"dtype": "float32", "lora": {"r": 4, "alpha": 8, "dropout": 0.1, "target_modules": ["q_proj"]}}
 
-    run(words("whole"))
-    assert "GB in each of 2 processes" in run(words("sharded", shard="node"))
+
+def changes(steps: int) -> dict[str, Any]:
+    """Batches of one utterance for each process: a task, and so a prompt, that the other one has not."""
+    batching = {"max_utterances": 1, "pool": 2}
+    return {"batching_conf": batching, "num_iters_per_epoch": steps, "optim_conf": {"lr": 0.01}, "llm_conf": LLM_CONF}
+
+
+def run(words: list[str]) -> str:
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+@pytest.mark.slow  # five processes import ESPnet
+def test_training_is_that_with_whole_blocks(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    joint = {"extract_feats_in_collect_stats": False, "exit_weight": 0.4, "exit_layers": [1]}
+    more = {**changes(8), "model_conf": joint}
+    sharded = {**more, "llm_conf": {**LLM_CONF, "shard": "node", "gradient_checkpointing": True}}
+    two = ["--processes", "2"]
+    log = run(command(data, tmp_path / "sharded", tiny_llm_dir, *two, **sharded))
+    assert "GB in each of 2 processes" in log
+    run(command(data, tmp_path / "whole", tiny_llm_dir, *two, **more))
     check_same(trained(tmp_path / "whole"), trained(tmp_path / "sharded"))
-    arguments = words("killed", shard="node")
-    agent = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
+    model = trained(tmp_path / "sharded")[0]
+    assert not [name for name in model if "base_layer" in name]
+    config = load_yaml(tmp_path / "sharded/config.yaml")
+    answers = SpeechLLM.load(tmp_path / "sharded", AnswerOptions.from_dict({}, "options"), config=config)
+    assert len(answers.answer([np.zeros(8000, np.float32)], ["Hi"])) == 1  # one process reads the whole LLM
+
+
+@pytest.mark.slow
+@pytest.mark.services  # minutes
+def test_a_killed_training_continues_as_the_unbroken_one(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
+    more = {**changes(40), "checkpoint_steps": 5, "llm_conf": {**LLM_CONF, "shard": "all"}}
+    unbroken, killed = (
+        command(data, tmp_path / name, tiny_llm_dir, "--processes", "2", **more) for name in ("unbroken", "killed")
+    )
+    run(unbroken)
+    agent = subprocess.Popen(killed, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 600
     while not list((tmp_path / "killed").glob("step_checkpoint/epoch1_step*")):
         assert time.monotonic() < deadline and agent.poll() is None
         time.sleep(0.02)
     agent.kill()
     agent.wait()
     assert not (tmp_path / "killed/model.safetensors").exists()
-    assert "resumed epoch 1 at step" in run(arguments)
-    killed, unbroken = (trained(tmp_path / name)[0] for name in ("killed", "sharded"))
-    assert all(torch.equal(killed[name], unbroken[name]) for name in unbroken)
+    assert "resumed epoch 1 at step" in run(killed)
+    one, other = (trained(tmp_path / name)[0] for name in ("killed", "unbroken"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
