@@ -28,6 +28,7 @@ from pam_espnet.frontend.frontend import AudioEmbeddings, PaMFrontend
 from pam_espnet.frontend.fusion.routing import router_loss
 from pam_espnet.llm.llm import LLM
 from pam_espnet.llm.prompt_layout import BatchLayout, Inputs, build_inputs, lay_out, layout
+from pam_espnet.llm.quantize import elements
 from pam_espnet.transfer import send
 
 FEATURE_PREFIX = "feats_"
@@ -83,7 +84,7 @@ class ESPnetPaMModel(AbsESPnetModel):
 
     def prompt_vectors(self, prompts: Sequence[str]) -> Tensor:
         """The LLM's last hidden state of each prompt, (B, D); each distinct prompt is run once and kept."""
-        return torch.stack([self.decoder.prompt_vector(prompt) for prompt in prompts])
+        return self.decoder.prompt_vectors(prompts)
 
     def audio_embeddings(
         self,
@@ -250,8 +251,11 @@ def _frozen_names(model: torch.nn.Module) -> set[str]:
 
 
 def _drop_frozen(model: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name in _frozen_names(model):
-        state.pop(prefix + name, None)
+    frozen = _frozen_names(model)
+    for key in list(state):
+        name = key.removeprefix(prefix)
+        if name in frozen or name.partition(".weight.")[0] + ".weight" in frozen:  # or the scales of a 4-bit weight
+            del state[key]
 
 
 def _forgive_frozen(model: torch.nn.Module, incompatible: Any) -> None:
@@ -322,7 +326,7 @@ def build_model(config: Mapping[str, Any]) -> ESPnetPaMModel:
         raise ConfigError("model_conf.ctc_weight needs model_conf.ctc_tokens (written by the warm start of stage 3)")
     model = ESPnetPaMModel(frontend=frontend, decoder=decoder, tasks=tuple(TASKS), ctc=ctc, **options)
     trained = sum(p.numel() for p in model.trainable_parameters().values())
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(map(elements, model.parameters()))
     logging.info(f"model: {trained:,} trained of {total:,} parameters (frozen encoders not counted)")
     return model
 

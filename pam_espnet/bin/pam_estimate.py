@@ -19,6 +19,7 @@ from pam_espnet.train.experiment import Experiment, check_config, experiment_par
 def main(argv: Sequence[str] | None = None) -> int:
     parser = experiment_parser(__doc__, needed=())
     parser.add_argument("--ngpu", type=int, default=0, help="GPUs of all nodes (default: 0 = CPU)")
+    parser.add_argument("--num_nodes", type=int, default=1, help="nodes that these are in (default: 1)")
     parser.add_argument("--fetch", choices=("true", "false"), default="false", help="get a missing config.json")
     args = parser.parse_args(argv)
     if args.exp and not (args.train and args.valid):
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_config(experiment.config)
     from pam_espnet.train.estimate import estimate
 
-    print(estimate(experiment.config, args.train, args.valid, args.feats is not None, args.ngpu), end="")
+    cached = args.feats is not None
+    print(estimate(experiment.config, args.train, args.valid, cached, args.ngpu, args.num_nodes), end="")
     return 0
 
 

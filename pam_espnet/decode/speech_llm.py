@@ -27,6 +27,7 @@ from pam_espnet.engine.exits import ExitOptions
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import MODEL_FILE, load_strict, read_trained
 from pam_espnet.frontend.frontend import AudioEmbeddings, join_audio
+from pam_espnet.llm.quantize import dequantize
 from pam_espnet.model import ESPnetPaMModel, build_model
 from pam_espnet.search.answer_scores import answer_log_probs
 from pam_espnet.search.beam import beam_search
@@ -147,11 +148,19 @@ class SpeechLLM:
         config["llm_conf"] = llm_conf | ({} if dtype is None else {"dtype": "float32" if int8 else dtype})
         if dtype == "float32":  # asked for: an answer alone is then the answer in a batch, which TF32 would round away
             config["use_tf32"] = bool(config.get("use_tf32"))
-        model = build_model(config)
-        checkpoint = Path(exp_dir) / MODEL_FILE
-        load_strict(model, read_trained(checkpoint), checkpoint)
         warm_start = config.get("warm_start_conf") or {}
-        return cls(model, options, device, warm_start.get("losses"), int8)
+        try:
+            model = build_model(config)
+            if llm_conf.get("quantize"):
+                dequantize(model.decoder.lm)
+            checkpoint = Path(exp_dir) / MODEL_FILE
+            load_strict(model, read_trained(checkpoint), checkpoint)
+            return cls(model, options, device, warm_start.get("losses"), int8)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"the model does not fit on {device}: decoding holds the whole LLM there, even if training has sharded "
+                f"or rounded it (llm_conf): {error}\n  -> choose a GPU with more memory, or --device cpu"
+            ) from error
 
     def with_exits(self, exits: ExitOptions) -> SpeechLLM:
         """The same model and weights with another ``options.exit``."""

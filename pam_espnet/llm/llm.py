@@ -8,18 +8,21 @@ B utterances, P positions, D width, V vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError, PamError
 from pam_espnet.llm.lora import add_lora, lora_off, lora_precision, set_lora_training
 from pam_espnet.llm.prompt_layout import Inputs, answer_ids, check_answer_prefix, end_of_turn_id, layout
+from pam_espnet.llm.quantize import check_layers, check_quantize, loading_options
+from pam_espnet.llm.shard import load_sharded, shard_mesh, wanted_by_any
 
 # Settings of models whose logits are more than final norm + output layer; exit_logits and loss would be wrong.
 _SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -95,6 +98,7 @@ class LLM(nn.Module):
         self.freed = False  # whether an engine took the weights
         self._lookup: Callable[[Tensor], Tensor] | None = None  # replaces the embedding matrix once that is freed
         self._prompt_vectors: dict[str, Tensor] = {}
+        self.shard_group: ProcessGroup | None = None  # of the processes that hold the blocks together
         self.register_load_state_dict_post_hook(_forget_prompt_vectors)
         self.train(self.training)
 
@@ -108,6 +112,8 @@ class LLM(nn.Module):
         revision: str | None = None,
         local_files_only: bool = False,
         chat_template: str | None = None,
+        shard: str | None = None,
+        quantize: str | None = None,
         **options: Any,
     ) -> LLM:
         """Load from a Hugging Face folder or id.
@@ -122,6 +128,10 @@ class LLM(nn.Module):
             revision: commit, branch or tag of an id.
             local_files_only: for an id: use the local Hugging Face cache only.
             chat_template: a Jinja text or file that replaces the tokenizer's own.
+            shard: for training an LLM that does not fit on a GPU: its blocks are sharded over the processes of each
+                node ("node") or over all ("all"); None: every process holds it whole, as one process always does.
+            quantize: "nf4" rounds the frozen weights to 4 bits, for training with less memory; needs the extra
+                "quantize". Decoding reads them rounded, too, and holds them in ``dtype``. Not together with ``shard``.
             options: further options of the constructor.
 
         Raises ConfigError: no such folder or id, or a value out of range.
@@ -133,11 +143,20 @@ class LLM(nn.Module):
             attention = "eager" if chosen == torch.bfloat16 and not torch.cuda.is_available() else "sdpa"
         source = hub_source(path_or_id, revision, local_files_only)
         tokenizer = load_tokenizer(path_or_id, revision, local_files_only, chat_template)
+        check_quantize(quantize, shard)
+        mesh = shard_mesh(shard)
         try:
-            lm = AutoModelForCausalLM.from_pretrained(path_or_id, dtype=chosen, attn_implementation=attention, **source)
+            if mesh is not None:
+                lm = load_sharded(path_or_id, mesh, chosen, attention, source)
+            else:
+                load, source = AutoModelForCausalLM.from_pretrained, source | loading_options(quantize, chosen)
+                lm = load(path_or_id, dtype=chosen, attn_implementation=attention, **source)
+                check_layers(lm)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"cannot load the LLM {path_or_id!r}: {error}") from error
-        return cls(lm, tokenizer, lora=lora, **options)
+        llm = cls(lm, tokenizer, lora=lora, **options)
+        llm.shard_group = None if mesh is None else mesh.get_group()
+        return llm
 
     def recompute(self, gradient_checkpointing: bool | int | str) -> None:
         """Recompute activations as the option says; it was none before."""
@@ -229,6 +248,14 @@ class LLM(nn.Module):
         hidden = outputs.hidden_states[exit_layer].flatten(0, 1)[inputs.target_index]
         exit_nll = F.cross_entropy(self.exit_logits(hidden), inputs.target_ids, reduction="none")
         return TokenLosses(nll, correct, exit_nll)
+
+    def prompt_vectors(self, prompts: Sequence[str]) -> Tensor:
+        """``prompt_vector`` of each, (B,D). Of a sharded LLM all processes call it together, and each computes what one
+        of them lacks."""
+        lacking = dict.fromkeys(prompt for prompt in prompts if prompt not in self._prompt_vectors)
+        for prompt in wanted_by_any(lacking, self.shard_group):
+            self.prompt_vector(prompt)
+        return torch.stack([self.prompt_vector(prompt) for prompt in prompts])
 
     @torch.no_grad()
     def prompt_vector(self, prompt: str) -> Tensor:

@@ -25,6 +25,7 @@ from pam_espnet.frontend.encoders.base import layer_dtype, model_folder_or_id
 from pam_espnet.frontend.encoders.registry import build_encoder, encoder_class
 from pam_espnet.frontend.frontend import PaMFrontend
 from pam_espnet.llm.llm import recomputed_every
+from pam_espnet.llm.quantize import BITS, elements
 from pam_espnet.train.experiment import bare_llm, read_options
 from pam_espnet.train.scaling import scaled
 
@@ -69,7 +70,9 @@ class Encoder:
         return self.dtype.itemsize * (state * (max(self.spec.layers) + 5) + self.convolutions) + copies
 
 
-def estimate(config: Mapping[str, Any], train: Path | None, valid: Path | None, cached: bool, ngpu: int) -> str:
+def estimate(
+    config: Mapping[str, Any], train: Path | None, valid: Path | None, cached: bool, ngpu: int, num_nodes: int = 1
+) -> str:
     """The estimate, for people to read.
 
     Args:
@@ -77,7 +80,10 @@ def estimate(config: Mapping[str, Any], train: Path | None, valid: Path | None, 
         train, valid: formatted data directories; None: batches are as large as they may be.
         cached: whether encoders are run once, before training.
         ngpu: GPUs of all nodes, which share every batch; 0: CPU.
+        num_nodes: nodes that these are in.
     """
+    shard = (config.get("llm_conf") or {}).get("shard")
+    shards = max(1, ngpu // num_nodes if shard == "node" else ngpu if shard else 1)
     encoders, lm, unknown = {}, None, []
     for name in used_encoders(config):
         try:
@@ -88,13 +94,13 @@ def estimate(config: Mapping[str, Any], train: Path | None, valid: Path | None, 
         lm = bare_llm(config, ngpu > 0)
     except OSError as error:
         unknown.append(f"LLM {config['llm']} ({_short(error)})")
-    parts = parameters(config, lm, encoders, complete=not unknown)
+    parts = parameters(config, lm, encoders, not unknown, shards)
     lines = ["Estimate from the configuration; time from rates measured elsewhere (pam_espnet/train/estimate.py)", ""]
     lines.append(f"{'parameters':34}{'frozen':>16}{'trained':>14}{'weights':>10}")
     lines += [f"  {name:32}{frozen:16,}{own:14,}{format_size(size):>10}" for name, (frozen, own, size) in parts.items()]
     lines += [f"  unknown: {line}" for line in unknown]
     largest = max(batches(config, train, max(1, ngpu)), key=lambda batch: batch.positions)
-    memory = step_bytes(config, lm, encoders, parts, largest, cached)
+    memory = step_bytes(config, lm, encoders, parts, largest, cached, shards)
     where = f"each of {ngpu} GPUs" if ngpu else "this process"
     lines += ["", f"memory of {where}, for {largest.seconds:.0f} s and {largest.positions:.0f} positions in a step"]
     lines += [f"  {name:62}{format_size(size):>10}" for name, size in memory.items()]
@@ -179,14 +185,16 @@ def encoder_shape(name: str, frontend_conf: Mapping[str, Any], cuda: bool = Fals
 
 
 def parameters(
-    config: Mapping[str, Any], lm: Any, encoders: Mapping[str, Encoder], complete: bool
+    config: Mapping[str, Any], lm: Any, encoders: Mapping[str, Encoder], complete: bool, shards: int = 1
 ) -> dict[str, tuple[int, int, int]]:
-    """Part -> (frozen parameters, trained parameters, bytes); adapters and fusion where all other parts are known."""
+    """Part -> (frozen parameters, trained parameters, bytes in each process, of which ``shards`` share the LLM's
+    blocks); adapters and fusion where all other parts are known."""
     parts = {}
     if lm is not None:
         lora = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in lm.parameters()) - lora
-        parts["LLM"] = (frozen, 0, frozen * lm.dtype.itemsize)
+        whole = frozen - sum(p.numel() for p in _blocks(lm))
+        parts["LLM"] = (frozen, 0, whole * lm.dtype.itemsize + math.ceil(block_bytes(config, lm) / shards))
         if lora:
             parts["LoRA"] = (0, lora, 4 * lora)
     for name, encoder in encoders.items():
@@ -201,6 +209,18 @@ def parameters(
             size += width + 1  # blank and temperature
         parts["adapters, fusion, CTC head"] = (0, size, 4 * size)
     return parts
+
+
+def block_bytes(config: Mapping[str, Any], lm: Any) -> float:
+    """Of the frozen weights in the LLM's blocks; with ``llm_conf.quantize`` matrices have 4 bits and their scales."""
+    size = lm.dtype.itemsize
+    matrix = BITS / 8 if (config.get("llm_conf") or {}).get("quantize") else size
+    return sum(p.numel() * (matrix if p.dim() > 1 else size) for p in _blocks(lm))
+
+
+def _blocks(lm: Any) -> list[torch.nn.Parameter]:
+    layers = getattr(lm.base_model, "layers", None)  # another name in a few families, which can be neither
+    return [p for p in layers.parameters() if not p.requires_grad] if layers is not None else []
 
 
 def batches(config: Mapping[str, Any], train: Path | None, ranks: int) -> list[Batch]:
@@ -253,12 +273,15 @@ def step_bytes(
     parts: Mapping[str, tuple[int, int, int]],
     batch: Batch,
     cached: bool,
+    shards: int = 1,
 ) -> dict[str, float]:
     """What a training step holds, in bytes."""
     trained = sum(own for _, own, _ in parts.values())
     loaded = [size for name, (_, _, size) in parts.items() if not (cached and name.startswith("encoder "))]
     rows = {"weights" + (" (encoders are cached)" if cached else ""): float(sum(loaded))}
     rows["gradients and the optimiser's states"] = 4.0 * trained * (2 if config.get("optim") == "sgd" else 3)
+    if lm is not None and shards > 1:
+        rows["two gathered blocks of the LLM"] = 2 * block_bytes(config, lm) / lm.config.num_hidden_layers
     if lm is not None and hasattr(lm.config, "intermediate_size"):
         rows["activations of the LLM"] = llm_activation_bytes(lm, batch, _checkpointing(config))
     if encoders and not cached:
@@ -283,7 +306,7 @@ def llm_operations(lm: Any, positions: float, targets: float, recomputed: float 
     """Of a step of a frozen LLM: two per parameter of its blocks and position, forward and for inputs' gradients,
     once more in the part ``recomputed`` of the blocks; the output layer for ``targets``. Attention's are left out."""
     outside = {id(lm.get_input_embeddings().weight), id(lm.get_output_embeddings().weight)}
-    in_blocks = sum(p.numel() for p in lm.parameters() if id(p) not in outside)
+    in_blocks = sum(elements(p) for p in lm.parameters() if id(p) not in outside)
     passes = 2 + recomputed
     return passes * 2 * in_blocks * positions + 4 * lm.config.hidden_size * lm.config.vocab_size * targets
 

@@ -250,9 +250,13 @@ def bare_llm(config: Mapping[str, Any], cuda: bool = False) -> Any:
 
     from pam_espnet.llm.llm import choose_dtype, hub_source, recomputed_every
     from pam_espnet.llm.lora import add_lora
+    from pam_espnet.llm.quantize import check_quantize
+    from pam_espnet.llm.shard import check_shard
 
     conf = dict(config.get("llm_conf") or {})
     recomputed_every(conf.get("gradient_checkpointing"))  # raises
+    check_shard(conf.get("shard"))
+    check_quantize(conf.get("quantize"), conf.get("shard"))
     name = conf.get("dtype", "auto")
     # The GPU is perhaps another machine's; those that train LLMs compute bfloat16.
     dtype = torch.bfloat16 if name == "auto" and cuda else choose_dtype(name)

@@ -36,6 +36,7 @@ from pam_espnet.data.tasks import TASKS, task_spec
 from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import atomic_path, load_strict, read_trained, save_trained, write_text
 from pam_espnet.frontend.fusion.routing import router_loss
+from pam_espnet.llm.shard import stream_blocks
 from pam_espnet.model import ESPnetPaMModel, build_model
 from pam_espnet.train.experiment import read_options
 from pam_espnet.train.export import not_finite
@@ -365,14 +366,18 @@ def run(args: argparse.Namespace) -> Path:
         logging.info(f"{tokens}: {len(ids)} token types in {len(factories['train'].tasks)} training answers")
     agree(None)  # the others wait for the file
     scales = {**(args.lr_scale_conf or {}), **options.lr_scales}
+    device = "cuda" if args.ngpu > 0 else "cpu"
+    model = build_model(vars(args))
+    if (args.llm_conf or {}).get("shard") and model.decoder.shard_group is None:  # it would not fit on one GPU
+        stream_blocks(model.decoder.lm, device)
     with disk_errors(output_dir):
         return fit(
-            build_model(vars(args)),
+            model,
             factories["train"],
             factories["valid"],
             options,
             output_dir,
-            device="cuda" if args.ngpu > 0 else "cpu",
+            device=device,
             lr_scales={prefix: factor for prefix, factor in scales.items() if not prefix.startswith("decoder")},
             router_pairs=pairs,
             lr_factor=growth,

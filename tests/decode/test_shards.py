@@ -23,7 +23,7 @@ from pam_espnet.decode.shards import DecodeOptions, shard_keys
 from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.errors import CheckpointError, ConfigError, DataError
 from pam_espnet.fileio import read_json, save_trained
-from pam_espnet.model import build_model
+from pam_espnet.model import ESPnetPaMModel, build_model
 from pam_espnet.score.scoring import score_directory
 
 
@@ -53,6 +53,17 @@ def decoded(exp: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     out = tmp_path_factory.mktemp("decoded")
     assert decode(exp, data, out) == 0
     return out
+
+
+def test_a_model_that_does_not_fit_is_refused_in_words(
+    exp: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 140 GiB")
+
+    monkeypatch.setattr(ESPnetPaMModel, "to", full)
+    with pytest.raises(ConfigError, match=r"holds the whole LLM there.*140 GiB\n  -> choose a GPU with more memory"):
+        decode(exp, data, tmp_path)
 
 
 def test_outputs(decoded: Path, data: Path) -> None:

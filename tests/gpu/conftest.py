@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 ON_CPU = os.environ.get("PAM_GPU_TESTS_ON_CPU") == "1" and not torch.cuda.is_available()
 BEGAN = time.monotonic()
 # Most telling first. The kernels in the shape of one LLM come before all, in other shapes last.
-NAMES = ("equality", "invariance", "syncs", "memory", "frontend", "options", "kernels")
+NAMES = ("equality", "invariance", "syncs", "memory", "frontend", "options", "large_llms", "kernels")
 FIRST = "Qwen2.5-3B-bfloat16"
 
 

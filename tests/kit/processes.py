@@ -95,8 +95,26 @@ def train(root: Path, llm: Path, output: Path, ranks: int, **changes: Any) -> Tr
         more = [*shared, "--dist_rank", str(rank)] if ranks > 1 else []
         processes.append(start(output / f"rank{rank}.log", "pam_train", [*arguments, *more]))
     finish(processes, output)
-    curve = [json.loads(line) for line in (output / "curve.jsonl").read_text().splitlines()]
-    return read_trained(output / "model.safetensors"), curve
+    return trained(output)
+
+
+def command(data: Path, exp: Path, llm: Path, *words: str, **changes: Any) -> list[str]:
+    """pam_train, with further options ``words``."""
+    exp.mkdir(exist_ok=True)
+    write_config({**tiny_config(llm), **TRAINING, **changes}, exp / "given.yaml")
+    return [sys.executable, "-m", "pam_espnet.bin.pam_train", *train_args(data, exp / "given.yaml", exp), *words]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that imports the kit's encoders and has no GPU."""
+    kit = str(Path(__file__).parent)
+    return {**os.environ, "PYTHONPATH": kit, "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def trained(exp: Path) -> Training:
+    """What the training in ``exp`` has written."""
+    curve = [json.loads(line) for line in (exp / "curve.jsonl").read_text().splitlines()]
+    return read_trained(exp / "model.safetensors"), curve
 
 
 def check_same(one: Training, other: Training, epochs: int = 2) -> None:

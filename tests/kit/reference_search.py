@@ -30,9 +30,7 @@ def search(engine: Any, prefix: Tensor, rows: list[int], options: BeamOptions, *
     return beam_search(engine, batch, lengths, options, **more)
 
 
-def generate(
-    llm: LLM, embeds: Tensor, options: BeamOptions, **more: Any
-) -> list[tuple[list[int], float]]:
+def generate(llm: LLM, embeds: Tensor, options: BeamOptions, **more: Any) -> list[tuple[list[int], float]]:
     """The same search of one utterance (P,D) by transformers, without padding: its n-best tokens and scores."""
     return generate_batch(llm, [embeds], options, **more)[0]
 

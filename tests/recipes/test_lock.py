@@ -25,11 +25,11 @@ def locked(repo_root: Path) -> dict[str, str]:
 
 
 def declared(repo_root: Path) -> list[Requirement]:
-    """Every requirement of setup.cfg, but those of the extra that set-up omits."""
+    """Every requirement of setup.cfg, but those of the extras that set-up omits."""
     parser = configparser.ConfigParser(interpolation=None)
     parser.read(repo_root / "setup.cfg")
     texts = [parser["options"]["install_requires"]]
-    texts += [text for extra, text in parser["options.extras_require"].items() if extra != "demo"]
+    texts += [text for extra, text in parser["options.extras_require"].items() if extra not in ("demo", "quantize")]
     lines = [line for text in texts for line in text.splitlines()]
     return [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
 

@@ -216,6 +216,23 @@ def test_report(tiny_llm_dir: Path, tmp_path: Path) -> None:
     assert " ".join(lines["LLM"][3:]) == format_size(2 * int(lines["LLM"][1].replace(",", "")))  # bfloat16 on a GPU
 
 
+def test_sharded_and_rounded_llms_need_less_memory(tiny_llm_dir: Path) -> None:
+    def report(nodes: int = 1, **llm_conf: str) -> tuple[str, int]:
+        config = tiny_config(tiny_llm_dir)
+        config["llm_conf"] |= llm_conf
+        shards = {"node": 8 // nodes, "all": 8}.get(llm_conf.get("shard", ""), 1)
+        size = parameters(config, bare_llm(config), {}, complete=False, shards=shards)["LLM"][2]
+        return estimate(config, None, None, False, 8, nodes), size
+
+    lm = bare_llm(tiny_config(tiny_llm_dir))
+    blocks = 4 * sum(p.numel() for p in lm.base_model.layers.parameters() if not p.requires_grad)
+    (text, whole), (_, four), (sharded, eight) = report(), report(2, shard="node"), report(2, shard="all")
+    assert whole - four == blocks * 3 // 4 and whole - eight == blocks * 7 // 8
+    assert "two gathered blocks" in sharded and "two gathered blocks" not in text
+    matrices = 4 * sum(p.numel() for p in lm.base_model.layers.parameters() if not p.requires_grad and p.dim() > 1)
+    assert whole - report(quantize="nf4")[1] == pytest.approx(matrices * (1 - 4.127 / 32), rel=1e-3)
+
+
 def test_the_command_begins_an_experiment_and_is_silent_once_it_is_trained(
     tiny_llm_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

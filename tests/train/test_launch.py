@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from marked_processes import MARK, running
-from processes import TRAINING, check_same
-from tiny_model import tiny_config, train_args
+from processes import check_same, command, environment, trained
 
-from pam_espnet.config import load_yaml, write_config
+from pam_espnet.config import load_yaml
 from pam_espnet.errors import ConfigError
-from pam_espnet.fileio import read_trained
 from pam_espnet.train.launch import add_launch_options, agent_options, first_host
 
 
@@ -98,27 +93,11 @@ def test_the_first_host_of_a_list(names: str, first: str, scontrol: bool, monkey
 # -- trained ---------------------------------------------------------------------------------------------------------
 
 
-def command(data: Path, exp: Path, llm: Path, *words: str, **changes: Any) -> list[str]:
-    exp.mkdir(exist_ok=True)
-    write_config({**tiny_config(llm), **TRAINING, **changes}, exp / "given.yaml")
-    return [sys.executable, "-m", "pam_espnet.bin.pam_train", *train_args(data, exp / "given.yaml", exp), *words]
-
-
 def ended(words: list[str], status: int = 0) -> str:
     """Run a command; what it wrote to stderr."""
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == status, done.stderr[-5000:]
     return done.stderr
-
-
-def environment(**more: str) -> dict[str, str]:
-    kit = str(Path(__file__).resolve().parents[1] / "kit")
-    return {**os.environ, "PYTHONPATH": kit, "CUDA_VISIBLE_DEVICES": "", **more}
-
-
-def trained(exp: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    curve = [json.loads(line) for line in (exp / "curve.jsonl").read_text().splitlines()]
-    return read_trained(exp / "model.safetensors"), curve
 
 
 @pytest.mark.slow  # three processes import ESPnet

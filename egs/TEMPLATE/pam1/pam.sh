@@ -148,7 +148,8 @@ if wants 3; then
     experiment=(--train "${raw}/${train_set}" --valid "${raw}/${valid_set}" --exp "${exp}" --config "${configs[@]}"
         --set "${changes[@]}")
     [ "${use_cache}" = false ] || experiment+=(--feats "dump/${size}/feats")
-    module pam_estimate "${experiment[@]}" --ngpu $((ngpu * num_nodes)) --fetch true  # first it checks the configuration
+    # It checks the configuration, too.
+    module pam_estimate "${experiment[@]}" --ngpu $((ngpu * num_nodes)) --fetch true --num_nodes "${num_nodes}"
     nodes=(--ngpu "${ngpu}")
     [ "${num_nodes}" = 1 ] || nodes+=(--num_nodes "${num_nodes}")
     processes=("${nodes[@]}")
