@@ -100,6 +100,54 @@ def bootstrap_difference(first: Statistics, second: Statistics) -> Interval:
     return _interval(value, lambda *drawn: right(*drawn) - left(*drawn), len(first.table), RESAMPLES, SEED)
 
 
+def bootstrap_seeds(runs: Sequence[Statistics], minus: Sequence[Statistics] = ()) -> Interval:
+    """Mean over S trainings with S seeds, with an interval that counts both the seeds and the utterances.
+
+    All seeds answer one test set: seeds and utterances are crossed, so both are resampled independently, and a draw of
+    utterances holds for all seeds (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 2007; mildly
+    conservative, where no bootstrap is exact: McCullagh, "Resampling and exchangeable arrays", Bernoulli 2000). Other
+    utterances for each seed would average the test set's own luck away as seeds are added. Seeds are too few to be
+    drawn with replacement: of three, that gives their extremes, which hold the expectation in three cases of four. So a
+    draw adds Student's t with S - 1 degrees of freedom times the standard error of the S figures instead: without
+    spread between seeds this is ``bootstrap`` of the mean, without spread between utterances the t interval. With one
+    seed it is the interval of the utterances alone.
+
+    Args:
+        runs: of each seed, over the same utterances in the same order.
+        minus: empty, or as many, in the order of the same seeds: the mean of the differences, paired over utterances
+            and seeds.
+
+    ValueError: different numbers of utterances or seeds.
+    """
+    if len(minus) not in (0, len(runs)):
+        raise ValueError(f"{len(runs)} seeds against {len(minus)}: not pairs")
+    systems = [*runs, *minus]
+    for other in systems[1:]:
+        _check_pair(runs[0], other)
+    figures = [value_of(system) for system in systems]
+    if None in figures:
+        return Interval(None, None, None)
+
+    def differences(table: np.ndarray) -> np.ndarray:
+        """Figures of all systems, (S,...) or (2*S,...) -> (S,...)."""
+        first, *second = table.reshape(-1, len(runs), *table.shape[1:])
+        return first - second[0] if second else first
+
+    values, noise = differences(np.array(figures, dtype=np.float64)), np.zeros(RESAMPLES)
+    if len(runs) > 1:
+        from scipy import stats
+
+        # Exact quantiles in random order: with two degrees of freedom those of a sample are coarse.
+        grid = (np.random.default_rng(SEED + 1).permutation(RESAMPLES) + 0.5) / RESAMPLES
+        noise = stats.t.ppf(grid, len(runs) - 1) * values.std(ddof=1) / len(runs) ** 0.5
+    resampled = [_resampled(system) for system in systems]
+
+    def mean(drawn: np.ndarray, axis: int) -> np.ndarray:
+        return differences(np.stack([figure(drawn, axis) for figure in resampled])).mean(0)
+
+    return _interval(float(values.mean()), mean, len(runs[0].table), RESAMPLES, SEED, noise)
+
+
 def _resampled(statistics: Statistics) -> Callable[[np.ndarray, int], np.ndarray]:
     """Maps drawn utterances (R,N) to figures (R,)."""
     columns = statistics.table.T
@@ -107,9 +155,14 @@ def _resampled(statistics: Statistics) -> Callable[[np.ndarray, int], np.ndarray
 
 
 def _interval(
-    value: float | None, figures: Callable[[np.ndarray, int], np.ndarray], count: int, resamples: int, seed: int
+    value: float | None,
+    figures: Callable[[np.ndarray, int], np.ndarray],
+    count: int,
+    resamples: int,
+    seed: int,
+    noise: np.ndarray | float = 0.0,
 ) -> Interval:
-    """Percentile interval of ``figures`` over draws of ``count`` utterances."""
+    """Percentile interval of ``figures`` over draws of ``count`` utterances, to which ``noise`` (R,) is added."""
     if value is None or count < 2:
         return Interval(value, None, None)
     from scipy import stats  # takes a second to import
@@ -121,7 +174,7 @@ def _interval(
             n_resamples=resamples, batch=max(1, _BLOCK // count), rng=np.random.default_rng(seed),
         ).bootstrap_distribution  # fmt: skip
     # A resample that drew only zero denominators has no figure and tells nothing about the spread; scipy would give up.
-    drawn = drawn[np.isfinite(drawn)]
+    drawn = (drawn + noise)[np.isfinite(drawn)]
     if not len(drawn):
         return Interval(value, None, None)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

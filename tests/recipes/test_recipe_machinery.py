@@ -228,7 +228,7 @@ def test_a_model_is_built_of_every_fusion(recipe: Path, fusion: str, tiny_llm_di
     [
         pytest.param(script, id=recipe.parent.name)
         for recipe in RECIPES
-        for script in [*recipe.glob("run_ablation.sh"), *recipe.glob("run_fusions.sh")]
+        for script in recipe.glob("run_ablation.sh")
     ],
 )
 def test_a_comparison_runs_every_fusion_once_and_puts_them_side_by_side(script: Path) -> None:

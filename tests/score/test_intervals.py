@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from pam_espnet.score import intervals
-from pam_espnet.score.intervals import Interval, Ratio, bootstrap, bootstrap_difference, mean_of, paired_p_value
+from pam_espnet.score.intervals import (
+    Interval,
+    Ratio,
+    bootstrap,
+    bootstrap_difference,
+    bootstrap_seeds,
+    mean_of,
+    paired_p_value,
+)
 
 
 def test_the_value_is_the_ratio_of_the_sums_not_the_mean_of_the_ratios() -> None:
@@ -79,3 +88,43 @@ def test_the_p_value_separates_noise_from_a_difference(monkeypatch: pytest.Monke
     assert paired_p_value(Ratio(np.array([1]), np.array([0])), mean_of([1.0])) is None
     with pytest.raises(ValueError, match="not a pair"):
         paired_p_value(first, mean_of([1.0]))
+
+
+def test_seeds_without_spread_give_the_bootstrap_and_utterances_without_spread_the_t_interval() -> None:
+    rng = np.random.default_rng(2)
+    errors, words = rng.integers(0, 4, 80), rng.integers(3, 9, 80)
+    one, other = Ratio(errors, words, 100.0), Ratio(rng.permutation(errors), words, 100.0)
+    assert bootstrap_seeds([one]) == bootstrap(one)  # one seed: the utterances alone
+    assert bootstrap_seeds([one] * 3) == pytest.approx(bootstrap(one))
+    assert bootstrap_seeds([other] * 3, [one] * 3) == pytest.approx(bootstrap_difference(one, other))
+    figures = np.array([0.2, 0.5, 0.9])
+    value, low, high = bootstrap_seeds([mean_of([figure] * 10) for figure in figures])
+    expected = scipy.stats.t.interval(0.95, 2, figures.mean(), scipy.stats.sem(figures))
+    assert value == pytest.approx(figures.mean()) and (low, high) == pytest.approx(expected, abs=0.02)
+
+
+def test_the_interval_over_seeds_covers_the_expectation() -> None:
+    """A crossed model of known variances: what utterances and seeds have each for all, and what is of each cell. The
+    bootstrap of utterances, which a table of one seed has, is far from covering it."""
+    rng = np.random.default_rng(3)
+    covered, alone, trials = 0, 0, 150
+    for _ in range(trials):
+        hard, luck = rng.normal(0, 1.0, 60), rng.normal(0, 0.3, (3, 1))
+        runs = [mean_of(row) for row in hard + luck + rng.normal(0, 0.5, (3, 60))]
+        low, high = bootstrap_seeds(runs)[1:]
+        covered += low <= 0 <= high
+        low, high = bootstrap(runs[0])[1:]
+        alone += low <= 0 <= high
+    assert 0.90 <= covered / trials <= 0.99 and alone / trials < 0.75
+
+
+def test_differences_pair_seeds_and_utterances() -> None:
+    hard, luck = np.random.default_rng(4).normal(0, 1, (2, 40))
+    first = [mean_of(hard + shift) for shift in luck[:3]]
+    better = [mean_of(hard + shift - 0.5) for shift in luck[:3]]
+    assert bootstrap_seeds(better, first) == pytest.approx((-0.5, -0.5, -0.5))
+    with pytest.raises(ValueError, match="3 seeds against 2"):
+        bootstrap_seeds(better, first[:2])
+    with pytest.raises(ValueError, match="not a pair"):
+        bootstrap_seeds([*first, mean_of([1.0])])
+    assert bootstrap_seeds([first[0], mean_of(np.full(40, np.nan))]) == Interval(None, None, None)

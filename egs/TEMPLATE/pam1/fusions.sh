@@ -6,7 +6,7 @@
 set -euo pipefail
 
 template=$(dirname "${BASH_SOURCE[0]}")
-usage="Usage: ./run_fusions.sh or ./run_ablation.sh [options: name, value, default]
+usage="Usage: ./run_ablation.sh [options: name, value, default]
 
 Writes RESULTS_<size><suffix>.md and .json."
 options="

@@ -38,7 +38,8 @@ set             CHANGES  ''         changes to the configuration, key.sub=value 
 decode_config   FILE     conf/decode.yaml  options of the beam search
 decode_tag      NAME     beam       decode directory exp/<tag>/decode_<name>
 audio_off       BOOL     true       also decode with the waveform set to zero, as control
-all_prompts     BOOL     false      also decode with every other wording of conf/prompts/<task>.txt; report the spread
+all_prompts     BOOL     false      also decode with every other wording of <prompts>/<task>.txt; report the spread
+prompts         DIR      conf/prompts  files of wordings for --all_prompts; the first is the one that the data has
 use_cache       BOOL     true       train on cached hidden states; false runs the encoders in every step
 rebuild_cache   BOOL     false      compute cached hidden states again
 warm_start      BOOL     true       CTC warm start of the adapters before training
@@ -100,6 +101,7 @@ tag=${tag:-${fusion}_${size}}
 data=data/${size}
 raw=dump/${size}/raw
 exp=exp/${tag}
+worded=dump/${size}/$(basename "${prompts}")  # the test sets in other wordings
 
 if [ "${dry_run}" = false ]; then
     # shellcheck source=egs/TEMPLATE/pam1/path.sh
@@ -187,11 +189,12 @@ if wants 4; then
     if [ "${all_prompts}" = true ]; then
         reworded=(SET/NUMBER)
         if [ "${dry_run}" = false ]; then
-            listed=$("${python}" -m pam_espnet.bin.pam_reword --data "${sources[@]}" --out "dump/${size}/prompts")
+            listed=$("${python}" -m pam_espnet.bin.pam_reword --data "${sources[@]}" --prompts "${prompts}" \
+                --out "${worded}")
             mapfile -t reworded <<<"${listed}"
         fi
         for name in "${reworded[@]}"; do
-            sources+=("dump/${size}/prompts/${name}")
+            sources+=("${worded}/${name}")
             targets+=("${decode_dir}/${name%/*}/prompts/${name##*/}")
         done
     fi
@@ -216,7 +219,7 @@ if wants 5; then
     names=("${decode_tag}")
     [ "${audio_off}" = false ] || names+=("${decode_tag}_audio_off")
     module pam_score --exp "${exp}" --data "${tests[@]/#/${raw}/}" --decode_name "${names[@]}" \
-        --prompts "dump/${size}/prompts"
+        --prompts "${worded}"
     end "see ${exp}/RESULTS.md; one file of it: ./run.sh --stage 6 --stop_stage 6"
 fi
 

@@ -1,0 +1,197 @@
+"""Tables over seeds, made of the files of evidence alone, and the tables that READMEs quote of them.
+
+A row is a name (a fusion, or a variant with settings of its own); a figure is the mean over its seeds, with an interval
+that counts seeds and utterances (``intervals.bootstrap_seeds``). The JSON has the form of that of ``compare.py``, so
+that READMEs quote both in the same way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pam_espnet.data.tasks import task_spec
+from pam_espnet.errors import DataError
+from pam_espnet.fileio import read_json, read_text, write_json, write_text
+from pam_espnet.score.compare import Column, Difference, show_difference
+from pam_espnet.score.evidence import Run, read_run
+from pam_espnet.score.intervals import Statistics, bootstrap_seeds
+from pam_espnet.score.report import table
+from pam_espnet.score.result import MAIN_METRICS, METRICS
+from pam_espnet.score.routing import TaskRouting
+
+_TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_NOTE = (
+    "Means over seeds. In brackets: 95 % interval that counts seeds (Student's t) and utterances (bootstrap, the same "
+    "for all seeds). † one seed: the interval counts utterances alone.\n"
+)
+
+
+def read_runs(folder: str | Path, size: str) -> dict[str, list[Run]]:
+    """Name -> its runs in the order of their seeds; ``pam`` first, variants with settings last.
+
+    Raises DataError: there is none; a file that is no evidence; settings that differ within a name, or test utterances.
+    """
+    runs = [run for path in sorted(Path(folder).glob(f"*_{size}_*.json")) if (run := read_run(path)).size == size]
+    if not runs:
+        raise DataError(folder, f"no *_{size}_*.json here", hint=f"make them: ./run_evidence.sh --size {size}")
+    runs.sort(key=lambda run: (run.name != "pam", run.settings != "", run.name, run.seed))
+    found = {name: list(group) for name, group in groupby(runs, lambda run: run.name)}
+    for run in runs:
+        same = found[run.name][0]
+        if run.settings != same.settings:
+            message = f"has the settings {run.settings!r}, but {same.file_name} {same.settings!r}"
+            raise DataError(Path(folder) / run.file_name, message, hint="give one of the two another name")
+        for column in run.columns():
+            pair = runs[0].statistics(column), run.statistics(column)
+            if pair[0] and pair[1] and pair[0][0] != pair[1][0]:
+                message = f"has other utterances in {column.set} than {runs[0].file_name}"
+                raise DataError(Path(folder) / run.file_name, message, hint="run one of them again on the same data")
+    return found
+
+
+def write_tables(folder: str | Path, size: str, output: str | Path) -> str:
+    """Write ``<output>.md``, ``.json`` and ``.png`` from a size's files; return the Markdown. Raises: ``read_runs``."""
+    from pam_espnet.score.plots import plot_seeds
+
+    found, output = read_runs(folder, size), Path(output)
+    columns = list(dict.fromkeys(column for runs in found.values() for run in runs for column in run.columns()))
+    statistics = {
+        f"{name}{suffix}": {
+            column: {run.seed: one[1] for run in runs if (one := run.statistics(column, audio))} for column in columns
+        }
+        for name, runs in found.items()
+        for audio, suffix in (("on", ""), ("zero", ", audio off"))
+        if any(one["audio"] == audio for run in runs for one in run.utterances)
+    }
+    first = next(iter(statistics.values()))
+    rows = []
+    for label, own in statistics.items():
+        seeds = sorted({seed for by_seed in own.values() for seed in by_seed})
+        scores = [_cell(column, own[column]) for column in columns]
+        differences = [_cell(column, own[column], first[column]) for column in columns if own is not first]
+        found_in = {"scores": list(filter(None, scores)), "difference_to_first": list(filter(None, differences))}
+        rows.append({"experiment": label, "seeds": seeds, **found_in})
+    write_json(output.with_suffix(".json"), {"size": size, "rows": rows})
+    plot_seeds(rows, _main(columns), output.with_suffix(".png"))
+    text = _markdown(size, rows, columns, found, output.name)
+    write_text(output.with_suffix(".md"), text)
+    return text
+
+
+def readme_tables(readme: str | Path) -> str:
+    """The text of a README with every table between ``<!-- table: FILE.json -->`` and ``<!-- end -->`` made anew from
+    the JSON of evidence or of a comparison; FILE.json is relative to the README. Raises DataError: no such file."""
+
+    def fill(match: re.Match[str]) -> str:
+        path = Path(readme).parent / match[2]
+        if not path.is_file():
+            raise DataError(readme, f"table of {match[2]}: no such file", hint="correct the name after '<!-- table:'")
+        rows = read_json(path)["rows"]
+        columns = _main(list(dict.fromkeys(_column(entry) for row in rows for entry in row["scores"])))
+        titles = [f"{column.set}, {METRICS[column.metric].title}" for column in columns]
+        return match[1] + table(("", *titles), [_score_cells(row, columns) for row in rows]) + match[3]
+
+    return _TABLE.sub(fill, read_text(readme))
+
+
+def _cell(
+    column: Column, own: Mapping[int, Statistics], minus: Mapping[int, Statistics] | None = None
+) -> dict[str, Any] | None:
+    """Mean with its interval, and the figure of each seed; of the differences to ``minus`` at the seeds of both."""
+    seeds = [seed for seed in own if minus is None or seed in minus]
+    if not seeds:
+        return None
+    pairs = {seed: ([own[seed]], [] if minus is None else [minus[seed]]) for seed in seeds}
+    runs, others = ([one for pair in pairs.values() for one in pair[side]] for side in (0, 1))
+    by_seed = {str(seed): bootstrap_seeds(*pair).value for seed, pair in pairs.items()}
+    return {**column._asdict(), **bootstrap_seeds(runs, others)._asdict(), "by_seed": by_seed}
+
+
+def _column(entry: Mapping[str, Any]) -> Column:
+    return Column(entry["set"], entry["task"], entry["metric"])
+
+
+def _main(columns: Sequence[Column]) -> list[Column]:
+    """The first figure of each task."""
+    return [column for column in columns if column.metric == MAIN_METRICS[task_spec(column.task).metric][0]]
+
+
+def _score_cells(row: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
+    entries = {_column(entry): entry for entry in row["scores"]}
+    seeds = row.get("seeds")  # a comparison of experiments has none
+    label = row["experiment"] + ("" if seeds is None else f", {len(seeds)} seeds" if len(seeds) > 1 else " †")
+    return [label, *(METRICS[column.metric].show_entry(entries.get(column)) for column in columns)]
+
+
+def _difference_cells(row: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
+    entries = {_column(entry): entry for entry in row["difference_to_first"]}
+    cells = [row["experiment"]]
+    for column in columns:
+        entry = entries.get(column)
+        found = Difference(entry["value"], entry["low"], entry["high"], None) if entry else None
+        cells.append(show_difference(found, column) + (" †" if entry and len(entry["by_seed"]) == 1 else ""))
+    return cells
+
+
+def _markdown(
+    size: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], found: Mapping[str, list[Run]], name: str
+) -> str:
+    runs = [run for group in found.values() for run in group]
+    head = ("", *(column.title for column in columns))
+    parts = [f"# Evidence, size {size}\n", _NOTE, table(head, [_score_cells(row, columns) for row in rows])]
+    if len(rows) > 1:
+        note = "Paired over utterances and seeds; bold where the interval excludes zero.\n"
+        cells = [_difference_cells(row, columns) for row in rows[1:]]
+        parts += [f"## Difference to {rows[0]['experiment']}\n", note, table(head, cells)]
+    parts.append(f"![Figures of each seed]({name}.png)\n")
+    tasks = sorted({task for run in runs for task in run.routing})
+    cells = [[f"{r.name}, seed {r.seed}", *(_routing(r.routing.get(task)) for task in tasks)] for r in runs]
+    parts += ["## Weights of the encoders\n", table(("", *tasks), cells)]
+    if worded := {label: group for label, group in found.items() if any(run.wordings for run in group)}:
+        note = (
+            "Means over seeds: the score, and how often the router chose the expert of wording 1, that of training.\n"
+        )
+        parts += ["## Wordings of the prompt\n", note, _wordings_table(worded)]
+    cells = [
+        [
+            *(run.name, str(run.seed), run.commit, f"{run.hours_trained:.2f}"),
+            *(f"{seconds / 60:.1f}" for seconds in (run.wall_seconds, run.cpu_seconds)),
+            *(str(run.killed_attempts), run.versions.get("torch", "–"), str(run.processor["name"])),
+            "yes" if run.processor["bfloat16"] else "no",
+        ]
+        for run in runs
+    ]
+    titles = ("", "seed", "commit", "hours of audio trained", "wall min", "CPU min", "killed attempts, not counted")
+    parts += ["## Runs\n", table((*titles, "torch", "processor", "native bfloat16"), cells)]
+    return "\n".join([*parts, "```", *(run.command for run in runs), "```\n"])
+
+
+def _routing(record: Mapping[str, Any] | None) -> str:
+    if record is None:
+        return "–"
+    layers = {name: np.array(weights) for name, weights in record["layers"].items()}
+    share, probs = np.array(record["expert_share"]), np.array(record["expert_probs"])
+    return TaskRouting(record["utterances"], share, probs, layers).describe()
+
+
+def _wordings_table(worded: Mapping[str, list[Run]]) -> str:
+    lines: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
+    for name, runs in worded.items():
+        for one in (one for run in runs for one in run.wordings):
+            key = one["set"], one["metric"], one["number"], one["prompt"]
+            lines.setdefault(key, {}).setdefault(name, []).append(one)
+    cells = []
+    for (set_name, metric, number, prompt), found in sorted(lines.items()):
+        cells.append([set_name, f"{number}: {prompt}"])
+        for name in worded:
+            own = found.get(name, [])
+            value, share = (np.mean([one[key] for one in own]) if own else None for key in ("value", "share"))
+            cells[-1] += [METRICS[metric].number(value), "–" if share is None else f"{share:.0%}"]
+    titles = [title for name in worded for title in (f"{name}: score", f"{name}: its expert")]
+    return table(("", "wording", *titles), cells)
