@@ -173,6 +173,7 @@ def test_warm_start_then_training(data: Path, tiny_llm_dir: Path, tmp_path: Path
         "max_epoch": 1,
         "warm_start_conf": {"steps": 12, "save_every": 3, "report_every": 4},
     }
+    config["llm_conf"]["shard"] = "node"  # one process: blocks are streamed here, whole in training
     write_config(config, exp / "given.yaml")
     args = train_args(data, exp / "given.yaml", exp)
     assert warm_start(args) == 0
