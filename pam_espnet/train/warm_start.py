@@ -156,9 +156,9 @@ def fit(
         for tensor in _trained(model).values():
             dist.broadcast(tensor, src=0)
 
-    def diverged(loss: float) -> ConfigError:
+    def diverged(number: int, loss: float) -> ConfigError:
         return ConfigError(
-            f"the warm start diverged at step {step + 1} of {options.steps}: loss {loss}, learning rate {lr:.3g}\n"
+            f"the warm start diverged at step {number} of {options.steps}: loss {loss}, learning rate {lr:.3g}\n"
             f"  -> no model was written; give another --tag and a lower warm_start_conf.lr than {options.lr:g}"
         )
 
@@ -184,7 +184,7 @@ def fit(
                 if count == 0:
                     continue
                 if not torch.isfinite(total):
-                    raise diverged(total.item())
+                    raise diverged(step + 1, total.item())
                 if mixture and step % options.held_out_every == 0:
                     _step(model, next(held_out), options.losses, only, optimizer, mixture)
                 step += 1
@@ -206,8 +206,8 @@ def fit(
             if step < options.steps and first:
                 _save(output_dir / STATE, model, optimizer, options.steps, step, epoch, lines)
     trained = _trained(model)
-    if not_finite(trained):  # by the last step
-        raise diverged(total.item())
+    if not_finite(trained):  # since the last step
+        raise diverged(step, total.item())
     model.eval()
     errors = _all_errors(token_errors(model, valid.build_iter(1), options.losses))
     if not first:

@@ -173,6 +173,7 @@ def test_warm_start_then_training(data: Path, tiny_llm_dir: Path, tmp_path: Path
         "max_epoch": 1,
         "warm_start_conf": {"steps": 12, "save_every": 3, "report_every": 4},
     }
+    config["llm_conf"]["shard"] = "node"  # one process: blocks are streamed here, whole in training
     write_config(config, exp / "given.yaml")
     args = train_args(data, exp / "given.yaml", exp)
     assert warm_start(args) == 0
@@ -319,6 +320,29 @@ def test_a_diverged_warm_start_is_none(data: Path, tiny_llm_dir: Path, tmp_path:
     with pytest.raises(ConfigError, match=r"diverged at step \d+ of 12: loss (nan|inf).*\n.*lower warm_start_conf.lr"):
         warm_start(train_args(data, exp / "given.yaml", exp))
     assert not (exp / "warm_start.safetensors").exists()
+
+
+def test_a_warm_start_that_diverges_in_its_last_step_is_none(
+    data: Path, tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No later loss shows it."""
+    from pam_espnet.bin.pam_warm_start import main as warm_start
+
+    def infinite(parameters: Any, norm: float) -> None:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.fill_(float("inf"))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", infinite)
+    config = {
+        **tiny_config(tiny_llm_dir, ctc_tokens=str(tmp_path / "ctc_tokens.txt"), ctc_weight=0.1),
+        **TRAINING,
+        "warm_start_conf": {"steps": 1},
+    }
+    write_config(config, tmp_path / "given.yaml")
+    with pytest.raises(ConfigError, match=r"diverged at step 1 of 1: loss .*\n.*a lower warm_start_conf.lr than 0.002"):
+        warm_start(train_args(data, tmp_path / "given.yaml", tmp_path))
+    assert not (tmp_path / "warm_start.safetensors").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
