@@ -258,7 +258,9 @@ def step_bytes(
     rows = {"weights" + (" (encoders are cached)" if cached else ""): float(sum(loaded))}
     rows["gradients and the optimiser's states"] = 4.0 * trained * (2 if config.get("optim") == "sgd" else 3)
     if lm is not None and hasattr(lm.config, "intermediate_size"):
-        rows["activations of the LLM"] = llm_activation_bytes(lm, batch, _checkpointing(config))
+        auto = (config.get("llm_conf") or {}).get("gradient_checkpointing") == "auto"
+        name = "activations of the LLM" + (", nothing recomputed (auto: as much as fits)" if auto else "")
+        rows[name] = llm_activation_bytes(lm, batch, _checkpointing(config))
     if encoders and not cached:
         rows["the widest encoder at work"] = batch.seconds * max(e.bytes_per_second for e in encoders.values())
     return rows
