@@ -283,7 +283,9 @@ def step_bytes(
     if lm is not None and shards > 1:
         rows["two gathered blocks of the LLM"] = 2 * block_bytes(config, lm) / lm.config.num_hidden_layers
     if lm is not None and hasattr(lm.config, "intermediate_size"):
-        rows["activations of the LLM"] = llm_activation_bytes(lm, batch, _checkpointing(config))
+        auto = (config.get("llm_conf") or {}).get("gradient_checkpointing") == "auto"
+        name = "activations of the LLM" + (", nothing recomputed (auto: as much as fits)" if auto else "")
+        rows[name] = llm_activation_bytes(lm, batch, _checkpointing(config))
     if encoders and not cached:
         rows["the widest encoder at work"] = batch.seconds * max(e.bytes_per_second for e in encoders.values())
     return rows

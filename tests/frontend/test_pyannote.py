@@ -53,7 +53,7 @@ def test_one_lstm_per_layer_equals_the_stacked_one() -> None:
         layers |= {name.replace("_l0", f"_l{index}"): tensor for name, tensor in lstm.state_dict().items()}
     stacked.load_state_dict(layers)
     wave = torch.randn(1, 8000)
-    states = list(net.states(wave, torch.tensor([8000])))
+    states = list(net.states(wave, *[torch.tensor([8000])] * 2))
     torch.testing.assert_close(states[3], stacked(states[0])[0])
 
 

@@ -139,6 +139,7 @@ def test_training_recomputes_the_least_that_fits(
         config["llm_conf"]["gradient_checkpointing"] = "auto"
         assert fitting_checkpointing(config, data, False, 1, 1.0001 * free) == every
     assert fitting_checkpointing(config, data, False, 1, 1.0) == 1
+    assert "nothing recomputed (auto: as much as fits)" in estimate(config, data, None, False, 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1.0001 * free, 1e12))
     caplog.set_level("INFO")
     for ngpu, expected in ((0, 0), (1, 1)):

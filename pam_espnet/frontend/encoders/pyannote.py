@@ -101,11 +101,12 @@ class PyanNet(nn.Module):
             hidden = functional.leaky_relu(norm(functional.max_pool1d(hidden, POOL), frames))
         return hidden.transpose(1, 2)
 
-    def states(self, wave: Tensor, lengths: Tensor) -> Iterator[Tensor]:
-        """SincNet, each LSTM layer, both linear layers, class posteriors: (B,S,·) each, computed as asked for."""
+    def states(self, wave: Tensor, lengths: Tensor, host_lengths: Tensor) -> Iterator[Tensor]:
+        """SincNet, each LSTM layer, both linear layers, class posteriors: (B,S,·) each, computed as asked for.
+        ``host_lengths`` are ``lengths`` (B,) on the host."""
         yield (hidden := self.sincnet(wave, lengths))
         # Packed, so that the backward direction starts at each utterance's own end.
-        frames = self.frame_lengths(lengths).cpu()
+        frames = self.frame_lengths(host_lengths)
         packed = pack_padded_sequence(hidden, frames, batch_first=True, enforce_sorted=False)
         for lstm in self.lstms:
             packed, _ = lstm(packed)
@@ -175,7 +176,8 @@ class PyannoteEncoder(AbsEncoder):
         frames = self.net.frame_lengths(seen)
         num_cells = int(self.output_lengths(self.host_lengths).max())
         emitted = []
-        for state in itertools.islice(self.net.states(wave, seen), max(self.layers) + 1):
+        host = self.host_lengths.clamp_min(RECEPTIVE_FIELD)
+        for state in itertools.islice(self.net.states(wave, seen, host), max(self.layers) + 1):
             cells = average_to_grid(state, frames, num_cells)
             emitted.append(functional.pad(cells, (0, self.width - cells.shape[2])))
         return emitted
