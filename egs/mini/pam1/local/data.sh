@@ -7,7 +7,8 @@ PAM_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../../.." && pwd)"
 
 usage="Usage: $0 [options: name, value, default]
 
-Writes <downloads>/{packages,unpacked,models} and <data_dir>/{train,dev,test_asr,test_voices,test_count,test_caption,audio}.
+Writes <downloads>/{packages,unpacked,models} and
+<data_dir>/{train,dev,test_asr,test_voices,test_count,test_caption,audio}.
 What is there already is kept."
 options="
 size            NAME     quick      how much to make, see local/sizes.yaml: tiny, quick or full

@@ -36,6 +36,8 @@ CRIES = re.compile(
     r"squa[rw]k|warrk|whoo[fp]|woof|changa|wanga|tuwanga|hvxivg"  # the last: chants and a cipher
 )
 
+Entry = tuple[Line, str]  # with its normalised text, or why it is left out
+
 
 @dataclass
 class Side:
@@ -82,13 +84,12 @@ def unusable(text: str, seconds: float) -> str:
     return "too short for its text" if seconds < len(text) / FASTEST else ""
 
 
-def usable_lines(
-    archive: QueenArchive, left_out: Container[str] = ()
-) -> tuple[list[tuple[Line, str]], list[tuple[Line, str]]]:
+def usable_lines(archive: QueenArchive, left_out: Container[str] = ()) -> tuple[list[Entry], list[Entry]]:
     """The lines that are used with their normalised texts, and the others with the reason; ``left_out``: persons."""
     lines = archive.lines()
     names = Counter(line.name for line in lines)
-    used, unused = [], []
+    used: list[Entry] = []
+    unused: list[Entry] = []
     for line in lines:
         text = spoken_text(line.text)
         reason = unusable(text, archive.seconds(line))
@@ -101,11 +102,8 @@ def usable_lines(
 
 
 def choose(
-    lines: list[tuple[Line, str]],
-    prompts: dict[str, list[str]],
-    persons: dict[str, dict[str, str]],
-    size: dict[str, Any],
-) -> dict[str, list[tuple[Line, str]]]:
+    lines: list[Entry], prompts: dict[str, list[str]], persons: dict[str, dict[str, str]], size: dict[str, Any]
+) -> dict[str, list[Entry]]:
     """The lines of train, dev and test.
 
     Lines are taken in the order of the SHA-256 of their text (dev, test; each text once) or name (training).
@@ -122,9 +120,10 @@ def choose(
     for name, side in sides.items():
         side.add(prompts[name])
 
-    def take(name: str, voices: str, limit: int) -> list[tuple[Line, str]]:
+    def take(name: str, voices: str, limit: int) -> list[Entry]:
         """``limit`` lines of more than one word, and of texts that touch no other side nor are there already."""
-        taken, others = [], [side for other, side in sides.items() if other != name]
+        taken: list[Entry] = []
+        others = [side for other, side in sides.items() if other != name]
         for line, text in sorted(lines, key=lambda entry: (_digest(entry[1]), entry[0].name)):
             new = len(text.split()) > 1 and side_of[line.voice] == voices and text not in sides[name].whole
             if len(taken) < limit and new and not any(side.touches(text) for side in others):
@@ -178,7 +177,7 @@ def extract(archive: QueenArchive, line: Line, folder: Path) -> Path:
     return path
 
 
-def report(unused: list[tuple[Line, str]], path: Path) -> None:
+def report(unused: list[Entry], path: Path) -> None:
     """List the lines that are left out in a table, and print how many for which reason."""
     with atomic_path(path) as tmp:
         tmp.write_text("".join(f"{line.name}\t{line.voice}\t{why}\t{line.text}\n" for line, why in unused), "utf-8")
