@@ -7,8 +7,6 @@ where it comes from: commit, command, time, processor.
 from __future__ import annotations
 
 import json
-import platform
-import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -50,7 +48,7 @@ class Run:
     cpu_seconds: float
     killed_attempts: int  # whose time is not known and not counted
     versions: dict[str, str]
-    processor: dict[str, Any]  # its name, what torch uses of it, whether it computes bfloat16 natively
+    processor: dict[str, Any]  # what torch uses of it, and whether it computes bfloat16 natively
     routing: dict[str, dict[str, Any]]  # task -> TaskRouting.record()
     wordings: list[dict[str, Any]]  # of the prompt; see ``_wordings``
     utterances: list[dict[str, Any]]  # utt, set, task, audio, hypothesis, references, and of each figure its numbers
@@ -133,6 +131,8 @@ def read_run(path: Path) -> Run:
                 raise ValueError(f"an utterance with the keys {', '.join(one)} alone")
         for column in run.columns():
             run.statistics(column)
+        if not run.versions.keys() >= {"torch"} or not run.processor.keys() >= {"capability", "bfloat16"}:
+            raise ValueError("versions or processor lack a key")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise DataError(path, f"is no evidence: {error}", hint=hint) from error
     if run.file_name != path.name:
@@ -152,11 +152,8 @@ def _hours_trained(config: dict[str, Any], train: Path) -> float:
 def _processor() -> dict[str, Any]:
     import torch
 
-    able = {name for name, value in torch.cpu.get_capabilities().items() if value is True}
-    cpuinfo = Path("/proc/cpuinfo")  # Linux
-    names = re.findall(r"^model name\s*: (.*)$", read_text(cpuinfo) if cpuinfo.is_file() else "", re.MULTILINE)
-    name = names[0] if names else platform.machine()
-    return {"name": name, "bfloat16": "avx512_bf16" in able, "capabilities": sorted(able)}
+    native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return {"capability": torch.backends.cpu.get_cpu_capability(), "bfloat16": native}
 
 
 def _utterances(decoding: Decoding) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from pam_espnet.errors import DataError
 from pam_espnet.fileio import read_json, read_text, write_json, write_text
 from pam_espnet.score.compare import Column, Difference, show_difference
 from pam_espnet.score.evidence import Run, read_run
-from pam_espnet.score.intervals import Statistics, bootstrap_seeds
+from pam_espnet.score.intervals import Statistics, bootstrap_seeds, value_of
 from pam_espnet.score.report import table
 from pam_espnet.score.result import MAIN_METRICS, METRICS
 from pam_espnet.score.routing import TaskRouting
@@ -107,9 +107,12 @@ def _cell(
     seeds = [seed for seed in own if minus is None or seed in minus]
     if not seeds:
         return None
-    pairs = {seed: ([own[seed]], [] if minus is None else [minus[seed]]) for seed in seeds}
-    runs, others = ([one for pair in pairs.values() for one in pair[side]] for side in (0, 1))
-    by_seed = {str(seed): bootstrap_seeds(*pair).value for seed, pair in pairs.items()}
+    runs, others = [own[seed] for seed in seeds], [minus[seed] for seed in seeds] if minus is not None else []
+    figures = [value_of(run) for run in runs], [value_of(run) for run in others] or [0.0] * len(runs)
+    by_seed = {
+        str(seed): None if value is None or other is None else value - other
+        for seed, value, other in zip(seeds, *figures, strict=True)
+    }
     return {**column._asdict(), **bootstrap_seeds(runs, others)._asdict(), "by_seed": by_seed}
 
 
@@ -135,7 +138,10 @@ def _difference_cells(row: Mapping[str, Any], columns: Sequence[Column]) -> list
     for column in columns:
         entry = entries.get(column)
         found = Difference(entry["value"], entry["low"], entry["high"], None) if entry else None
-        cells.append(show_difference(found, column) + (" †" if entry and len(entry["by_seed"]) == 1 else ""))
+        cells.append(
+            show_difference(found, column)
+            + (" †" if entry and entry["low"] is not None and len(entry["by_seed"]) == 1 else "")
+        )
     return cells
 
 
@@ -154,20 +160,14 @@ def _markdown(
     cells = [[f"{r.name}, seed {r.seed}", *(_routing(r.routing.get(task)) for task in tasks)] for r in runs]
     parts += ["## Weights of the encoders\n", table(("", *tasks), cells)]
     if worded := {label: group for label, group in found.items() if any(run.wordings for run in group)}:
-        note = (
-            "Means over seeds: the score, and how often the router chose the expert of wording 1, that of training.\n"
-        )
+        note = "Means over seeds: the score; how often the router chose the expert of wording 1, that of training.\n"
         parts += ["## Wordings of the prompt\n", note, _wordings_table(worded)]
-    cells = [
-        [
-            *(run.name, str(run.seed), run.commit, f"{run.hours_trained:.2f}"),
-            *(f"{seconds / 60:.1f}" for seconds in (run.wall_seconds, run.cpu_seconds)),
-            *(str(run.killed_attempts), run.versions.get("torch", "–"), str(run.processor["name"])),
-            "yes" if run.processor["bfloat16"] else "no",
-        ]
-        for run in runs
-    ]
     titles = ("", "seed", "commit", "hours of audio trained", "wall min", "CPU min", "killed attempts, not counted")
+    cells = []
+    for run in runs:
+        made = [run.commit, f"{run.hours_trained:.2f}", f"{run.wall_seconds / 60:.1f}", f"{run.cpu_seconds / 60:.1f}"]
+        machine = [run.versions["torch"], run.processor["capability"], "yes" if run.processor["bfloat16"] else "no"]
+        cells.append([run.name, str(run.seed), *made, str(run.killed_attempts), *machine])
     parts += ["## Runs\n", table((*titles, "torch", "processor", "native bfloat16"), cells)]
     return "\n".join([*parts, "```", *(run.command for run in runs), "```\n"])
 
@@ -190,7 +190,7 @@ def _wordings_table(worded: Mapping[str, list[Run]]) -> str:
     for (set_name, metric, number, prompt), found in sorted(lines.items()):
         cells.append([set_name, f"{number}: {prompt}"])
         for name in worded:
-            own = found.get(name, [])
+            own = [one for one in found.get(name, []) if one["value"] is not None]
             value, share = (np.mean([one[key] for one in own]) if own else None for key in ("value", "share"))
             cells[-1] += [METRICS[metric].number(value), "–" if share is None else f"{share:.0%}"]
     titles = [title for name in worded for title in (f"{name}: score", f"{name}: its expert")]

@@ -104,13 +104,13 @@ def bootstrap_seeds(runs: Sequence[Statistics], minus: Sequence[Statistics] = ()
     """Mean over S trainings with S seeds, with an interval that counts both the seeds and the utterances.
 
     All seeds answer one test set: seeds and utterances are crossed, so both are resampled independently, and a draw of
-    utterances holds for all seeds (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 2007; mildly
-    conservative, where no bootstrap is exact: McCullagh, "Resampling and exchangeable arrays", Bernoulli 2000). Other
-    utterances for each seed would average the test set's own luck away as seeds are added. Seeds are too few to be
-    drawn with replacement: of three, that gives their extremes, which hold the expectation in three cases of four. So a
-    draw adds Student's t with S - 1 degrees of freedom times the standard error of the S figures instead: without
-    spread between seeds this is ``bootstrap`` of the mean, without spread between utterances the t interval. With one
-    seed it is the interval of the utterances alone.
+    utterances holds for all seeds (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 2007; Owen and
+    Eckles, in the same journal, 2012: errs towards too wide, where McCullagh, Bernoulli 2000, shows none to be exact).
+    Other utterances for each seed would average the test set's own luck away as seeds are added. Seeds are too few to
+    be drawn with replacement: of three, that gives their extremes, between which the median is in three cases of four.
+    So a draw adds Student's t with S - 1 degrees of freedom times the standard error of the S figures: without spread
+    between seeds this is ``bootstrap`` of the mean, without spread between utterances the t interval, and with one seed
+    the interval of the utterances alone.
 
     Args:
         runs: of each seed, over the same utterances in the same order.

@@ -204,12 +204,12 @@ def plot_seeds(rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, s
                 if (one["set"], one["task"], one["metric"]) != tuple(column) or one["value"] is None:
                     continue
                 seeds = [value for value in one["by_seed"].values() if value is not None]
-                axes.plot(seeds, [index] * len(seeds), "o", color=COLOURS[5], markersize=4)
+                axes.plot(seeds, [index] * len(seeds), "o", color=COLOURS[1], markersize=4, zorder=3)
                 if one["low"] is not None:
                     axes.plot([one["low"], one["high"]], [index, index], color=COLOURS[0])
                 axes.plot(one["value"], index, "|", color=COLOURS[0], markersize=12, markeredgewidth=2)
         axes.set(title=f"{column[0]}: {column[1]}", xlabel=METRICS[column[2]].title)
         axes.set_yticks(range(len(rows)), [row["experiment"] for row in rows])
         axes.grid(alpha=0.3)
-    grid[0][0].invert_yaxis()
+    grid[0][0].set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     save_figure(figure, path)

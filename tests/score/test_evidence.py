@@ -31,7 +31,7 @@ def make_run(name: str, seed: int, correct: list[int], settings: str = "") -> Ru
         for n, hit in enumerate(correct)
     ]
     made = {"settings": settings, "commit": "0123abc", "command": "./run.sh", "versions": {"torch": "2.14"}}
-    processor = {"name": "a CPU", "bfloat16": False, "capabilities": []}
+    processor = {"capability": "AVX2", "bfloat16": False}
     numbers = {"hours_trained": 1.5, "wall_seconds": 60.0, "cpu_seconds": 90.0, "killed_attempts": 0}
     return Run(
         1, name, "quick", seed, routing={}, wordings=[], utterances=utterances, processor=processor, **made, **numbers
