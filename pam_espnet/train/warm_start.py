@@ -172,8 +172,8 @@ def fit(
         while step < options.steps:
             epoch += 1
             before, unaligned = step, 0
-            draw.seed(epoch)
-            torch.manual_seed(epoch)
+            draw.seed(1000 * train.seed + epoch)  # the encoder of a batch; below: masks
+            torch.manual_seed(1000 * train.seed + epoch)
             held_out = _endless(valid, epoch)
             for _, batch in train.build_iter(epoch):
                 only = draw.choice(model.frontend.fusion.used) if step < options.single_steps else None
