@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pam_espnet.llm.llm import LLM, TokenLosses
-from pam_espnet.llm.prompt_layout import Inputs, answer_ids, build_inputs, layout
+from pam_espnet.llm.prompt_layout import Inputs, answer_ids, build_inputs, lay_out, layout
 
 
 class Model(nn.Module):
@@ -31,10 +31,8 @@ class Model(nn.Module):
 
 def inputs_of(llm: LLM, audio: Tensor, answers: list[str]) -> Inputs:
     part = layout(llm.tokenizer, "Describe the sounds.")
-    heads, tails = ([torch.tensor(ids)] * len(answers) for ids in (part.head_ids, part.tail_ids))
-    lengths = torch.tensor([audio.size(1)] * len(answers))
-    ids = [torch.tensor(answer_ids(llm.tokenizer, answer)) for answer in answers]
-    return build_inputs(heads, audio, lengths, tails, ids, llm.embed)
+    ids = [answer_ids(llm.tokenizer, answer) for answer in answers]
+    return build_inputs(lay_out([part] * len(ids), [audio.size(1)] * len(ids), ids), audio, llm.embed)
 
 
 def trained(path: str, rank: int, shard: str | None, checkpointing: int) -> dict[str, Any]:
