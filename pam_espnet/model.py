@@ -92,7 +92,7 @@ class ESPnetPaMModel(AbsESPnetModel):
         num_samples: Tensor,
         wave: Tensor | None = None,
         features: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-        only: str | None = None,
+        only: Sequence[str] | None = None,
     ) -> AudioEmbeddings:
         """Route by the prompts, then encode, adapt and mix: (B, U, D) embeddings of the LLM's width.
 
@@ -101,7 +101,7 @@ class ESPnetPaMModel(AbsESPnetModel):
             num_samples: (B,) samples of each utterance, on the host.
             wave: (B, N) in [-1, 1]; may be None when ``features`` holds what the routing needs.
             features: cached hidden states per encoder, ((B, T, H*D), (B,)).
-            only: the one encoder to use (the warm start); None follows the routing.
+            only: the one encoder to use for each utterance (the warm start); None follows the routing.
         """
         return self.frontend(num_samples, self.prompt_vectors(prompts), wave=wave, features=features, only=only)
 

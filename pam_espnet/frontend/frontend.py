@@ -198,7 +198,7 @@ class PaMFrontend(AbsFrontend):
         prompt_vector: Tensor,
         wave: Tensor | None = None,
         features: Mapping[str, Hidden] | None = None,
-        only: str | None = None,
+        only: Sequence[str] | None = None,
     ) -> AudioEmbeddings:
         """Audio embeddings for a batch.
 
@@ -208,14 +208,14 @@ class PaMFrontend(AbsFrontend):
             wave: (B,N) in [-1, 1]; needed for the encoders that ``features`` does not cover.
             features: name -> (hidden states (B,T,H*D) layer by layer as the cache stores them, or (B,H,T,D);
                 frames (B,)).
-            only: give all weight to this encoder (if the fusion uses it); the warm start fits each one separately.
+            only: (B) the encoder that gets all weight, one that the fusion uses; the warm start fits each separately.
 
         Raises ConfigError: an encoder has weight but neither features nor a waveform, or features of another shape.
         """
         routing, num_samples = self.route(prompt_vector), num_samples.cpu()
         needed = self.needed_encoders(routing)
-        if only in self.fusion.used:
-            routing, needed = keep_encoder(routing, self.names.index(only)), [only]
+        if only is not None:
+            routing, needed = keep_encoder(routing, [self.names.index(one) for one in only]), sorted(set(only))
         hidden = {name: self._unflatten(name, *pair) for name, pair in (features or {}).items() if name in needed}
         missing = [name for name in needed if name not in hidden]
         if missing and wave is None:

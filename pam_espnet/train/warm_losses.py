@@ -8,27 +8,29 @@ Dimension letters: B utterances, U adapter frames, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from pam_espnet.frontend.frontend import AudioEmbeddings
 from pam_espnet.model import ESPnetPaMModel, cached_features
 
 
-def embed_batch(model: ESPnetPaMModel, batch: Mapping[str, Any], only: str | None = None) -> tuple[Tensor, Tensor]:
-    """Audio embeddings (B, U, D) of a batch, on the model's device, and their lengths (B,), on the host."""
+def embed_batch(model: ESPnetPaMModel, batch: Mapping[str, Any], only: Sequence[str] | None = None) -> AudioEmbeddings:
+    """Audio embeddings of a batch, on the model's device."""
     device = model.decoder.device
     batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    audio = model.audio_embeddings(
+    return model.audio_embeddings(
         batch["prompt"],
         torch.tensor(batch["num_samples"]),
         batch.get("speech"),
         cached_features(batch),
         only=only,
     )
-    return audio.embeddings, audio.lengths
 
 
 def _answers(batch: Mapping[str, Any]) -> list[list[int]]:
@@ -36,19 +38,61 @@ def _answers(batch: Mapping[str, Any]) -> list[list[int]]:
 
 
 def warm_loss(
-    model: ESPnetPaMModel, batch: Mapping[str, Any], losses: Mapping[str, str], only: str | None = None
+    model: ESPnetPaMModel, batch: Mapping[str, Any], losses: Mapping[str, str], only: Sequence[str] | None = None
 ) -> tuple[Tensor, int, int]:
     """Loss of a batch by its tasks' ``losses``: the sum, the target tokens, the utterances left out."""
-    assert model.ctc is not None
-    embeddings, lengths = embed_batch(model, batch, only)
-    answers, names = _answers(batch), [model.tasks[index] for index in batch["task"]]
-    total, count, skipped = embeddings.sum() * 0.0, 0, 0
-    for kind, loss in (("ctc", model.ctc.loss), ("bag", model.ctc.bag_loss)):
-        rows = [b for b, name in enumerate(names) if losses[name] == kind]
-        if rows:
-            one, targets, left_out = loss(embeddings[rows], lengths[rows], [answers[b] for b in rows])
+    audio, names = embed_batch(model, batch, only), [model.tasks[index] for index in batch["task"]]
+    total, count, skipped = audio.embeddings.sum() * 0.0, 0, 0
+    for kind in ("ctc", "bag"):
+        if rows := [b for b, name in enumerate(names) if losses[name] == kind]:
+            one, targets, left_out = _loss(model, kind, audio, _answers(batch), rows)
             total, count, skipped = total + one, count + targets, skipped + left_out
     return total, count, skipped
+
+
+def _loss(
+    model: ESPnetPaMModel, kind: str, audio: AudioEmbeddings, answers: list[list[int]], rows: list[int]
+) -> tuple[Tensor, int, int]:
+    assert model.ctc is not None
+    loss = model.ctc.loss if kind == "ctc" else model.ctc.bag_loss
+    return loss(audio.embeddings[rows], audio.lengths[rows], [answers[b] for b in rows])
+
+
+@torch.no_grad()
+def encoder_weights(
+    model: ESPnetPaMModel, batches: Iterator[tuple[list[str], dict[str, Any]]], losses: Mapping[str, str]
+) -> dict[tuple[int, int], Tensor]:
+    """What each encoder alone makes of held-out utterances: (expert, index of the task) -> weights (M,), in proportion
+    to the likelihood of a target token (model averaging)."""
+    names = model.frontend.names
+    groups: defaultdict[tuple[int, int], list[float]] = defaultdict(lambda: [0.0] * 2 * len(names))
+    for _, batch in batches:
+        for m, name in enumerate(names):
+            audio = embed_batch(model, batch, only=[name] * len(batch["task"]))
+            pairs = list(zip(audio.routing.expert.tolist(), batch["task"], strict=True))
+            for pair in sorted(set(pairs)):
+                rows = [b for b, one in enumerate(pairs) if one == pair]
+                total, count, _ = _loss(model, losses[model.tasks[pair[1]]], audio, _answers(batch), rows)
+                groups[pair][2 * m] += float(total)
+                groups[pair][2 * m + 1] += count
+    every: list[Any] = [dict(groups)]
+    if dist.is_initialized():
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, dict(groups))
+    found = {}
+    for pair in sorted(set().union(*every)):
+        sums, tokens = torch.tensor([part[pair] for part in every if pair in part]).sum(0).view(-1, 2).unbind(1)
+        if bool((tokens > 0).all()):
+            found[pair] = (sums / tokens).neg().softmax(0)
+    return found
+
+
+def by_expert(weights: Mapping[tuple[int, int], Tensor]) -> dict[int, Tensor]:
+    """``encoder_weights`` of each expert: the geometric mean over its tasks."""
+    found: defaultdict[int, list[Tensor]] = defaultdict(list)
+    for (expert, _), one in weights.items():
+        found[expert].append(one.log())
+    return {expert: torch.stack(some).mean(0).softmax(0) for expert, some in found.items()}
 
 
 @torch.no_grad()
@@ -65,7 +109,8 @@ def token_errors(
     assert model.ctc is not None
     found_errors: dict[str, tuple[int, int]] = {}
     for _, batch in batches:
-        embeddings, lengths = embed_batch(model, batch)
+        audio = embed_batch(model, batch)
+        embeddings, lengths = audio.embeddings, audio.lengths
         answers = _answers(batch)
         for b, index in enumerate(batch["task"]):
             task, one, length = model.tasks[index], embeddings[b : b + 1], lengths[b : b + 1]

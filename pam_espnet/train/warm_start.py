@@ -43,7 +43,7 @@ from pam_espnet.train.export import not_finite
 from pam_espnet.train.scaling import factors
 from pam_espnet.train.step_checkpoint import agree, disk_errors, first_process
 from pam_espnet.train.task import PaMTask, parameter_groups
-from pam_espnet.train.warm_losses import token_errors, warm_loss
+from pam_espnet.train.warm_losses import by_expert, encoder_weights, token_errors, warm_loss
 
 OUTPUT = "warm_start.safetensors"
 STATE = "warm_start.pth"
@@ -56,12 +56,14 @@ class WarmStartOptions:
 
     losses: Mapping[str, str] = field(default_factory=lambda: {"asr": "ctc"})  # task -> "ctc" or "bag": what is fitted
     steps: int = 400  # of the optimizer
-    # In the first n steps each batch is encoded by one encoder, drawn at random. Mixed from the start, untrained
+    # In the first n steps each utterance is encoded by one encoder, drawn at random. Mixed from the start, untrained
     # encoders drown the one that encodes words, and the loss stays on its plateau.
     single_steps: int = 0
     # Fit the weights of encoders and layers on the validation set, one step after n steps of everything else on the
     # training set (differentiable architecture search: Liu, Simonyan and Yang, ICLR 2019, first order). On the training
-    # set the encoder wins that is best memorised. 0: all is fitted on the training set, which is how the paper reads.
+    # set the encoder wins that is best memorised. Where encoders compete, their losses on that set also say how often
+    # each is drawn in the first steps, and the weights with which mixing begins. 0: all is fitted on the training set,
+    # as the paper reads.
     held_out_every: int = 0
     lr: float = 2e-3  # peak of AdamW's learning rate: linear warm-up over a tenth of the steps, cosine to zero
     # Parameter-name prefix -> factor on the learning rate, laid over training's ``lr_scale_conf``.
@@ -156,6 +158,9 @@ def fit(
         for tensor in _trained(model).values():
             dist.broadcast(tensor, src=0)
 
+    def shares(weights: Tensor) -> str:
+        return ", ".join(f"{name} {w:.2f}" for name, w in zip(model.frontend.names, weights.tolist(), strict=True))
+
     def diverged(number: int, loss: float) -> ConfigError:
         return ConfigError(
             f"the warm start diverged at step {number} of {options.steps}: loss {loss}, learning rate {lr:.3g}\n"
@@ -165,20 +170,36 @@ def fit(
     mixture = model.frontend.fusion.mixture_parameters() if options.held_out_every else []
     fixed = {id(parameter) for parameter in mixture}
     networks = [parameter for parameter in parameters if id(parameter) not in fixed]
-    draw = random.Random()
+    competing = bool(mixture) and options.single_steps > 0 and model.frontend.fusion.learns_encoder_weights
     with tqdm(
         total=options.steps, initial=step, desc="CTC warm start", unit="step", mininterval=2.0, disable=not first
     ) as bar:
         while step < options.steps:
             epoch += 1
             before, unaligned = step, 0
-            draw.seed(1000 * train.seed + epoch)  # the encoder of a batch; below: masks
-            torch.manual_seed(1000 * train.seed + epoch)
+            torch.manual_seed(1000 * train.seed + epoch)  # masks
             held_out = _endless(valid, epoch)
-            for _, batch in train.build_iter(epoch):
-                only = draw.choice(model.frontend.fusion.used) if step < options.single_steps else None
+            chances: dict[int, list[float]] = {}
+            if competing and 0 < step < options.single_steps:
+                # An encoder that is ahead on a task gets more of its utterances: on the others most would be lost.
+                for (_, task), weights in _held_out_weights(model, valid, options.losses).items():
+                    chances[task] = weights.square().tolist()
+                    logging.info(f"step {step}, {model.tasks[task]}: {shares(weights)}")
+
+            def draw(keys: Sequence[str], batch: Mapping[str, Any], number: int, chances: Any = chances) -> list[str]:
+                used, pairs = model.frontend.fusion.used, zip(keys, batch["task"], strict=True)
+                draws = ((random.Random(f"{train.seed} {number} {utt}"), task) for utt, task in pairs)
+                return [one.choices(used, chances.get(task))[0] for one, task in draws]
+
+            for keys, batch in train.build_iter(epoch):
+                single = step < options.single_steps
+                if competing and step == options.single_steps:
+                    for expert, weights in by_expert(_held_out_weights(model, valid, options.losses)).items():
+                        model.frontend.fusion.set_encoder_weights(expert, weights)
+                        logging.info(f"step {step}, expert {expert}: {shares(weights)}")
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["scale"] * rate(step, options)
+                only = draw(keys, batch, step) if single else None
                 total, count, skipped = _step(model, batch, options.losses, only, optimizer, networks)
                 unaligned += skipped
                 if count == 0:
@@ -186,7 +207,9 @@ def fit(
                 if not torch.isfinite(total):
                     raise diverged(step + 1, total.item())
                 if mixture and step % options.held_out_every == 0:
-                    _step(model, next(held_out), options.losses, only, optimizer, mixture)
+                    keys, batch = next(held_out)
+                    only = draw(keys, batch, step) if single else None
+                    _step(model, batch, options.losses, only, optimizer, mixture)
                 step += 1
                 bar.update()
                 if step % options.report_every == 0 or step == options.steps:
@@ -227,7 +250,7 @@ def _step(
     model: ESPnetPaMModel,
     batch: Mapping[str, Any],
     losses: Mapping[str, str],
-    only: str | None,
+    only: Sequence[str] | None,
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[torch.nn.Parameter],
 ) -> tuple[Tensor, int, int]:
@@ -272,12 +295,23 @@ def _all_errors(own: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]
     return {task: (sum(wrong for wrong, _ in some), sum(tokens for _, tokens in some)) for task, some in pairs.items()}
 
 
-def _endless(valid: Any, epoch: int) -> Iterator[Mapping[str, Any]]:
-    """Shuffled batches of the validation set without end; which ones depends on the training epoch alone."""
+def _held_out_weights(model: ESPnetPaMModel, valid: Any, losses: Mapping[str, str]) -> dict[tuple[int, int], Tensor]:
+    """``encoder_weights`` on the validation set. The state of random numbers stays, so that a resumed run sees what an
+    unbroken one does."""
+    state = torch.get_rng_state()
+    model.eval()
+    found = encoder_weights(model, valid.build_iter(1), losses)
+    model.train()
+    torch.set_rng_state(state)
+    return found
+
+
+def _endless(valid: Any, epoch: int) -> Iterator[tuple[list[str], Mapping[str, Any]]]:
+    """Keys and shuffled batches of the validation set without end; which ones depends on the training epoch alone."""
     shuffled = copy.copy(valid)
     shuffled.train = True
     for number in itertools.count(1000 * epoch):
-        yield from (batch for _, batch in shuffled.build_iter(number))
+        yield from shuffled.build_iter(number)
 
 
 def _trained(model: ESPnetPaMModel) -> dict[str, Tensor]:

@@ -326,19 +326,22 @@ def test_import_is_light():
 def test_only_one_encoder_is_run_and_has_weight(fusion):
     frontend = make(fusion).eval()
     num_samples, prompt, wave = batch(0.7, 0.4)
-    audio = frontend(num_samples, prompt, wave, only="mid")
+    audio = frontend(num_samples, prompt, wave, only=["mid"] * 2)
     assert len(calls) == 1
     assert audio.routing.encoder_weights.tolist() == [[0.0, 1.0, 0.0]] * 2
     hidden = make().encode(wave, num_samples)
     loud = {name: (states * (1.0 if name == "mid" else 5.0), frames) for name, (states, frames) in hidden.items()}
-    assert torch.equal(frontend(num_samples, prompt, features=loud, only="mid").embeddings, audio.embeddings)
+    assert torch.equal(frontend(num_samples, prompt, features=loud, only=["mid"] * 2).embeddings, audio.embeddings)
 
 
-def test_only_does_not_turn_single_to_another_encoder():
-    frontend = make("single", fusion_conf={"encoder": "slow"}).eval()
-    num_samples, prompt, wave = batch(0.7)
-    alone = frontend(num_samples, prompt, wave)
-    assert torch.equal(frontend(num_samples, prompt, wave, only="fast").embeddings, alone.embeddings)
+def test_each_utterance_has_its_only_encoder():
+    frontend = make("pam").eval()
+    num_samples, prompt, wave = batch(0.7, 0.4)
+    both = frontend(num_samples, prompt, wave, only=["mid", "slow"])
+    assert len(calls) == 2 and both.routing.encoder_weights.tolist() == [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    for row, name in enumerate(("mid", "slow")):
+        alone = frontend(num_samples, prompt, wave, only=[name] * 2)
+        torch.testing.assert_close(both.embeddings[row], alone.embeddings[row])
 
 
 @pytest.mark.parametrize("rms", [0.1, 1.0])

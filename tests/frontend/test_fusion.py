@@ -191,9 +191,21 @@ def test_single_returns_its_encoder_and_needs_no_other():
 
 
 def test_keeping_one_encoder_gives_it_all_weight_and_its_layers_their_shares():
-    routing = keep_encoder(routing_of([[0.5, 0.3, 0.2], [0.1, 0.0, 0.9]]), 2)
-    assert routing.encoder_weights.flatten().tolist() == pytest.approx([0.0, 0.0, 1.0] * 2)
+    routing = keep_encoder(routing_of([[0.5, 0.3, 0.2], [0.1, 0.0, 0.9]]), [2, 0])
+    assert routing.encoder_weights.flatten().tolist() == pytest.approx([0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
     assert routing.layer_weights[2][0].tolist() == pytest.approx([0.25, 0.75])
+
+
+@pytest.mark.parametrize("kind", ["pam", "static"])
+def test_weights_that_are_set_leave_layers_their_shares(kind):
+    fusion = make(kind).eval()
+    before, last = fusion.route(prompts()), fusion.mixture_parameters()[0].view(-1, sum(LAYERS)).shape[0] - 1
+    for expert in range(last + 1):
+        fusion.set_encoder_weights(expert, torch.tensor([0.7, 0.1, 0.2]))
+    after = fusion.route(prompts())
+    torch.testing.assert_close(after.encoder_weights, torch.tensor([[0.7, 0.1, 0.2]]).expand(4, -1))
+    for old, new in zip(before.layer_weights, after.layer_weights, strict=True):
+        torch.testing.assert_close(new / new.sum(1, keepdim=True), old / old.sum(1, keepdim=True))
 
 
 def routing_of(weights) -> Routing:

@@ -59,6 +59,14 @@ class AbsFusion(nn.Module, ABC):
         """The weights of encoders and layers, apart from the networks behind them."""
         return [parameter for name, parameter in self.named_parameters() if name.startswith("layer_logits")]
 
+    @torch.no_grad()
+    def set_encoder_weights(self, expert: int, weights: Tensor) -> None:
+        """Give the encoders weights (M,), which sum to one, for the prompts of ``expert``; each keeps the shares of its
+        layers. For fusions whose encoders compete for weight alone."""
+        logits = next(iter(self.mixture_parameters())).view(-1, sum(self.num_layers))[expert]
+        for part, weight in zip(logits.split(self.num_layers), weights.tolist(), strict=True):
+            part.add_(math.log(max(weight, 1e-6)) - part.logsumexp(0))
+
 
 def unrouted(prompt_vector: Tensor, layer_weights: list[Tensor]) -> Routing:
     """The routing without a router: one expert with probability one, the same layer weights (H_m,) for all prompts."""

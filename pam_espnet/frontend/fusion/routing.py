@@ -44,11 +44,12 @@ def skip_encoders(routing: Routing, threshold: float) -> Routing:
     return dataclasses.replace(routing, layer_weights=layer_weights)
 
 
-def keep_encoder(routing: Routing, index: int) -> Routing:
-    """``routing`` with all weight on encoder ``index``, shared by its layers as before."""
-    weights = [torch.zeros_like(w) for w in routing.layer_weights]
-    chosen = routing.layer_weights[index]
-    weights[index] = chosen / chosen.sum(dim=1, keepdim=True).clamp_min(1e-20)
+def keep_encoder(routing: Routing, index: Sequence[int]) -> Routing:
+    """``routing`` with all weight on one encoder for each utterance, ``index`` (B), shared by its layers as before."""
+    weights = []
+    for m, layers in enumerate(routing.layer_weights):
+        kept = layers.new_tensor([one == m for one in index])[:, None]
+        weights.append(kept * layers / layers.sum(dim=1, keepdim=True).clamp_min(1e-20))
     return dataclasses.replace(routing, layer_weights=weights)
 
 
