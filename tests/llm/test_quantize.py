@@ -21,7 +21,7 @@ from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import save_trained
 from pam_espnet.llm.llm import LLM
-from pam_espnet.llm.prompt_layout import answer_ids, build_inputs, layout
+from pam_espnet.llm.prompt_layout import answer_ids, build_inputs, lay_out, layout
 from pam_espnet.llm.quantize import dequantize, elements
 from pam_espnet.model import build_model
 from pam_espnet.train.experiment import bare_llm
@@ -64,8 +64,8 @@ def step(llm: LLM) -> tuple[Tensor, Tensor, Tensor]:
     vector = llm.prompt_vectors(["Describe the sounds."])
     part = layout(llm.tokenizer, "Describe the sounds.")
     audio = torch.randn(1, 7, llm.width, generator=torch.Generator().manual_seed(2))
-    head, tail, answer = map(torch.tensor, (part.head_ids, part.tail_ids, answer_ids(llm.tokenizer, "a dog barks")))
-    nll = llm.token_losses(build_inputs([head], audio, torch.tensor([7]), [tail], [answer], llm.embed)).nll
+    laid_out = lay_out([part], [audio.size(1)], [answer_ids(llm.tokenizer, "a dog barks")])
+    nll = llm.token_losses(build_inputs(laid_out, audio, llm.embed)).nll
     trained = [p for p in llm.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(nll.mean(), trained)
     return vector, nll.detach(), torch.cat([gradient.flatten() for gradient in gradients])
