@@ -13,7 +13,7 @@ from datetime import timedelta
 
 from pam_espnet.cli import chosen_device, run_main
 from pam_espnet.train.experiment import Experiment, experiment_parser
-from pam_espnet.train.launch import add_launch_options, chosen_ngpu, is_first, process_group, start
+from pam_espnet.train.launch import add_launch_options, chosen_ngpu, end, is_first, process_group, start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,4 +49,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    end(run_main(main))

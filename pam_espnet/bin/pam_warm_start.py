@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from pam_espnet.cli import run_main
 from pam_espnet.train.experiment import Experiment, experiment_parser
-from pam_espnet.train.launch import add_launch_options, chosen_ngpu, is_first, process_group, start
+from pam_espnet.train.launch import add_launch_options, chosen_ngpu, end, is_first, process_group, start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,4 +42,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    end(run_main(main))

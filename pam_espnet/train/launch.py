@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import logging
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError
@@ -80,6 +81,17 @@ def process_group(cuda: bool, wait: timedelta | None = None) -> Iterator[None]:
     torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=wait)
     yield
     torch.distributed.destroy_process_group()  # after an error the others may be in the middle of something
+
+
+def end(status: int) -> NoReturn:
+    """End this process. One that an agent started ends without Python's own finalisation, in which gloo's threads, that
+    may still hold the last tensors, would abort it (pytorch/pytorch, pull request 179291)."""
+    if is_rank():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def agent_options(args: argparse.Namespace, ngpu: int) -> list[str]:
