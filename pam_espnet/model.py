@@ -43,6 +43,9 @@ class ESPnetPaMModel(AbsESPnetModel):
         ctc: head of the warm start; trained on with ``ctc_weight`` and kept in checkpoints.
         router_loss_weight: weight of the router's supervision by task; 0, the paper's reading, turns it off.
         ctc_weight: weight of the CTC loss on ASR utterances during joint training; 0 turns it off.
+        ctc_posteriors: show the LLM what the CTC head detects: token embeddings, weighted by the posteriors of each
+            frame, are added to the audio embeddings. The papers do not have it; speech encoders and LLMs were joined
+            by CTC posteriors alone in LegoSLM (Ma et al. 2025, arXiv 2505.11352).
         exit_weight: joint optimisation for early exit (Shan et al., arXiv 2412.01455): mean weight of the answer's loss
             read from one of ``exit_layers``, drawn in each step, through the shared output layer; 0 turns it off.
             Deeper ones weigh more, in proportion to their depth (as in LayerSkip, Elhoushi et al., ACL 2024).
@@ -57,6 +60,7 @@ class ESPnetPaMModel(AbsESPnetModel):
         ctc: EmbeddingCTC | None = None,
         router_loss_weight: float = 0.0,
         ctc_weight: float = 0.0,
+        ctc_posteriors: bool = False,
         exit_weight: float = 0.0,
         exit_layers: Sequence[int] = (),
     ) -> None:
@@ -68,9 +72,14 @@ class ESPnetPaMModel(AbsESPnetModel):
         check_number(exit_weight, "model_conf.exit_weight", at_least=0)
         if exit_weight > 0 and not exit_layers:
             raise ConfigError("model_conf.exit_weight: needs exit_layers")
+        if not isinstance(ctc_posteriors, bool):
+            raise ConfigError(f"model_conf.ctc_posteriors: {ctc_posteriors!r}; must be true or false")
+        if ctc_posteriors and ctc is None:
+            raise ConfigError("model_conf.ctc_posteriors needs model_conf.ctc_tokens (written by the warm start)")
         self.frontend = frontend
         self.decoder = decoder
         self.ctc = ctc
+        self.ctc_posteriors = ctc_posteriors
         self.tasks = tuple(tasks)
         self.router_loss_weight = router_loss_weight
         self.ctc_weight = ctc_weight
@@ -111,14 +120,18 @@ class ESPnetPaMModel(AbsESPnetModel):
         audio: AudioEmbeddings,
         answers: Sequence[Sequence[int]] | None,
         laid_out: BatchLayout | None = None,
+        alone: bool = False,
     ) -> Inputs:
         """Fill ``[prompt head | audio | prompt tail | answer]`` (see ``llm.prompt_layout``), where it is not laid out
-        yet by prompts and answers."""
+        yet by prompts and answers. ``alone``: compute the CTC head's part of each utterance by itself."""
         if laid_out is None:
             layouts = [layout(self.decoder.tokenizer, prompt, self.decoder.system) for prompt in prompts]
             laid_out = lay_out(layouts, audio.lengths.tolist(), answers)
             laid_out = laid_out._replace(numbers=send(laid_out.numbers, audio.embeddings.device))
-        return build_inputs(laid_out, audio.embeddings, self.decoder.embed)
+        embeddings = audio.embeddings
+        if self.ctc_posteriors and self.ctc is not None:
+            embeddings = embeddings + self.ctc.expected_embeddings(embeddings, audio.lengths if alone else None)
+        return build_inputs(laid_out, embeddings, self.decoder.embed)
 
     # -- ESPnet's contract ------------------------------------------------------------------------------------------
 
@@ -209,7 +222,7 @@ class ESPnetPaMModel(AbsESPnetModel):
     @property
     def leaves_unused(self) -> bool:
         """Whether a step can leave trained parameters without a gradient: a CTC head kept for decoding alone."""
-        return self.ctc is not None and self.ctc_weight == 0
+        return self.ctc is not None and self.ctc_weight == 0 and not self.ctc_posteriors
 
     def alike_names(self) -> list[str]:
         """Names of what never changes: frozen weights and buffers, which every process computes or loads itself."""

@@ -12,7 +12,7 @@ from tiny_model import deeper_llm, tiny_config
 
 from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import load_strict, read_trained, save_trained
-from pam_espnet.llm.prompt_layout import answer_ids
+from pam_espnet.llm.prompt_layout import answer_ids, layout
 from pam_espnet.model import ESPnetPaMModel, build_model, choose_tf32
 
 PROMPTS = {"asr": "Transcribe the speech.", "count": "How many people are speaking?", "caption": "Describe the sounds."}
@@ -145,6 +145,8 @@ def test_a_truncated_checkpoint_is_an_error(model: ESPnetPaMModel, tmp_path: Pat
         ({"model_conf": {"no_such_option": 1}}, "no_such_option"),
         ({"model_conf": {"ctc_weight": 0.1}}, "ctc_tokens"),
         ({"model_conf": {"ctc_tokens": "nowhere.txt"}}, "nowhere.txt"),
+        ({"model_conf": {"ctc_posteriors": True}}, "ctc_posteriors needs"),
+        ({"model_conf": {"ctc_posteriors": 0.5}}, "ctc_posteriors: 0.5"),
         ({"llm": None}, "'llm'"),
         ({"llm": "downloads/models/none"}, "stage 1"),
     ],
@@ -152,6 +154,30 @@ def test_a_truncated_checkpoint_is_an_error(model: ESPnetPaMModel, tmp_path: Pat
 def test_wrong_configurations_name_the_key(tiny_llm_dir: Path, change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_model({**tiny_config(tiny_llm_dir), **change})
+
+
+def test_posteriors_of_the_ctc_head_are_shown_to_the_llm(tiny_llm_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "ctc_tokens.txt").write_text("5\n7\n11\n")
+    torch.manual_seed(0)
+    options = {"ctc_tokens": str(tmp_path / "ctc_tokens.txt"), "ctc_posteriors": True}
+    model = build_model(tiny_config(tiny_llm_dir, **options)).train()
+    batch = make_batch(model, ["asr", "count"])
+    audio = model.audio_embeddings(batch["prompt"], torch.tensor(batch["num_samples"]), batch["speech"])
+    shown = model.build_inputs(batch["prompt"], audio, batch["text"]).embeds
+    alone = model.build_inputs(batch["prompt"], audio, batch["text"], alone=True).embeds
+    expected = model.ctc.expected_embeddings(audio.embeddings)
+    model.ctc_posteriors = False
+    plain = model.build_inputs(batch["prompt"], audio, batch["text"]).embeds
+    head = len(layout(model.decoder.tokenizer, batch["prompt"][0], model.decoder.system).head_ids)
+    for b, frames in enumerate(audio.lengths.tolist()):
+        rows = slice(head, head + frames)
+        assert torch.allclose((shown - plain)[b, rows], expected[b, :frames], atol=1e-6)
+        assert expected[b, :frames].abs().min(dim=1).values.max() > 0
+    assert torch.allclose(alone, shown, atol=1e-6)
+    model.ctc_posteriors = True
+    assert not model.leaves_unused  # even without a CTC loss
+    model(**batch)[0].backward()
+    assert all(parameter.grad is not None for parameter in model.ctc.parameters())
 
 
 def test_joint_optimisation_reads_the_answer_from_an_intermediate_block(tiny_llm_dir: Path) -> None:

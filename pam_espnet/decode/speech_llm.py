@@ -241,7 +241,7 @@ class SpeechLLM:
             sets = [self._answer_sets.get(task, [[]]) for task in tasks]
             caps = [max(cap, 1 + max(map(len, answers))) for cap, answers in zip(caps, sets, strict=True)]
         audio = self.encode(waves, prompts) if audio is None else audio
-        inputs = self.model.build_inputs(prompts, audio, None)
+        inputs = self.model.build_inputs(prompts, audio, None, alone=self.encodes_alone)
         prefix, lengths = inputs.embeds, inputs.prefix_lengths
         constraints = self._constraints(tasks)
         show = None if on_partial is None else partial(self._show, on_partial)

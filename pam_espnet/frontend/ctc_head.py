@@ -37,7 +37,8 @@ class EmbeddingCTC(nn.Module):
     """
 
     token_ids: Tensor
-    rows: Tensor
+    rows: Tensor  # of unit length
+    norms: Tensor  # what their length was
 
     def __init__(self, token_ids: Sequence[int], embeddings: Tensor, temperature: float = 0.07) -> None:
         super().__init__()
@@ -46,6 +47,7 @@ class EmbeddingCTC(nn.Module):
         # Not in checkpoints: the file that the configuration names holds them, and averaging would sum integers.
         self.register_buffer("token_ids", torch.tensor(list(token_ids), dtype=torch.long), persistent=False)
         self.register_buffer("rows", F.normalize(embeddings.detach().float(), dim=-1), persistent=False)
+        self.register_buffer("norms", embeddings.detach().float().norm(dim=-1), persistent=False)
         self.blank = nn.Parameter(torch.randn(embeddings.shape[1]) / math.sqrt(embeddings.shape[1]))
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self._class_of = {token: i + 1 for i, token in enumerate(token_ids)}
@@ -60,6 +62,15 @@ class EmbeddingCTC(nn.Module):
         classes = torch.cat([F.normalize(self.blank, dim=0)[None], self.rows])
         cosine = F.normalize(frames.float(), dim=-1) @ classes.T
         return torch.log_softmax(cosine / self.log_temperature.exp(), dim=-1)
+
+    def expected_embeddings(self, frames: Tensor, alone: Tensor | None = None) -> Tensor:
+        """(B,U,D) mean of the token embeddings under the posteriors of each frame (B,U,D); the blank counts as zero.
+        ``alone`` as in ``log_probs``.
+
+        An adapter's frame is nearer to the embedding of the right token than to others, and yet mostly something else:
+        a cosine of one half leaves three quarters of its energy to what the LLM cannot know. Posteriors leave that out.
+        """
+        return (self.log_probs(frames, alone)[..., 1:].exp() * self.norms) @ self.rows
 
     def classes(self, tokens: Sequence[int]) -> list[int] | None:
         """Class indices of an answer's tokens, or None when one of them is outside the head's vocabulary."""

@@ -41,6 +41,22 @@ def test_what_cannot_be_aligned_is_counted(head: EmbeddingCTC) -> None:
     nothing.backward()
 
 
+def test_posteriors_are_read_back_as_the_embeddings_that_they_are_of() -> None:
+    torch.manual_seed(0)
+    embeddings = 3.0 * torch.randn(3, 16)
+    head = EmbeddingCTC(IDS, embeddings, temperature=0.001)  # all or nothing
+    frames = torch.stack([0.1 * embeddings[2], head.blank.detach(), embeddings[0]])[None].requires_grad_()
+    expected = head.expected_embeddings(frames)
+    assert torch.allclose(expected[0], torch.stack([embeddings[2], torch.zeros(16), embeddings[0]]), atol=1e-4)
+    head.log_temperature.data.fill_(0.0)
+    mean = head.log_probs(frames).exp()[..., 1:] @ embeddings
+    assert torch.allclose(head.expected_embeddings(frames), mean, atol=1e-5)
+    alone = head.expected_embeddings(frames, torch.tensor([2]))
+    assert torch.allclose(alone[:, :2], mean[:, :2], atol=1e-5)
+    head.expected_embeddings(frames)[0, 0, 0].backward()
+    assert frames.grad is not None and bool(frames.grad[0, 0].any()) and head.blank.grad is not None
+
+
 def test_training_changes_no_rows(head: EmbeddingCTC) -> None:
     rows = head.rows.clone()
     frames = torch.nn.Parameter(torch.randn(1, 6, 16))

@@ -76,7 +76,7 @@ def test_all_losses(
     (tmp_path / "tokens").write_text("".join(f"{token}\n" for token in range(3, 290)))
     config = tiny_config(
         tiny_llm_dir, fusion, router_loss_weight=0.1, exit_weight=0.3, exit_layers=[1], ctc_weight=0.1,
-        ctc_tokens=str(tmp_path / "tokens"),
+        ctc_posteriors=True, ctc_tokens=str(tmp_path / "tokens"),
     )  # fmt: skip
     config["frontend_conf"] |= {"mask_conf": {"span": 0.2, "dropout": 0.1}, "fusion_conf": conf}
     config["llm_conf"]["gradient_checkpointing"] = 2

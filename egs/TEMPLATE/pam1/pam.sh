@@ -145,7 +145,7 @@ if wants 3; then
     if [ "${warm_start}" = true ]; then
         changes+=("model_conf.ctc_tokens=${exp}/ctc_tokens.txt")
     else
-        changes+=("model_conf.ctc_weight=0")  # there is no head to train on
+        changes+=("model_conf.ctc_weight=0" "model_conf.ctc_posteriors=false")  # there is no head
     fi
     experiment=(--train "${raw}/${train_set}" --valid "${raw}/${valid_set}" --exp "${exp}" --config "${configs[@]}"
         --set "${changes[@]}")
