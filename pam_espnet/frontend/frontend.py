@@ -235,10 +235,16 @@ class PaMFrontend(AbsFrontend):
             if name not in hidden:
                 streams.append(None)
                 continue
-            mixed = mix_layers(*hidden[name], weights, self.specs[name].layer_widths)  # (B,T,D)
+            # Of the utterances of a batch those that need it: all, but where each is encoded by one encoder.
+            rows = slice(None) if only is None else _rows(only, name, samples.device)
+            states, valid = (part.to(samples.device)[rows] for part in hidden[name])
+            mixed = mix_layers(states, valid, weights[rows], self.specs[name].layer_widths)  # (B,T,D)
             if spans is not None:
-                mixed = hide(mixed, self.specs[name].frame_rate, spans, self.masks.dropout)
-            streams.append(self.adapters[name](mixed, num_frames))  # (B,U,D)
+                mixed = hide(mixed, self.specs[name].frame_rate, spans[rows], self.masks.dropout)
+            stream = self.adapters[name](mixed, num_frames)  # (B,U,D)
+            if only is not None:
+                stream = stream.new_zeros(len(only), *stream.shape[1:]).index_copy(0, rows, stream)
+            streams.append(stream)
         fused = self.gain * self.fusion(streams, routing)
         return AudioEmbeddings(fused.masked_fill(padding_mask(frames, num_frames)[..., None], 0.0), lengths, routing)
 
@@ -252,6 +258,10 @@ class PaMFrontend(AbsFrontend):
                 f"{spec.num_layers} layers of width {spec.width}: was the cache made with other layers? Rebuild it"
             )
         return states, frames
+
+
+def _rows(only: Sequence[str], name: str, device: torch.device) -> Tensor:
+    return send(torch.tensor([b for b, one in enumerate(only) if one == name]), device)
 
 
 def output_lengths(num_samples: Tensor, frame_rate: float, sample_rate: int) -> Tensor:
