@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pam_espnet.frontend.frontend import AudioEmbeddings
 from pam_espnet.model import ESPnetPaMModel, cached_features
+from pam_espnet.processes import gathered
 
 
 def embed_batch(model: ESPnetPaMModel, batch: Mapping[str, Any], only: Sequence[str] | None = None) -> AudioEmbeddings:
@@ -75,11 +75,7 @@ def encoder_weights(
                 total, count, _ = _loss(model, losses[model.tasks[pair[1]]], audio, _answers(batch), rows)
                 groups[pair][2 * m] += float(total)
                 groups[pair][2 * m + 1] += count
-    every: list[Any] = [dict(groups)]
-    if dist.is_initialized():
-        every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, dict(groups))
-    found = {}
+    every, found = gathered(dict(groups)), {}
     for pair in sorted(set().union(*every)):
         sums, tokens = torch.tensor([part[pair] for part in every if pair in part]).sum(0).view(-1, 2).unbind(1)
         if bool((tokens > 0).all()):

@@ -38,10 +38,11 @@ from pam_espnet.fileio import atomic_path, load_strict, read_trained, save_train
 from pam_espnet.frontend.fusion.routing import router_loss
 from pam_espnet.llm.shard import stream_blocks
 from pam_espnet.model import ESPnetPaMModel, build_model
+from pam_espnet.processes import agree, first_process, gathered
 from pam_espnet.train.experiment import read_options
 from pam_espnet.train.export import not_finite
 from pam_espnet.train.scaling import factors
-from pam_espnet.train.step_checkpoint import agree, disk_errors, first_process
+from pam_espnet.train.step_checkpoint import disk_errors
 from pam_espnet.train.task import PaMTask, parameter_groups
 from pam_espnet.train.warm_losses import by_expert, encoder_weights, token_errors, warm_loss
 
@@ -287,10 +288,7 @@ def _summed(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) ->
 
 def _all_errors(own: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
     """Errors and tokens per task, summed over all processes, some of which may have no utterance of a task."""
-    every = [dict(own)]
-    if dist.is_initialized():
-        every = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(every, dict(own))
+    every = gathered(dict(own))
     pairs = {task: [errors[task] for errors in every if task in errors] for task in set().union(*every)}
     return {task: (sum(wrong for wrong, _ in some), sum(tokens for _, tokens in some)) for task, some in pairs.items()}
 
