@@ -8,6 +8,7 @@ Dimension letters: B utterances, U adapter frames, D width.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -95,7 +96,7 @@ def by_expert(weights: Mapping[tuple[int, int], Tensor]) -> dict[int, Tensor]:
 def token_errors(
     model: ESPnetPaMModel, batches: Iterator[tuple[list[str], dict[str, Any]]], losses: Mapping[str, str]
 ) -> dict[str, tuple[int, int]]:
-    """Held-out errors: task -> (errors, reference tokens).
+    """Held-out errors of all processes: task -> (errors, reference tokens).
 
     For "ctc" the edit distance of greedy decoding; for "bag" the answer's token types that are not among as many
     types that are detected most (for an answer of one token: the wrong answers).
@@ -103,7 +104,7 @@ def token_errors(
     from rapidfuzz.distance import Levenshtein
 
     assert model.ctc is not None
-    found_errors: dict[str, tuple[int, int]] = {}
+    rows = []
     for _, batch in batches:
         audio = embed_batch(model, batch)
         embeddings, lengths = audio.embeddings, audio.lengths
@@ -115,6 +116,9 @@ def token_errors(
             else:
                 types = set(answers[b])
                 wrong, tokens = len(types - model.ctc.detect(one, length, [len(types)])[0]), len(types)
-            errors, seen = found_errors.get(task, (0, 0))
-            found_errors[task] = errors + wrong, seen + tokens
-    return found_errors
+            rows.append((task, wrong, tokens))
+    found: dict[str, tuple[int, int]] = {}
+    for task, wrong, tokens in itertools.chain(*gathered(rows)):
+        errors, seen = found.get(task, (0, 0))
+        found[task] = errors + wrong, seen + tokens
+    return found
