@@ -1,7 +1,5 @@
 """Cached hidden states of a configured encoder: the cache's key, and how one utterance is encoded for it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path

@@ -6,8 +6,6 @@ these also says how often it is drawn for a task, and the weights with which mix
 Dimension letters: M encoders.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 from collections.abc import Mapping, Sequence

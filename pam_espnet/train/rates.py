@@ -4,8 +4,6 @@ Everything is counted on the host from lengths, so a step waits for nothing. Pro
 line in the log.
 """
 
-from __future__ import annotations
-
 import resource
 import time
 from collections.abc import Mapping

@@ -10,8 +10,6 @@ one before it is kept: after any kill a whole one is there. Once ESPnet has save
 first process of a distributed run writes and chooses; the others follow, or stop with the same error.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

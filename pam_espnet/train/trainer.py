@@ -7,8 +7,6 @@ two processes to the last digit only with ``unused_parameters: true``: DDP lays 
 otherwise, and sums of more than two terms are rounded in another order.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

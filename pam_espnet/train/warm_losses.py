@@ -6,8 +6,6 @@ count do not; they are to be detected anywhere in the audio, in any order ("bag"
 Dimension letters: B utterances, U adapter frames, D width.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Options of the warm start: which losses, how long and how fast; the course of its learning rate."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@ takes hours. What it trains (frontend and CTC head) is written as safetensors an
 Dimension letters: B utterances, U adapter frames, D width.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import itertools

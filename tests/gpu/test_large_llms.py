@@ -1,7 +1,5 @@
 """What makes room for a large LLM on one GPU: blocks that stay on the host, weights in 4 bits."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

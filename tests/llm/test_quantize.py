@@ -1,7 +1,5 @@
 """An LLM in 4 bits: close to the whole one, trained through LoRA, and decoded from plain matrices."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """pam.sh and the configurations of every recipe, without running a stage."""
 
-from __future__ import annotations
-
 import inspect
 import shlex
 import subprocess

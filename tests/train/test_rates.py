@@ -1,7 +1,5 @@
 """The line of rates: its numbers by hand, over one process and over two, with and without a known card."""
 
-from __future__ import annotations
-
 import time
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """Training with the LLM's blocks sharded over two processes (FSDP2, gloo) is training with whole ones."""
 
-from __future__ import annotations
-
 import importlib.util
 import subprocess
 import sys
