@@ -1,8 +1,6 @@
 """Parts that all command lines share: user errors without a stack trace, Ctrl-C, the log format, the options --device,
 --dtype and --threads, and the record of a run."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import logging

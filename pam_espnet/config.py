@@ -4,8 +4,6 @@ A recipe keeps one base configuration and small overlays (fusion, size) instead 
 mapping is written to the experiment directory, so that what was run can be read in one file.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import operator

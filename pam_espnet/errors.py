@@ -4,8 +4,6 @@ A message states what is wrong, where (file, and line when there is one) and wha
 Command lines print them without a stack trace and exit with 1 (see ``pam_espnet.cli``).
 """
 
-from __future__ import annotations
-
 import os
 from functools import partial
 from pathlib import Path

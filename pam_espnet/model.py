@@ -6,8 +6,6 @@ Frontend and LLM meet here alone. The loss is the mean cross-entropy over target
 Dimension letters: B utterances, N samples, T encoder frames, U adapter frames, L text tokens, H layers, D width.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence

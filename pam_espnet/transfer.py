@@ -4,8 +4,6 @@ A transfer from the device makes the host wait for all that was asked of it befo
 knows itself (which rows, which slots) is computed there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

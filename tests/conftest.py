@@ -119,6 +119,19 @@ def tiny_llm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_llm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama (2 blocks, width 512), whose rows in 4 bits are whole blocks of weights with one
+    scale, and a tokenizer. Tests share the folder: do not write into it."""
+    from random_llm import random_lm
+    from tiny_tokenizer import tiny_tokenizer
+
+    path = tmp_path_factory.mktemp("models") / "small-llm"
+    random_lm("small-llama", blocks=2).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def tone() -> Callable[..., np.ndarray]:
     """``tone(seconds, hz, sample_rate=16000) -> (N,)``: a sine at half of full scale, float32 in [-1, 1]."""
     import numpy as np

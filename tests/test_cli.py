@@ -1,7 +1,5 @@
 """Command lines: devices by name, checked before anything is loaded; errors and interrupts as exit status."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import os

@@ -1,7 +1,5 @@
 """Merging configurations."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The shared fixtures are what other tests take them for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Whole files or none, and one process at a time."""
 
-from __future__ import annotations
-
 import hashlib
 import multiprocessing
 import pickle

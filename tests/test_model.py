@@ -1,7 +1,5 @@
 """The model in ESPnet: loss over answer tokens only, statistics per task, what is saved and what is not."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

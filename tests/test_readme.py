@@ -1,7 +1,5 @@
 """The example encoder, taken from the README: it keeps every promise of the contract, with real weights too."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import re

@@ -1,7 +1,5 @@
 """An experiment of version 0.1, calibrated and packed (tests/fixtures/v0.1): it loads and gives the same answers."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

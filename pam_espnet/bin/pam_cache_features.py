@@ -5,8 +5,6 @@ The configuration is checked first. Resumable; a cache made with other weights, 
 --ngpu, --processes and --num_nodes: as many processes share the utterances of each encoder.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from datetime import timedelta

@@ -5,8 +5,6 @@ fitted to, the other half judge. To decode with it: exit: {mode: gate, calibrati
 decoding configuration. Where the predicted speed-up is below 1.05 the advice is to leave early exit off.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

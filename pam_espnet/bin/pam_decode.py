@@ -4,8 +4,6 @@ Writes text, score, nbest.jsonl and stats.json into each --out. A killed run con
 returns at once. With --shard i/n several processes share the work and --merge joins their parts.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ config.json is on this machine neither in a folder nor in Hugging Face's cache i
 the file. With --exp, --train and --valid the experiment begins: what it depends on is noted, as training does.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

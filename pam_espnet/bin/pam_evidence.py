@@ -6,8 +6,6 @@
                                                                  and <!-- end -->
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

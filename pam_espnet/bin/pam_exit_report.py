@@ -11,8 +11,6 @@ speed that the exits would bring.
 Writes <exp>/exit_report/: EXIT.md, exit_report.json, exit.png, and a decode directory for each point.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -2,8 +2,6 @@
 where it came from. All directories are checked first. Utterances that are silent, damaged, too long or too short are
 skipped and listed with the reason. A killed run continues where it stopped; a second run does only what changed."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

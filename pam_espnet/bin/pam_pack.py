@@ -7,8 +7,6 @@ pretrained models are not in it: it names them by id and commit, or by checksum 
 gives the same bytes. pam_inference answers with it, pam_espnet.load loads it.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

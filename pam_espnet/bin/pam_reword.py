@@ -4,8 +4,6 @@ Prints one line for each directory written, <set>/<number of the wording>, below
 anyway. The audio is not copied.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

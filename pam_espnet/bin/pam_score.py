@@ -10,8 +10,6 @@ Scoring writes scores.json and utt_scores.jsonl into the decode directory. METEO
 where tools/installers/ has put what they need.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

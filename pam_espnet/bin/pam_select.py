@@ -5,8 +5,6 @@ takes the epoch with the highest mean of the normalised scores; SELECTION.md and
 them all. What was decoded before is kept. --by loss returns to the average that training made.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

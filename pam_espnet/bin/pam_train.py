@@ -12,8 +12,6 @@ torch.distributed.run (pam_espnet/train/launch.py). Limits of batches are per GP
 learning rate is in pam_espnet/train/scaling.py.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ is called again. Options that are not listed here are ESPnet's, as for pam_train
 --num_nodes mean (pam_espnet/train/scaling.py: fewer steps at a higher rate where limits are per GPU).
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ tar members go through Python's "data" filter (PEP 706), zip members through a c
 written or point outside is refused before it is written.
 """
 
-from __future__ import annotations
-
 import errno
 import stat
 import tarfile

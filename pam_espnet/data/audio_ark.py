@@ -5,8 +5,6 @@ bytes of a FLAC or WAV file, as kaldiio and ESPnet (type ``kaldi_ark``) write an
 WAV file follows the key. ``<archive>.ark:<offset>`` in ``wav.scp`` has the offset of what follows the key's blank.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Iterator

@@ -4,8 +4,6 @@ libsndfile shortens a file that was cut without an error, and reads nothing wher
 programs that write into a pipe and recorders that crash leave it. Decodes nothing.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import re

@@ -6,8 +6,6 @@ of a few batches, and shuffles the batches, so that a batch mixes tasks at littl
 of (durations, options, seed, pass): resuming needs no state but the step number.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections import Counter

@@ -4,8 +4,6 @@
     FOLDER/<name>.part    what has arrived so far; the next call continues it
 """
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import logging

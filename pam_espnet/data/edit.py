@@ -3,8 +3,6 @@
 Formatted directories (``dump/raw/<set>``) keep their passport and ``utt2num_samples`` through all of it.
 """
 
-from __future__ import annotations
-
 import random
 import shutil
 from collections.abc import Iterable, Mapping

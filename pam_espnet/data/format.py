@@ -4,8 +4,6 @@ Every finished utterance is noted in a journal, so a killed run continues where 
 what changed at the source. Shape letter: N samples.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import multiprocessing

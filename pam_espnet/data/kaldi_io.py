@@ -3,8 +3,6 @@
 Shapes: matrices are (rows, columns) float32.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable
 from pathlib import Path

@@ -7,8 +7,6 @@
 LibriCount is mixed from LibriSpeech's test-clean, so training on it spoils LibriSpeech's scores.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

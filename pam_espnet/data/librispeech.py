@@ -6,8 +6,6 @@
     LibriSpeech/test-clean/61/70968/61-70968.trans.txt   61-70968-0000 HE BEGAN A CONFUSED COMPLAINT
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -4,8 +4,6 @@ All voices of a clip have the same power (0 dB), so the number of voices is not 
 letters: N samples, K voices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

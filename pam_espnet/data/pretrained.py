@@ -1,7 +1,5 @@
 """Pretrained models by folder or Hugging Face id: their folder on this machine, their files with SHA-256, licences."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 Empty lines and lines that begin with ``#`` are skipped. A wording may have fields, such as ``{number}``.
 """
 
-from __future__ import annotations
-
 import re
 import string
 from collections.abc import Collection, Mapping

@@ -4,8 +4,6 @@ A clip is seeded by its key, so it does not depend on the others, on the number 
 stopped. Shape letter: N samples.
 """
 
-from __future__ import annotations
-
 import hashlib
 import multiprocessing
 import shutil

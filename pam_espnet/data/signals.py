@@ -3,8 +3,6 @@
 Shape letter: N samples, at ``SAMPLE_RATE``.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from pam_espnet.data.audio import resample

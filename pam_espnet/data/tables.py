@@ -4,8 +4,6 @@
 or repair a whole directory. ``read_lines`` reads any other text file of a user.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Tasks of a model: the metric and the default prompt of each."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pam_espnet.errors import ConfigError

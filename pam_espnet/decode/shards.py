@@ -1,7 +1,5 @@
 """A data directory through a trained experiment: resumable, sharded, each utterance exactly once."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Waveforms that programs hand in: checked, and brought to float32 at full scale 1."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

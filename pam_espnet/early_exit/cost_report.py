@@ -1,7 +1,5 @@
 """The measured costs of a step in the early-exit report: measured once, predictions of speed, tables."""
 
-from __future__ import annotations
-
 import logging
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence

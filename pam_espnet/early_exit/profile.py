@@ -10,8 +10,6 @@ all later ones do (*saturated*); it bounds what gates can reach. Speeds are boun
 N tokens, P points of reading, C candidate blocks, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -7,8 +7,6 @@
     <out>/{exit_report.json, EXIT.md, exit.png}   everything; tables; a picture                        written
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -3,8 +3,6 @@
 B utterances, N tokens of their answers, H blocks, P positions, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ really runs, CUDA graphs and bookkeeping included.
 B utterances, K hypotheses of each, R = B*K rows, P prefix positions, D width.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

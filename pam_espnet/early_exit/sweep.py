@@ -9,8 +9,6 @@ missing; a finished point is not decoded again.
     <out>/decode_<point>/<set>/timing/<run>.jsonl   a line per batch: seconds of wall clock and of CPU
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

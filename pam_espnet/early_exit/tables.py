@@ -1,7 +1,5 @@
 """``EXIT.md`` and ``exit.png`` from the figures of ``early_exit.report``."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path

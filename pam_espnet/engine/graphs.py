@@ -1,7 +1,5 @@
 """CUDA graphs: a function without arguments, launched as one."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Any

@@ -10,8 +10,6 @@ one of N parts of the sum; whatever reads the sums next adds the parts.
 Letters as in ``engine.ops``; N parts of a sum.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any, NamedTuple
 

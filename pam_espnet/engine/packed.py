@@ -13,8 +13,6 @@ int8               symmetric, one scale per output channel, activations in float
 R rows, I input and O output features.
 """
 
-from __future__ import annotations
-
 import warnings
 from functools import lru_cache
 from typing import Any, Protocol

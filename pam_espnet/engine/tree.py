@@ -12,8 +12,6 @@ B utterances in memory, R rows, N rows still in the blocks, K rows of the uttera
 slots, S slots in use, A heads, G heads per key/value head, J key/value heads, E size of a head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Dimension letters: B utterances, T encoder frames, U adapter frames, H layers, D width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Cached hidden states of a configured encoder: the cache's key, and how one utterance is encoded for it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +15,7 @@ from pam_espnet.fileio import exclusive, write_json
 from pam_espnet.frontend.encoder_spec import EncoderSpec
 from pam_espnet.frontend.encoders.base import layer_dtype
 from pam_espnet.frontend.encoders.registry import build_encoder
+from pam_espnet.processes import gathered
 
 
 def cache_encoder(
@@ -82,10 +81,4 @@ def _share() -> Share:
     """Of a process in torch.distributed's group; all utterances where there is none."""
     if not dist.is_initialized():
         return Share()
-
-    def gather(value: Any) -> list[Any]:
-        every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, value)
-        return every
-
-    return Share(dist.get_rank(), dist.get_world_size(), gather)
+    return Share(dist.get_rank(), dist.get_world_size(), gathered)

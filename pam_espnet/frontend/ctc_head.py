@@ -10,8 +10,6 @@ CTC: Graves et al., ICML 2006. Cosine classes follow ``torch.nn.functional.cosin
 Dimension letters: B utterances, U adapter frames, D width, C classes (token types + 1 blank).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import pairwise

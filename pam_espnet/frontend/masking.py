@@ -7,8 +7,6 @@ frozen and run once.
 Dimension letters: B utterances, T encoder frames, D width.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """LoRA through peft: low-rank updates beside the frozen weights of an LLM (Hu et al. 2021, arXiv 2106.09685)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager

@@ -8,8 +8,6 @@ from lengths alone; ``lay_out`` finds it on the host, in training in the process
 B utterances, U audio frames (embeddings), L tokens, P positions, D width, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ Blocks of 64 weights share a scale, and 256 scales a second one: 4.13 bits per w
 Embedding matrix, norms and output layer keep the LLM's precision, in which products are computed, too.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -21,6 +21,7 @@ from torch import nn
 
 from pam_espnet.data.pretrained import hub_folder
 from pam_espnet.errors import ConfigError
+from pam_espnet.processes import gathered
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -117,9 +118,7 @@ def wanted_by_any(wanted: Iterable[str], group: dist.ProcessGroup | None) -> lis
     """What some process of ``group`` wants, in one order in all of them: each then runs the blocks equally often."""
     if group is None:
         return list(wanted)
-    lists: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(lists, list(wanted), group=group)
-    return list(dict.fromkeys(itertools.chain(*lists)))
+    return list(dict.fromkeys(itertools.chain(*gathered(list(wanted), group))))
 
 
 def stream_blocks(lm: Any, device: str) -> None:

@@ -6,8 +6,6 @@ nothing) is *not a number* or *no answer*: wrong in the accuracy, no part of the
 read the error together with that number of answers.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 

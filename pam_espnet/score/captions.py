@@ -10,8 +10,6 @@ from Stanford's PTBTokenizer (Java); here a regular expression lowers the case, 
 ("dog 's", "does n't"). Differences: signs such as & % # / and brackets are dropped here; "cannot" stays one word.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """Plain characters: the same words typed in other code points become the same text."""
 
-from __future__ import annotations
-
 import unicodedata
 
 _PLAIN = str.maketrans(

@@ -5,8 +5,6 @@ column is a main figure of one task on one test set. Differences are paired over
 paired test (``score/intervals.py``), and bold where their interval excludes zero.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Sequence

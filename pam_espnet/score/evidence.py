@@ -4,8 +4,6 @@ A file has the answers to the test sets beside their references, the numbers beh
 where it comes from: commit, command, time, processor.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path

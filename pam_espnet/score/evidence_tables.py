@@ -5,8 +5,6 @@ that counts seeds and utterances (``intervals.bootstrap_seeds``). The JSON has t
 that READMEs quote both in the same way.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby

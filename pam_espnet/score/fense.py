@@ -10,8 +10,6 @@ the sentence is broken, a tenth of it. Files, in one folder (see ``score/parts.p
 Dimension letters: B sentences, L tokens, D width.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path

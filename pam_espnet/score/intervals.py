@@ -11,8 +11,6 @@ interval.
 Dimension letters: N utterances, R resamples, C columns (numbers per utterance).
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

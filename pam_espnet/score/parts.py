@@ -8,8 +8,6 @@
 ``<parts>`` is $PAM_PARTS, else ``tools/parts`` of the repository; ``tools/installers/caption_metrics.py`` fills it.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

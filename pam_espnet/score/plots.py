@@ -3,8 +3,6 @@
 matplotlib is imported where it is used: everything else of this package works without it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Reads ``decode_*/*/{scores,stats,key}.json`` and ``nbest.jsonl``, ``curve.jsonl`
 computed here that was not measured by scoring or decoding; what is missing is left out.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Results of a scorer, and names, rounding and order of their figures."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -3,8 +3,6 @@
 Reads ``nbest.jsonl`` of decode directories; loads no model. Dimension letters: E experts, H layers.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass

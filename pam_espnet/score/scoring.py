@@ -9,8 +9,6 @@ Files of one set, in ``exp/<tag>/decode_<name>/<set>/`` unless they have another
     utt_scores.jsonl  their numbers per utterance, for comparisons  written
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

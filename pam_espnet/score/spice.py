@@ -4,8 +4,6 @@ Anderson et al., "SPICE: Semantic Propositional Image Caption Evaluation" (ECCV 
 which parses all captions with Stanford CoreNLP 3.6.0. Slow, and gigabytes of memory.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

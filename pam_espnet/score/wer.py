@@ -8,8 +8,6 @@ insertions and no reference words. The character error rate counts the space bet
 words in other characters are made the same (``score/characters.py``).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version

@@ -5,8 +5,6 @@ Every answer is read token by token behind the same prefix, all of them side by 
 B utterances, A answers, R = B * A rows, P prefix positions, D width, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -7,8 +7,6 @@ B utterances, R rows (running hypotheses of all utterances, one after the other)
 V vocabulary, C candidates per row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

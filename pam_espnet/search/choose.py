@@ -6,8 +6,6 @@ read what was chosen while the next step is run. Sums are float64 and sorting is
 B utterances, K hypotheses of each, R = B * K rows, V vocabulary, C candidates of each utterance, S steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -8,8 +8,6 @@ A rule depends on the tokens so far and is found on the host; a table of rules i
 R rows (running hypotheses), W tokens in the longest rule, V vocabulary.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence

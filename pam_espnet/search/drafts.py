@@ -15,8 +15,6 @@ B utterances, P prefix positions, D width, V vocabulary, R active utterances, N 
 last token (in the first pass the prefix's last position), then its draft.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

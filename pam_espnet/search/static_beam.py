@@ -6,8 +6,6 @@ in vain at the end of a batch. With constraints, or gates that wait for utteranc
 B utterances, K hypotheses of each, P prefix positions, D width, C candidates of each utterance.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Sequence

@@ -7,8 +7,6 @@ tensor, made in the processes that load data.
 B utterances, N samples, T encoder frames, H layers, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

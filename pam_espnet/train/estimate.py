@@ -4,8 +4,6 @@ Parameters are counted on shapes without weights, built from each model's config
 here divided by rates that were measured; what they are extrapolated to stands beside them.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping

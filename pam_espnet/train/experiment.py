@@ -187,7 +187,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     from pam_espnet.model import model_options
     from pam_espnet.train.scaling import scaled
     from pam_espnet.train.task import PaMTask
-    from pam_espnet.train.warm_start import WarmStartOptions
+    from pam_espnet.train.warm_options import WarmStartOptions
 
     known = vars(PaMTask.get_parser().parse_args([]))
     for key in config:

@@ -1,7 +1,5 @@
 """The end of training: ESPnet's averaged checkpoint becomes ``model.safetensors``."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """ESPnet's preprocessor and iterator, and audio in archives: strings to arrays, and this project's plan of batches."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import time

@@ -9,8 +9,6 @@ The agent starts the same command once more for each process, with LOCAL_RANK, R
 Independent of ESPnet, whose own launcher is not used.
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import logging

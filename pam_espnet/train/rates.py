@@ -4,16 +4,14 @@ Everything is counted on the host from lengths, so a step waits for nothing. Pro
 line in the log.
 """
 
-from __future__ import annotations
-
 import resource
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from pam_espnet.processes import gathered
 from pam_espnet.train.estimate import llm_operations
 
 # Operations per second in bfloat16, sums in float32, matrices without sparsity, by the name that torch gives a card
@@ -81,11 +79,7 @@ class Rates:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
         operations = self.operations + llm_operations(self.model.decoder.lm, self.tokens, self.targets)
         own = (self.audio, self.padded_audio, self.tokens, self.padded_tokens, operations)
-        row = (*own, spent, self.loader.waited - self.waited, memory)
-        rows: list[Any] = [row]
-        if dist.is_initialized():
-            rows = [None] * dist.get_world_size()
-            dist.all_gather_object(rows, row)
+        rows = gathered((*own, spent, self.loader.waited - self.waited, memory))
         self._begin()
         audio, padded_audio, tokens, padded_tokens, operations, _, waited, _ = map(sum, zip(*rows, strict=True))
         seconds, memory = (max(row[i] for row in rows) for i in (5, 7))

@@ -15,8 +15,6 @@ Both rules hold until the batch is so large that gradients hardly differ between
 Adam's betas and epsilon stay as they are. With ``limits: global``, and with one process, nothing changes.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping

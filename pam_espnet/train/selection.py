@@ -10,8 +10,6 @@ of a count. Scores of all tasks count the same here.
     exp/<tag>/model.safetensors                                 the model that was chosen
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import math

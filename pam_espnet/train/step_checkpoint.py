@@ -10,8 +10,6 @@ one before it is kept: after any kill a whole one is there. Once ESPnet has save
 first process of a distributed run writes and chooses; the others follow, or stop with the same error.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -39,6 +37,7 @@ from pam_espnet.fileio import (
     whole_folder,
     write_json,
 )
+from pam_espnet.processes import agree, first_process, gathered
 from pam_espnet.train.training_state import Training, random_state, set_random_state
 
 DIRECTORY = "step_checkpoint"
@@ -148,11 +147,7 @@ class ResumableEpoch:
         logging.info(f"resumed epoch {self._position['epoch']} at step {self.done} of {self.size} from {path}")
 
     def _save(self) -> None:
-        drawn: list[Any] = [random_state()]
-        if dist.is_initialized():
-            drawn = [None] * dist.get_world_size()
-            dist.all_gather_object(drawn, random_state())
-        problem = None
+        drawn, problem = gathered(random_state()), None
         path = self.directory / f"epoch{self._position['epoch']}_step{self.done}"
         if first_process():
             try:
@@ -178,11 +173,6 @@ class ResumableEpoch:
             _remove(old)
 
 
-def first_process() -> bool:
-    """Whether this process writes the experiment's files."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def write_problem(error: BaseException, path: Path) -> str | None:
     """The message for an ``error`` in writing ``path``; None: it is another kind of error."""
     if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_WRITER):
@@ -205,15 +195,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         if problem is None or (isinstance(error, OSError) and error.errno not in DISK_ERRORS):
             raise
         raise CheckpointError(problem) from error
-
-
-def agree[T](value: T) -> T:
-    """The first process's ``value``, in every process."""
-    if not dist.is_initialized():
-        return value
-    shared = [value]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
 
 
 def _checkpoints(directory: Path) -> list[tuple[int, int, Path]]:

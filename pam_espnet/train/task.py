@@ -3,8 +3,6 @@
 Importing it costs seconds (``espnet2.tasks.abs_task``); nothing that decodes, scores or prepares data does.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 from collections.abc import Callable, Mapping

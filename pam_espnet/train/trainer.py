@@ -7,8 +7,6 @@ two processes to the last digit only with ``unused_parameters: true``: DDP lays 
 otherwise, and sums of more than two terms are rounded in another order.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json
@@ -30,8 +28,9 @@ from torch import nn
 from pam_espnet.config import check_number
 from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import atomic_path, write_text
+from pam_espnet.processes import first_process
 from pam_espnet.train.rates import Rates
-from pam_espnet.train.step_checkpoint import DIRECTORY, ResumableEpoch, disk_errors, first_process
+from pam_espnet.train.step_checkpoint import DIRECTORY, ResumableEpoch, disk_errors
 from pam_espnet.train.training_state import Training
 
 CHECKPOINT = "checkpoint.pth"

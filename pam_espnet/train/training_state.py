@@ -4,8 +4,6 @@ Everything here passes ``torch.load(weights_only=True)``. Gradients are not part
 optimizers have used them up.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

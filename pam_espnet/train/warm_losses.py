@@ -6,18 +6,17 @@ count do not; they are to be detected anywhere in the audio, in any order ("bag"
 Dimension letters: B utterances, U adapter frames, D width.
 """
 
-from __future__ import annotations
-
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pam_espnet.frontend.frontend import AudioEmbeddings
 from pam_espnet.model import ESPnetPaMModel, cached_features
+from pam_espnet.processes import gathered
 
 
 def embed_batch(model: ESPnetPaMModel, batch: Mapping[str, Any], only: Sequence[str] | None = None) -> AudioEmbeddings:
@@ -75,11 +74,7 @@ def encoder_weights(
                 total, count, _ = _loss(model, losses[model.tasks[pair[1]]], audio, _answers(batch), rows)
                 groups[pair][2 * m] += float(total)
                 groups[pair][2 * m + 1] += count
-    every: list[Any] = [dict(groups)]
-    if dist.is_initialized():
-        every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, dict(groups))
-    found = {}
+    every, found = gathered(dict(groups)), {}
     for pair in sorted(set().union(*every)):
         sums, tokens = torch.tensor([part[pair] for part in every if pair in part]).sum(0).view(-1, 2).unbind(1)
         if bool((tokens > 0).all()):
@@ -99,7 +94,7 @@ def by_expert(weights: Mapping[tuple[int, int], Tensor]) -> dict[int, Tensor]:
 def token_errors(
     model: ESPnetPaMModel, batches: Iterator[tuple[list[str], dict[str, Any]]], losses: Mapping[str, str]
 ) -> dict[str, tuple[int, int]]:
-    """Held-out errors: task -> (errors, reference tokens).
+    """Held-out errors of all processes: task -> (errors, reference tokens).
 
     For "ctc" the edit distance of greedy decoding; for "bag" the answer's token types that are not among as many
     types that are detected most (for an answer of one token: the wrong answers).
@@ -107,7 +102,7 @@ def token_errors(
     from rapidfuzz.distance import Levenshtein
 
     assert model.ctc is not None
-    found_errors: dict[str, tuple[int, int]] = {}
+    rows = []
     for _, batch in batches:
         audio = embed_batch(model, batch)
         embeddings, lengths = audio.embeddings, audio.lengths
@@ -119,6 +114,9 @@ def token_errors(
             else:
                 types = set(answers[b])
                 wrong, tokens = len(types - model.ctc.detect(one, length, [len(types)])[0]), len(types)
-            errors, seen = found_errors.get(task, (0, 0))
-            found_errors[task] = errors + wrong, seen + tokens
-    return found_errors
+            rows.append((task, wrong, tokens))
+    found: dict[str, tuple[int, int]] = {}
+    for task, wrong, tokens in itertools.chain(*gathered(rows)):
+        errors, seen = found.get(task, (0, 0))
+        found[task] = errors + wrong, seen + tokens
+    return found

@@ -7,8 +7,6 @@ takes hours. What it trains (frontend and CTC head) is written as safetensors an
 Dimension letters: B utterances, U adapter frames, D width.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import itertools
@@ -16,10 +14,9 @@ import json
 import logging
 import math
 import pickle
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,62 +26,27 @@ from espnet2.tasks.abs_task import DistributedOption
 from espnet2.torch_utils.set_all_random_seed import set_all_random_seed
 from torch import Tensor
 
-from pam_espnet.config import check_number
 from pam_espnet.data.batching import BatchingOptions
 from pam_espnet.data.tables import read_table
-from pam_espnet.data.tasks import TASKS, task_spec
+from pam_espnet.data.tasks import TASKS
 from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import atomic_path, load_strict, read_trained, save_trained, write_text
 from pam_espnet.frontend.fusion.routing import router_loss
 from pam_espnet.llm.shard import stream_blocks
 from pam_espnet.model import ESPnetPaMModel, build_model
+from pam_espnet.processes import agree, first_process
+from pam_espnet.train.encoder_draws import EncoderDraws
 from pam_espnet.train.experiment import read_options
 from pam_espnet.train.export import not_finite
 from pam_espnet.train.scaling import factors
-from pam_espnet.train.step_checkpoint import agree, disk_errors, first_process
+from pam_espnet.train.step_checkpoint import disk_errors
 from pam_espnet.train.task import PaMTask, parameter_groups
-from pam_espnet.train.warm_losses import by_expert, encoder_weights, token_errors, warm_loss
+from pam_espnet.train.warm_losses import token_errors, warm_loss
+from pam_espnet.train.warm_options import WarmStartOptions, rate
 
 OUTPUT = "warm_start.safetensors"
 STATE = "warm_start.pth"
 LOG = "warm_start.jsonl"
-
-
-@dataclass(frozen=True)
-class WarmStartOptions:
-    """How long and how fast."""
-
-    losses: Mapping[str, str] = field(default_factory=lambda: {"asr": "ctc"})  # task -> "ctc" or "bag": what is fitted
-    steps: int = 400  # of the optimizer
-    # In the first n steps each utterance is encoded by one encoder, drawn at random. Mixed from the start, untrained
-    # encoders drown the one that encodes words, and the loss stays on its plateau.
-    single_steps: int = 0
-    # Fit the weights of encoders and layers on the validation set, one step after n steps of everything else on the
-    # training set (differentiable architecture search: Liu, Simonyan and Yang, ICLR 2019, first order). On the training
-    # set the encoder wins that is best memorised. Where encoders compete, their losses on that set also say how often
-    # each is drawn in the first steps, and the weights with which mixing begins. 0: all is fitted on the training set,
-    # as the paper reads.
-    held_out_every: int = 0
-    lr: float = 2e-3  # peak of AdamW's learning rate: linear warm-up over a tenth of the steps, cosine to zero
-    # Parameter-name prefix -> factor on the learning rate, laid over training's ``lr_scale_conf``.
-    lr_scales: Mapping[str, float] = field(default_factory=dict)
-    max_utterances: int = 16  # limits of a batch (``data.batching``), of one GPU or global as ``batching_conf.limits``
-    max_seconds: float = 120.0
-    save_every: int = 100  # steps between checkpoints that a killed run resumes from
-    report_every: int = 20  # steps between lines in the log
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.losses, Mapping) or not self.losses:
-            raise ConfigError(f"warm_start_conf.losses: {self.losses!r}; must name tasks, such as {{asr: ctc}}")
-        for task, loss in self.losses.items():
-            task_spec(task)
-            if loss not in ("ctc", "bag"):
-                raise ConfigError(f"warm_start_conf.losses.{task}: {loss!r}; choose ctc or bag")
-        for name in ("steps", "save_every", "report_every", "max_utterances"):
-            check_number(getattr(self, name), f"warm_start_conf.{name}", at_least=1, whole=True)
-        check_number(self.lr, "warm_start_conf.lr", above=0)
-        check_number(self.held_out_every, "warm_start_conf.held_out_every", at_least=0, whole=True)
-        check_number(self.single_steps, "warm_start_conf.single_steps", at_least=0, at_most=self.steps, whole=True)
 
 
 def fit_router(model: ESPnetPaMModel, pairs: Sequence[tuple[str, int]], steps: int = 200, lr: float = 1e-3) -> float:
@@ -103,14 +65,6 @@ def fit_router(model: ESPnetPaMModel, pairs: Sequence[tuple[str, int]], steps: i
         loss.backward()
         optimizer.step()
     return float(loss.detach())
-
-
-def rate(step: int, options: WarmStartOptions) -> float:
-    """Learning-rate factor at ``step`` (from 0)."""
-    warm = max(1, options.steps // 10)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))
 
 
 def fit(
@@ -145,7 +99,6 @@ def fit(
     model.train()
     model.decoder.requires_grad_(False)
     groups = parameter_groups(model, lr_scales or {}, lr)
-    parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.01)
     step, epoch = 0, 0
     lines: list[dict] = []
@@ -158,9 +111,6 @@ def fit(
         for tensor in _trained(model).values():
             dist.broadcast(tensor, src=0)
 
-    def shares(weights: Tensor) -> str:
-        return ", ".join(f"{name} {w:.2f}" for name, w in zip(model.frontend.names, weights.tolist(), strict=True))
-
     def diverged(number: int, loss: float) -> ConfigError:
         return ConfigError(
             f"the warm start diverged at step {number} of {options.steps}: loss {loss}, learning rate {lr:.3g}\n"
@@ -168,9 +118,9 @@ def fit(
         )
 
     mixture = model.frontend.fusion.mixture_parameters() if options.held_out_every else []
-    fixed = {id(parameter) for parameter in mixture}
-    networks = [parameter for parameter in parameters if id(parameter) not in fixed]
-    competing = bool(mixture) and options.single_steps > 0 and model.frontend.fusion.learns_encoder_weights
+    fixed = {id(p) for p in mixture}
+    networks = [p for group in groups for p in group["params"] if id(p) not in fixed]
+    draws = EncoderDraws(model, valid, options, train.seed)
     with tqdm(
         total=options.steps, initial=step, desc="CTC warm start", unit="step", mininterval=2.0, disable=not first
     ) as bar:
@@ -179,27 +129,12 @@ def fit(
             before, unaligned = step, 0
             torch.manual_seed(1000 * train.seed + epoch)  # masks
             held_out = _endless(valid, epoch)
-            chances: dict[int, list[float]] = {}
-            if competing and 0 < step < options.single_steps:
-                # An encoder that is ahead on a task gets more of its utterances: on the others most would be lost.
-                for (_, task), weights in _held_out_weights(model, valid, options.losses).items():
-                    chances[task] = weights.square().tolist()
-                    logging.info(f"step {step}, {model.tasks[task]}: {shares(weights)}")
-
-            def draw(keys: Sequence[str], batch: Mapping[str, Any], number: int, chances: Any = chances) -> list[str]:
-                used, pairs = model.frontend.fusion.used, zip(keys, batch["task"], strict=True)
-                draws = ((random.Random(f"{train.seed} {number} {utt}"), task) for utt, task in pairs)
-                return [one.choices(used, chances.get(task))[0] for one, task in draws]
-
+            draws.update(step)
             for keys, batch in train.build_iter(epoch):
-                single = step < options.single_steps
-                if competing and step == options.single_steps:
-                    for expert, weights in by_expert(_held_out_weights(model, valid, options.losses)).items():
-                        model.frontend.fusion.set_encoder_weights(expert, weights)
-                        logging.info(f"step {step}, expert {expert}: {shares(weights)}")
+                draws.begin_mixing(step)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["scale"] * rate(step, options)
-                only = draw(keys, batch, step) if single else None
+                only = draws.draw(keys, batch, step)
                 total, count, skipped = _step(model, batch, options.losses, only, optimizer, networks)
                 unaligned += skipped
                 if count == 0:
@@ -208,8 +143,7 @@ def fit(
                     raise diverged(step + 1, total.item())
                 if mixture and step % options.held_out_every == 0:
                     keys, batch = next(held_out)
-                    only = draw(keys, batch, step) if single else None
-                    _step(model, batch, options.losses, only, optimizer, mixture)
+                    _step(model, batch, options.losses, draws.draw(keys, batch, step), optimizer, mixture)
                 step += 1
                 bar.update()
                 if step % options.report_every == 0 or step == options.steps:
@@ -232,7 +166,7 @@ def fit(
     if not_finite(trained):  # since the last step
         raise diverged(step, total.item())
     model.eval()
-    errors = _all_errors(token_errors(model, valid.build_iter(1), options.losses))
+    errors = token_errors(model, valid.build_iter(1), options.losses)
     if not first:
         return done
     rates = {task: wrong / max(tokens, 1) for task, (wrong, tokens) in sorted(errors.items())}
@@ -283,27 +217,6 @@ def _summed(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) ->
     used, *parts = everything.split([len(pairs), *(parameter.numel() for parameter in parameters)])
     found = zip(used.tolist(), parts, parameters, strict=True)
     return [part.view_as(parameter) if number else None for number, part, parameter in found]
-
-
-def _all_errors(own: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Errors and tokens per task, summed over all processes, some of which may have no utterance of a task."""
-    every = [dict(own)]
-    if dist.is_initialized():
-        every = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(every, dict(own))
-    pairs = {task: [errors[task] for errors in every if task in errors] for task in set().union(*every)}
-    return {task: (sum(wrong for wrong, _ in some), sum(tokens for _, tokens in some)) for task, some in pairs.items()}
-
-
-def _held_out_weights(model: ESPnetPaMModel, valid: Any, losses: Mapping[str, str]) -> dict[tuple[int, int], Tensor]:
-    """``encoder_weights`` on the validation set. The state of random numbers stays, so that a resumed run sees what an
-    unbroken one does."""
-    state = torch.get_rng_state()
-    model.eval()
-    found = encoder_weights(model, valid.build_iter(1), losses)
-    model.train()
-    torch.set_rng_state(state)
-    return found
 
 
 def _endless(valid: Any, epoch: int) -> Iterator[tuple[list[str], Mapping[str, Any]]]:
@@ -400,19 +313,10 @@ def run(args: argparse.Namespace) -> Path:
         logging.info(f"{tokens}: {len(ids)} token types in {len(factories['train'].tasks)} training answers")
     agree(None)  # the others wait for the file
     scales = {**(args.lr_scale_conf or {}), **options.lr_scales}
+    scales = {prefix: factor for prefix, factor in scales.items() if not prefix.startswith("decoder")}
     device = "cuda" if args.ngpu > 0 else "cpu"
     model = build_model(vars(args))
     if (args.llm_conf or {}).get("shard") and model.decoder.shard_group is None:  # it would not fit on one GPU
         stream_blocks(model.decoder.lm, device)
     with disk_errors(output_dir):
-        return fit(
-            model,
-            factories["train"],
-            factories["valid"],
-            options,
-            output_dir,
-            device=device,
-            lr_scales={prefix: factor for prefix, factor in scales.items() if not prefix.startswith("decoder")},
-            router_pairs=pairs,
-            lr_factor=growth,
-        )
+        return fit(model, factories["train"], factories["valid"], options, output_dir, device, scales, pairs, growth)

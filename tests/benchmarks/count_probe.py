@@ -13,8 +13,6 @@ thread; and the chosen layers' differences to the first encoder's, paired over t
 JSON. Dimension letters: B utterances (one here), H layers, T frames, D width.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -21,8 +21,6 @@ The output grows point by point: a run that was stopped, or one with other --pre
 A Markdown table is written beside it.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import platform

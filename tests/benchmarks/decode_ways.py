@@ -8,8 +8,6 @@ The process reads one request per line (JSON) from standard input and answers wi
 B utterances, K hypotheses, P prefix positions, D width.
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import json

@@ -15,8 +15,6 @@ Rounds of the ways alternate, so that a machine that slows down slows them all; 
     python tests/benchmarks/drafts.py --exp exp/pam_full --data dump/full/raw/test_asr --output drafts.json
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

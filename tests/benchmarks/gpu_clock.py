@@ -1,7 +1,5 @@
 """How long calls take on a device's own clock; the GPU is not made to wait between them."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable

@@ -14,8 +14,6 @@ that fails is recorded, and the next one begins. Host timings drift: trust ratio
     mib            of the GPU beside the weights
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

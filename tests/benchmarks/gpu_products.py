@@ -3,8 +3,6 @@
 R rows.
 """
 
-from __future__ import annotations
-
 import itertools
 import statistics
 from collections.abc import Callable

@@ -2,8 +2,6 @@
 wav2vec2-large, adapters, the benchmark's LLM.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

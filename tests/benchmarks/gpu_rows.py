@@ -1,7 +1,5 @@
 """Rows of a benchmark whose time is limited: sections that may fail or be left out, JSON after every row, a table."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

@@ -9,8 +9,6 @@
 B utterances, K hypotheses of each, P prefix positions.
 """
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Callable

@@ -19,8 +19,6 @@ Parts are calls on the GPU's own clock: where it waits for the host in one, that
 B utterances, N samples, L answer tokens.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

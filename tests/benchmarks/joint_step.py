@@ -10,8 +10,6 @@ machine that slows down slows them all; medians are reported.
     python tests/benchmarks/joint_step.py --llm egs/mini/pam1/downloads/models/smollm2-135m-instruct
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -8,8 +8,6 @@ batch; *after*: the same in later epochs with workers that were kept, *anew* wit
 the first one.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import statistics

@@ -15,8 +15,6 @@ smaller batches is shown.
     python tests/benchmarks/precision.py --exp exp/pam_full --data dump/full/raw/dev     # in egs/mini/pam1
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

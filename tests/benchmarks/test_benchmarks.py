@@ -1,7 +1,5 @@
 """The ways that the benchmark compares find the same answers, and it writes what it measured; no timing is asserted."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

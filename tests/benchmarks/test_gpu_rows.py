@@ -1,7 +1,5 @@
 """The frame of the GPU benchmark: what fails or is late is recorded, the rest goes on; ratios and tables."""
 
-from __future__ import annotations
-
 import json
 import signal
 import time

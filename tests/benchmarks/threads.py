@@ -6,8 +6,6 @@ Every setting runs in a process of its own; rounds of the settings take turns. -
 on the same cores.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics

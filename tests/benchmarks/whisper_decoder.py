@@ -7,8 +7,6 @@ normalised as Whisper's are ("wer_normalised"). In the recipe's folder:
         --data data/quick/test_voices --per_speaker 32
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """A tiny experiment that command lines answer with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The page in a browser: its answers, and its messages when there is none."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One question about one recording, from the command line; the answer while it grows."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

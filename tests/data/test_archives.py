@@ -1,7 +1,5 @@
 """Unpacking: what is in an archive, what is refused, and errors about cut or damaged ones."""
 
-from __future__ import annotations
-
 import io
 import os
 import stat

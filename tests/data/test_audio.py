@@ -1,7 +1,5 @@
 """Reading audio in several formats, pieces of it, commands, and resampling."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Audio in archives: the samples of the files, for every program that reads them; kills, changes and damage."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

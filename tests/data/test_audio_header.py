@@ -1,7 +1,5 @@
 """Lengths in headers that are not known or more than there is; a cut file is never read as a shorter recording."""
 
-from __future__ import annotations
-
 import io
 import struct
 from pathlib import Path

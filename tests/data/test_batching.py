@@ -1,7 +1,5 @@
 """Batches: every utterance as often as its share, within the limits, the same for the same seed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """Data directories: loading, saving, subsets, and every way a directory can be wrong."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Fetching files, against a server on this machine that cuts connections, states wrong sizes and ignores ranges."""
 
-from __future__ import annotations
-
 import hashlib
 import threading
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Repairing, combining and choosing, as functions and as the command lines of utils/."""
 
-from __future__ import annotations
-
 import runpy
 import subprocess
 import sys

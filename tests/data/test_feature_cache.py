@@ -1,7 +1,5 @@
 """The feature cache: its shape, what makes it stale, resuming after a kill, and ESPnet reading it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Formatting: what is written, what is skipped and why, and resuming after a kill."""
 
-from __future__ import annotations
-
 import json
 import resource
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Mixtures: equal power, the label, and generators that belong to keys."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

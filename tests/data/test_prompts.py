@@ -1,7 +1,5 @@
 """Prompt files and the wording that belongs to an utterance."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tables: what is read back, and every way a table can be wrong."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from tempfile import TemporaryDirectory
 

@@ -1,7 +1,5 @@
 """Batches by memory: plans made of numbers, kept for resumed runs, halved where a GPU's memory was too small."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Decoding a data directory: resumable, sharded, each utterance exactly once, the control without audio."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

@@ -1,7 +1,5 @@
 """Arrays that people have, as the waveforms that a model is given."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From an experiment and development data to a gate that the search can use."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Maps, gates and their judge on states whose answer is known."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The measured costs of a step, by a clock that the test advances, and their way into the report."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

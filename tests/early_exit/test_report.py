@@ -1,7 +1,5 @@
 """The early-exit report: what blocks predict, the oracle, gates, and the sweep from a command line to its files."""
 
-from __future__ import annotations
-
 import copy
 import json
 import subprocess

@@ -4,8 +4,6 @@ Run by ``test_kernels.py`` in a process of its own, with TRITON_INTERPRET=1. In 
 is wrong without a word.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """The Llama engine against transformers, family by family; what is freed when it takes the LLM's weights."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Callable

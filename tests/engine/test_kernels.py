@@ -1,7 +1,5 @@
 """Triton's kernels: what they compute, in the interpreter; what they are compiled to, for cards that are not here."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import subprocess

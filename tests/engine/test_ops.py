@@ -1,7 +1,5 @@
 """The operations on fixed buffers against the blocks and the tree of the eager engine."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers

@@ -1,7 +1,5 @@
 """Packed linear layers, alone and in the fused blocks: what they lose, and that rows do not see each other."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

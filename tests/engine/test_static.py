@@ -1,7 +1,5 @@
 """Engines on fixed buffers against eager ones: rows fork, drop and are verified; buffers grow and are freed."""
 
-from __future__ import annotations
-
 import gc
 import itertools
 import logging

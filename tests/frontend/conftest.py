@@ -1,7 +1,5 @@
 """Folders of tiny random models: the networks that converters write, Whisper, and waveform models of transformers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Layer mix and frame-stacking adapter."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

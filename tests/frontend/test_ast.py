@@ -1,7 +1,5 @@
 """AST: one window equals transformers; a longer clip is read window by window."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

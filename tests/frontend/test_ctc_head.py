@@ -1,7 +1,5 @@
 """CTC in the LLM's embedding space."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -3,8 +3,6 @@
 A new encoder adds a line to ``CASES``: the fixture that makes a folder with a tiny model of it.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 On tiny random models of the real classes; on a CPU bfloat16 works as well.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Encoders by name and by import path, and what a wrong configuration is told."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """PaMFrontend with a mock encoder: lengths, invariance, skipping, cached features, what is kept where."""
 
-from __future__ import annotations
-
 import sys
 from types import ModuleType
 

@@ -1,7 +1,5 @@
 """Routing, PaM's gradients and the control fusions."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

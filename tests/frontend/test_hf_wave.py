@@ -1,7 +1,5 @@
 """Waveform models against a direct call of the transformers model on one clip."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

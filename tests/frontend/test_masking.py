@@ -1,7 +1,5 @@
 """Masks on encoder frames in training."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """pyannote segmentation: statistics over the own length, LSTM layers one by one, frames on a fixed grid."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Whisper's encoder against transformers' own, on its fixed window and on windows as long as the clip."""
 
-from __future__ import annotations
-
 import shutil
 from itertools import pairwise
 from pathlib import Path

@@ -1,7 +1,5 @@
 """YAMNet: its log-mel, TensorFlow's padding, one frame rate and one width for 14 blocks."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

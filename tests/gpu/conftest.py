@@ -7,8 +7,6 @@
 run.sh beside this file sets them.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

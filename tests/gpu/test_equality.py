@@ -1,7 +1,5 @@
 """The static engine against the eager one, in float32: the same n-best with every option of the search."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from pathlib import Path

@@ -1,6 +1,6 @@
 """From recordings: embeddings and answers of an utterance among neighbours, with networks of the recipes' encoders."""
 
-from __future__ import annotations
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def drift(batch: Batch) -> tuple[float, bool]:
     return worst, identical
 
 
-def test_embeddings_of_a_batch_are_close(batch: Batch, record_property: pytest.RecordProperty) -> None:
+def test_embeddings_of_a_batch_are_close(batch: Batch, record_property: Callable[[str, object], None]) -> None:
     """Up to rounding, bfloat16's on a GPU: kernels of convolutions and products are chosen by the size of the batch."""
     worst, identical = drift(batch)
     record_property("largest_difference_over_spread", worst)

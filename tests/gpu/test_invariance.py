@@ -1,7 +1,5 @@
 """Batch invariance, on a GPU in bfloat16 to the last bit: an n-best alone, among 8, among 32, in another order."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ Without a GPU the torch operations are compared with themselves: a dry run of th
 R rows, D width, A heads, J key/value heads, E size of a head, B utterances, P prefix positions, C slots.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,40 +1,28 @@
 """What makes room for a large LLM on one GPU: blocks that stay on the host, weights in 4 bits."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
-from random_llm import random_lm
-from tiny_tokenizer import tiny_tokenizer
 
 from pam_espnet.llm.llm import LLM
 from pam_espnet.llm.quantize import dequantize
 from pam_espnet.llm.shard import stream_blocks
 
 
-@pytest.fixture(scope="module")
-def llm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llm")
-    random_lm("small-llama", blocks=2).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
-
-
-def test_streamed_blocks_are_on_the_device_for_their_pass_alone(llm_dir: Path, device: str) -> None:
-    whole, streamed = (LLM.from_pretrained(str(llm_dir), {"r": 2}, "float32").eval() for _ in range(2))
+def test_streamed_blocks_are_on_the_device_for_their_pass_alone(small_llm_dir: Path, device: str) -> None:
+    whole, streamed = (LLM.from_pretrained(str(small_llm_dir), {"r": 2}, "float32").eval() for _ in range(2))
     stream_blocks(streamed.lm, device)
     found, expected = streamed.to(device).prompt_vectors(["Hi"]), whole.to(device).prompt_vectors(["Hi"])
     assert torch.equal(found, expected) and streamed.device.type == torch.device(device).type
     assert {p.device.type for p in streamed.transformer.layers.parameters()} == {"cpu"}
 
 
-def test_four_bits_are_those_of_plain_matrices(llm_dir: Path, device: str) -> None:
+def test_four_bits_are_those_of_plain_matrices(small_llm_dir: Path, device: str) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed: tools/setup.sh --extras quantize")
-    llm = LLM.from_pretrained(str(llm_dir), {"r": 2}, "float32", quantize="nf4").to(device).eval()
+    llm = LLM.from_pretrained(str(small_llm_dir), {"r": 2}, "float32", quantize="nf4").to(device).eval()
     embeds = torch.randn(1, 7, llm.width, device=device, requires_grad=True)
     mask = torch.ones(1, 7, dtype=torch.bool, device=device)
     rounded = llm(embeds, mask)

@@ -1,8 +1,7 @@
 """Memory of the GPU: returned when it is asked for, not growing with batches; what to set where there is too little."""
 
-from __future__ import annotations
-
 import gc
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,7 +42,7 @@ def allocated() -> int:
     return torch.cuda.memory_allocated()
 
 
-def test_released_memory_is_free(engine: Engine, record_property: pytest.RecordProperty) -> None:
+def test_released_memory_is_free(engine: Engine, record_property: Callable[[str, object], None]) -> None:
     """Also what graphs hold, which ``memory_allocated`` alone may not show; the engine works on afterwards."""
     decode(engine, *BATCHES[0])  # what libraries keep for good
     engine.release()
@@ -62,7 +61,7 @@ def test_released_memory_is_free(engine: Engine, record_property: pytest.RecordP
     decode(engine, *BATCHES[0])
 
 
-def test_twenty_batches_do_not_grow(engine: Engine, record_property: pytest.RecordProperty) -> None:
+def test_twenty_batches_do_not_grow(engine: Engine, record_property: Callable[[str, object], None]) -> None:
     """Shapes that come again find what was made for them, and nothing of an utterance stays."""
     engine.release()
     after: list[int] = []

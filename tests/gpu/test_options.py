@@ -1,7 +1,5 @@
 """Every option of decode.yaml, through a whole model: with graphs the same answers as without."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What the host waits for: in a plain step of the static engine one event, in a training step what is known."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +42,11 @@ def searched(engine: Engine, steps: int, batch: int) -> int:
 
 @pytest.mark.parametrize("batch", [1, 8])
 def test_a_step_waits_for_one_event(
-    device: str, half: torch.dtype, batch: int, monkeypatch: pytest.MonkeyPatch, record_property: pytest.RecordProperty
+    device: str,
+    half: torch.dtype,
+    batch: int,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """No operation of a step synchronises: as many do in a search of 4 tokens as in one of 14."""
     engine = make_engine(random_llm("small-qwen2" if device == "cuda" else "tiny-qwen2", device, half), graphs="on")
@@ -81,7 +83,7 @@ def test_nothing_else_may_wait(device: str, half: torch.dtype) -> None:
 
 
 def test_a_training_step_waits_for_the_router_and_transformers(
-    device: str, tiny_llm_dir: Path, record_property: pytest.RecordProperty
+    device: str, tiny_llm_dir: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """tests/train/test_waits.py says what these two are; the backward pass waits for nothing."""
     from espnet2.torch_utils.device_funcs import to_device

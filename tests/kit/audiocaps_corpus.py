@@ -1,7 +1,5 @@
 """A synthetic AudioCaps: the official columns and file names, tones and noise for clips."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

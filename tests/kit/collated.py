@@ -1,7 +1,5 @@
 """A batch of silence as workers give it to ESPnet's trainer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

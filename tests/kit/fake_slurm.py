@@ -6,8 +6,6 @@ it is in the queue, ``calls`` the command lines of sbatch, ``<job>.sh`` its scri
 number makes squeue fail that number of times, a file ``slow`` makes sbatch take a second.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import signal

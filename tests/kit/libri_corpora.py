@@ -1,7 +1,5 @@
 """Synthetic LibriSpeech and LibriCount in their own folders and file formats, with tones and noise for voices."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A folder that several processes of pytest share."""
 
-from __future__ import annotations
-
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager

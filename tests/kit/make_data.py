@@ -1,7 +1,5 @@
 """A small data directory on disk."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """All processes that one command has started, in any group or session: they carry its mark in their environment."""
 
-from __future__ import annotations
-
 import os
 import signal
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """A packed experiment against its own decode directory."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

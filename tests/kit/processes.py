@@ -1,7 +1,5 @@
 """The commands of stage 3 on the tiny model in one process, or in several that share the work (gloo)."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Archives of the format of Flight of the Amazon Queen, for tests of the mini recipe's reader."""
 
-from __future__ import annotations
-
 import io
 import struct
 from pathlib import Path

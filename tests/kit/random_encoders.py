@@ -3,8 +3,6 @@
 B utterances, N samples, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace

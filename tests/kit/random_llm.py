@@ -3,8 +3,6 @@
 B utterances, P prefix positions, D width, V vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

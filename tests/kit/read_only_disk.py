@@ -1,7 +1,5 @@
 """A disk that cannot be written."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -5,8 +5,6 @@ slurm-wlm-basic-plugins and what they need were unpacked (`apt-get download`, `d
 and nothing outside of the given folder is written.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

@@ -5,8 +5,6 @@ recorded. Reading a tensor on the host, which no capture allows, is refused. All
 makes on the way, and nobody holds when its recording ends, is overwritten before another is replayed.
 """
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Prefixes of unequal length, searched here and by transformers' ``generate``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

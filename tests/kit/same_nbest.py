@@ -1,7 +1,5 @@
 """Two n-best lists compared: the same tokens from the same blocks, scores up to rounding or bit for bit."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

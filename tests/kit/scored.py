@@ -1,7 +1,5 @@
 """A test set with all kinds of tasks, and decodings of it, for what scores them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Services that tests marked ``services`` need, and may not find."""
 
-from __future__ import annotations
-
 import os
 from typing import NoReturn
 

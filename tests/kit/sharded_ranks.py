@@ -3,8 +3,6 @@
 Arguments: folder of an LLM, folder for results: rank<R>.pt, a list of two mappings, whole and sharded.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Configurations name it by its import path, ``tiny_encoder:TinyEncoder``, as a user's own encoder would be.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

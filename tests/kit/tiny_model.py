@@ -1,7 +1,5 @@
 """A whole tiny experiment for tests: configuration, formatted data, feature-free training arguments."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

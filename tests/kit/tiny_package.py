@@ -1,7 +1,5 @@
 """A tiny recipe with a trained, decoded and scored experiment, and what tests do with a package of it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import zipfile

@@ -1,7 +1,5 @@
 """A byte-level BPE of at most 300 entries with the ChatML turn marks, made in a second and without a download."""
 
-from __future__ import annotations
-
 from typing import Any
 
 # ChatML: the layout that SmolLM2 and Qwen use. An absent system turn stays absent.

@@ -1,7 +1,5 @@
 """Processes that begin with ESPnet imported, which takes seconds: forked from one that has trained nothing."""
 
-from __future__ import annotations
-
 import multiprocessing
 from functools import cache
 from multiprocessing.context import ForkServerContext

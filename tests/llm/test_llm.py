@@ -1,7 +1,5 @@
 """The LLM on a tiny random Llama: freezing, LoRA, losses, prompt vectors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

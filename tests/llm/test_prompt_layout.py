@@ -1,7 +1,5 @@
 """Prompt layout: the chat template around the audio, and a batch's positions and targets."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """An LLM in 4 bits: close to the whole one, trained through LoRA, and decoded from plain matrices."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -10,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from random_llm import random_lm
 from services import unavailable
 from tiny_model import tiny_config
-from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 
 from pam_espnet.decode.options import AnswerOptions
@@ -38,15 +34,6 @@ def test_what_cannot_be_is_refused_in_words(tiny_llm_dir: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match=r"tools/setup\.sh --extras quantize"):
         LLM.from_pretrained(path, quantize="nf4")
-
-
-@pytest.fixture(scope="module")
-def llm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose rows are whole blocks of weights with one scale."""
-    path = tmp_path_factory.mktemp("llm")
-    random_lm("small-llama", blocks=2).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
 
 
 @pytest.fixture
@@ -74,12 +61,12 @@ def step(llm: LLM) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.services
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_is_that_of_the_rounded_weights(llm_dir: Path, checkpointing: bool) -> None:
+def test_a_step_is_that_of_the_rounded_weights(small_llm_dir: Path, checkpointing: bool) -> None:
     llms = []
     for quantize in (None, "nf4"):
         torch.manual_seed(0)
         options: dict[str, Any] = {"quantize": quantize, "gradient_checkpointing": checkpointing}
-        llms.append(LLM.from_pretrained(str(llm_dir), LORA, "float32", **options))
+        llms.append(LLM.from_pretrained(str(small_llm_dir), LORA, "float32", **options))
         llms[-1].train().to(device="cpu", dtype=torch.float32)  # as ESPnet does
         for name, parameter in llms[-1].named_parameters():
             if "lora_B" in name:
@@ -113,8 +100,8 @@ def test_rows_that_the_kernel_for_cpus_gets_wrong_are_refused(tiny_llm_dir: Path
 
 @pytest.mark.services
 @pytest.mark.usefixtures("kernels")
-def test_the_model_holds_what_was_trained_and_decodes_in_plain_matrices(llm_dir: Path, tmp_path: Path) -> None:
-    config = tiny_config(llm_dir)
+def test_the_model_holds_what_was_trained_and_decodes_in_plain_matrices(small_llm_dir: Path, tmp_path: Path) -> None:
+    config = tiny_config(small_llm_dir)
     config["llm_conf"]["quantize"] = "nf4"
     state = build_model(config).state_dict()
     assert any("lora_" in name for name in state) and not any("base_layer" in name for name in state)

@@ -1,7 +1,5 @@
 """The tiny recipe of ``tiny_package``, and a package of its experiment."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

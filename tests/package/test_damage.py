@@ -1,7 +1,5 @@
 """Packages that are damaged, unsafe, zipped again, or on a disk that cannot be written."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The pretrained models that a package names: found, compared, fetched by commit."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """An experiment packed and loaded: the same answers, what is in a package, what cannot be packed."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

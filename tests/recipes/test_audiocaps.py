@@ -3,8 +3,6 @@
 Everything runs on a copy of the recipe, so that nobody's data is touched.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import os

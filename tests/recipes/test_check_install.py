@@ -1,7 +1,5 @@
 """tools/check_install.py: a good environment passes, each thing that is wrong is named with what to type."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys

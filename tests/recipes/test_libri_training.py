@@ -4,8 +4,6 @@ What is trained in two steps is worth nothing; what is tested is that the stages
 (waveforms instead of cached states, two test sets, the task verify).
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The LibriCount recipe on synthetic LibriCount and LibriSpeech in their own layouts, and what is refused."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

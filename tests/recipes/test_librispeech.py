@@ -1,7 +1,5 @@
 """The LibriSpeech recipe on a synthetic corpus in its own layout: stages 1 and 2, and what goes wrong before them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

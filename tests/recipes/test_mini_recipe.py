@@ -4,8 +4,6 @@ The trained model is worth nothing at this size: what is tested is that the stag
 nothing, and that a killed run ends in the same files.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

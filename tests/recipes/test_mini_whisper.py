@@ -1,7 +1,5 @@
 """CTranslate2's Whisper file, written here from a tiny random model, and back."""
 
-from __future__ import annotations
-
 import json
 import struct
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The multitask recipe on the synthetic corpora of the three recipes that it calls, with tiny random models."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

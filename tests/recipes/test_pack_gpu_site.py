@@ -1,7 +1,5 @@
 """Packages for a GPU machine: what is in the archive, what is not, what is said where something is missing."""
 
-from __future__ import annotations
-
 import json
 import runpy
 import subprocess

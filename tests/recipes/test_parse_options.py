@@ -1,7 +1,5 @@
 """utils/parse_options.sh: options become variables, values are never executed, mistakes are named."""
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 

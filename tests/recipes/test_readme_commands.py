@@ -1,7 +1,5 @@
 """Every recipe command that a README shows is one that the recipe takes: each is run as it stands, as a dry run."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """pam.sh and the configurations of every recipe, without running a stage."""
 
-from __future__ import annotations
-
 import inspect
 import shlex
 import subprocess
@@ -171,7 +169,7 @@ def check_configuration(recipe: Path, files: list[Path], changes: list[str], tmp
     from pam_espnet.model import ESPnetPaMModel
     from pam_espnet.train.experiment import merged_config
     from pam_espnet.train.task import PaMTask
-    from pam_espnet.train.warm_start import WarmStartOptions
+    from pam_espnet.train.warm_options import WarmStartOptions
 
     config = merged_config([recipe / file for file in files], changes)
     write_config(config, tmp_path / "train.yaml")

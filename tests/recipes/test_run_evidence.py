@@ -1,7 +1,5 @@
 """Seeds and fusions one after another: order, what is skipped, what is gathered. Nothing is trained."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path

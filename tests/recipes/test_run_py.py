@@ -1,7 +1,5 @@
 """utils/run.py keeps Kaldi's job-runner contract."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

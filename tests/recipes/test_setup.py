@@ -1,7 +1,5 @@
 """tools/setup.sh and its interpreter finder, with replacements of the interpreters and of uv; nothing is installed."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

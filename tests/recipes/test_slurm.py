@@ -4,8 +4,6 @@ The real one, of the tests marked services, needs slurmctld and slurmd on PATH o
 (see tests/kit/real_slurm.py).
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

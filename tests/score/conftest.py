@@ -1,7 +1,5 @@
 """Figures here are made without the optional parts that a machine may have, unless a test asks for them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Numbers and yes-or-no answers: the parsers' rule and scores counted by hand."""
 
-from __future__ import annotations
-
 import pytest
 
 from pam_espnet.score.answers import NO_ANSWER, NOT_A_NUMBER, parse_choice, parse_count, score_choices, score_counts

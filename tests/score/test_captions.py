@@ -1,7 +1,5 @@
 """CIDEr-D, ROUGE-L and BLEU: by hand, and against figures measured with pycocoevalcap (see the JSON file beside)."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files of evidence, the tables over seeds that are made of them, and READMEs that quote them."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Bootstrap intervals: values by hand, coverage against the normal approximation, pairs."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import scipy.stats

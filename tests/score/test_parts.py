@@ -3,8 +3,6 @@
 METEOR's real program is used where it is installed (tools/parts); its counts and scores are fixed in the JSON file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

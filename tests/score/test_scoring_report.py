@@ -1,7 +1,5 @@
 """From decode directories to scores, a report, pictures and a comparison."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

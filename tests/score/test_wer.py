@@ -1,7 +1,5 @@
 """Word and character errors on cases counted by hand."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

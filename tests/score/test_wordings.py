@@ -1,7 +1,5 @@
 """The spread of scores over the wordings of a question, and where it is reported."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Shared fixtures of the search's tests."""
 
-from __future__ import annotations
-
 import pytest
 from torch import Tensor
 

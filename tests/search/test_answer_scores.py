@@ -1,7 +1,5 @@
 """Log-probabilities of a set of answers, against one forward pass per answer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Beam search against transformers' ``generate``, and the promise that neighbours do not matter."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from pathlib import Path

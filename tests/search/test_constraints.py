@@ -1,7 +1,5 @@
 """Constraints and task vocabularies against transformers' logits processors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

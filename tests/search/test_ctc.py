@@ -1,7 +1,5 @@
 """CTC beside the LLM in the search: against sums over all paths, and against sums made by hand."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """CTC prefix scores of many rows at once: against ESPnet's, one hypothesis and one frame after the other."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Drafts change how often the LLM is run, and nothing else: against the beam search with one hypothesis."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

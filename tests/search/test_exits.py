@@ -1,7 +1,5 @@
 """Early exit inside beam search: which rows exit where, what skipped blocks store, and what must not change."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Two searches that round differently may part where two candidates are all but ti
 is measured, and those closer than ``MARGIN`` are set aside: they must be few, and all others must be equal.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Searches whose passes are recorded once and replayed without Python, as CUDA graphs are, against the eager way."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How often the search waits for the device: once per step, once per prefix, once per candidate block of early exit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Shared fixtures of the tests of training: a small training and validation set."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

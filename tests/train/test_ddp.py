@@ -1,7 +1,5 @@
 """Two processes (gloo) that share every batch train what one process trains."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

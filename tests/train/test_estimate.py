@@ -1,8 +1,6 @@
 """The estimate's numbers against what they stand for: real parameters, a real cache, tensors that autograd keeps, and
 the measured step that its rates come from."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

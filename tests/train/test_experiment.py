@@ -1,7 +1,5 @@
 """An experiment: its merged configuration, what is found before anything is computed, what it may be continued with."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

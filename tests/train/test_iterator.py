@@ -1,7 +1,5 @@
 """Batches over ranks: every utterance once, as many batches on every rank, none empty."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

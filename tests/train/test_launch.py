@@ -1,7 +1,5 @@
 """Stage 3 through torch.distributed.run: which agent is started, what its processes make, and what a kill leaves."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

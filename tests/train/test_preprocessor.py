@@ -1,7 +1,5 @@
 """What the preprocessor refuses before a batch is made."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

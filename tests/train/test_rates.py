@@ -1,7 +1,5 @@
 """The line of rates: its numbers by hand, over one process and over two, with and without a known card."""
 
-from __future__ import annotations
-
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -76,13 +74,11 @@ def test_numbers_of_one_process(clock: Clock, waved: bool) -> None:
 def test_processes_are_summed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one took a second more and has half the audio and more memory."""
 
-    def gather(rows: list[Any], row: tuple[float, ...]) -> None:
+    def gathered(row: tuple[float, ...]) -> list[tuple[float, ...]]:
         audio, padded, *counts, spent, waited, memory = row
-        rows[:] = [row, (audio / 2, padded, *counts, spent + 1, waited, memory + 1000)]
+        return [row, (audio / 2, padded, *counts, spent + 1, waited, memory + 1000)]
 
-    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(module.dist, "all_gather_object", gather)
+    monkeypatch.setattr(module, "gathered", gathered)
     rates = Rates(fake_model(), SimpleNamespace(waited=0.0))
     two_steps(rates, clock)
     line = rates.since_last()[1]

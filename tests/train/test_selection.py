@@ -1,7 +1,5 @@
 """The epoch that is kept: normalised scores, what is written, what a second call does, and the way back to the loss."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Training with the LLM's blocks sharded over two processes (FSDP2, gloo) is training with whole ones."""
 
-from __future__ import annotations
-
 import importlib.util
 import subprocess
 import sys
@@ -13,10 +11,8 @@ import numpy as np
 import pytest
 import torch
 from processes import check_same, command, environment, train, trained
-from random_llm import random_lm
 from services import unavailable
 from tiny_model import deeper_llm
-from tiny_tokenizer import tiny_tokenizer
 
 from pam_espnet.config import load_yaml
 from pam_espnet.decode.options import AnswerOptions
@@ -129,18 +125,16 @@ def test_a_killed_training_continues_as_the_unbroken_one(data: Path, tiny_llm_di
 @pytest.mark.slow
 @pytest.mark.services
 def test_four_bits_train_alike_in_one_and_two_processes(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, small_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         unavailable("bitsandbytes", "bitsandbytes is not installed: tools/setup.sh --extras quantize")
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # or its kernels for CPUs are compiled first
-    llm = tmp_path / "llm"
-    random_lm("small-llama", blocks=1).save_pretrained(llm)
-    tiny_tokenizer().save_pretrained(llm)
     more: dict[str, Any] = {
         "batching_conf": {"max_utterances": 4, "pool": 2, "limits": "global"},
         "llm_conf": {**LLM_CONF, "quantize": "nf4", "lora": {"r": 2, "dropout": 0.0}},
         "checkpoint_steps": 2,
         "optim_conf": {"lr": 0.005},
     }
-    check_same(train(data, llm, tmp_path / "one", 1, **more), train(data, llm, tmp_path / "two", 2, **more))
+    one, two = (train(data, small_llm_dir, tmp_path / name, n, **more) for name, n in (("one", 1), ("two", 2)))
+    check_same(one, two)

@@ -1,7 +1,5 @@
 """Warm start and feature cache in several processes (gloo): what one process makes."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training that is killed, cut short by a full disk, or finds damaged step checkpoints ends as if nothing had been."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

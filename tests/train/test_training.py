@@ -1,7 +1,5 @@
 """Training through ESPnet's real trainer, on tiny models: data in, model.safetensors out, killed and resumed."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

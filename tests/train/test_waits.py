@@ -3,8 +3,6 @@
 The device is torch's "meta", whose values nobody can read: a step that tries fails.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

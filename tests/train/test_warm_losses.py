@@ -1,7 +1,5 @@
 """What each encoder alone makes of held-out utterances, and the weights that experts get from it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -20,6 +20,8 @@ title           TEXT     ''         of the table; SIZE in it stands for the size
 dry_run         BOOL     false      print what would be run, and stop"
 # shellcheck source=utils/parse_options.sh
 . "${template}/../../../utils/parse_options.sh"
+# shellcheck source=egs/TEMPLATE/pam1/stages.sh
+. "${template}/stages.sh"
 
 # shellcheck disable=SC2162  # without -r, so that a blank may be written within a word: "\ "
 read -a more <<<"${options}"
@@ -34,14 +36,9 @@ for fusion in "${names[@]}"; do
     experiments+=("exp/${tag}")
     control=false # the first fusion's answers without audio are control enough
 done
-report=(-m pam_espnet.bin.pam_score --compare "${experiments[@]}" --output "RESULTS_${size}${tag_suffix}.md"
-    --title "${title//SIZE/${size#v}}")
-if [ "${dry_run}" = true ]; then
-    printf '    python'
-    printf ' %q' "${report[@]}"
-    echo
-    exit 0
+python=python
+if [ "${dry_run}" = false ]; then
+    # shellcheck source=egs/TEMPLATE/pam1/path.sh
+    . "${template}/path.sh"
 fi
-# shellcheck source=egs/TEMPLATE/pam1/path.sh
-. "${template}/path.sh"
-"${python}" "${report[@]}"
+module pam_score --compare "${experiments[@]}" --output "RESULTS_${size}${tag_suffix}.md" --title "${title//SIZE/${size#v}}"

@@ -9,8 +9,6 @@ fits into one window gives what transformers gives; a longer one, which transfor
 window, each beginning where the last one's patches end.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -8,8 +8,6 @@ the base sizes; stacked positional convolutions, as in data2vec) would let an ut
 run once per distinct length, unpadded. Sort batches by length where that matters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -7,8 +7,6 @@ over the whole clip.
 Dimension letters: B utterances, N samples, S frames of the network, T encoder frames, C channels, D width.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Sequence

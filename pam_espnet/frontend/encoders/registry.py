@@ -1,7 +1,5 @@
 """Encoders by name. A new one is one file beside this and one line here, or no line at all: ``my_module:MyEncoder``."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 from typing import Any

@@ -6,8 +6,6 @@ utterances and blocks is kept, and each block makes its mask of it in one operat
 Dimension letters: B utterances, T frames, A heads, E width of a head, D = A * E.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -8,8 +8,6 @@ The clip's own length decides everything: the window it is cut to, the maximum t
 spectrogram, and which frames its attention includes. So an utterance's hidden states do not depend on its neighbours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

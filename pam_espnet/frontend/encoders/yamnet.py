@@ -6,8 +6,6 @@ output of each of its 14 blocks; the classifier of 521 classes is not loaded.
 Dimension letters: B utterances, N samples, S mel frames, T encoder frames, F frequency bins, C channels, D width.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Sequence

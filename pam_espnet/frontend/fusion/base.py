@@ -7,8 +7,6 @@ encoders are worth running. ``forward`` then combines the adapted streams of tho
 encoders, waveforms and the LLM: it gets names, layer counts and tensors.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ Dimension letters: B utterances, U adapter frames, M encoders, H layers, D width
 All learn a softmax over the layers within an encoder, as PaM does: they differ in how encoders are combined.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 Dimension letters: B utterances, U adapter frames, E experts, D width, F hidden width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

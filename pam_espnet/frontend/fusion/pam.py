@@ -7,8 +7,6 @@ Transformers" (2022), section 2.1, for top-1 routing scaled by the router's prob
 Courville, "Estimating or Propagating Gradients Through Stochastic Neurons" (2013), for the straight-through gate.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Fusions by name. A new one is one class and one line here."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

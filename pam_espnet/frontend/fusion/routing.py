@@ -3,8 +3,6 @@
 Dimension letters: B utterances, M encoders, E experts, H layers.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass

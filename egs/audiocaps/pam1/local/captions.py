@@ -8,8 +8,6 @@ most captions in lower case. The releases lie in the folders ``dataset`` and ``d
 Nothing here reads audio.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """Files of the clips: folders searched for the names that people give to AudioCaps clips."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

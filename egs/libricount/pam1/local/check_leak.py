@@ -3,8 +3,6 @@
 Reads SPEAKERS.TXT and, in each directory, ``utt2spk``, ``mix_speakers`` and ``mix_sources``.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

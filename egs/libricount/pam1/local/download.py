@@ -4,8 +4,6 @@ A folder with the marker of the right archive is kept; an interrupted download c
 that was put into ``DOWNLOADS`` by hand is used.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

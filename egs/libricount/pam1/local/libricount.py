@@ -6,8 +6,6 @@
 The readers are those of LibriSpeech's test-clean.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

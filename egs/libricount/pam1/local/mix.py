@@ -6,8 +6,6 @@ where one is too short. The label is the largest number of voices that are activ
 that is less than the number of its voices is drawn again. Shape letter: N samples.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from pathlib import Path
 

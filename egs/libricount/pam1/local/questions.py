@@ -4,8 +4,6 @@ Half of the verification questions of each number of voices ask for that number 
 numbers in turn (no). So each number is asked about equally often with either answer: the question tells nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from libricount import MOST

@@ -4,8 +4,6 @@ Reads ``local/archives.yaml`` and ``local/sizes.yaml``. A subset whose folder ha
 an interrupted download continues where it stopped. An archive that was put into ``DOWNLOADS`` by hand is used.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import sys

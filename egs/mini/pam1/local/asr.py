@@ -5,8 +5,6 @@ and lines; training has the other prompts and lines, the English picture caption
 normalised text is in two sets, nor a text of three or more words inside a text of another set.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter

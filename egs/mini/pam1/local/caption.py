@@ -5,8 +5,6 @@ classes are. A training clip has one caption of random wording; a dev or test cl
 ``text``.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from pathlib import Path
 from typing import Any

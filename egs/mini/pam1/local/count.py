@@ -5,8 +5,6 @@ voices at equal RMS (0 dB); the answer is the number of concurrent voices. Clips
 soft recording of something else. In training a voice is played up to 15 % slower or faster, as further speakers.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from pathlib import Path
 from typing import Any

@@ -8,8 +8,6 @@ CTranslate2 stacks the q, k, v projections of self-attention (and k, v of cross-
 k projection has no bias, so its third of the stacked bias is zero and left out here.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterator
 from pathlib import Path

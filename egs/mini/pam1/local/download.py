@@ -5,8 +5,6 @@ come through ``apt-get download``, Python wheels through ``pip download``. A pac
 marker of the pinned hash is skipped, so a killed run continues where it stopped.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import os

@@ -4,8 +4,6 @@ The persons of ``test_voices``, and half of the lines of dev, are in no other se
 two sides, nor a text of three or more words that is contained in a text of another side, prompts included.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter

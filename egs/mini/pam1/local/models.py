@@ -4,8 +4,6 @@ Reads ``DOWNLOADS/unpacked/<package>`` (download.py), writes ``DOWNLOADS/models/
 from the same file is kept. No pickle is loaded with anything but ``weights_only=True``.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import sys

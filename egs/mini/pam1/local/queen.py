@@ -16,8 +16,6 @@ What the hero says about things is in the lines of ``QUEEN2.JAS``: line n is ``J
 from 1; his 40 general replies, n from -39 to 0, come after the names of the verbs.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from collections.abc import Iterator

@@ -8,8 +8,6 @@ hash (32), the units. Data is its length (32), then the bytes; compressed ones b
 before the zlib stream.
 """
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Iterator

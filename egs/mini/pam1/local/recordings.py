@@ -1,7 +1,5 @@
 """Readers of the packages' recordings and transcripts, one per package; all give paths and texts."""
 
-from __future__ import annotations
-
 import gzip
 import re
 from dataclasses import dataclass

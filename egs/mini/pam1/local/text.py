@@ -1,7 +1,5 @@
 """Transcripts as training targets: lower case, no punctuation but apostrophes, numbers spelled out as they are read."""
 
-from __future__ import annotations
-
 import re
 
 from pam_espnet.errors import DataError

@@ -4,8 +4,6 @@ LibriCount is mixed from LibriSpeech's test-clean: what may be trained on depend
 ``utt2spk``, ``mix_speakers`` and ``mix_sources`` of the directories that stage 1 wrote; pam.sh calls it in stage 3.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
