@@ -101,8 +101,8 @@ class FrameStackingAdapter(nn.Module):
 
     def forward(self, hidden: Tensor, num_frames: int) -> Tensor:
         """(B,T,D_in), zero beyond each utterance's frames -> (B,U,D_out), U = ``num_frames``, cut or filled up."""
-        if self.repeat > 1:
-            hidden = hidden.repeat_interleave(self.repeat, dim=1)
-        missing = num_frames * self.stack - hidden.shape[1]
+        # Frames of a slow encoder are computed once and repeated then.
+        missing = -(-num_frames // self.repeat) * self.stack - hidden.shape[1]
         hidden = nn.functional.pad(hidden, (0, 0, 0, missing))  # a negative number cuts
-        return self.norm(self.mlp(hidden.reshape(len(hidden), num_frames, -1)))
+        stream = self.norm(self.mlp(hidden.unflatten(1, (-1, self.stack)).flatten(2)))
+        return stream.repeat_interleave(self.repeat, dim=1)[:, :num_frames] if self.repeat > 1 else stream

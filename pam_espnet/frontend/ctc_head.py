@@ -57,8 +57,9 @@ class EmbeddingCTC(nn.Module):
         if alone is not None:
             rows = [self.log_probs(row[None, :u])[0] for row, u in zip(frames, alone.tolist(), strict=True)]
             return pad_sequence(rows, batch_first=True)
-        classes = torch.cat([F.normalize(self.blank, dim=0)[None], self.rows])
-        cosine = F.normalize(frames.float(), dim=-1) @ classes.T
+        frames, blank = F.normalize(frames.float(), dim=-1), F.normalize(self.blank, dim=0)
+        # Two products: in one with all classes, the fixed rows would get a gradient, too.
+        cosine = torch.cat([frames @ blank[:, None], frames @ self.rows.T], dim=-1)
         return torch.log_softmax(cosine / self.log_temperature.exp(), dim=-1)
 
     def expected_embeddings(self, frames: Tensor, alone: Tensor | None = None) -> Tensor:
