@@ -125,16 +125,20 @@ def decoded_sets(
 ) -> list[tuple[Path, Path]]:
     """(decode directory, data directory) of every set in every decoding ``<exp>/decode_<name>/<set>``.
 
-    A set has the name of its folder. Decoded sets in other wordings are included, ``<prompts>/<set>/<number>``.
+    A set has the name of its folder. The first decoding has every set; of others, such as controls, those count that
+    were decoded. Decoded sets in other wordings are included, ``<prompts>/<set>/<number>``.
     Raises DataError: a set was not decoded, or two have one name.
     """
     if twice := [name for name, count in Counter(path.name for path in data_dirs).items() if count > 1]:
         raise DataError(exp, f"two sets have the name {twice[0]!r}", hint="list each set once; its folder is its name")
     pairs = []
-    for name in decode_names:
-        for data_dir in data_dirs:
-            decode_dir = exp / f"{DECODE_PREFIX}{name}" / data_dir.name
-            if not (decode_dir / "text").is_file():
+    for number, name in enumerate(decode_names):
+        folders = [exp / f"{DECODE_PREFIX}{name}" / data_dir.name for data_dir in data_dirs]
+        decoded = [(folder / "text").is_file() for folder in folders]
+        for data_dir, decode_dir, found in zip(data_dirs, folders, decoded, strict=True):
+            if not found and number > 0 and any(decoded):
+                continue
+            if not found:
                 raise DataError(decode_dir, "no such decoding", hint="decode this set first: ./run.sh --stage 4")
             pairs.append((decode_dir, data_dir))
             if prompts is not None:

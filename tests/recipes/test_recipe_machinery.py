@@ -69,6 +69,26 @@ def test_help_names_every_option(recipe: Path) -> None:
         assert option in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "sets"),
+    [
+        ([], ["test_asr", "test_count", "test_caption"]),
+        (["--control_sets", "", "--test_sets", "test_voices test_asr"], ["test_voices", "test_asr"]),
+        (["--control_sets", "test_asr", "--test_sets", "test_voices test_asr"], ["test_asr"]),
+        (["--test_sets", "test_voices"], []),
+        (["--audio_off", "false"], []),
+    ],
+)
+def test_the_control_is_decoded_for_the_sets_that_are_named(options: list[str], sets: list[str]) -> None:
+    mini = next(recipe for recipe in RECIPES if recipe.parent.name == "mini")
+    done = call(mini, "--dry_run", "true", "--stage", "4", "--stop_stage", "5", *options)
+    words = next(line for line in done.stdout.splitlines() if line.endswith("--merge ")).split()
+    folders = [word.rpartition("/")[2] for word in words if "decode_beam_audio_off/" in word]
+    data = words[words.index("--data") + 1 : words.index("--out")]
+    assert folders == sets and [word.rpartition("/")[2] for word in data[: len(sets)]] == sets  # the first of --data
+    assert ("beam_audio_off" in done.stdout.partition("pam_score")[2]) == bool(sets)
+
+
 @pytest.mark.parametrize(("recipe", "fusion", "size"), CONFIGS)
 def test_dry_run_prints_all_stages_and_writes_nothing(recipe: Path, fusion: str, size: str) -> None:
     before = sorted(recipe.iterdir())

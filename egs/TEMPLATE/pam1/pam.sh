@@ -38,6 +38,7 @@ set             CHANGES  ''         changes to the configuration, key.sub=value 
 decode_config   FILE     conf/decode.yaml  options of the beam search
 decode_tag      NAME     beam       decode directory exp/<tag>/decode_<name>
 audio_off       BOOL     true       also decode with the waveform set to zero, as control
+control_sets    NAMES    ''         for which of the test sets; empty: for all
 all_prompts     BOOL     false      also decode with every other wording of <prompts>/<task>.txt; report the spread
 prompts         DIR      conf/prompts  files of wordings for --all_prompts; the first is the one that the data has
 use_cache       BOOL     true       train on cached hidden states; false runs the encoders in every step
@@ -85,6 +86,14 @@ fi
 read -a configs <<<"${train_config}"
 read -r -a changes <<<"${set}"
 read -r -a tests <<<"${test_sets}"
+controlled=() others=()  # test sets with and without a control
+for name in "${tests[@]}"; do
+    if [ "${audio_off}" = true ] && [[ " ${control_sets:-${name}} " == *" ${name} "* ]]; then
+        controlled+=("${name}")
+    else
+        others+=("${name}")
+    fi
+done
 fusion=${fusion/#single:/single_}
 overlay=conf/fusion/${fusion}.yaml
 [ -f "${overlay}" ] || overlay=${template}/${overlay}
@@ -184,8 +193,10 @@ if wants 4; then
     needs "${exp}/model.safetensors" "--stage 3 --stop_stage 3"
     ((ngpu == 0)) || decode_run+=(--gpu 1)
     decode_dir=${exp}/decode_${decode_tag} controls=()
-    sources=("${tests[@]/#/${raw}/}") targets=("${tests[@]/#/${decode_dir}/}") complete=true
-    [ "${audio_off}" = false ] || controls=(--audio_off "${tests[@]/#/${decode_dir}_audio_off/}")
+    complete=true
+    ((${#controlled[@]} == 0)) || controls=(--audio_off "${controlled[@]/#/${decode_dir}_audio_off/}")
+    tried=("${controlled[@]}" "${others[@]}") # as the command wants them
+    sources=("${tried[@]/#/${raw}/}") targets=("${tried[@]/#/${decode_dir}/}")
     if [ "${all_prompts}" = true ]; then
         reworded=(SET/NUMBER)
         if [ "${dry_run}" = false ]; then
@@ -217,7 +228,7 @@ if wants 5; then
     begin 5 score "${exp}/decode_*/, ${raw}/" "${exp}/RESULTS.md, ${exp}/results.json, pictures"
     needs "${exp}/decode_${decode_tag}" "--stage 4 --stop_stage 4"
     names=("${decode_tag}")
-    [ "${audio_off}" = false ] || names+=("${decode_tag}_audio_off")
+    ((${#controlled[@]} == 0)) || names+=("${decode_tag}_audio_off")
     module pam_score --exp "${exp}" --data "${tests[@]/#/${raw}/}" --decode_name "${names[@]}" \
         --prompts "${worded}"
     end "see ${exp}/RESULTS.md; one file of it: ./run.sh --stage 6 --stop_stage 6"

@@ -11,4 +11,5 @@ exec ../../TEMPLATE/pam1/pam.sh \
     --size quick \
     --fusion pam \
     --test_sets "test_asr test_voices test_count test_caption" \
+    --control_sets "test_asr test_count test_caption" \
     "$@"
