@@ -1,0 +1,127 @@
+"""Hugging Face datasets, of the hub or of local parquet and arrow files: streamed, with audio as the bytes of files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pam_espnet.data.exchange.json_files import CONVERSATIONS, ENTRIES, read_messages
+from pam_espnet.data.exchange.rows import USUAL, Row, Source, file_stamp
+from pam_espnet.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+STATE_EVERY = 50  # rows; a killed import reads at most so many again
+LOCAL = (".parquet", ".arrow")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_ON_HUB = re.compile(r"hf://|(zip|tar|gzip)://[^:]*::hf://")  # paths in a dataset may name nothing else
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether ``text`` looks like ``owner/name``."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def open_dataset(
+    name: str, *, split: str | None = None, config: str | None = None, revision: str | None = None
+) -> Source:
+    """A dataset of the hub by id, a local parquet file, or a folder of them or of ``save_to_disk``.
+
+    Args:
+        split, config: which part; None where there is only one.
+        revision: commit, branch or tag on the hub; its commit at the first call is what is read.
+
+    Raises:
+        ConfigError: ``datasets`` is not installed.
+        DataError: no such dataset, several splits or configurations and none named, no connection.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError("datasets is not installed\n  -> tools/setup.sh --extras import") from error
+    datasets.disable_progress_bars()
+    path = Path(name)
+    try:
+        if path.exists():
+            files = [path] if path.is_file() else sorted(file for kind in LOCAL for file in path.rglob(f"*{kind}"))
+            stamp: Mapping[str, Any] = file_stamp(files)
+            if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+                loaded = datasets.load_from_disk(str(path))
+            elif path.is_file():
+                loaded = datasets.load_dataset(path.suffix[1:], data_files=[str(path)], streaming=True)
+            else:
+                loaded = datasets.load_dataset(str(path), config, streaming=True)
+        else:
+            from huggingface_hub import HfApi
+
+            commit = HfApi().dataset_info(name, revision=revision).sha
+            stamp = {"commit": commit}
+            loaded = datasets.load_dataset(name, config, revision=commit, streaming=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        message = f"cannot be opened: {_first_line(error)}"
+        hint = "--config and --split name its parts; private ones need `hf auth login`; see HF_HUB_OFFLINE, HF_ENDPOINT"
+        raise DataError(name, message, hint=hint) from error
+    if isinstance(loaded, dict):
+        chosen = split or (next(iter(loaded)) if len(loaded) == 1 else "")
+        if chosen not in loaded:
+            wrong = f"has no split {split!r}" if split else "has several splits"
+            raise DataError(name, f"{wrong}; there are {', '.join(loaded)}", hint="name one: --split NAME")
+        loaded = loaded[chosen]
+    if isinstance(loaded, datasets.Dataset):
+        loaded = loaded.to_iterable_dataset()
+    found = (loaded.info.splits or {}).get(str(loaded.split))
+    root = path if path.is_dir() else path.parent
+    names = ENTRIES if CONVERSATIONS & set(loaded.column_names or ()) else USUAL
+    stream = loaded.decode(False)
+
+    def read(state: Any, skip: int) -> Iterator[Row]:
+        rows = _read_rows(name, stream, state, skip)
+        return map(read_messages, rows) if names is ENTRIES else rows
+
+    stamp = {**stamp, "split": str(loaded.split), "config": loaded.info.config_name}
+    return Source(name, root, stamp, read, names, found.num_examples if found else None)
+
+
+def _read_rows(name: str, stream: IterableDataset, state: Any, skip: int) -> Iterator[Row]:
+    """Rows behind ``state``, {"rows": number of rows before it, "stream": the stream's own}, or from the beginning."""
+    import datasets
+    import pyarrow
+
+    first = 0
+    if state is not None:
+        stream.load_state_dict(state["stream"])
+        first = state["rows"]
+    features = stream.features or {}
+    labels = {column: kind for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+    try:
+        for number, values in enumerate(islice(stream, skip, None), first + skip + 1):
+            for column, kind in labels.items():
+                if isinstance(values[column], int) and values[column] >= 0:
+                    values[column] = kind.int2str(values[column])
+            mark = {"rows": number, "stream": stream.state_dict()} if number % STATE_EVERY == 0 else None
+            yield Row(f"row {number}", values, _fetch_files(values), state=mark)
+    except (OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowInvalid) as error:
+        hint = "run the same command again: it continues where it stopped"
+        raise DataError(name, f"cannot be read any further: {_first_line(error)}", hint=hint) from error
+
+
+def _fetch_files(values: Mapping[str, Any]) -> str:
+    """Read the files on the hub that a row references; why that could not be done, or ""."""
+    import fsspec
+
+    for value in values.values():
+        if isinstance(value, dict) and not value.get("bytes") and _ON_HUB.match(value.get("path") or ""):
+            try:
+                with fsspec.open(value["path"], "rb") as file:
+                    value["bytes"] = file.read()
+            except FileNotFoundError:
+                return f"missing: {value['path']} is not on the hub"
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
