@@ -52,15 +52,15 @@ def open_dataset(
             if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
                 loaded = datasets.load_from_disk(str(path))
             elif path.is_file():
-                loaded = datasets.load_dataset(path.suffix[1:], data_files=[str(path)], streaming=True)
+                loaded = _stream(path.suffix[1:], data_files=[str(path)])
             else:
-                loaded = datasets.load_dataset(str(path), config, streaming=True)
+                loaded = _stream(str(path), config)
         else:
             from huggingface_hub import HfApi
 
             commit = HfApi().dataset_info(name, revision=revision).sha
             stamp = {"commit": commit}
-            loaded = datasets.load_dataset(name, config, revision=commit, streaming=True)
+            loaded = _stream(name, config, revision=commit)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         message = f"cannot be opened: {_first_line(error)}"
         hint = "--config and --split name its parts; private ones need `hf auth login`; see HF_HUB_OFFLINE, HF_ENDPOINT"
@@ -84,6 +84,17 @@ def open_dataset(
 
     stamp = {**stamp, "split": str(loaded.split), "config": loaded.info.config_name}
     return Source(name, root, stamp, read, names, found.num_examples if found else None)
+
+
+def _stream(name: str, config: str | None = None, **options: Any) -> Mapping[str, IterableDataset]:
+    """As ``load_dataset(streaming=True)``, in memory that does not grow: by default pyarrow keeps what it has read."""
+    import datasets
+    import pyarrow.dataset
+
+    builder = datasets.load_dataset_builder(name, config, **options)
+    if hasattr(builder.config, "fragment_scan_options"):  # of parquet
+        builder.config.fragment_scan_options = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
+    return builder.as_streaming_dataset()
 
 
 def _read_rows(name: str, stream: IterableDataset, state: Any, skip: int) -> Iterator[Row]:
