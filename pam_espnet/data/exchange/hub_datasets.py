@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -44,6 +45,8 @@ def open_dataset(
     except ImportError as error:
         raise ConfigError("datasets is not installed\n  -> tools/setup.sh --extras import") from error
     datasets.disable_progress_bars()
+    for client in ("httpx", "httpx2"):
+        logging.getLogger(client).setLevel(logging.WARNING)  # else a line for each request
     path = Path(name)
     try:
         if path.exists():

@@ -159,22 +159,33 @@ def run_journaled(
         if done:
             logging.info("%s: %d rows are imported already", folder, done)
         rows = read(state, skip) if first is None else islice(read(state, skip), first - done)
+        stopped: list[DataError | KeyboardInterrupt] = []
         with open(path, "a", encoding="utf-8") as file:
-            bar = tqdm(_records(rows, convert), desc=f"import {folder.name}", unit="row", initial=done, total=total)
+            bar = tqdm(
+                _records(rows, convert, stopped), desc=f"import {folder.name}", unit="row", initial=done, total=total
+            )
             for record in pack(bar, folder, archive_bytes):
                 if "ark" in record:
                     record["wav"] = os.path.abspath(folder / record.pop("ark"))
                 remember(record)
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
+            if stopped:
+                raise stopped[0]
             file.write('{"end": true}\n')
     return path
 
 
-def _records(rows: Iterable[Row], convert: Callable[[Row], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        record = convert(row)
-        yield record | {"state": row.state} if row.state is not None else record
+def _records(
+    rows: Iterable[Row], convert: Callable[[Row], dict[str, Any]], stopped: list[DataError | KeyboardInterrupt]
+) -> Iterator[dict[str, Any]]:
+    """Records of rows. Where reading stops it is as if they ended, so that the archive of those before is whole."""
+    try:
+        for row in rows:
+            record = convert(row)
+            yield record | {"state": row.state} if row.state is not None else record
+    except (DataError, KeyboardInterrupt) as error:
+        stopped.append(error)
 
 
 def _read_journal(path: Path) -> Iterator[dict[str, Any]]:

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+from dataset_hub import COMMIT, DatasetHub, dataset_hub
 from make_data import RATE, noise
 from services import unavailable
 
@@ -23,6 +25,7 @@ from pam_espnet.data.audio import encode_audio, read_audio, to_pcm16
 from pam_espnet.data.datadir import DataDir, Segment
 from pam_espnet.data.exchange.hub_datasets import STATE_EVERY, open_dataset
 from pam_espnet.data.format import format_data_dir
+from pam_espnet.fileio import read_json
 
 pytestmark = pytest.mark.services
 ROOT = Path(__file__).resolve().parents[3]
@@ -290,3 +293,75 @@ def test_cuts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "cut piped: its recording is of type command, which is not run or fetched" in left_out
     assert "line 8: no text" in left_out and "cut silent: no supervision, so no text" in left_out
     assert len(format_data_dir(tmp_path / "out", tmp_path / "raw").utterances) == 7
+
+
+# ---- the hub --------------------------------------------------------------------------------------------------------
+
+CLIENT = """
+import datasets, runpy, sys
+datasets.config.STREAMING_READ_MAX_RETRIES, datasets.config.STREAMING_READ_RETRY_INTERVAL = 1, 0
+from pam_espnet.cli import run_main
+sys.exit(run_main(runpy.run_path(sys.argv[1])["main"], sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[DatasetHub]:
+    """Two files of 200 rows each in the split train, and three rows in test."""
+    folder = tmp_path / "repo/data"
+    folder.mkdir(parents=True)
+    for part in range(2):
+        piece = make_dataset(400, 1.0).select(range(200 * part, 200 * part + 200))
+        piece.to_parquet(str(folder / f"train-0000{part}-of-00002.parquet"), batch_size=20)
+    make_dataset(3).to_parquet(str(folder / "test-00000-of-00001.parquet"))
+    with dataset_hub(tmp_path / "repo") as server:
+        yield server
+
+
+def from_hub(hub: DatasetHub, folder: Path, *options: str, name: str = "me/mine", token: str = "") -> Any:
+    """The program with the real clients, which read their settings when they are imported."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"PYTHONPATH": str(ROOT)} | ({"HF_TOKEN": token} if token else {})
+    words = [str(ROOT / "utils/import_data.py"), name, str(folder / "out"), "--task", "asr", "--archive_mb", "1"]
+    command = [sys.executable, "-c", CLIENT, *words, *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
+
+
+def test_a_dataset_of_the_hub_goes_on_after_a_broken_connection(tmp_path: Path, hub: DatasetHub) -> None:
+    hub.token = "hf_secret"
+    hub.budget = (tmp_path / "repo/data/train-00000-of-00002.parquet").stat().st_size + 200_000
+    done = from_hub(hub, tmp_path, "--split", "train", token="hf_secret")
+    assert done.returncode == 1 and "me/mine: cannot be read any further: " in done.stderr, done.stderr
+    assert "-> run the same command again: it continues where it stopped" in done.stderr
+    before = len((tmp_path / "out/.import.jsonl").read_text().splitlines())
+    assert before == 200
+    hub.budget, hub.requests = None, []
+    done = from_hub(hub, tmp_path, "--split", "train", token="hf_secret")
+    assert done.returncode == 0, done.stderr
+    data = DataDir.load(tmp_path / "out")
+    assert data.text == {f"clip{n}": f"text {n}" for n in range(400)}
+    # only the footer of the first file was read again
+    ranges = [line.split("bytes=")[1] for line in hub.requests if "GET" in line and "train-00000" in line]
+    assert ranges and not any(line.startswith(("0-", "4-")) for line in ranges), hub.requests
+    assert read_json(tmp_path / "out/import.json")["stamp"]["commit"] == COMMIT
+    assert np.array_equal(read_audio(data.wav["clip399"])[0], to_pcm16(noise(1.0, seed=399))[0] / np.float32(32768))
+
+
+def test_what_the_hub_refuses(tmp_path: Path, hub: DatasetHub) -> None:
+    for options, message in (
+        ({"name": "me/typo"}, "me/typo: cannot be opened: "),
+        ({"revision": "v9"}, "me/mine: cannot be opened: "),
+        ({"split": "dev"}, "me/mine: has no split 'dev'; there are train, test"),
+        ({"token": "hf_wrong"}, "me/mine: cannot be opened: "),
+    ):
+        hub.token = "hf_right" if "token" in options else None
+        name, token = options.pop("name", "me/mine"), options.pop("token", "")
+        words = [word for option, value in options.items() for word in (f"--{option}", value)]
+        done = from_hub(hub, tmp_path, *words, name=name, token=token)
+        assert done.returncode == 1 and message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+    hub.shutdown()
+    hub.server_close()
+    done = from_hub(hub, tmp_path)
+    assert done.returncode == 1 and "me/mine: cannot be opened: " in done.stderr, done.stderr
