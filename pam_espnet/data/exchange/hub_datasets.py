@@ -30,15 +30,27 @@ def is_hub_id(text: str) -> bool:
 def open_dataset(
     name: str, *, split: str | None = None, config: str | None = None, revision: str | None = None
 ) -> Source:
-    """A dataset of the hub by id, a local parquet file, or a folder of them or of ``save_to_disk``.
+    """One split of a dataset; None: the only one. Other arguments and errors as of ``open_splits``.
+    Raises DataError: no such split, or several and none is named."""
+    splits = open_splits(name, config=config, revision=revision)
+    chosen = split or (next(iter(splits)) if len(splits) == 1 else "")
+    if chosen not in splits:
+        wrong = f"has no split {split!r}" if split else "has several splits"
+        raise DataError(name, f"{wrong}; there are {', '.join(splits)}", hint="name one: --split NAME")
+    return splits[chosen]
+
+
+def open_splits(name: str, *, config: str | None = None, revision: str | None = None) -> dict[str, Source]:
+    """The splits of a dataset of the hub, of a local parquet file, or of a folder of them or of ``save_to_disk``.
 
     Args:
-        split, config: which part; None where there is only one.
-        revision: commit, branch or tag on the hub; its commit at the first call is what is read.
+        name: id on the hub, or path.
+        config: which of its configurations; None where there is only one.
+        revision: commit, branch or tag on the hub; what is read is its commit at this moment.
 
     Raises:
         ConfigError: ``datasets`` is not installed.
-        DataError: no such dataset, several splits or configurations and none named, no connection.
+        DataError: no such dataset, several configurations and none named, no connection.
     """
     try:
         import datasets
@@ -48,10 +60,11 @@ def open_dataset(
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)  # else a line for each request
     path = Path(name)
+    stamp: dict[str, Any]
     try:
         if path.exists():
             files = [path] if path.is_file() else sorted(file for kind in LOCAL for file in path.rglob(f"*{kind}"))
-            stamp: Mapping[str, Any] = file_stamp(files)
+            stamp = dict(file_stamp(files))
             if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
                 loaded = datasets.load_from_disk(str(path))
             elif path.is_file():
@@ -61,32 +74,29 @@ def open_dataset(
         else:
             from huggingface_hub import HfApi
 
-            commit = HfApi().dataset_info(name, revision=revision).sha
-            stamp = {"commit": commit}
-            loaded = _stream(name, config, revision=commit)
+            info = HfApi().dataset_info(name, revision=revision)
+            stamp = {"commit": info.sha, "licence": info.card_data.get("license") if info.card_data else None}
+            loaded = _stream(name, config, revision=info.sha)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         message = f"cannot be opened: {_first_line(error)}"
         hint = "--config and --split name its parts; private ones need `hf auth login`; see HF_HUB_OFFLINE, HF_ENDPOINT"
         raise DataError(name, message, hint=hint) from error
-    if isinstance(loaded, dict):
-        chosen = split or (next(iter(loaded)) if len(loaded) == 1 else "")
-        if chosen not in loaded:
-            wrong = f"has no split {split!r}" if split else "has several splits"
-            raise DataError(name, f"{wrong}; there are {', '.join(loaded)}", hint="name one: --split NAME")
-        loaded = loaded[chosen]
-    if isinstance(loaded, datasets.Dataset):
-        loaded = loaded.to_iterable_dataset()
-    found = (loaded.info.splits or {}).get(str(loaded.split))
+    parts = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
     root = path if path.is_dir() else path.parent
-    names = ENTRIES if CONVERSATIONS & set(loaded.column_names or ()) else USUAL
-    stream = loaded.decode(False)
+    return {split: _open_split(name, split, part, root, {**stamp, "config": config}) for split, part in parts.items()}
+
+
+def _open_split(name: str, split: str, part: Any, root: Path, stamp: Mapping[str, Any]) -> Source:
+    """``part``: a Dataset or an IterableDataset."""
+    found = (part.info.splits or {}).get(split)
+    stream = part.decode(False) if hasattr(part, "state_dict") else part.to_iterable_dataset().decode(False)
+    names = ENTRIES if CONVERSATIONS & set(stream.column_names or ()) else USUAL
 
     def read(state: Any, skip: int) -> Iterator[Row]:
         rows = _read_rows(name, stream, state, skip)
         return map(read_messages, rows) if names is ENTRIES else rows
 
-    stamp = {**stamp, "split": str(loaded.split), "config": loaded.info.config_name}
-    return Source(name, root, stamp, read, names, found.num_examples if found else None)
+    return Source(name, root, {**stamp, "split": split}, read, names, found.num_examples if found else None)
 
 
 def _stream(name: str, config: str | None = None, **options: Any) -> Mapping[str, IterableDataset]:

@@ -142,7 +142,7 @@ def run_journaled(
         state, skip, done = None, 0, 0
         kept = folder / f"{JOURNAL_NAME}.kept"
         with open(kept, "w", encoding="utf-8") as file:
-            for record in _read_journal(path):
+            for record in read_journal(path):
                 if record.get("end"):
                     kept.unlink()
                     return path
@@ -188,7 +188,7 @@ def _records(
         stopped.append(error)
 
 
-def _read_journal(path: Path) -> Iterator[dict[str, Any]]:
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     """Records up to the first line that is not whole."""
     if not path.is_file():
         return
@@ -212,7 +212,7 @@ def _write_tables(source: Source, folder: Path, journal: Path) -> Report:
     durations: dict[str, float] = {}
     missing: dict[str, str] = {}
     left_out: list[str] = []
-    for record in _read_journal(journal):
+    for record in read_journal(journal):
         if "left_out" in record:
             reason = record["left_out"]
             left_out.append(f"{record['where']}: {reason}\n")
