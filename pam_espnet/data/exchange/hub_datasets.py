@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 STATE_EVERY = 50  # rows; a killed import reads at most so many again
 LOCAL = (".parquet", ".arrow")
+CLIENTS = ("httpx", "httpx2")  # what huggingface_hub speaks HTTP with, by its version
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _ON_HUB = re.compile(r"hf://|(zip|tar|gzip)://[^:]*::hf://")  # paths in a dataset may name nothing else
 
@@ -57,7 +59,7 @@ def open_splits(name: str, *, config: str | None = None, revision: str | None = 
     except ImportError as error:
         raise ConfigError("datasets is not installed\n  -> tools/setup.sh --extras import") from error
     datasets.disable_progress_bars()
-    for client in ("httpx", "httpx2"):
+    for client in CLIENTS:
         logging.getLogger(client).setLevel(logging.WARNING)  # else a line for each request
     path = Path(name)
     stamp: dict[str, Any]
@@ -77,7 +79,7 @@ def open_splits(name: str, *, config: str | None = None, revision: str | None = 
             info = HfApi().dataset_info(name, revision=revision)
             stamp = {"commit": info.sha, "licence": info.card_data.get("license") if info.card_data else None}
             loaded = _stream(name, config, revision=info.sha)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, *_client_errors()) as error:
         message = f"cannot be opened: {_first_line(error)}"
         hint = "--config and --split name its parts; private ones need `hf auth login`; see HF_HUB_OFFLINE, HF_ENDPOINT"
         raise DataError(name, message, hint=hint) from error
@@ -128,7 +130,7 @@ def _read_rows(name: str, stream: IterableDataset, state: Any, skip: int) -> Ite
                     values[column] = kind.int2str(values[column])
             mark = {"rows": number, "stream": stream.state_dict()} if number % STATE_EVERY == 0 else None
             yield Row(f"row {number}", values, _fetch_files(values), state=mark)
-    except (OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowInvalid) as error:
+    except (OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowInvalid, *_client_errors()) as error:
         hint = "run the same command again: it continues where it stopped"
         raise DataError(name, f"cannot be read any further: {_first_line(error)}", hint=hint) from error
 
@@ -145,6 +147,11 @@ def _fetch_files(values: Mapping[str, Any]) -> str:
             except FileNotFoundError:
                 return f"missing: {value['path']} is not on the hub"
     return ""
+
+
+def _client_errors() -> list[type[Exception]]:
+    """A refused or lost connection, which huggingface_hub passes on as it is."""
+    return [sys.modules[client].HTTPError for client in CLIENTS if client in sys.modules]
 
 
 def _first_line(error: Exception) -> str:
