@@ -8,6 +8,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 exec ../../TEMPLATE/pam1/pam.sh \
     --size quick \
     --fusion pam \
-    --train_config "../../mini/pam1/conf/train.yaml conf/own.yaml" \
     --test_sets test \
     "$@"
