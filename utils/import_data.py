@@ -54,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pam_espnet.data.exchange.convert import Converter
     from pam_espnet.data.exchange.rows import parse_columns
     from pam_espnet.data.exchange.sources import open_source
-    from pam_espnet.data.exchange.writer import import_rows
+    from pam_espnet.data.exchange.writer import KEY_NAME, import_rows
     from pam_espnet.data.prompts import read_prompts
     from pam_espnet.errors import ConfigError
+    from pam_espnet.fileio import read_json
 
     check_number(args.archive_mb, "--archive_mb", at_least=1)
     if args.first is not None:
@@ -66,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = read_prompts(args.prompts) if args.prompts else [args.prompt] if args.prompt else []
     columns = parse_columns(args.columns)
     parts = {name: value for name in ("split", "config", "revision") if (value := getattr(args, name))}
+    begun = read_json(args.out / KEY_NAME) if (args.out / KEY_NAME).is_file() else {}
+    if begun.get("source") == args.source and (commit := begun["stamp"].get("commit")):
+        parts.setdefault("revision", commit)  # the hub's may have moved on since
     source = open_source(args.source, parts).map_columns(columns)
     root = args.audio_root if args.audio_root is not None else source.root
     converter = Converter(source, args.task, prompts, args.seed, root)

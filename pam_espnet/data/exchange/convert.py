@@ -14,14 +14,11 @@ from typing import Any
 from pam_espnet.data.audio_ark import locate
 from pam_espnet.data.datadir import MAX_KEY_BYTES
 from pam_espnet.data.exchange.json_files import decode_base64
-from pam_espnet.data.exchange.rows import Row, Source
-from pam_espnet.data.format import MISSING
+from pam_espnet.data.exchange.rows import NO_AUDIO, Row, Source
 from pam_espnet.data.prompts import draw_prompt
 from pam_espnet.data.tables import one_line
 from pam_espnet.data.tasks import TASKS
 from pam_espnet.errors import ConfigError
-
-NO_AUDIO = f"{MISSING}: "  # begins the reasons of rows whose recording alone is the matter
 
 
 @dataclass

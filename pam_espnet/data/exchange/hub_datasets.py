@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pam_espnet.data.exchange.json_files import CONVERSATIONS, ENTRIES, read_messages
-from pam_espnet.data.exchange.rows import USUAL, Row, Source, file_stamp
+from pam_espnet.data.exchange.rows import NO_AUDIO, USUAL, Row, Source, file_stamp
 from pam_espnet.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -145,7 +145,9 @@ def _fetch_files(values: Mapping[str, Any]) -> str:
                 with fsspec.open(value["path"], "rb") as file:
                     value["bytes"] = file.read()
             except FileNotFoundError:
-                return f"missing: {value['path']} is not on the hub"
+                problem = f"{NO_AUDIO}{value['path']} is not on the hub"
+                value["path"] = value["path"].rpartition("/")[2]
+                return problem
     return ""
 
 

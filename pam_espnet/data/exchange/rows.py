@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pam_espnet.data.format import MISSING
 from pam_espnet.errors import ConfigError, DataError
 
+NO_AUDIO = f"{MISSING}: "  # begins the reasons of rows of which the recording alone is the matter
 # Column names that are common for each field, the first that a row has is taken. ``start``, ``end`` and ``duration``
 # (seconds) have none: most columns of these names are times in something longer than the file.
 USUAL: Mapping[str, Sequence[str]] = {

@@ -30,7 +30,8 @@ def open_source(name: str, parts: Mapping[str, str]) -> Source:
     if parts:
         raise ConfigError(f"--{next(iter(parts))}: {name} is no Hugging Face dataset, only they have it")
     if path.is_dir():
-        return open_folder(path)
+        table = path / "metadata.jsonl"  # with metadata.csv, the two that Hugging Face's audio folders may have
+        return open_json(table) if table.is_file() else open_folder(path)
     if not path.is_file():
         raise DataError(name, "no such file or folder", hint=f"a source is {KINDS}")
     if suffixes and suffixes[-1] in (".csv", ".tsv"):

@@ -25,8 +25,8 @@ from typing import Any
 from pam_espnet.data.audio import read_audio
 from pam_espnet.data.audio_ark import ARCHIVES, locate, pack
 from pam_espnet.data.datadir import DataDir, Segment, validate
-from pam_espnet.data.exchange.convert import NO_AUDIO, Converter
-from pam_espnet.data.exchange.rows import Row, Source
+from pam_espnet.data.exchange.convert import Converter
+from pam_espnet.data.exchange.rows import NO_AUDIO, Row, Source
 from pam_espnet.data.format import MAX_SKIPPED, MISSING
 from pam_espnet.data.tables import write_table
 from pam_espnet.errors import DataError
@@ -39,7 +39,7 @@ KEY_NAME = "import.json"
 
 @dataclass
 class Report:
-    """What an import did: utterances, rows left out by reason, notes on rows that were taken, files of archives."""
+    """What an import did: utterances, rows left out by reason, notes on rows that were taken."""
 
     utterances: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
@@ -78,6 +78,8 @@ def import_rows(
     be used, the source cannot be read any further.
     """
     folder = Path(folder)
+    if next(read_journal(folder / JOURNAL_NAME), None) is None:  # options that failed at once bind nobody
+        (folder / KEY_NAME).unlink(missing_ok=True)
     key = {"source": source.path, "stamp": source.stamp, "options": {**options, "copy": copy, "first": first}}
     check_key(folder / KEY_NAME, key, f"to import it again delete {folder}, or name another directory")
     stored: dict[str, str] = {}  # file -> where it is in an archive
