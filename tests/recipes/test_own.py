@@ -119,3 +119,17 @@ def test_from_a_jsonl_to_formatted_sets(tmp_path: Path) -> None:
     ):
         done = run(recipe, *args)
         assert done.returncode != 0 and expected in done.stderr, (args, done.stderr)
+
+
+@pytest.mark.services
+def test_from_a_jsonl_to_a_scored_model(tmp_path: Path, mini_models: Path) -> None:
+    """All stages with the real small models; at this size nothing is learnt."""
+    recipe = copy_recipe(tmp_path / "copy", "own", "mini")
+    (tmp_path / "copy/egs/mini/pam1/downloads").symlink_to(mini_models.parent)
+    source = str(write_jsonl(tmp_path / "mine"))
+    done = run(recipe, "--source", source, "--models", "false", "--audio_off", "false", "--decode_nj", "1")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    results = json.loads((recipe / "exp/pam_tiny/results.json").read_text())
+    assert "test" in json.dumps(results) and (recipe / "exp/pam_tiny/RESULTS.md").is_file()
+    lines = (recipe / "exp/pam_tiny/decode_beam/test/text").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == DataDir.load(recipe / "dump/tiny/raw/test").utterances

@@ -21,7 +21,6 @@ STATE_EVERY = 50  # rows; a killed import reads at most so many again
 LOCAL = (".parquet", ".arrow")
 CLIENTS = ("httpx", "httpx2")  # what huggingface_hub speaks HTTP with, by its version
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_ON_HUB = re.compile(r"hf://|(zip|tar|gzip)://[^:]*::hf://")  # paths in a dataset may name nothing else
 
 
 def is_hub_id(text: str) -> bool:
@@ -91,8 +90,9 @@ def open_splits(name: str, *, config: str | None = None, revision: str | None = 
 def _open_split(name: str, split: str, part: Any, root: Path, stamp: Mapping[str, Any]) -> Source:
     """``part``: a Dataset or an IterableDataset."""
     found = (part.info.splits or {}).get(split)
-    stream = part.decode(False) if hasattr(part, "state_dict") else part.to_iterable_dataset().decode(False)
-    names = ENTRIES if CONVERSATIONS & set(stream.column_names or ()) else USUAL
+    stream = part if hasattr(part, "state_dict") else part.to_iterable_dataset()
+    stream = stream.decode(False) if stream.features else stream
+    names = ENTRIES if CONVERSATIONS & set(stream.column_names or next(iter(stream), ())) else USUAL
 
     def read(state: Any, skip: int) -> Iterator[Row]:
         rows = _read_rows(name, stream, state, skip)
@@ -109,7 +109,12 @@ def _stream(name: str, config: str | None = None, **options: Any) -> Mapping[str
     builder = datasets.load_dataset_builder(name, config, **options)
     if hasattr(builder.config, "fragment_scan_options"):  # of parquet
         builder.config.fragment_scan_options = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
-    return builder.as_streaming_dataset()
+    builder.config.decode_num_threads = 0  # nothing is decoded
+    splits = builder.as_streaming_dataset()
+    if not isinstance(builder, datasets.ArrowBasedBuilder):
+        for split in splits.values():  # folders and tar files: rows as they are; by their types they need torchcodec
+            split.info.features = None
+    return splits
 
 
 def _read_rows(name: str, stream: IterableDataset, state: Any, skip: int) -> Iterator[Row]:
@@ -129,25 +134,27 @@ def _read_rows(name: str, stream: IterableDataset, state: Any, skip: int) -> Ite
                 if isinstance(values[column], int) and values[column] >= 0:
                     values[column] = kind.int2str(values[column])
             mark = {"rows": number, "stream": stream.state_dict()} if number % STATE_EVERY == 0 else None
-            yield Row(f"row {number}", values, _fetch_files(values), state=mark)
+            yield Row(f"row {number}", values, _fetch_files(name, values), state=mark)
     except (OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowInvalid, *_client_errors()) as error:
         hint = "run the same command again: it continues where it stopped"
         raise DataError(name, f"cannot be read any further: {_first_line(error)}", hint=hint) from error
 
 
-def _fetch_files(values: Mapping[str, Any]) -> str:
-    """Read the files on the hub that a row references; why that could not be done, or ""."""
+def _fetch_files(name: str, values: dict[str, Any]) -> str:
+    """Read the files that a row references in its own repository; why that could not be done, or ""."""
     import fsspec
 
-    for value in values.values():
-        if isinstance(value, dict) and not value.get("bytes") and _ON_HUB.match(value.get("path") or ""):
-            try:
-                with fsspec.open(value["path"], "rb") as file:
-                    value["bytes"] = file.read()
-            except FileNotFoundError:
-                problem = f"{NO_AUDIO}{value['path']} is not on the hub"
-                value["path"] = value["path"].rpartition("/")[2]
-                return problem
+    own = rf"((zip|tar|gzip)://[^:]*::)?hf://datasets/{re.escape(name)}@"
+    for column, value in values.items():
+        path = value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
+        if not isinstance(path, str) or not re.match(own, path):
+            continue
+        values[column] = found = {"path": path.rpartition("/")[2], "bytes": b""}
+        try:
+            with fsspec.open(path, "rb") as file:
+                found["bytes"] = file.read()
+        except FileNotFoundError:
+            return f"{NO_AUDIO}{path} is not on the hub"
     return ""
 
 

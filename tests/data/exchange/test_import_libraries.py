@@ -349,6 +349,21 @@ def test_a_dataset_of_the_hub_goes_on_after_a_broken_connection(tmp_path: Path, 
     assert np.array_equal(read_audio(data.wav["clip179"])[0], to_pcm16(noise(1.0, seed=179))[0] / np.float32(32768))
 
 
+def test_an_audio_folder_of_the_hub(tmp_path: Path) -> None:
+    """Files beside a table are read as they are."""
+    folder = tmp_path / "repo/data"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        (folder / f"{number}.flac").write_bytes(flac(number))
+    (folder / "metadata.csv").write_text("file_name,sentence\n" + "".join(f"{n}.flac,text {n}\n" for n in range(3)))
+    with dataset_hub(tmp_path / "repo") as server:
+        done = from_hub(server, tmp_path)
+    assert done.returncode == 0, done.stderr
+    data = DataDir.load(tmp_path / "out")
+    assert data.text == {f"{number}": f"text {number}" for number in range(3)}
+    assert all(flac(number) in (tmp_path / "out/audio.1.ark").read_bytes() for number in range(3))
+
+
 def test_what_the_hub_refuses(tmp_path: Path, hub: DatasetHub) -> None:
     for options, message in (
         ({"name": "me/typo"}, "me/typo: cannot be opened: "),
