@@ -130,6 +130,8 @@ def test_from_a_jsonl_to_a_scored_model(tmp_path: Path, mini_models: Path) -> No
     done = run(recipe, "--source", source, "--models", "false", "--audio_off", "false", "--decode_nj", "1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads((recipe / "exp/pam_tiny/results.json").read_text())
-    assert "test" in json.dumps(results) and (recipe / "exp/pam_tiny/RESULTS.md").is_file()
+    [decoding] = results["decodings"]
+    assert decoding["set"] == "test" and set(decoding["tasks"]) == {"asr", "count", "caption"}
+    assert (recipe / "exp/pam_tiny/RESULTS.md").is_file()
     lines = (recipe / "exp/pam_tiny/decode_beam/test/text").read_text().splitlines()
     assert [line.split()[0] for line in lines] == DataDir.load(recipe / "dump/tiny/raw/test").utterances

@@ -79,7 +79,7 @@ class Converter:
         record: dict[str, Any] = {"text": answers[0]}
         if references is not None or len(answers) > 1:
             several = references if isinstance(references, list) else answers if references is None else [references]
-            record["references"] = [text for answer in several if (text := _text(answer, "references"))]
+            record["references"] = [text for answer in several if (text := _text(answer, "references"))] or answers[:1]
         record["task"] = _text(self.source.value(row, "task"), "task") or self.task
         if record["task"] not in TASKS:
             known = ", ".join(TASKS)
@@ -108,8 +108,8 @@ class Converter:
             return "", None
         if name.startswith("data:"):
             return "", decode_base64(name.partition(",")[2])
-        name = name.removeprefix("file://")
-        if name.rstrip().endswith("|"):
+        name = name.removeprefix("file://").strip()
+        if name.endswith("|"):
             raise ValueError("its audio is a command, which is not run: run it and name the file that it makes")
         if re.match(r"[a-z][a-z0-9+]+://", name):
             raise ValueError("its audio is an address, which is not fetched: download it and name the file")
@@ -126,7 +126,10 @@ class Converter:
                     found[name] = float(value)
                 except (TypeError, ValueError):
                     raise ValueError(f"{name} {value!r} is not a number of seconds") from None
-        if "start" in found:
+        if not found.get("duration", 1) > 0 and "start" not in found:  # NeMo's -1: not known
+            del found["duration"]
+        if "end" in found or "start" in found:
+            found.setdefault("start", 0.0)
             if "end" not in found and "duration" in found:
                 found["end"] = found["start"] + found["duration"]
             if not 0 <= found["start"] < found.get("end", math.nan) < math.inf:

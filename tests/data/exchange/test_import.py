@@ -80,12 +80,12 @@ def test_conversations_become_utterances(
             ],
             "audios": [str(wavs / "s0/1.wav")],
             "task": "caption",
-            "references": ["a dog barks", "barking"],
+            "references": ["a dog barks", "barking", ""],
             "speaker": "some body",
         },
         {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": 3}], "task": "count"},
         {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "3"}], "task": "count"},
-        {"query": "<audio>Say it", "response": "yes", "audios": "wav/s1/3.wav", "id": "mine/1"},
+        {"query": "<audio>Say it", "response": "yes", "audios": "wav/s1/3.wav ", "id": "mine/1", "references": [""]},
         {"messages": [{"role": "user", "content": [spoken]}, {"role": "assistant", "content": "bytes"}]},
     ]
     write_rows(tmp_path / "a.jsonl", rows)
@@ -104,7 +104,7 @@ def test_conversations_become_utterances(
     assert data.prompt["wav-s0-0-2"] == "How many people are speaking?"
     assert data.prompt["line_7"] == "Transcribe the speech."
     assert data.utt2task["wav-s0-1"] == "caption" and data.utt2task["mine-1"] == "asr"
-    assert data.references == {"wav-s0-1": ["a dog barks", "barking"]}
+    assert data.references == {"wav-s0-1": ["a dog barks", "barking"], "mine-1": ["yes"]}
     assert data.utt2spk["wav-s0-1"] == "some_body" and data.utt2spk["mine-1"] == "mine-1"
     assert data.wav["wav-s0-0"] == data.wav["wav-s0-0-2"] == str(wavs / "s0/0.wav")
     archive = tmp_path / "out/audio.1.ark"
@@ -216,7 +216,7 @@ def test_nemo_manifests_have_pieces(tmp_path: Path, wavs: Path) -> None:
         {"audio_filepath": "wav/s0/0.wav", "offset": 0.05, "duration": 0.1, "text": "one"},
         {"audio_filepath": "wav/s0/0.wav", "offset": 0.15, "duration": 0.1, "text": "two", "speaker": "a"},
         {"audio_filepath": "wav/s0/1.wav", "duration": 0.3, "text": "whole"},
-        {"audio_filepath": "wav/s1/2.wav", "text": "no duration"},
+        {"audio_filepath": "wav/s1/2.wav", "duration": -1, "text": "no duration"},
         {"audio_filepath": "wav/s1/3.wav", "offset": "x", "duration": 0.1, "text": "bad"},
         {"audio_filepath": "wav/s1/3.wav", "offset": 0.1, "duration": 0, "text": "bad"},
     ]
