@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Make tools/requirements.lock from tools/requirements.in (needs uv on PATH, or its path in $UV).
+"""Make the two lock files of tools/ from requirements.in and requirements-extras.in (needs uv on PATH, or its path in
+$UV). The second includes the first and has what the extras that set-up leaves out add to it.
 
     python tools/lock.py              # keeps the versions already locked where they still fit
     python tools/lock.py --upgrade    # newest versions that fit
@@ -22,9 +23,10 @@ from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent
 HEADER = """\
-# Made by `python tools/lock.py` from tools/requirements.in (uv pip compile); do not edit by hand.
+# Made by `python tools/lock.py` from tools/{source} (uv pip compile); do not edit by hand.
 # A line `# why:` is the reason for asking for the package at all and for its pin; `# via` names who needs it.
 """
+PIN = re.compile(r"([A-Za-z0-9._-]+)==")
 
 
 def canonical(name: str) -> str:
@@ -32,8 +34,8 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def read_reasons(text: str) -> dict[str, str]:
-    """``name ... # reason`` lines of requirements.in -> {canonical name: reason}; every line must have one."""
+def read_reasons(text: str, path: str = "tools/requirements.in") -> dict[str, str]:
+    """``name ... # reason`` lines of ``path`` -> {canonical name: reason}; every line must have one."""
     reasons = {}
     for number, line in enumerate(text.splitlines(), 1):
         requirement, _, reason = line.partition("#")
@@ -41,7 +43,7 @@ def read_reasons(text: str) -> dict[str, str]:
         if name is None:
             continue
         if not reason.strip():
-            raise SystemExit(f"tools/requirements.in:{number}: {name[0]} has no reason\n  -> add `# why` to the line")
+            raise SystemExit(f"{path}:{number}: {name[0]} has no reason\n  -> add `# why` to the line")
         reasons[canonical(name[0])] = reason.strip()
     return reasons
 
@@ -50,31 +52,57 @@ def add_reasons(lock: str, reasons: dict[str, str]) -> str:
     """Put ``# why: reason`` above the lines ``name==version`` of a compiled file."""
     lines: list[str] = []
     for line in lock.splitlines():
-        pin = re.match(r"([A-Za-z0-9._-]+)==", line)
+        pin = PIN.match(line)
         if pin is not None and canonical(pin[1]) in reasons:
             lines.append(f"# why: {reasons[canonical(pin[1])]}")
         lines.append(line)
     return "\n".join(lines) + "\n"
 
 
+def without(lock: str, other: str) -> str:
+    """The packages of a compiled file that ``other`` lacks; those that both have must be the same versions."""
+    pins = set(re.findall(r"^[A-Za-z0-9._-]+==[^ ]+", other, re.MULTILINE))
+    blocks = re.split(r"^(?=[A-Za-z0-9._-]+==)", lock, flags=re.MULTILINE)
+    kept = [block for block in blocks if block.split(" ")[0] not in pins]
+    names = {pin.split("==")[0] for pin in pins}
+    if changed := [block.split(" ")[0] for block in kept if block.split("==")[0] in names]:
+        raise SystemExit(f"requirements.lock has other versions than {', '.join(changed)}\n  -> add --upgrade")
+    return "".join(kept)
+
+
+def compile_lock(uv: str, sources: list[str], target: Path, more: list[str]) -> str:
+    """The lock file of ``sources``; keeps the versions of ``target`` where they still fit."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / target.name
+        if target.exists():
+            shutil.copy(target, out)  # uv keeps the versions that it finds in its output file
+        command = [uv, "pip", "compile", *sources, "-o", str(out), "--quiet", "--no-header"]
+        command += ["--universal", "--python-version", "3.12", "--generate-hashes", "--no-emit-index-url"]
+        subprocess.run([*command, "--no-emit-find-links", *more], cwd=TOOLS, check=True)
+        return out.read_text(encoding="utf-8")
+
+
 def main() -> int:
-    """Compile, annotate, replace the lock file."""
-    parser = argparse.ArgumentParser(description="Make tools/requirements.lock from tools/requirements.in.")
+    """Compile, annotate, replace the lock files."""
+    parser = argparse.ArgumentParser(description="Make tools/requirements.lock and tools/requirements-extras.lock.")
     parser.add_argument("--upgrade", action="store_true", help="take the newest versions that fit")
     args = parser.parse_args()
     uv = os.environ.get("UV") or shutil.which("uv") or str(TOOLS / ".uv/venv/bin/uv")
-    reasons = read_reasons((TOOLS / "requirements.in").read_text(encoding="utf-8"))
-    target = TOOLS / "requirements.lock"
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "requirements.lock"
-        if target.exists():
-            shutil.copy(target, out)  # uv keeps the versions that it finds in its output file
-        command = [uv, "pip", "compile", "requirements.in", "-o", str(out), "--quiet", "--no-header"]
-        command += ["--universal", "--python-version", "3.12", "--generate-hashes", "--no-emit-index-url"]
-        command += ["--no-emit-find-links"] + (["--upgrade"] if args.upgrade else [])
-        subprocess.run(command, cwd=TOOLS, check=True)
-        target.write_text(HEADER + add_reasons(out.read_text(encoding="utf-8"), reasons), encoding="utf-8")
-    print(f"{target}: {sum('==' in line for line in target.read_text(encoding='utf-8').splitlines())} packages")
+    more = ["--upgrade"] if args.upgrade else []
+    first, second = TOOLS / "requirements.lock", TOOLS / "requirements-extras.lock"
+    for target, included in ((first, None), (second, first)):
+        source = target.with_suffix(".in").name
+        reasons = read_reasons((TOOLS / source).read_text(encoding="utf-8"), f"tools/{source}")
+        head = HEADER.format(source=source)
+        if included is None:
+            lock = compile_lock(uv, [source], target, more)
+        else:
+            head += f"-r {included.name}\n"
+            constrained = [*more, "--constraints", included.name]
+            lock = compile_lock(uv, [included.with_suffix(".in").name, source], target, constrained)
+            lock = without(lock, included.read_text(encoding="utf-8"))
+        target.write_text(head + add_reasons(lock, reasons), encoding="utf-8")
+        print(f"{target}: {sum('==' in line for line in target.read_text(encoding='utf-8').splitlines())} packages")
     return 0
 
 

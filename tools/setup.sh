@@ -5,7 +5,7 @@ set -euo pipefail
 usage="Usage: tools/setup.sh [--extras NAME,...] [--venv DIR] [--force]
 
 Without options: makes .venv at the root of the repository, or returns at once when it is up to date.
-  --extras NAME,...  install further extras of setup.cfg that the lock file leaves out, for example: demo
+  --extras NAME,...  install further extras of setup.cfg, as requirements-extras.lock has them: demo, import, quantize
   --venv DIR         another folder for the environment
   --force            make it anew, also when it is up to date
 
@@ -127,7 +127,8 @@ echo "installing the packages of tools/requirements.lock"
 # The lock holds setuptools, so that this needs no index.
 "${uv}" pip install --quiet --python "${venv}/bin/python" --no-build-isolation --no-deps -e "${root}"
 if [ -n "${extras}" ]; then
-    "${uv}" pip install --python "${venv}/bin/python" --no-build-isolation -c "${lock}" -e "${root}[${extras}]"
+    "${uv}" pip install --python "${venv}/bin/python" --no-build-isolation -c "${lock}" \
+        -c "${lock%.lock}-extras.lock" -e "${root}[${extras}]"
 fi
 "${venv}/bin/python" "${root}/tools/check_install.py"
 mv "${begun}" "${stamp}"

@@ -19,8 +19,10 @@ import yaml
 from audiocaps_corpus import COLUMNS, VIDEOS, WORDS, rows_of, write_audio, write_clip, write_csv, write_release
 from packed_answers import check_archive
 from recipe_modules import local_modules
+from services import unavailable
 
 from pam_espnet.data.datadir import DataDir
+from pam_espnet.data.format import format_data_dir
 from pam_espnet.data.passport import Passport
 from pam_espnet.data.prompts import read_prompts
 from pam_espnet.errors import ConfigError, DataError
@@ -28,7 +30,7 @@ from pam_espnet.fileio import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = ROOT / "egs" / "audiocaps" / "pam1" / "local"
-MODULES = ("captions", "clips", "fetch", "prepare")
+MODULES = ("captions", "clips", "fetch", "hosted", "prepare")
 
 
 @pytest.fixture(scope="module")
@@ -467,3 +469,77 @@ def test_stages_3_to_6_with_small_models(
     monkeypatch.chdir(recipe)
     placed = {"llm": tiny_llm_dir, "yamnet": mini_models / "yamnet"}
     check_archive(exp / "small.zip", exp / "decode_beam/test", recipe / "dump/v1/raw/test", placed, limit=1)
+
+
+# ---- a Hugging Face dataset -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("columns", ["start_time", "audiocap_id", "path"])
+def test_clips_of_a_hugging_face_dataset(
+    local: SimpleNamespace, corpus: SimpleNamespace, columns: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of all captions, as those datasets have them: some clips are missing, some are of no clip."""
+    try:
+        import datasets  # noqa: F401
+    except ImportError as error:
+        unavailable("datasets", f"{error}: tools/setup.sh --extras import")
+    import pyarrow
+    import pyarrow.parquet
+
+    write_clip(corpus.root / "clip.flac", 3)
+    sound = (corpus.root / "clip.flac").read_bytes()
+    folder = corpus.root / "hosted/data"
+    folder.mkdir(parents=True)
+    for number, (split, name) in enumerate((("train", "train"), ("val", "validation"), ("test", "test"))):
+        rows = [row for row in rows_of(split, 1000 * (number + 1)) if row[1] not in ("aaaaaaaaaa2", "cccccccccc4")]
+        rows.append(("9999", "zzzzzzzzzzz", "0", "of no clip"))
+        if split == "test":
+            rows[0] = (*rows[0][:3], "another caption")
+        audio = [
+            {"bytes": b"" if row[1] == "cccccccccc3" else sound, "path": f"Y{row[1]}_{row[2]}.flac"} for row in rows
+        ]
+        table = {"audio": audio, "caption": [row[3] for row in rows]}
+        if columns != "path":
+            table |= {"audiocap_id": [int(row[0]) for row in rows]}
+        if columns == "start_time":
+            table |= {"youtube_id": [row[1] for row in rows], "start_time": [float(row[2]) for row in rows]}
+        pyarrow.parquet.write_table(pyarrow.table(table), folder / f"{name}-00000-of-00001.parquet")
+    hosted = corpus.root / "out"
+    args = ["--version", "1", "--csv", str(corpus.csv)]
+    collect = [*args, "--hf", str(folder.parent), "--out", str(hosted)]
+    for _ in range(2):  # a second run finds everything done
+        assert local.hosted.main(collect) == 0
+        out = capsys.readouterr().out
+        assert "16 rows of clips that are there already, 8 clips, 5 rows without audio, 3 rows of no clip" in out
+        assert "1 rows have a caption that release 1 does not have" in out and "licence, by its card: none" in out
+    args += ["--data_dir", str(corpus.root / "data"), "--prompts", str(LOCAL.parent / "conf/prompts/caption.txt")]
+    assert local.prepare.main([*args, "--hosted", str(hosted)]) == 0
+    test = DataDir.load(corpus.root / "data/test")
+    assert test.utterances == ["Ycccccccccc1_0", "Ycccccccccc2_10"] and test.text["Ycccccccccc1_0"] == WORDS[0]
+    assert test.wav["Ycccccccccc1_0"].startswith(f"{hosted}/test/audio.1.ark:")
+    missing = (corpus.root / "data/test/missing").read_text()
+    assert missing == "".join(f"Ycccccccccc{n}_{10 * n - 10} missing: not in the dataset\n" for n in (3, 4))
+    passport = format_data_dir(corpus.root / "data/test", corpus.root / "raw")
+    assert passport.skipped["Ycccccccccc4_30"] == "missing: not in the dataset"
+    # a folder's file goes before; what is in neither says so
+    assert local.prepare.main([*args, "--hosted", str(hosted), "--audio", str(corpus.audio)]) == 0
+    assert DataDir.load(corpus.root / "data/train").wav["Yaaaaaaaaaa2_10"].endswith("sub/folder/Yaaaaaaaaaa2.flac")
+    missing = (corpus.root / "data/test/missing").read_text()
+    assert missing == "Ycccccccccc4_30 missing: not in the dataset, in no folder of clips\n"
+
+
+@pytest.mark.services
+def test_a_dataset_without_any_clip(local: SimpleNamespace, corpus: SimpleNamespace) -> None:
+    try:
+        import datasets  # noqa: F401
+    except ImportError as error:
+        unavailable("datasets", f"{error}: tools/setup.sh --extras import")
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"audio": [{"bytes": b"x", "path": "a.wav"}], "caption": ["a"]})
+    pyarrow.parquet.write_table(table, corpus.root / "a.parquet")
+    args = ["--version", "1", "--csv", str(corpus.csv), "--hf", str(corpus.root / "a.parquet")]
+    with pytest.raises(DataError, match=r"none of the 11 clips of the CSVs .*'rows of no clip in the CSVs': 1"):
+        local.hosted.main([*args, "--out", str(corpus.root / "out")])

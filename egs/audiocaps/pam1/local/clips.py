@@ -41,6 +41,16 @@ def index_audio(folders: Sequence[str | Path]) -> dict[str, Path]:
     return found
 
 
+def index_clips(folders: Sequence[str | Path], hosted: Path | None) -> dict[str, Path]:
+    """``index_audio`` of ``folders``, and what hosted.py put into archives: a folder's file goes before a record."""
+    from pam_espnet.data.exchange.writer import JOURNAL_NAME, read_journal
+
+    journals = sorted(hosted.glob(f"*/{JOURNAL_NAME}")) if hosted is not None else []
+    records = [record for journal in journals for record in read_journal(journal)]
+    found = {record["utt"]: Path(record["wav"]) for record in records if "utt" in record}
+    return {**found, **index_audio(folders)}
+
+
 def find_clip(clip: Clip, files: dict[str, Path]) -> Path | None:
     """The file of a clip, by the names of ``NAMES`` in that order; None where there is none."""
     dated = f"{clip.video}_{clip.start}"

@@ -31,10 +31,15 @@ data_dir=${data_dir:-data/${size}}
 
 folders=()
 [ -z "${audio}" ] || folders+=("${audio}")
+hosted=()
+if [ -n "${hf}" ]; then
+    hosted=(--hosted "${downloads}/hf/${hf//\//-}/${size}")
+    "${python}" local/hosted.py --version "${version}" --csv "${csv}" --hf "${hf}" --out "${hosted[1]}"
+fi
 if [ "${fetch}" = true ]; then
-    "${python}" local/fetch.py --version "${version}" --csv "${csv}" --audio "${folders[@]}" \
+    "${python}" local/fetch.py --version "${version}" --csv "${csv}" --audio "${folders[@]}" "${hosted[@]}" \
         --out "${downloads}/audio" --jobs "${fetch_jobs}" --interval "${fetch_interval}"
 fi
 [ ! -d "${downloads}/audio" ] || folders+=("${downloads}/audio")
-"${python}" local/prepare.py --version "${version}" --csv "${csv}" --audio "${folders[@]}" \
+"${python}" local/prepare.py --version "${version}" --csv "${csv}" --audio "${folders[@]}" "${hosted[@]}" \
     --data_dir "${data_dir}" --prompts conf/prompts/caption.txt

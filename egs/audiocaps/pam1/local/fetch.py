@@ -199,7 +199,7 @@ def fetch(args: argparse.Namespace) -> None:
         DataError: the server kept asking to slow down.
     """
     from captions import read_release
-    from clips import find_clip, index_audio
+    from clips import find_clip, index_clips
     from tqdm import tqdm
 
     check_number(args.jobs, "--jobs", at_least=1)
@@ -209,7 +209,7 @@ def fetch(args: argparse.Namespace) -> None:
             raise ConfigError(f"--fetch true needs {program}, which is not on PATH\n  -> {how}")
     clips = {f"{c.video}_{c.start}": c for part in read_release(args.csv, args.version).values() for c in part}
     (args.out / ".part").mkdir(parents=True, exist_ok=True)
-    have = index_audio(args.audio) if args.audio else {}
+    have = index_clips(args.audio, args.hosted)
     known = read_journal(args.out)
     todo = {}
     for name, clip in clips.items():
@@ -251,6 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", type=int, required=True, help="release of the captions: 1 or 2")
     parser.add_argument("--csv", type=Path, required=True, help="folder with train.csv, val.csv, test.csv")
     parser.add_argument("--audio", type=Path, nargs="*", default=[], help="folders whose clips need not be fetched")
+    parser.add_argument("--hosted", type=Path, help="what hosted.py filled: need not be fetched, either")
     parser.add_argument("--out", type=Path, required=True, help="folder to fill")
     parser.add_argument("--jobs", type=int, default=2, help="downloads at a time (2)")
     parser.add_argument("--interval", type=float, default=5.0, help="seconds between two starts (5)")

@@ -28,7 +28,7 @@ FEW = 0.5  # less of a set than this deserves a warning
 
 
 def write_set(
-    folder: Path, clips: list[Clip], files: dict[str, Path], prompts: list[str], reasons: dict[str, str]
+    folder: Path, clips: list[Clip], files: dict[str, Path], prompts: list[str], reasons: dict[str, str], where: str
 ) -> dict[str, str]:
     """Write one data directory of the clips that ``files`` has, and check it.
 
@@ -38,6 +38,7 @@ def write_set(
         files: see ``clips.index_audio``.
         prompts: training clips draw one, dev and test clips get the first.
         reasons: why clips could not be fetched.
+        where: what the other missing clips are in: "in no folder of clips".
 
     Returns:
         clip -> why it is missing.
@@ -52,7 +53,7 @@ def write_set(
     found = {clip.key: path for clip in clips if (path := find_clip(clip, files)) is not None}
     kept = [clip for clip in clips if clip.key in found]
     missing = {
-        clip.key: one_line("missing: " + reasons.get(f"{clip.video}_{clip.start}", "in no folder of clips"))
+        clip.key: one_line("missing: " + reasons.get(f"{clip.video}_{clip.start}", where))
         for clip in clips
         if clip.key not in found
     }
@@ -80,29 +81,33 @@ def write_set(
 def prepare(args: argparse.Namespace) -> None:
     """Write all sets and print what is in them."""
     from captions import FILES, csv_folder, read_release
-    from clips import NAMES, index_audio
+    from clips import NAMES, index_clips
     from fetch import read_outcomes
 
     from pam_espnet.data.prompts import read_prompts
 
     clips = read_release(args.csv, args.version)
     prompts = read_prompts(args.prompts)
-    if not args.audio:
+    if not args.audio and args.hosted is None:
         raise DataError(
-            args.data_dir, "no folder with clips was named", hint="--audio DIR for clips you have, or --fetch true"
+            args.data_dir,
+            "no folder with clips was named",
+            hint="--audio DIR for clips you have, --hf NAME for those of a Hugging Face dataset, or --fetch true",
         )
-    files = index_audio(args.audio)
+    files = index_clips(args.audio, args.hosted)
+    where = "in no folder of clips" if args.hosted is None else "not in the dataset"
+    where += ", in no folder of clips" if args.hosted is not None and args.audio else ""
     reasons: dict[str, str] = {}
     for folder in args.audio:
         reasons |= read_outcomes(folder)
     print(f"{'set':<8}{'clips':>8}{'found':>8}{'missing':>9}{'captions':>10}")
     for name in FILES:
-        missing = write_set(args.data_dir / name, clips[name], files, prompts, reasons)
+        missing = write_set(args.data_dir / name, clips[name], files, prompts, reasons, where)
         kept = [clip for clip in clips[name] if clip.key not in missing]
         if not kept:
             some = ", ".join(path.name for path in list(files.values())[:3])
             raise DataError(
-                args.audio[0],
+                [*args.audio, args.hosted][0],
                 f"holds none of the {len(clips[name])} clips of {csv_folder(args.csv, args.version) / FILES[name]}; "
                 f"its first files are {some}",
                 hint=f"clips are files named {NAMES}",
@@ -123,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", type=int, required=True, help="release of the captions: 1 or 2")
     parser.add_argument("--csv", type=Path, required=True, help="folder with train.csv, val.csv, test.csv")
     parser.add_argument("--audio", type=Path, nargs="*", default=[], help="folders with clips; the first goes first")
+    parser.add_argument("--hosted", type=Path, help="what hosted.py filled")
     parser.add_argument("--data_dir", type=Path, required=True, help="folder to fill")
     parser.add_argument("--prompts", type=Path, default=Path("conf/prompts/caption.txt"), help="one prompt on a line")
     prepare(parser.parse_args(argv))
