@@ -70,6 +70,12 @@ def stated_seconds(path: str | Path) -> float | None:
         return None
 
 
+def longer_than(path: str | Path, seconds: float) -> bool:
+    """Whether a recording goes on after ``seconds``; reads no more of it. Raises DataError: as ``stream_audio``."""
+    rate, samples = 16000, 0
+    return any((samples := samples + len(block)) > seconds * rate for block in stream_audio(path, rate))
+
+
 def _blocks(name: str, file: BinaryIO) -> Iterator[tuple[np.ndarray, int]]:
     """Blocks (n, C) float32 as they are decoded, and their sample rate in Hz."""
     magic, reason, begun = file.read(4), "", False
