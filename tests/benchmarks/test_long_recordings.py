@@ -42,8 +42,9 @@ def test_it_measures_and_writes(tiny_llm_dir: Path, tmp_path: Path, monkeypatch:
     task, other = dict.fromkeys(keys, "asr"), dict.fromkeys(keys, "?")
     DataDir(path=tmp_path / "data", wav=wav, text=text, prompt=other, utt2task=task, utt2spk=other).save()
     common = ["--data", str(tmp_path / "data"), "--sounds", str(tmp_path / "data"), "--music", wav["u0"]]
+    model = ["--exp", str(exp), "--config", str(exp / "decode.yaml")]
     options = ["--seconds", "12", "--piece_seconds", "4", "--output", str(tmp_path / "long.json")]
-    monkeypatch.setattr(sys, "argv", ["long_recordings.py", "--exp", str(exp), "--config", str(exp / "decode.yaml"), *common, *options])
+    monkeypatch.setattr(sys, "argv", ["long_recordings.py", *model, *common, *options])
     long_recordings.main()
     record = json.loads((tmp_path / "long.json").read_text())
     assert [row["way"] for row in record["joined"]] == ["alone", *long_recordings.WAYS] * 2
