@@ -1,7 +1,8 @@
 """Long recordings: sentences joined to ten minutes against the same sentences one by one, and what holds no speech.
 
 Sentences of a data directory are joined with pauses (0.5 to 2 s) and without any, over quiet noise, and transcribed
-from the file. Ways to cut it:
+from the file. Ways to cut it, for each of which it is also shown how much of the sentences is in the pieces ("kept")
+and how many of them lie in several ("split"):
 
     alone      no recording at all: each sentence by itself
     pauses     what the program does: between pauses that the voice activity model finds
@@ -17,7 +18,7 @@ word in noise. Last the memory that cutting takes, for one and for six times the
         --sounds dump/quick/raw/test_caption --output long.json
 
 ``--whisper DIR`` in place of ``--exp``: the pieces through Whisper's own decoder, a recogniser that makes few errors of
-its own.
+its own. With neither, the recordings are only cut, which takes a minute.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,7 +47,7 @@ KINDS = ("substitutions", "deletions", "insertions")
 def main() -> None:
     """Print tables and, with --output, write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_mutually_exclusive_group(required=True)
+    model = parser.add_mutually_exclusive_group()
     model.add_argument("--exp", help="package or experiment directory")
     model.add_argument("--whisper", help="folder of a Whisper of Hugging Face format")
     parser.add_argument("--config", help="YAML with options of decoding (default: as it was decoded)")
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--music", nargs="*", default=[], help="audio files without speech")
     parser.add_argument("--seconds", type=float, default=600.0, help="length of the recordings (600)")
     parser.add_argument("--piece_seconds", type=float, default=30.0, help="longest piece (30)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="(default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the order and the pauses (0)")
     parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args()
@@ -62,11 +64,14 @@ def main() -> None:
     import torch
 
     from pam_espnet.data.datadir import DataDir
+    from pam_espnet.decode.segments import Piece
     from pam_espnet.decode.shards import read_wave
     from pam_espnet.package import load as load_package
 
     torch.set_num_threads(1)
-    speech = Whisper(args.whisper) if args.whisper else load_package(args.exp, options=args.config)
+    speech: Any = None
+    if args.whisper or args.exp:
+        speech = Whisper(args.whisper) if args.whisper else load_package(args.exp, options=args.config)
     rng = random.Random(args.seed)
     data = DataDir.load(args.data)
     keys = [key for key in data.utterances if data.utt2task[key] == "asr"]
@@ -78,7 +83,8 @@ def main() -> None:
         waves[key] = read_wave(data, key, RATE)
     texts = {key: data.text[key] for key in waves}
     began = time.monotonic()
-    alone = {key: words for key, (words, _) in zip(waves, answers(speech, alone_pieces(waves)), strict=True)}
+    pieces = [Piece(wave, 0.0, len(wave) / RATE) for wave in waves.values()]
+    alone = dict(zip(waves, answers(speech, pieces), strict=True)) if speech else dict.fromkeys(waves, "")
     seconds = sum(map(len, waves.values())) / RATE
     print(f"{len(waves)} sentences, {seconds:.0f} s; alone in {time.monotonic() - began:.0f} s", flush=True)
     record: dict[str, Any] = {
@@ -92,9 +98,11 @@ def main() -> None:
         for name, (low, high) in GAPS.items():
             parts = [part for wave in waves.values() for part in (gap(rng.uniform(low, high)), wave)]
             write(path, [*parts, gap(low)], None)
-            found = {"alone": (list(alone.values()), len(alone), 0.0)}
-            found |= {way: transcribed(speech, path, way, args.piece_seconds) for way in WAYS}
-            rows = compared(texts, alone, found)
+            found = {"alone": Transcript(list(alone.values()), [(0.0, 0.0)] * len(alone))} if speech else {}
+            found |= {way: transcribed(speech, path, way, args.piece_seconds) for way in args.ways}
+            rows = compared(texts, found) if speech else [{"way": way} for way in found]
+            for row in rows:
+                row |= kept(parts, found[row["way"]].times) if row["way"] != "alone" else {}
             record["joined"] += [{"recording": name, **row} for row in rows]
             print(f"\n{name}:", *map(describe, rows), sep="\n  ", flush=True)
             save(record, args.output)
@@ -102,7 +110,7 @@ def main() -> None:
         record["one word"] = one_word(speech, path, waves, texts, alone, args, rng)
         record["memory"] = memory(path, list(waves.values()), args)
         save(record, args.output)
-        print("\nwithout speech: pieces, words")
+        print("\nwithout speech: pieces, their seconds, words")
         sounds = DataDir.load(args.sounds) if args.sounds else None
         for name, parts in {
             "silence": [np.zeros(RATE)],
@@ -112,11 +120,13 @@ def main() -> None:
         }.items():
             if parts:
                 write(path, parts, args.seconds, over=name != "silence")
-                for way in WAYS:
-                    segments, pieces, _ = transcribed(speech, path, way, args.piece_seconds)
-                    row = {"recording": name, "way": way, "pieces": pieces, "words": len(" ".join(segments).split())}
+                for way in args.ways:
+                    found_here = transcribed(speech, path, way, args.piece_seconds)
+                    row = {"recording": name, "way": way, "pieces": len(found_here.times)}
+                    row["seconds"] = round(sum(end - start for start, end in found_here.times), 1)
+                    row["words"] = len(" ".join(found_here.texts).split()) if speech else None
                     record["without speech"].append(row)
-                    print(f"  {name:10s} {way:10s} {pieces:4d} {row['words']:5d}", flush=True)
+                    print(f"  {name:10s} {way:10s} {row['pieces']:4d} {row['seconds']:6.1f} {row['words']}", flush=True)
                 save(record, args.output)
 
 
@@ -223,31 +233,32 @@ type Cut = Callable[[Path, float], Iterator[Any]]
 WAYS: dict[str, Cut] = {"pauses": by_pauses, "energy": by_energy, "windows": by_windows}
 
 
-def alone_pieces(waves: dict[str, np.ndarray]) -> Iterator[Any]:
-    from pam_espnet.decode.segments import Piece
+class Transcript(NamedTuple):
+    """The words of each piece, and start and end in seconds."""
 
-    return (Piece(wave, 0.0, len(wave) / RATE) for wave in waves.values())
+    texts: list[str]
+    times: list[tuple[float, float]]
 
 
-def answers(speech: Any, pieces: Iterable[Any]) -> Iterator[tuple[str, float]]:
-    """The words of each piece, and when it ends."""
+def answers(speech: Any, pieces: Iterable[Any]) -> list[str]:
+    """The words of each piece."""
     from pam_espnet.data.tasks import task_spec
     from pam_espnet.decode.long_recordings import answer_pieces
 
-    prompt = task_spec("asr").default_prompt
-    return ((one.text, one.end) for one in answer_pieces(speech, pieces, prompt, "asr"))
+    return [one.text for one in answer_pieces(speech, pieces, task_spec("asr").default_prompt, "asr")]
 
 
-def transcribed(speech: Any, path: Path, way: str, seconds: float) -> tuple[list[str], int, float]:
-    """The words of each piece, how many pieces there are, and the length of the longest in seconds."""
-    lengths = []
+def transcribed(speech: Any, path: Path, way: str, seconds: float) -> Transcript:
+    """A recording cut in one of the ways; without a model no words."""
+    times = []
 
     def noted() -> Iterator[Any]:
         for piece in WAYS[way](path, seconds):
-            lengths.append(piece.end - piece.start)
+            times.append((piece.start, piece.end))
             yield piece
 
-    return [words for words, _ in answers(speech, noted())], len(lengths), max(lengths, default=0.0)
+    texts = answers(speech, noted()) if speech else ["" for _ in noted()]
+    return Transcript(texts, times)
 
 
 # ---- measures -------------------------------------------------------------------------------------------------------
@@ -272,9 +283,7 @@ def errors(texts: Sequence[str], found: Sequence[str]) -> np.ndarray:
     return table
 
 
-def compared(
-    texts: dict[str, str], alone: dict[str, str], found: dict[str, tuple[list[str], int, float]]
-) -> list[dict[str, Any]]:
+def compared(texts: dict[str, str], found: dict[str, Transcript]) -> list[dict[str, Any]]:
     """A row of each way: its word error rate, and the paired difference to "alone"."""
     from whisper_normalizer.english import EnglishTextNormalizer
 
@@ -282,31 +291,56 @@ def compared(
 
     normalise = EnglishTextNormalizer()
     references = [normalise(text) for text in texts.values()]
-    tables = {way: errors(references, [normalise(one) for one in segments]) for way, (segments, _, _) in found.items()}
+    tables = {way: errors(references, [normalise(one) for one in ours.texts]) for way, ours in found.items()}
     rates = {way: Ratio(table[:, :3].sum(1), table[:, 3], 100.0) for way, table in tables.items()}
     return [
         {
             "way": way,
-            "pieces": pieces,
-            "longest": round(longest, 2),
             "wer": bootstrap(rates[way]),
             "difference": bootstrap_difference(rates["alone"], rates[way]),
-            **dict(zip((*KINDS, "words"), tables[way].sum(0).tolist(), strict=True)),
+            **dict(zip((*KINDS, "words"), table.sum(0).tolist(), strict=True)),
         }
-        for way, (_, pieces, longest) in found.items()
+        for way, table in tables.items()
     ]
+
+
+def kept(parts: Sequence[np.ndarray], times: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """The percentage of the sentences' seconds that is in pieces, from the first to the last frame of each that is at
+    most 35 dB quieter than its loudest one; sentences in several pieces; the pieces.
+
+    Args:
+        parts: of the recording: gap, sentence, gap, sentence, ...
+        times: of the pieces.
+    """
+    from pam_espnet.data.signals import FRAME, frame_levels
+
+    starts = np.array([start for start, _ in times])
+    ends = np.array([end for _, end in times])
+    at, total, inside, split = 0, 0.0, 0.0, 0
+    for number, part in enumerate(parts):
+        if number % 2:
+            levels = frame_levels(part)
+            active = np.flatnonzero(levels > levels.max() - 35)
+            first, last = ((at + frame * FRAME) / RATE for frame in (active[0], active[-1] + 1))
+            overlap = np.clip(np.minimum(ends, last) - np.maximum(starts, first), 0, None)
+            total, inside, split = total + last - first, inside + overlap.sum(), split + int((overlap > 0.05).sum() > 1)
+        at += len(part)
+    longest = round(float((ends - starts).max(initial=0.0)), 2)
+    return {"pieces": len(times), "longest": longest, "kept": round(100 * inside / total, 2), "split": split}
 
 
 def describe(row: dict[str, Any]) -> str:
     """One line of the table."""
     from pam_espnet.score.result import METRICS
 
-    show = METRICS["wer"].show
-    kinds = "  ".join(f"{row[kind]} {kind[:3]}" for kind in KINDS)
-    return (
-        f"{row['way']:10s} {row['pieces']:4d} pieces, at most {row['longest']:5.2f} s  WER {show(row['wer'])} %  "
-        f"to alone {show(row['difference'], sign=True)}  {kinds}"
-    )
+    show, line = METRICS["wer"].show, f"{row['way']:10s}"
+    if "pieces" in row:
+        line += f" {row['pieces']:4d} pieces, at most {row['longest']:5.2f} s"
+        line += f"  kept {row['kept']:6.2f} %  split {row['split']:2d}"
+    if "wer" in row:
+        kinds = "  ".join(f"{row[kind]} {kind[:3]}" for kind in KINDS)
+        line += f"  WER {show(row['wer'])} %  to alone {show(row['difference'], sign=True)}  {kinds}"
+    return line
 
 
 def one_word(
@@ -318,24 +352,27 @@ def one_word(
     for key in sorted(waves, key=lambda key: (len(texts[key].split()), key))[:WORDS]:
         before = rng.uniform(1.0, args.seconds - 10)
         write(path, [gap(before), waves[key], gap(args.seconds - before - len(waves[key]) / RATE)], None)
-        segments, pieces, _ = transcribed(speech, path, "pauses", args.piece_seconds)
-        row = {"said": texts[key], "alone": alone[key], "found": [text for text in segments if text], "pieces": pieces}
+        found = transcribed(speech, path, "pauses", args.piece_seconds)
+        row = {"said": texts[key], "alone": alone[key], "found": found.texts, "pieces": len(found.times)}
+        row |= kept([gap(before), waves[key]], found.times)
         rows.append(row)
-        print(f"  {row['said']!r}: alone {row['alone']!r}, in {args.seconds:.0f} s of noise {row['found']}", flush=True)
+        print(f"  {row['said']!r}: alone {row['alone']!r}, in noise {row['found']}, kept {row['kept']} %", flush=True)
     return rows
 
 
 def memory(path: Path, waves: Sequence[np.ndarray], args: argparse.Namespace) -> list[dict[str, float]]:
-    """Highest memory of the process after a recording was cut, and the seconds that it took."""
+    """The most that arrays took while a recording was cut, and the seconds of CPU."""
     rows = []
     for times in (1, 6):
         write(path, [part for wave in waves for part in (gap(1.0), wave)], times * args.seconds)
         began = time.process_time()
+        tracemalloc.start()
         pieces = sum(1 for _ in by_pauses(path, args.piece_seconds))
         row = {"seconds": times * args.seconds, "pieces": pieces, "cpu": time.process_time() - began}
-        row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        row["peak_mb"] = tracemalloc.get_traced_memory()[1] / 1e6
+        tracemalloc.stop()
         rows.append(row)
-        print(f"  cutting {row['seconds']:.0f} s: {row['cpu']:.1f} s of CPU, peak {row['peak_mb']:.0f} MB", flush=True)
+        print(f"  cutting {row['seconds']:.0f} s: {row['cpu']:.1f} s of CPU, {row['peak_mb']:.1f} MB", flush=True)
     return rows
 
 
