@@ -54,7 +54,7 @@ def answer_pieces(
         waves = {index: wave for index, piece in enumerate(group) if len(wave := _as_formatted(speech, piece, name))}
         order = sorted(waves, key=lambda index: -len(waves[index]))
         seconds = [len(waves[index]) / speech.model.frontend.sample_rate for index in order]
-        sizes = plan_batches(speech, [prompt] * len(order), seconds)
+        sizes = plan_batches(speech, [prompt] * len(order), seconds) if order else []
 
         def answers(batch: list[int], waves: dict[int, np.ndarray] = waves) -> list[Answer]:
             tasks = None if task is None else [task] * len(batch)
