@@ -3,8 +3,6 @@
 Shape letters: N samples, C channels.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Iterator

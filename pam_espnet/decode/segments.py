@@ -3,8 +3,6 @@
 Dimension letters: N samples, T frames of ``FRAME`` samples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Segments of a recording as files: plain text, a table, JSON, and subtitles (SubRip .srt, WebVTT .vtt)."""
 
-from __future__ import annotations
-
 import html
 import json
 import textwrap

@@ -7,8 +7,6 @@ TorchScript; on the mini recipe's test sets they find as much speech, and as lit
 Dimension letters: T frames of 32 ms.
 """
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -21,8 +21,6 @@ word in noise. Last the memory that cutting takes, for one and for six times the
 its own. With neither, the recordings are only cut, which takes a minute.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

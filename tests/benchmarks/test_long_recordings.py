@@ -1,7 +1,5 @@
 """The benchmark of long recordings: errors belong to the right sentences, and it writes what it measured."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Recordings of any length from the command line: pieces, windows, formats, files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Recordings read block by block: the samples of reading them whole, in memory that does not grow."""
 
-from __future__ import annotations
-
 import tracemalloc
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Recordings of any length: their pieces answered as alone, in order, with their times."""
 
-from __future__ import annotations
-
 import json
 from itertools import pairwise
 from pathlib import Path

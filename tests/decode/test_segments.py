@@ -1,7 +1,5 @@
 """Where recordings are cut: every sample with speech is in one piece, and no sample is in two."""
 
-from __future__ import annotations
-
 import tracemalloc
 from collections.abc import Iterator
 from itertools import pairwise

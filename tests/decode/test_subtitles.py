@@ -1,7 +1,5 @@
 """Segments as text and subtitles, to the letter."""
 
-from __future__ import annotations
-
 from pam_espnet.decode.long_recordings import Segment
 from pam_espnet.decode.subtitles import to_srt, to_table, to_text, to_vtt
 

@@ -1,7 +1,5 @@
 """The network that reads Silero's weights against the package's own model."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

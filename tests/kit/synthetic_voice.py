@@ -1,7 +1,5 @@
 """Vowels in a row, which the voice activity model takes for speech."""
 
-from __future__ import annotations
-
 import numpy as np
 
 RATE = 16000
