@@ -18,7 +18,7 @@ def load(path: str | Path, **options: Any) -> SpeechLLM:
     """A model that answers, from a package of ``pam_pack`` (zip file or folder) or an experiment directory.
 
     ``pam_espnet.load("mine.zip", models={"llm": "models/smollm2"}).answer([wave], ["Transcribe the speech."])``;
-    the options and errors are those of ``pam_espnet.package.load``.
+    ``.transcribe("talk.mp3")`` for a file of any length. Options and errors are those of ``pam_espnet.package.load``.
     """
     from pam_espnet.package import load as load_package
 

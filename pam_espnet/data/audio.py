@@ -11,6 +11,7 @@ import io
 import os
 import shlex
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -26,8 +27,8 @@ from pam_espnet.fileio import atomic_path
 if TYPE_CHECKING:
     import av
 
-_QUALITY = "HQ"
-RESAMPLER = f"soxr {soxr.__version__} {_QUALITY}"
+QUALITY = "HQ"
+RESAMPLER = f"soxr {soxr.__version__} {QUALITY}"
 MAX_OVERSHOOT = 0.5  # seconds a segment may end after its recording; rounded time stamps often do
 MAX_MISSING = 0.25  # seconds that compressed audio may end before the duration in its header; encoders pad
 CANCELLED = 0.1  # the sum of the channels relative to the loudest one (RMS): less means that they cancel each other
@@ -95,52 +96,68 @@ def _read_soundfile(
     name: str, file: BinaryIO, start: float | None = None, end: float | None = None
 ) -> tuple[np.ndarray, int] | None:
     """(N,) float32 and the sample rate in Hz; None where libsndfile has no number of samples."""
+    with open_soundfile(name, file) as sound:
+        if not states_samples(sound):
+            return None
+        first, last = _bounds(name, sound.frames, sound.samplerate, start, end)
+        blocks = [np.zeros((0, sound.channels), dtype=np.float32), *soundfile_blocks(name, sound, first, last)]
+        return _mono(name, np.concatenate(blocks)), sound.samplerate
+
+
+def open_soundfile(name: str, file: BinaryIO) -> soundfile.SoundFile:
+    """``file`` from its beginning, through libsndfile; ``file`` stays open when what is returned is closed."""
     file.seek(0)
     # by its descriptor, or soundfile takes a format from the suffix; raw GSM and VOX have no other sign
     source: io.BytesIO | int | bytes = file if isinstance(file, io.BytesIO) else file.fileno()
     if name.lower().endswith((".gsm", ".vox")):
         source = os.fsencode(name)
-    with soundfile.SoundFile(source, closefd=False) as sound:
-        if sound.format in ("MP3", "MPEG") or sound.frames >= 1 << 48:  # an estimate, a FLAC stream that states none
-            return None
-        first, last = _bounds(name, sound.frames, sound.samplerate, start, end)
-        if first:
-            sound.seek(first)
-        blocks = [np.zeros((0, sound.channels), dtype=np.float32)]
-        left = last - first
-        while left > 0 and len(block := sound.read(min(left, BLOCK), dtype="float32", always_2d=True)):
-            blocks.append(block)
-            left -= len(block)
-        if left > 0:
-            raise cut_short(name, f"{last - first - left} of {last - first} samples could be read")
-        return _mono(name, np.concatenate(blocks)), sound.samplerate
+    return soundfile.SoundFile(source, closefd=False)
+
+
+def states_samples(sound: soundfile.SoundFile) -> bool:
+    """False: libsndfile only estimates their number, or has none (a FLAC stream that states none)."""
+    return sound.format not in ("MP3", "MPEG") and sound.frames < 1 << 48
+
+
+def soundfile_blocks(
+    name: str, sound: soundfile.SoundFile, first: int, last: int, size: int = BLOCK
+) -> Iterator[np.ndarray]:
+    """Samples ``first`` to ``last`` (exclusive) in blocks (n, C) float32 of ``size``, the last one of what is left."""
+    if first:
+        sound.seek(first)
+    left = last - first
+    while left > 0 and len(block := sound.read(min(left, size), dtype="float32", always_2d=True)):
+        left -= len(block)
+        yield block
+    if left > 0:
+        raise cut_short(name, f"{last - first - left} of {last - first} samples could be read")
 
 
 def _read_pyav(name: str, file: BinaryIO, reason: str) -> tuple[np.ndarray, int]:
     """(N,) float32 and the sample rate in Hz, through ffmpeg's decoders; ``reason``: why libsndfile did not read it."""
+    runs: list[tuple[int, int, list[np.ndarray]]] = []  # (channels, Hz, pieces (n, C)) that follow each other
+    for samples, rate in pyav_blocks(name, file, reason):
+        if not runs or runs[-1][:2] != (samples.shape[1], rate):
+            runs.append((samples.shape[1], rate, []))
+        runs[-1][2].append(samples)
+    return _join([(_mono(name, np.concatenate(pieces)), rate) for _, rate, pieces in runs])
+
+
+def pyav_blocks(name: str, file: BinaryIO, reason: str = "") -> Iterator[tuple[np.ndarray, int]]:
+    """Frames (n, C) float32 and their sample rate in Hz, as ffmpeg decodes them; both may change within a recording."""
     import av
 
     states = (*STATING, "mp3") if counts_mp3_frames(file) else STATING
-    file.seek(0)
-    runs: list[tuple[int, int, list[np.ndarray]]] = []  # (channels, Hz, pieces (n, C)) that follow each other
-    reached = 0.0  # seconds
+    stated = reached = 0.0  # seconds
+    first: np.ndarray | None = None  # frame
+    last_rate = 0
     try:
-        with av.open(
-            file if isinstance(file, io.BytesIO) else name,
-            "r",
-            # raw G.722 has no header to recognise it by
-            format="g722" if name.lower().endswith(".g722") else None,
-            container_options={"format_whitelist": ",".join(FFMPEG_FORMATS)},
-        ) as container:
+        with open_pyav(name, file) as container:
             if not container.streams.audio:
                 raise DataError(name, "has no audio stream", hint="list another file")
             audio = container.streams.audio[0]
-            if set(states).isdisjoint(container.format.name.split(",")):
-                stated = 0.0
-            elif audio.duration and audio.time_base:
-                stated = float(audio.duration * audio.time_base)
-            else:  # of the longest stream
-                stated = (container.duration or 0) / av.time_base
+            if not set(states).isdisjoint(container.format.name.split(",")):
+                stated = pyav_seconds(container)
             for packet in container.demux():
                 counts = packet.stream is audio or not audio.duration
                 if counts and packet.pts is not None and packet.dts is not None:
@@ -148,20 +165,48 @@ def _read_pyav(name: str, file: BinaryIO, reason: str) -> tuple[np.ndarray, int]
                 for frame in packet.decode() if packet.stream is audio else ():
                     assert isinstance(frame, av.AudioFrame)
                     samples = _samples(frame)
-                    if not runs or runs[-1][:2] != (samples.shape[1], frame.sample_rate):
-                        runs.append((samples.shape[1], frame.sample_rate, []))
-                    runs[-1][2].append(samples)
+                    if not last_rate:
+                        first = samples
+                    else:
+                        if first is not None:  # ffmpeg may give it the rate that it saw last in probing
+                            yield first, frame.sample_rate
+                            first = None
+                        yield samples, frame.sample_rate
+                    last_rate = frame.sample_rate
     except (av.FFmpegError, OSError, ValueError) as error:
         message = str(getattr(error, "strerror", None) or error)
         message = f"{reason}; ffmpeg: {message}" if reason else message
         raise DataError(name, f"cannot be read: {message}", hint=REPAIR_HINT) from error
     if stated - reached > MAX_MISSING:
         raise cut_short(name, f"it has {reached:.2f} of the {stated:.2f} s that its header states")
-    if not runs:
+    if not last_rate:
         raise DataError(name, "cannot be read: there is no audio in it", hint=REPAIR_HINT)
-    if len(runs) > 1 and len(runs[0][2]) == 1:  # ffmpeg may give the first frame the rate that it saw last in probing
-        runs[0] = (runs[0][0], runs[1][1], runs[0][2])
-    return _join([(_mono(name, np.concatenate(pieces)), rate) for _, rate, pieces in runs])
+    if first is not None:
+        yield first, last_rate
+
+
+def open_pyav(name: str, file: BinaryIO) -> av.container.InputContainer:
+    """``file`` from its beginning, through ffmpeg's demuxers."""
+    import av
+
+    file.seek(0)
+    return av.open(
+        file if isinstance(file, io.BytesIO) else name,
+        "r",
+        # raw G.722 has no header to recognise it by
+        format="g722" if name.lower().endswith(".g722") else None,
+        container_options={"format_whitelist": ",".join(FFMPEG_FORMATS)},
+    )
+
+
+def pyav_seconds(container: av.container.InputContainer) -> float:
+    """Duration that the container states or ffmpeg estimates, of the longest stream where the audio has none; or 0."""
+    import av
+
+    audio = container.streams.audio[0]
+    if audio.duration and audio.time_base:
+        return float(audio.duration * audio.time_base)
+    return (container.duration or 0) / av.time_base
 
 
 def _samples(frame: av.AudioFrame) -> np.ndarray:
@@ -179,15 +224,25 @@ def _mono(name: str, wave: np.ndarray) -> np.ndarray:
     """The mean (N,) of the channels (N, C)."""
     if wave.shape[1] == 1:
         return wave[:, 0]
-    with np.errstate(invalid="ignore", over="ignore"):  # samples that are not finite are looked for later
-        mean = wave.mean(axis=1, dtype=np.float32)
-        if len(wave):
-            loudest = float(np.sqrt(np.mean(np.square(wave, dtype=np.float64), axis=0)).max())
-            total = float(np.sqrt(np.mean(np.square(mean, dtype=np.float64)))) * wave.shape[1]
-            if total < CANCELLED * loudest:
-                hint = "list a copy with one of the channels: some cables and players invert the other one"
-                raise DataError(name, "the channels cancel each other: their mean is nearly silent", hint=hint)
+    mean, energies = downmix(wave)
+    check_channels(name, energies)
     return mean
+
+
+def downmix(wave: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean (N,) of the channels (N, C), and the energies of each channel and of the mean, float64 (C + 1,)."""
+    with np.errstate(invalid="ignore", over="ignore"):  # samples that are not finite are looked for later
+        mean: np.ndarray = wave.mean(axis=1, dtype=np.float32)
+        energies = [np.square(one, dtype=np.float64).sum() for one in (*wave.T, mean)]
+    return mean, np.array(energies)
+
+
+def check_channels(name: str, energies: np.ndarray) -> None:
+    """Raises DataError: by the ``energies`` that ``downmix`` returned, their mean is nearly silent and they are not."""
+    channels = len(energies) - 1
+    if channels * np.sqrt(energies[-1]) < CANCELLED * np.sqrt(energies[:-1].max()):
+        hint = "list a copy with one of the channels: some cables and players invert the other one"
+        raise DataError(name, "the channels cancel each other: their mean is nearly silent", hint=hint)
 
 
 def _join(runs: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, int]:
@@ -266,4 +321,4 @@ def resample(wave: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
     """Resample ``wave`` (N,) from ``from_hz`` to ``to_hz`` with ``RESAMPLER``; the same array when they are equal."""
     if from_hz == to_hz:
         return wave
-    return soxr.resample(wave, from_hz, to_hz, quality=_QUALITY).astype(np.float32, copy=False)
+    return soxr.resample(wave, from_hz, to_hz, quality=QUALITY).astype(np.float32, copy=False)

@@ -6,6 +6,7 @@ programs that write into a pipe and recorders that crash leave it. Decodes nothi
 
 import io
 import itertools
+import mmap
 import re
 import struct
 from dataclasses import dataclass
@@ -128,12 +129,13 @@ def _find_chunk(file: BinaryIO, layout: _Layout, start: bytes, length: int) -> _
 
 
 def ogg_streams(name: str, file: BinaryIO) -> list[BinaryIO]:
-    """The streams of an Ogg file that follow each other (joined files, radio), each as a file in memory.
+    """The streams of an Ogg file that follow each other (joined files, radio), each as a file in memory, or the only
+    one as it is.
     Raises DataError: the last page is not whole. Whole pages of which none is marked as the last one are accepted:
     phones write such files.
     """
-    file.seek(0)
-    content = file.read()
+    # mapped, so that a long file takes no memory
+    content = file.getvalue() if isinstance(file, io.BytesIO) else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     starts, first_page, at = [0], True, 0
     while (at := content.find(b"OggS", at)) >= 0:
         head = content[at : at + 27]
@@ -145,6 +147,8 @@ def ogg_streams(name: str, file: BinaryIO) -> list[BinaryIO]:
         if begins and not first_page:
             starts.append(at)
         first_page, at = begins, end
+    if len(starts) == 1:
+        return [file]
     return [io.BytesIO(content[start:end]) for start, end in itertools.pairwise([*starts, len(content)])]
 
 

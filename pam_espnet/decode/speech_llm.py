@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 from pam_espnet.config import load_yaml
 from pam_espnet.data.tables import one_line
 from pam_espnet.decode.batches import RESERVE
+from pam_espnet.decode.long_recordings import MAX_SECONDS, Segment, segments
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.waveforms import as_waveform
 from pam_espnet.engine.engine import make_engine
@@ -277,6 +278,39 @@ class SpeechLLM:
                 )
             )
         return answers
+
+    def segments(
+        self,
+        path: str | Path,
+        prompt: str | None = None,
+        task: str | None = "asr",
+        window: float | None = None,
+        max_seconds: float = MAX_SECONDS,
+    ) -> Iterator[Segment]:
+        """Answers about the parts of a recording of any length, each yielded when its batch is decoded.
+
+        Args:
+            path: an audio file; it is read as it is decoded.
+            prompt: None: the task's.
+            task: None: no answer set applies.
+            window: seconds of each part; None: the parts that have speech, one between two pauses.
+            max_seconds: longest part; speech that goes on longer is cut where it is quietest.
+
+        Raises ConfigError: as ``answer``, and lengths that cannot be; DataError: a file that cannot be read, or a
+        damaged place of it when it is reached.
+        """
+        return segments(self, path, prompt, task, window, max_seconds)
+
+    def transcribe(
+        self,
+        path: str | Path,
+        prompt: str | None = None,
+        task: str | None = "asr",
+        window: float | None = None,
+        max_seconds: float = MAX_SECONDS,
+    ) -> list[Segment]:
+        """All of ``segments``."""
+        return list(self.segments(path, prompt, task, window, max_seconds))
 
     def text(self, tokens: Sequence[int]) -> str:
         """The words of an answer's token ids."""

@@ -1,0 +1,138 @@
+"""Recordings of any length: their pieces answered as alone, in order, with their times."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from synthetic_voice import RATE, hiss, voice
+from tiny_model import tiny_config
+
+from pam_espnet.config import write_config
+from pam_espnet.decode.long_recordings import answer_pieces
+from pam_espnet.decode.options import AnswerOptions
+from pam_espnet.decode.segments import Piece
+from pam_espnet.decode.speech_llm import SpeechLLM
+from pam_espnet.decode.subtitles import to_json, to_srt, to_table, to_text, to_vtt
+from pam_espnet.errors import ConfigError, DataError
+from pam_espnet.fileio import save_trained
+from pam_espnet.model import build_model
+
+PROMPT = "Transcribe the speech."
+
+
+@pytest.fixture(scope="module")
+def speech(tiny_llm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> SpeechLLM:
+    exp, config = tmp_path_factory.mktemp("exp"), tiny_config(tiny_llm_dir)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_trained(build_model(config).state_dict(), exp / "model.safetensors")
+    write_config(config, exp / "config.yaml")
+    options = {"beam_size": 2, "max_new_tokens": 4, "answer_sets": {"count": ["0", "1"]}}
+    return SpeechLLM.load(exp, AnswerOptions.from_dict(options))
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve voices of one to two seconds between noise and digital silence, 71 s at 22050 Hz, stereo."""
+    from pam_espnet.data.audio import resample
+
+    parts = [hiss(3.0)]
+    for number in range(12):
+        parts += [voice(1.0 + number / 12, 90 + 10 * number), hiss(2.0) if number % 2 else np.zeros(6 * RATE, "f4")]
+    wave = resample(np.concatenate(parts), RATE, 22050)
+    path = tmp_path_factory.mktemp("talk") / "talk.flac"
+    soundfile.write(path, np.stack([wave, wave], axis=1), 22050)
+    return path
+
+
+def test_each_piece_is_answered_as_alone(speech: SpeechLLM, talk: Path) -> None:
+    found = speech.transcribe(talk)
+    assert len(found) == 12
+    assert all(one.end <= other.start for one, other in pairwise(found))
+    for one in found:
+        wave, _ = soundfile.read(talk, start=round(one.start * 22050), stop=round(one.end * 22050))
+        assert np.sqrt(np.mean(wave**2)) > 0.05 and 1.0 <= one.end - one.start < 3.0
+    read: list[Piece] = []
+
+    def pieces(number: int) -> list[Piece]:
+        from pam_espnet.decode.long_recordings import cut_recording
+
+        read[:] = read or list(cut_recording(speech, talk, None, 30.0))
+        return [read[number]]
+
+    for number in (0, 5, 11):
+        (alone,) = answer_pieces(speech, pieces(number), PROMPT, "asr")
+        assert alone.text == found[number].text and alone.answer is not None and found[number].answer is not None
+        assert alone.answer.scores == pytest.approx(found[number].answer.scores, abs=1e-4)
+
+
+def test_segments_come_as_they_are_decoded(
+    speech: SpeechLLM, talk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+    answer = speech.answer
+
+    def counted(waves: list[np.ndarray], prompts: list[str], tasks: list[str] | None) -> object:
+        batches.append(len(waves))
+        return answer(waves, prompts, tasks)
+
+    monkeypatch.setattr(speech, "answer", counted)
+    segments = speech.segments(talk)
+    assert batches == []
+    next(segments)
+    assert batches == [8]
+    assert len(list(segments)) == 11 and batches == [8, 4]
+
+
+def test_windows(speech: SpeechLLM, talk: Path) -> None:
+    """Every window is there; what is digitally silent is not decoded, and has no answer."""
+    windows = speech.transcribe(talk, task="count", window=2.5)
+    assert [one.start for one in windows] == [2.5 * number for number in range(len(windows))]
+    silent = [one for one in windows if one.answer is None]
+    assert silent and all(one.text == "" for one in silent)
+    assert {one.text for one in windows if one.answer} <= {"0", "1"}
+    assert all(one.answer.answer_log_probs for one in windows if one.answer)
+
+
+def test_nothing_is_said(speech: SpeechLLM, tmp_path: Path) -> None:
+    """Silence, noise and a tone are no speech: nothing is decoded."""
+    for wave in (np.zeros(40 * RATE), hiss(40.0), 0.3 * np.sin(np.arange(40 * RATE) / 20), hiss(0.05), np.zeros(0)):
+        soundfile.write(tmp_path / "a.wav", wave, RATE)
+        assert speech.transcribe(tmp_path / "a.wav") == []
+
+
+def test_long_speech_is_cut_into_pieces_that_follow_each_other(speech: SpeechLLM, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", voice(25.0), RATE)
+    found = speech.transcribe(tmp_path / "a.wav", max_seconds=10.0)
+    assert max(one.end - one.start for one in found) <= 10.0
+    assert any(one.end == other.start for one, other in pairwise(found)) and found[-1].end > 24.5
+    assert sum(one.end - one.start for one in found) > 22
+
+
+def test_errors(speech: SpeechLLM, tmp_path: Path, talk: Path) -> None:
+    soundfile.write(tmp_path / "loud.wav", 500 * voice(3.0), RATE, subtype="FLOAT")
+    for path, message in ((tmp_path / "none.wav", "no such"), (tmp_path / "loud.wav", r"loud.wav: .* s: beyond full")):
+        with pytest.raises(DataError, match=message):
+            speech.transcribe(path)
+    with pytest.raises(ConfigError, match="give a prompt, or a task"):
+        speech.segments(talk, task=None)
+    with pytest.raises(ConfigError, match="unknown task 'song'"):
+        speech.segments(talk, task="song")
+    for bad in ({"window": 0.0}, {"max_seconds": 0.5}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            speech.segments(talk, **bad)
+
+
+def test_formats(speech: SpeechLLM, talk: Path) -> None:
+    found = speech.transcribe(talk)
+    spoken = [one for one in found if one.text]
+    assert to_text(found) == " ".join(one.text for one in spoken) + "\n"
+    assert len(to_table(found).splitlines()) == len(found) + 1
+    content = json.loads(to_json(found))
+    assert [one["answer"] for one in content["segments"]] == [one.text for one in found]
+    assert content["answer"] + "\n" == to_text(found) and content["routing"]["encoders"].keys() == {"one", "two"}
+    assert to_srt(found).count(" --> ") == to_vtt(found).count(" --> ") == len(spoken)
