@@ -75,7 +75,9 @@ def compile_lock(uv: str, sources: list[str], target: Path, more: list[str]) -> 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / target.name
         if target.exists():
-            shutil.copy(target, out)  # uv keeps the versions that it finds in its output file
+            lines = target.read_text(encoding="utf-8").splitlines(keepends=True)
+            # uv keeps the versions that it finds in its output file
+            out.write_text("".join(line for line in lines if not line.startswith("-r ")), encoding="utf-8")
         command = [uv, "pip", "compile", *sources, "-o", str(out), "--quiet", "--no-header"]
         command += ["--universal", "--python-version", "3.12", "--generate-hashes", "--no-emit-index-url"]
         subprocess.run([*command, "--no-emit-find-links", *more], cwd=TOOLS, check=True)

@@ -32,6 +32,7 @@ RESAMPLER = f"soxr {soxr.__version__} {QUALITY}"
 MAX_OVERSHOOT = 0.5  # seconds a segment may end after its recording; rounded time stamps often do
 MAX_MISSING = 0.25  # seconds that compressed audio may end before the duration in its header; encoders pad
 CANCELLED = 0.1  # the sum of the channels relative to the loudest one (RMS): less means that they cancel each other
+MOST_SAMPLES = 8 * 192_000  # in a second, over all channels, of what strangers send
 BLOCK = 1 << 20  # samples read at once, so that a damaged header cannot take all memory
 # Formats that ffmpeg may try, and those whose header states a duration. It has others, which open further files.
 STATING = ("aiff", "ape", "asf", "caf", "flv", "matroska", "mov", "rm", "tak", "tta", "wv")
@@ -76,29 +77,66 @@ def read_audio(
         raise DataError(name, f"cannot be read: {error.strerror or error}", hint=REPAIR_HINT) from error
 
 
-def _read(name: str, file: BinaryIO, start: float | None, end: float | None) -> tuple[np.ndarray, int]:
+def read_upload(content: bytes, name: str, max_seconds: float) -> tuple[np.ndarray, int]:
+    """Read a file that a stranger sent; formats without a signature are refused.
+
+    Args:
+        content: of the file.
+        name: what to call it in messages; not the stranger's word, since a suffix chooses how it is read.
+        max_seconds: longest recording; a longer one is refused by its header, or when that much was decoded.
+
+    Returns: as ``read_audio``.
+    Raises TooLong; DataError: as ``read_audio``, or more samples than usual formats have.
+    """
+    return _read(name, io.BytesIO(content), None, None, max_seconds)
+
+
+class TooLong(DataError):
+    """A recording that lasts longer than allowed."""
+
+    def __init__(self, path: str | Path, seconds: float, most: float) -> None:
+        super().__init__(path, f"too long: {seconds:.2f} s is more than {most:g} s", hint="send a shorter recording")
+
+
+def _check_size(name: str, seconds: float, samples: float, most: float | None) -> None:
+    """Raises TooLong: more than ``most`` seconds; DataError: more samples over all channels than usual formats have."""
+    if most is not None and seconds > most:
+        raise TooLong(name, seconds, most)
+    if most is not None and samples > most * MOST_SAMPLES:
+        message = f"too large: {samples:.0f} samples over all channels"
+        raise DataError(name, message, hint="convert it to one channel at 16 kHz")
+
+
+def _read(
+    name: str, file: BinaryIO, start: float | None, end: float | None, most: float | None = None
+) -> tuple[np.ndarray, int]:
     magic, reason = file.read(4), ""
     streams = ogg_streams(name, file) if magic == b"OggS" else [whole_file(name, file)]
     try:
         if len(streams) > 1:
-            runs = [run for stream in streams if (run := _read_soundfile(name, stream))]
+            runs = []
+            for stream in streams:
+                if run := _read_soundfile(name, stream, most=most):
+                    runs.append(run)
+                    _check_size(name, sum(len(wave) / rate for wave, rate in runs), 0, most)
             return _cut(name, *_join(runs), start, end)
-        if piece := _read_soundfile(name, streams[0], start, end):
+        if piece := _read_soundfile(name, streams[0], start, end, most):
             return piece
     except (soundfile.LibsndfileError, soundfile.SoundFileRuntimeError) as error:
         reason = str(getattr(error, "error_string", "") or error).rstrip(".")  # without the path
         if magic == b"fLaC":  # ffmpeg would decode it up to the damage without an error
             raise DataError(name, f"cannot be read: {reason}", hint=REPAIR_HINT) from error
-    return _cut(name, *_read_pyav(name, file, reason), start, end)
+    return _cut(name, *_read_pyav(name, file, reason, most), start, end)
 
 
 def _read_soundfile(
-    name: str, file: BinaryIO, start: float | None = None, end: float | None = None
+    name: str, file: BinaryIO, start: float | None = None, end: float | None = None, most: float | None = None
 ) -> tuple[np.ndarray, int] | None:
     """(N,) float32 and the sample rate in Hz; None where libsndfile has no number of samples."""
     with open_soundfile(name, file) as sound:
         if not states_samples(sound):
             return None
+        _check_size(name, sound.frames / sound.samplerate, sound.frames * sound.channels, most)
         first, last = _bounds(name, sound.frames, sound.samplerate, start, end)
         blocks = [np.zeros((0, sound.channels), dtype=np.float32), *soundfile_blocks(name, sound, first, last)]
         return _mono(name, np.concatenate(blocks)), sound.samplerate
@@ -133,10 +171,13 @@ def soundfile_blocks(
         raise cut_short(name, f"{last - first - left} of {last - first} samples could be read")
 
 
-def _read_pyav(name: str, file: BinaryIO, reason: str) -> tuple[np.ndarray, int]:
+def _read_pyav(name: str, file: BinaryIO, reason: str, most: float | None) -> tuple[np.ndarray, int]:
     """(N,) float32 and the sample rate in Hz, through ffmpeg's decoders; ``reason``: why libsndfile did not read it."""
     runs: list[tuple[int, int, list[np.ndarray]]] = []  # (channels, Hz, pieces (n, C)) that follow each other
+    seconds, count = 0.0, 0  # so far; samples over all channels
     for samples, rate in pyav_blocks(name, file, reason):
+        seconds, count = seconds + len(samples) / rate, count + samples.size
+        _check_size(name, seconds, count, most)
         if not runs or runs[-1][:2] != (samples.shape[1], rate):
             runs.append((samples.shape[1], rate, []))
         runs[-1][2].append(samples)

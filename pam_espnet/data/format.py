@@ -224,7 +224,11 @@ def format_one(job: Job) -> dict[str, Any]:
 def read_formatted(path: str | Path, settings: Settings) -> np.ndarray:
     """One file (N,) float32 as ``format_data_dir`` would write it and ``read_audio`` read that back.
     Raises DataError: it would be skipped; gives the reason."""
-    wave, rate = read_audio(path)
+    return as_formatted(path, *read_audio(path), settings)
+
+
+def as_formatted(path: str | Path, wave: np.ndarray, rate: int, settings: Settings) -> np.ndarray:
+    """What ``read_formatted`` makes of ``wave`` (N,) at ``rate`` Hz, read from ``path``; raises what it raises."""
     if reason := skip_reason(wave, rate, settings):
         raise DataError(path, reason, hint="name a recording with sound in it, cut to the limits of stage 2")
     return to_pcm16(resample(wave, rate, settings.sample_rate))[0].astype(np.float32) / 32768

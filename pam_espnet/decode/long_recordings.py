@@ -51,7 +51,7 @@ def answer_pieces(
     Raises DataError: samples far beyond full scale; ConfigError, PamError: as ``SpeechLLM.answer``, ``in_batches``.
     """
     for group in batched(pieces, MOST_UTTERANCES if speech.on_gpu else CPU_BATCH):
-        waves = {index: wave for index, piece in enumerate(group) if len(wave := _as_formatted(speech, piece, name))}
+        waves = {index: wave for index, piece in enumerate(group) if len(wave := formatted_piece(speech, piece, name))}
         order = sorted(waves, key=lambda index: -len(waves[index]))
         seconds = [len(waves[index]) / speech.model.frontend.sample_rate for index in order]
         sizes = plan_batches(speech, [prompt] * len(order), seconds) if order else []
@@ -103,7 +103,7 @@ def segments(
     return answer_pieces(speech, cut_recording(speech, path, window, max_seconds), prompt, task, str(path))
 
 
-def _as_formatted(speech: SpeechLLM, piece: Piece, name: str) -> np.ndarray:
+def formatted_piece(speech: SpeechLLM, piece: Piece, name: str) -> np.ndarray:
     """The piece's wave (N,) with the 16 bits of stage 2; (0,) where it is silent."""
     if np.abs(piece.wave).max() < SILENCE_PEAK:
         return piece.wave[:0]

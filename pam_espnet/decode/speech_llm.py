@@ -35,7 +35,7 @@ from pam_espnet.search.beam import beam_search
 from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
 from pam_espnet.search.ctc import CTCTable, token_classes
 from pam_espnet.search.drafts import WholeAnswer, draft_search
-from pam_espnet.search.hypothesis import Hypothesis, Partial
+from pam_espnet.search.hypothesis import Partial
 
 
 @dataclass
@@ -61,11 +61,20 @@ class PartialAnswer:
     score: float  # sum of log-probabilities; once done, divided by length ** length_penalty
     done: bool
     decode: Callable[[Sequence[int]], str]
+    settled: int = 0  # how many of the tokens cannot change any more
 
     @property
     def text(self) -> str:
         """The words so far; bytes of a letter that is not whole yet are left out."""
-        text = self.decode(self.tokens)
+        return self._text(self.tokens)
+
+    @property
+    def settled_text(self) -> str:
+        """The words that cannot change any more, whatever else the search finds."""
+        return self._text(self.tokens[: self.settled])
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        text = self.decode(tokens)
         return text if self.done else text.rstrip("\ufffd")
 
 
@@ -175,6 +184,10 @@ class SpeechLLM:
         for prompt in sorted(set(prompts)):
             self.model.decoder.prompt_vector(prompt)
         self.engine.take_over()
+
+    def forget_prompts(self, most: int) -> None:
+        """Free what is kept of each prompt where there are more than ``most``: for programs that ask without end."""
+        self.model.decoder.forget_prompts(most)
 
     @cached_property
     def free_memory(self) -> int:
@@ -344,10 +357,11 @@ class SpeechLLM:
         return CTCTable.of(log_probs, audio.lengths, torch.tensor(covered), classes, self.options.ctc)
 
     def _show(self, on_partial: Callable[[list[PartialAnswer]], None], found: Sequence[Partial]) -> None:
-        def shown(utterance: int, best: Hypothesis, done: bool) -> PartialAnswer:
-            return PartialAnswer(utterance, self.engine.token_ids(best.tokens), best.score, done, self.text)
+        def shown(one: Partial) -> PartialAnswer:
+            tokens = self.engine.token_ids(one.hypothesis.tokens)
+            return PartialAnswer(one.utterance, tokens, one.hypothesis.score, one.done, self.text, one.settled)
 
-        on_partial([shown(one.utterance, one.hypothesis, one.done) for one in found])
+        on_partial([shown(one) for one in found])
 
     def _answer_log_probs(self, tasks: Sequence[str], prefix: Tensor, lengths: Tensor) -> dict[int, dict[str, float]]:
         """Utterance -> log-probability of each answer, where the task has a set of answers."""

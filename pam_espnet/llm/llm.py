@@ -272,6 +272,11 @@ class LLM(nn.Module):
             self._prompt_vectors[prompt] = hidden[0, -1].float()
         return self._prompt_vectors[prompt]
 
+    def forget_prompts(self, most: int) -> None:
+        """Forget all prompt vectors where there are more than ``most``; they are computed again when needed."""
+        if len(self._prompt_vectors) > most:
+            self._prompt_vectors.clear()
+
     def free(self, lookup: Callable[[Tensor], Tensor] | None = None) -> None:
         """Free the weights of the blocks and of the output layer for good; ``embed`` and known prompt vectors stay.
         ``lookup`` does what ``embed`` does, without the embedding matrix, which is then freed, too."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError
@@ -78,6 +79,7 @@ class Partial:
     utterance: int  # index in its batch
     hypothesis: Hypothesis  # the best running one; once done, the answer (empty where the search found none)
     done: bool
+    settled: int  # tokens that the answer begins with, whatever comes: those that all hypotheses share
 
 
 def new_beams(
@@ -149,8 +151,10 @@ class UtteranceBeam:
 
     def partial(self) -> Partial:
         """How far it is."""
-        best = self.finished if self.done else self.running
-        return Partial(self.utterance, best[0] if best else Hypothesis(), self.done)
+        best = (self.finished if self.done else self.running) or [Hypothesis()]
+        rivals = best[:1] if self.done else [*self.running, *self.finished]
+        same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*(one.tokens for one in rivals), strict=False))
+        return Partial(self.utterance, best[0], self.done, len(list(same)))
 
     def _extend(self, one: Candidate, score: float, ended: bool) -> Hypothesis:
         parent = self.running[one.parent]

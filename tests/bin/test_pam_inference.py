@@ -183,6 +183,10 @@ def test_partial_answers(exp: Path, wave: np.ndarray) -> None:
         assert [one.done for one in own] == [False] * (len(own) - 1) + [True]
         assert own[-1].text == answer.texts[0] and own[-1].score == answer.scores[0]
         assert [len(one.tokens) for one in own[:-1]] == list(range(1, len(own)))
+        for one in own:  # what is called settled is not taken back
+            assert one.tokens[: one.settled] == answer.tokens[0][: one.settled]
+            assert own[-1].text.startswith(one.settled_text)
+        assert own[-2].settled > 0 and own[-1].settled == len(answer.tokens[0])
 
 
 def test_half_a_letter_is_not_shown() -> None:

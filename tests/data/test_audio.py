@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from make_data import BARE_MP3, RATE, encode, noise, sine
 
-from pam_espnet.data.audio import RESAMPLER, read_audio, resample, to_pcm16
+from pam_espnet.data.audio import RESAMPLER, read_audio, read_upload, resample, to_pcm16
 from pam_espnet.errors import DataError
 
 
@@ -202,3 +202,39 @@ def test_channels_that_cancel_are_refused(tmp_path: Path, gain: float) -> None:
         assert np.abs(read_audio(tmp_path / "a.wav")[0]).max() > 0.05
     soundfile.write(tmp_path / "a.wav", np.eye(8)[np.zeros(8000, int)] * wave[:, None], RATE)  # one of eight in use
     assert len(read_audio(tmp_path / "a.wav")[0]) == 8000
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.m4a", "a.webm"])
+def test_an_upload_is_read_like_a_file_if_it_is_short(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name.endswith((".m4a", ".webm")):
+        encode(path, sine(1.0), *(("aac", "mp4") if name == "a.m4a" else ("libopus", "webm")))
+    else:
+        soundfile.write(path, sine(1.0), RATE)
+    wave, rate = read_audio(path)
+    read, found = read_upload(path.read_bytes(), "file", 1.2)
+    assert found == rate and np.array_equal(read, wave)
+    with pytest.raises(DataError, match=r"file: too long: \S+ s is more than 0.5 s"):
+        read_upload(path.read_bytes(), "file", 0.5)
+
+
+def test_a_long_upload_is_refused_by_its_header(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.flac", sine(1.0), RATE)
+    content = bytearray((tmp_path / "a.flac").read_bytes())
+    content[21] |= 0xF  # the upper bits of the number of samples
+    del content[100:]  # nothing that could be decoded
+    with pytest.raises(DataError, match="too long"):
+        read_upload(bytes(content), "file", 30.0)
+
+
+def test_a_long_upload_of_many_streams_is_refused(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.ogg", sine(1.0), RATE)
+    with pytest.raises(DataError, match="too long: 3"):
+        read_upload(9 * (tmp_path / "a.ogg").read_bytes(), "file", 2.5)
+
+
+def test_an_upload_of_many_channels_is_refused(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.full((40000, 200), 0.1), 200_000, subtype="PCM_U8")
+    assert len(read_audio(tmp_path / "a.wav")[0]) == 40000
+    with pytest.raises(DataError, match="too large: 8000000 samples"):
+        read_upload((tmp_path / "a.wav").read_bytes(), "file", 5.0)

@@ -28,6 +28,23 @@ def tiny_config(llm: Path, fusion: str = "pam", **model_conf: Any) -> dict[str, 
     }
 
 
+def write_exp(path: Path, llm: Path) -> Path:
+    """An experiment of random weights in the folder ``path``, with options of decoding in its ``decode.yaml``."""
+    import torch
+
+    from pam_espnet.config import write_config
+    from pam_espnet.fileio import save_trained
+    from pam_espnet.model import build_model
+
+    config = tiny_config(llm)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_trained(build_model(config).state_dict(), path / "model.safetensors")
+    write_config(config, path / "config.yaml")
+    write_config({"beam_size": 2, "max_new_tokens": 6, "answer_sets": {"count": ["0", "1"]}}, path / "decode.yaml")
+    return path
+
+
 def deeper_llm(llm: Path, path: Path, blocks: int) -> Path:
     """The tiny LLM of folder ``llm`` with ``blocks`` blocks and other weights, saved to ``path``."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

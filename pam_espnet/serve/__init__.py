@@ -1,0 +1,1 @@
+"""A trained model behind HTTP, with the routes of OpenAI's API."""
