@@ -203,6 +203,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             inspect.signature(classes[name]).bind(None, **(config.get(f"{key}_conf") or {}))
         except TypeError as error:
             raise ConfigError(f"{key}_conf: {error}; {name} takes {inspect.signature(classes[name])}") from error
+    _check_schedule(config)
     model_options(config)
     read_options(BatchingOptions, config, "batching_conf")
     scaled(config, 1)
@@ -226,6 +227,18 @@ def check_config(config: Mapping[str, Any]) -> None:
     # Of an id whose config.json was never fetched nothing can be known yet; loading it checks the same.
     with contextlib.suppress(OSError):
         bare_llm(config)
+
+
+def _check_schedule(config: Mapping[str, Any]) -> None:
+    """Say so where the learning rate is to reach its end at another step than the training does."""
+    steps, per_epoch = config.get("max_epoch"), config.get("num_iters_per_epoch")
+    if not steps or not per_epoch:
+        return
+    steps = int(steps) * int(per_epoch) // int(config.get("accum_grad") or 1)
+    for name in ("max_steps", "total_steps"):
+        planned = (config.get("scheduler_conf") or {}).get(name, steps)
+        if planned != steps:
+            logging.warning(f"scheduler_conf.{name} is {planned}, but the training has {steps} steps")
 
 
 def read_options[T](cls: type[T], config: Mapping[str, Any], key: str) -> T:

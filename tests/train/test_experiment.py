@@ -204,3 +204,12 @@ def test_help_imports_nothing_heavy(name: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "--train DIR" in done.stdout and "--set" in done.stdout
+
+
+@pytest.mark.parametrize(("steps", "accum", "said"), [(40, 1, False), (20, 2, False), (30, 1, True)])
+def test_a_schedule_of_another_length_is_said(
+    tiny_llm_dir: Path, caplog: pytest.LogCaptureFixture, steps: int, accum: int, said: bool
+) -> None:
+    schedule = {"scheduler": "tristagelr", "scheduler_conf": {"max_steps": steps}, "accum_grad": accum}
+    check_config({**tiny_config(tiny_llm_dir), **schedule, "max_epoch": 4, "num_iters_per_epoch": 10})
+    assert ("scheduler_conf.max_steps is 30, but the training has 40 steps" in caplog.text) == said
