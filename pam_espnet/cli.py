@@ -58,11 +58,19 @@ def code_commit() -> str | None:
     """The commit of the code that runs, or None outside a git checkout of it."""
     if os.environ.get("PAM_COMMIT"):
         return os.environ["PAM_COMMIT"]
+    return _git("describe", "--always", "--dirty", "--abbrev=12")
+
+
+def commit_date(commit: str) -> str | None:
+    """When a commit as ``code_commit`` names it was made, or None where that is not known here."""
+    return _git("show", "--no-patch", "--format=%cd", "--end-of-options", commit.removesuffix("-dirty"))
+
+
+def _git(*words: str) -> str | None:
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():  # installed; a checkout around it is another project's
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
 
 

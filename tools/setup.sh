@@ -5,7 +5,8 @@ set -euo pipefail
 usage="Usage: tools/setup.sh [--extras NAME,...] [--venv DIR] [--force]
 
 Without options: makes .venv at the root of the repository, or returns at once when it is up to date.
-  --extras NAME,...  install further extras of setup.cfg, as requirements-extras.lock has them: demo, import, quantize
+  --extras NAME,...  install further extras of setup.cfg, as requirements-extras.lock has them: demo, import, serve,
+                     quantize, docs
   --venv DIR         another folder for the environment
   --force            make it anew, also when it is up to date
 

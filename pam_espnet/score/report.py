@@ -176,6 +176,8 @@ def _draw(exp: Path, decodings: list[Decoding], routing: dict[str, TaskRouting])
 def _markdown(
     results: dict[str, Any], decodings: list[Decoding], routing: dict[str, TaskRouting], pictures: list[str]
 ) -> str:
+    from pam_espnet.score.espnet_tables import espnet_section
+
     first = decodings[0].scores
     bootstrap, normaliser = first["bootstrap"], first["normaliser"]
     parts = [
@@ -200,6 +202,8 @@ def _markdown(
         for task, details in decoding.scores["details"].items():
             if text := _details(details):
                 parts.append(f"## {decoding.name}, {decoding.set}: {task}\n\n{text}")
+    if section := espnet_section(decodings):
+        parts.append(section)
     return "\n".join([*parts, "## How it was made\n", _made(results)])
 
 

@@ -137,6 +137,37 @@ def test_decoding_on_gpus_is_one_process_each_in_bfloat16() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "runner", "last"),
+    [
+        ("--inference_nj 5", "--max-jobs-run 5 JOB=1:5 ", "float32 --device cpu"),
+        ("--ngpu 2 --inference_nj 5", "--gpu 1 --max-jobs-run 5 JOB=1:5 ", "bfloat16 --device cuda"),
+        ("--ngpu 2 --gpu_inference false", "--max-jobs-run 3 JOB=1:3 ", "float32 --device cpu"),
+        ("--ngpu 2 --gpu_inference true", "--gpu 1 --max-jobs-run 2 JOB=1:2 ", "bfloat16 --device cuda"),
+        ("--gpu_inference true", "--gpu 1 --max-jobs-run 1 JOB=1:1 ", "bfloat16 --device cuda"),
+    ],
+)
+def test_decoding_takes_espnet_s_names(given: str, runner: str, last: str) -> None:
+    words = ["--dry_run", "true", "--stage", "3", "--stop_stage", "4", "--nj", "3", "--select", "scores"]
+    shown = call(RECIPES[0], *words, *given.split()).stdout.splitlines()
+    decode = [line for line in shown if "pam_decode" in line]
+    assert f"utils/run.py {runner}" in decode[0] and len(decode) == 2
+    (select,) = (line for line in shown if "pam_select" in line)
+    assert f"utils/run.py --gpu {int('cuda' in last)} " in select  # it decodes, too
+    assert all(f"--dtype {last} " in line for line in (*decode, select))
+    (train,) = (line for line in shown if "pam_train " in line)
+    assert f"--gpu {2 if '--ngpu' in given else 0} " in train
+
+
+def test_a_file_db_sh_has_the_paths_of_corpora(tmp_path: Path) -> None:
+    recipe = copy_recipe(tmp_path, "multitask", "librispeech", "libricount", "audiocaps")
+    (recipe / "db.sh").write_text("LIBRISPEECH='/corpora/Libri Speech'\nAUDIOCAPS=/clips\n")
+    words = ["--dry_run", "true", "--stop_stage", "1", "--audio", "/others"]
+    done = call(recipe, *words)
+    for option in ("--librispeech /corpora/Libri\\ Speech ", "--libricount '' ", "--audio /others "):
+        assert option in done.stdout
+
+
+@pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--fusion", "none"], "conf/fusion/none.yaml"),

@@ -9,7 +9,7 @@ import pytest
 from scored import BAD, GOOD, TEXT, make_data, make_decoding
 
 from pam_espnet.bin import pam_score
-from pam_espnet.cli import run_main
+from pam_espnet.cli import code_commit, run_main
 from pam_espnet.data.passport import Passport
 from pam_espnet.data.tables import write_table
 from pam_espnet.errors import DataError
@@ -128,6 +128,34 @@ def test_report(experiments: Path) -> None:
         ("beam_off", "zero"),
     ]
     assert results["routing"]["caption"]["expert"] == 1
+
+
+def test_espnet_s_tables(experiments: Path) -> None:
+    exp, head = experiments / "pam", "| dataset | Snt | Wrd | Corr | Sub | Del | Ins | Err | S.Err |"
+    head_commit = code_commit()
+    for name in ("beam", "beam_off"):
+        stats = exp / f"decode_{name}/test/stats.json"
+        versions = {"python": "3.12.1", "espnet": "202611", "torch": "2.14"}
+        write_json(stats, {**read_json(stats), "commit": head_commit, "versions": versions})
+    report = write_report(exp).read_text(encoding="utf-8")
+    section = report.split("## As ESPnet reports it\n")[1].split("\n## ")[0]
+    # "on the mat" as "on a mat": one of six words. Then all is "no": a1 is empty, a2 has four words for three
+    words = section.split("### WER\n\n")[1].split("\n\n")[0].splitlines()
+    assert words == [
+        head,
+        "| " + " | ".join(["---"] * 9) + " |",
+        "| decode_beam/test | 2 | 6 | 83.3 | 16.7 | 0.0 | 0.0 | 16.7 | 50.0 |",
+        "| decode_beam_off/test | 2 | 6 | 0.0 | 50.0 | 50.0 | 16.7 | 116.7 | 100.0 |",
+    ]
+    assert section.count(head) == 4  # CER, and both normalised
+    environments = section.split("### Environments\n\n")[1].split("\n\n")[0].splitlines()
+    assert environments[1:4] == [
+        "- python version: `3.12.1`",
+        "- espnet version: `espnet 202611`",
+        "- pytorch version: `pytorch 2.14`",
+    ]
+    if head_commit:  # a checkout; a copy without git has neither
+        assert environments[4] == f"- Git hash: `{head_commit}`" and environments[5].startswith("  - Commit date: `")
 
 
 def test_compare(experiments: Path) -> None:

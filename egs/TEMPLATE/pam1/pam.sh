@@ -9,6 +9,8 @@ quoted=$([ $# -eq 0 ] || LC_ALL=C.UTF-8 printf ' %q' "$@")
 export PAM_COMMAND="./run.sh${quoted}"  # kept beside the results
 data_options=  # a table of what local/data.sh of a recipe takes beside --size, --data_dir and --nj
 # shellcheck source=/dev/null
+[ ! -f db.sh ] || . ./db.sh  # where corpora are, as in ESPnet: LIBRISPEECH=DIR, ...; defaults of the options of the data
+# shellcheck source=/dev/null
 [ ! -f local/options.sh ] || . local/options.sh
 nj=$(nproc 2>/dev/null || echo 1)
 ((nj <= 8)) || nj=8
@@ -59,6 +61,8 @@ train_nj        N        ''         processes that train on each node; empty: on
 cmd             NAME     ${PAM_CMD:-local}      where jobs of stages 3 and 4 run: local, slurm (cmd.sh; \$PAM_CMD)
 decode_nj       N        ''         processes that decode, each with the whole model; empty: --nj, and on GPUs --ngpu,
                                     each with one GPU
+inference_nj    N        ''         ESPnet's name for --decode_nj, stronger than it
+gpu_inference   BOOL     ''         decode on GPUs, one for each process; empty: true where --ngpu is not 0
 batch_size      SIZE     auto       utterances decoded together; auto: on a GPU as many as its memory holds, on a CPU 8
 decode_dtype    NAME     ''         precision of the LLM in decoding: float32, bfloat16, or int8 (on x86 CPUs); empty:
                                     float32, on a GPU bfloat16
@@ -70,10 +74,14 @@ Options of the data of this recipe; relative paths start at its folder${data_opt
 # shellcheck source=egs/TEMPLATE/pam1/stages.sh
 . "${template}/stages.sh"
 [ $# -eq 0 ] || fail "unexpected word '$1'" "  -> options look like --stage 1; --help lists them"
-if ((ngpu > 0)); then
-    device=cuda decode_nj=${decode_nj:-${ngpu}} decode_dtype=${decode_dtype:-bfloat16}
+device=cuda
+((ngpu > 0)) || device=cpu
+decode_nj=${inference_nj:-${decode_nj}} decode_device=${device}
+case "${gpu_inference}" in true) decode_device=cuda ;; false) decode_device=cpu ;; esac
+if [ "${decode_device}" = cuda ]; then
+    decode_gpus=1 decode_nj=${decode_nj:-$((ngpu > 0 ? ngpu : 1))} decode_dtype=${decode_dtype:-bfloat16}
 else
-    device=cpu decode_nj=${decode_nj:-${nj}} decode_dtype=${decode_dtype:-float32}
+    decode_gpus=0 decode_nj=${decode_nj:-${nj}} decode_dtype=${decode_dtype:-float32}
 fi
 ((nj > 0 && decode_nj > 0)) || fail "--nj and --decode_nj must be at least 1"
 [[ ${batch_size} =~ ^(auto|[1-9][0-9]*)$ ]] || fail "--batch_size takes a number from 1 or auto, not '${batch_size}'"
@@ -182,8 +190,9 @@ if wants 3; then
     fi
     if [ "${select}" = scores ] || [ -f "${exp}/selection.json" ]; then
         log=${exp}/log/select.log
-        job "${log}" "$((ngpu > 0))" 1 "${log}" pam_select --exp "${exp}" --by "${select}" --data "${raw}/${valid_set}" \
-            --config "${decode_config}" --batch_size "${batch_size}" --dtype "${decode_dtype}" --device "${device}"
+        job "${log}" "${decode_gpus}" 1 "${log}" pam_select --exp "${exp}" --by "${select}" \
+            --data "${raw}/${valid_set}" --config "${decode_config}" --batch_size "${batch_size}" \
+            --dtype "${decode_dtype}" --device "${decode_device}"
     fi
     end "the same command with --stage 4"
 fi
@@ -191,7 +200,7 @@ fi
 if wants 4; then
     begin 4 decode "${exp}/model.safetensors, ${raw}/" "${exp}/decode_${decode_tag}*/"
     needs "${exp}/model.safetensors" "--stage 3 --stop_stage 3"
-    ((ngpu == 0)) || decode_run+=(--gpu 1)
+    ((decode_gpus == 0)) || decode_run+=(--gpu 1)
     decode_dir=${exp}/decode_${decode_tag} controls=()
     complete=true
     ((${#controlled[@]} == 0)) || controls=(--audio_off "${controlled[@]/#/${decode_dir}_audio_off/}")
@@ -213,7 +222,7 @@ if wants 4; then
         [ -f "${target}/stats.json" ] || complete=false
     done
     args=(--exp "${exp}" --data "${sources[@]}" --out "${targets[@]}" "${controls[@]}"
-        --config "${decode_config}" --batch_size "${batch_size}" --dtype "${decode_dtype}" --device "${device}")
+        --config "${decode_config}" --batch_size "${batch_size}" --dtype "${decode_dtype}" --device "${decode_device}")
     if [ "${dry_run}" = true ] || [ "${complete}" = false ]; then
         log=${decode_dir}/log/decode
         background "${log}.1.log" "${log}.*.log" \
@@ -245,5 +254,5 @@ fi
 
 if wants 7; then
     begin 7 demo "${exp}/${tag}.zip" "nothing"
-    module pam_demo --model "${exp}/${tag}.zip" --device "${device}"
+    module pam_demo --model "${exp}/${tag}.zip" --device "${decode_device}"
 fi

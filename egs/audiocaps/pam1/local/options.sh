@@ -4,7 +4,7 @@
 data_options="
 csv             DIR      ''         folder with train.csv, val.csv and test.csv, or a clone of the official repository;
                                     empty: <downloads>/audiocaps
-audio           DIR      ''         folder with the clips, any depth: <youtube_id>, Y<youtube_id>, <youtube_id>_<start>
+audio           DIR      '${AUDIOCAPS:-}'         folder with the clips, any depth: <youtube_id>, Y<youtube_id>, <youtube_id>_<start>
                                     or <audiocap_id>, as wav, flac, mp3, m4a, webm, ...
 hf              NAME     ''         Hugging Face dataset with the clips: owner/name of the hub, owner/name@commit, or a
                                     folder of parquet files; needs tools/setup.sh --extras import

@@ -2,9 +2,9 @@
 # Sourced by pam.sh and local/data.sh: what local/data.sh of this recipe takes, a table for utils/parse_options.sh.
 # shellcheck disable=SC2034
 data_options="
-librispeech     DIR      ''         a copy that is there: DIR/LibriSpeech/train-clean-100 or DIR/train-clean-100; empty:
+librispeech     DIR      '${LIBRISPEECH:-}'         a copy that is there: DIR/LibriSpeech/train-clean-100 or DIR/train-clean-100; empty:
                                     download
-libricount      DIR      ''         a copy that is there: the folder with 3_<name>.wav, or the one above it; empty:
+libricount      DIR      '${LIBRICOUNT:-}'         a copy that is there: the folder with 3_<name>.wav, or the one above it; empty:
                                     download
 noise           DIR      ''         recordings without speech, for training clips with nobody in them; empty: made noise
 downloads       DIR      downloads  where downloads go

@@ -2,7 +2,7 @@
 # Sourced by pam.sh and local/data.sh: what local/data.sh of this recipe takes, a table for utils/parse_options.sh.
 # shellcheck disable=SC2034
 data_options="
-librispeech     DIR      ''         a copy that is there: DIR/LibriSpeech/test-clean or DIR/test-clean; empty: download
+librispeech     DIR      '${LIBRISPEECH:-}'         a copy that is there: DIR/LibriSpeech/test-clean or DIR/test-clean; empty: download
 downloads       DIR      downloads  where archives and LibriSpeech/ go when they are downloaded
 mirror          URL      ''         ask there first; an address that ends where /12/test-clean.tar.gz would follow
 remove_archives BOOL     false      delete each archive once it is unpacked and complete
