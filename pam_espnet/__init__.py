@@ -15,7 +15,8 @@ __version__ = "0.2.0"
 
 
 def load(path: str | Path, **options: Any) -> SpeechLLM:
-    """A model that answers, from a package of ``pam_pack`` (zip file or folder) or an experiment directory.
+    """A model that answers, from a package of ``pam_pack`` (zip file, folder, or ``org/name`` of the Hugging Face hub)
+    or an experiment directory.
 
     ``pam_espnet.load("mine.zip", models={"llm": "models/smollm2"}).answer([wave], ["Transcribe the speech."])``;
     ``.transcribe("talk.mp3")`` for a file of any length. Options and errors are those of ``pam_espnet.package.load``.

@@ -7,9 +7,12 @@
     ctc_tokens.txt      token ids of the training answers, where there was a warm start
     exit.safetensors    calibration of early exit, where there is one
     RESULTS.md, results.json and their pictures
+    card.yaml           what it was trained on, for the model card, where the recipe has conf/card.yaml
     licences/           READMEs and licence files of the recipe and, in a folder each, of the pretrained models
+    models/             pretrained models by name, if asked for, those whose licences allow it
 
-Pretrained models are not in it: the manifest names each by id and commit, or by folder, with the SHA-256 of its files.
+Other pretrained models are not in it: the manifest names each by id and commit, or by folder, with the SHA-256 of its
+files.
 """
 
 from __future__ import annotations
@@ -24,14 +27,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pam_espnet
 from pam_espnet.cli import chosen_device
 from pam_espnet.config import load_yaml, merge, write_config
 from pam_espnet.data.archives import ANEW, extract_zip
-from pam_espnet.data.pretrained import HERE, check_files, copy_notes, describe, find, hub_folder
+from pam_espnet.data.hub import fetch_listed, hub_folder, is_hub_id
+from pam_espnet.data.pretrained import HERE, SHAREABLE, check_files, copy_model, copy_notes, describe, find
 from pam_espnet.errors import CheckpointError, ConfigError, DataError
 from pam_espnet.fileio import MODEL_FILE, atomic_path, read_json, read_trained, sha256_file, whole_folder, write_json
 
@@ -41,7 +45,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # goes up when older code cannot read what newer code writes
 MANIFEST, CONFIG, DECODE, CTC_TOKENS = "manifest.json", "config.yaml", "decode.yaml", "ctc_tokens.txt"
-CALIBRATION = "exit.safetensors"
+CALIBRATION, CARD = "exit.safetensors", "card.yaml"
+MODELS = "models"  # folder of the pretrained models that are in a package
 LLM = "llm"  # name of that pretrained model; encoders have theirs in the configuration
 GET_AGAIN = "copy the package again, or pack the experiment again"
 ELSEWHERE = "free some space, or name a folder that can be written: TMPDIR=DIR before the command"
@@ -65,11 +70,13 @@ def load(
     options: AnswerOptions | Mapping[str, Any] | str | Path | None = None,
     device: str = "cpu",
     dtype: str | None = None,
+    revision: str | None = None,
 ) -> SpeechLLM:
     """A model that answers as its decode directory does.
 
     Args:
-        path: a package (zip file or folder), or an experiment directory.
+        path: a package (zip file or folder), an experiment directory, or, where there is no such path, ``org/name`` of
+            a package on the Hugging Face hub. No code comes from there: encoders by import path must be installed.
         models: name ("llm", or an encoder's) -> folder of that pretrained model. Others are looked for where the recipe
             has them, seen from here; ids of a package are fetched at their commit.
         options: of decoding: a YAML file, a mapping like it, or an ``AnswerOptions``; None: those of the package, or of
@@ -77,10 +84,12 @@ def load(
         device: "cpu", "cuda", "cuda:N" or "auto".
         dtype: precision of the LLM, see ``SpeechLLM.load``; None: as packed or decoded, or (an experiment with other
             ``options``) as trained.
+        revision: branch, tag or commit on the hub; None: the newest commit.
 
     Raises:
         DataError: a package that is damaged or unsafe, or cannot be unpacked.
-        ConfigError: no such device; models that are missing or other ones; options that cannot work.
+        ConfigError: no such device; models that are missing or other ones; options that cannot work; what the hub or
+            its cache refuses.
         CheckpointError: weights that are missing, damaged, or do not fit.
     """
     from pam_espnet.decode.options import AnswerOptions
@@ -88,7 +97,12 @@ def load(
 
     path, device = Path(path), chosen_device(device)
     if not os.path.exists(path):  # False also for what is too long to be a path
-        raise ConfigError(f"{path}: no such package or experiment directory")
+        if not is_hub_id(str(path)):
+            raise ConfigError(f"{path}: no such package or experiment directory")
+        path = fetch_listed(str(path), revision, MANIFEST)
+        logging.info(f"{path.parents[1].name.removeprefix('models--').replace('--', '/')}: commit {path.name}")
+    elif revision is not None:
+        raise ConfigError(f"{path} is on this machine: a revision is for ids of the Hugging Face hub")
     with _opened(path) as folder:
         recipe = _recipe_of(folder)
         if (folder / MANIFEST).is_file():
@@ -152,7 +166,7 @@ def _read_package(folder: Path, source: Path, given: Mapping[str, str | Path]) -
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(source, f"{MANIFEST} is no manifest of pam_pack ({error!r})", hint=GET_AGAIN) from error
     for name, expected in members.items():
-        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:  # files of the hub's cache are links
             raise DataError(source, f"unsafe member {name!r}", hint=GET_AGAIN)
         if not (folder / name).is_file():
             raise DataError(source, f"member {name}: missing, though the manifest lists it", hint=GET_AGAIN)
@@ -164,8 +178,11 @@ def _read_package(folder: Path, source: Path, given: Mapping[str, str | Path]) -
     paths, problems = {}, []
     for name, path, revision, files, get in models:
         try:
-            root = Path(given.get(name, path))
-            if name not in given and revision is not None:
+            root, packed = Path(given.get(name, path)), [f"{MODELS}/{name}/{file}" for file in files]
+            if name not in given and files and members.keys() >= set(packed):
+                single = [*files] == [Path(path).name]  # a model that is one file, not a folder
+                root = folder / (packed[0] if single else f"{MODELS}/{name}")
+            elif name not in given and revision is not None:
                 root = hub_folder(path, revision, allow_patterns=list(files))
             check_files(root, files)
             paths[name] = str(root)
@@ -195,13 +212,14 @@ def _read_experiment(
     return config, Decoding({})
 
 
-def save(exp_dir: str | Path, out: str | Path, decoding: str = "beam") -> dict[str, Any]:
+def save(exp_dir: str | Path, out: str | Path, decoding: str = "beam", with_models: bool = False) -> dict[str, Any]:
     """Write an experiment as a package; returns its manifest. The same experiment gives the same bytes.
 
     Args:
         exp_dir: trained, decoded and scored; relative paths in its configuration begin here or at the recipe's folder.
         out: a file that ends in .zip, or a folder.
         decoding: the package answers as ``decode_<decoding>`` was made.
+        with_models: put pretrained models into it, those whose licences are known to allow it.
 
     Raises:
         CheckpointError: the weights are missing, damaged, or not those that were decoded and scored with.
@@ -211,7 +229,7 @@ def save(exp_dir: str | Path, out: str | Path, decoding: str = "beam") -> dict[s
     exp, out = Path(exp_dir), Path(out)
     if out.suffix.lower() == ".zip":
         with tempfile.TemporaryDirectory() as tmp:
-            manifest = save(exp, Path(tmp) / "package", decoding)
+            manifest = save(exp, Path(tmp) / "package", decoding, with_models)
             _write_zip(Path(tmp) / "package", out)
         return manifest
     if out.exists() and not (out / MANIFEST).is_file():
@@ -234,12 +252,16 @@ def save(exp_dir: str | Path, out: str | Path, decoding: str = "beam") -> dict[s
         for path in (exp / MODEL_FILE, report, exp / "results.json", *pictures):
             shutil.copyfile(path, folder / path.name)
         copy_notes(recipe, folder / "licences")
+        if recipe is not None and (recipe / "conf" / CARD).is_file():
+            shutil.copyfile(recipe / "conf" / CARD, folder / CARD)
         models = []
         for name, given in _paths_of(config).items():
             revision = (config.get("llm_conf") or {}).get("revision") if name == LLM else None
             model, root = describe(name, given, recipe, revision)
             models.append(model)
             copy_notes(root, folder / "licences" / name)
+            if with_models and model["licence"] in SHAREABLE:
+                copy_model(root, model["files"], folder / MODELS / name)
         config = _with_paths(config, {model["name"]: model["source"] for model in models})
         write_config(_portable(config, recipe, folder), folder / CONFIG)
         write_config(_with_calibration(used, exp, recipe, folder), folder / DECODE)

@@ -44,7 +44,12 @@ SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}  # of
 
 def add_model_options(parser: argparse.ArgumentParser, max_seconds: float | None = 30.0) -> None:
     """Options of ``load_model``, and ``--max_seconds`` with its default."""
-    parser.add_argument("--model", required=True, help="package (zip file or folder), or experiment directory")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="package (zip file, folder, or org/name on the Hugging Face hub), or experiment directory",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of --model on the hub (default: the newest commit)")
     parser.add_argument(
         "--models",
         action="append",
@@ -70,7 +75,7 @@ def load_model(args: argparse.Namespace) -> SpeechLLM:
 
     from pam_espnet.package import load
 
-    return load(args.model, folders, args.config, device, args.dtype)
+    return load(args.model, folders, args.config, device, args.dtype, args.revision)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,15 +1,26 @@
 """Pretrained models by folder or Hugging Face id: their folder on this machine, their files with SHA-256, licences."""
 
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pam_espnet.data.hub import hub_folder
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import sha256_file
 
 HERE = Path()
 _NOTES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "README", "PROVENANCE")  # beginnings of names, in any case
+# Licences, by the hub's names, under which a copy may be passed on with the notices that are copied along.
+SHAREABLE = ("apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0", "mit")
+_RESTRICTED = r"commons clause|non-?commercial"
+_TEXTS = {
+    "apache-2.0": r"Apache License.{0,40}Version 2\.0",
+    "mit": r"Permission is hereby granted, free of charge, to any person",
+    "bsd-3-clause": r"Redistribution and use in source and binary forms.*Neither the name",
+    "bsd-2-clause": r"Redistribution and use in source and binary forms",
+}
 _OTHER_WEIGHTS = (".bin", ".h5", ".msgpack", ".onnx", ".ot")  # not read where there are safetensors
 
 
@@ -32,7 +43,31 @@ def describe(name: str, path_or_id: str, recipe: Path | None, revision: str | No
         get = f"in {'/'.join(recipe.resolve().parts[-3:])}: ./run.sh --stage 1 --stop_stage 1 makes {source}"
     base = root.parent if root.is_file() else root
     files = {path.relative_to(base).as_posix(): sha256_file(path) for path in _model_files(root)}
-    return {"name": name, "source": source, "revision": commit, "files": files, "get": get}, root
+    entry = {"name": name, "source": source, "revision": commit, "licence": licence_of(root)}
+    return {**entry, "files": files, "get": get}, root
+
+
+def licence_of(root: Path) -> str | None:
+    """The licence of a model's folder by the hub's name for it: what its README declares, or else what the text of its
+    licence file is; None where neither is known, and for a single file."""
+    notes = [path for path in sorted(root.glob("*")) if path.is_file() and path.name.upper().startswith(_NOTES)]
+    texts = {path.name: path.read_text(encoding="utf-8", errors="replace") for path in notes}
+    metadata = re.match(r"---\n(.*?)\n---", texts.get("README.md", ""), re.DOTALL)
+    if metadata and (found := re.search(r"^license: *[\"']?([\w.-]+)", metadata[1], re.MULTILINE)):
+        return found[1]
+    for name, text in texts.items():
+        if name.upper().startswith(_NOTES[:3]) and not re.search(_RESTRICTED, text, re.IGNORECASE):
+            for licence, words in _TEXTS.items():
+                if re.search(words, text, re.DOTALL):
+                    return licence
+    return None
+
+
+def copy_model(root: Path, files: Iterable[str], folder: Path) -> None:
+    """Copy ``files`` of the folder or file ``root`` to ``folder``."""
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root if root.is_file() else root / name, folder / name)
 
 
 def _model_files(root: Path) -> list[Path]:
@@ -53,16 +88,6 @@ def check_files(root: Path, files: Mapping[str, str]) -> None:
             raise ConfigError(f"there is no {path if root.exists() else root}")
         if (found := sha256_file(path)) != expected:
             raise ConfigError(f"{path} is another one: its SHA-256 is {found}")
-
-
-def hub_folder(model_id: str, revision: str | None, **options: Any) -> Path:
-    """The folder of a Hugging Face id in the local cache."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model_id, revision=revision, **options))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{model_id}: no such folder, and not from the Hugging Face hub: {error}") from error
 
 
 def copy_notes(root: Path | None, folder: Path) -> None:

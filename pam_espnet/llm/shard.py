@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pam_espnet.data.pretrained import hub_folder
+from pam_espnet.data.hub import hub_folder
 from pam_espnet.errors import ConfigError
 from pam_espnet.processes import gathered
 

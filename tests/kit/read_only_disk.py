@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def read_only(folder: Path, *files: Path) -> Iterator[Path]:
-    """``folder`` with copies of ``files``, without permission to write; for root, whom permissions do not stop, a
+    """``folder`` with copies of ``files`` (or folders), without permission to write; for root, whom permissions do not stop, a
     read-only file system is mounted there (EROFS, which is no PermissionError)."""
     folder.mkdir()
     root = os.geteuid() == 0
@@ -20,7 +20,10 @@ def read_only(folder: Path, *files: Path) -> Iterator[Path]:
         pytest.skip("this root may not mount a file system")
     try:
         for file in files:
-            shutil.copy(file, folder)
+            if file.is_dir():
+                shutil.copytree(file, folder / file.name, symlinks=True)
+            else:
+                shutil.copy(file, folder)
         if root:
             subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
         else:

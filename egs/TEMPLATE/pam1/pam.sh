@@ -25,6 +25,7 @@ Stages
   5 score       scores with intervals, RESULTS.md, results.json, pictures     -> exp/<tag>
   6 pack        one file for another machine; only when asked for             -> exp/<tag>/<tag>.zip
   7 demo        a page in the browser that answers with it, until Ctrl-C; needs tools/setup.sh --extras demo
+  8 upload      packed anew and sent to --hub_repo on the Hugging Face hub with a model card; prints what it will send
 
 Options: name, value, default. This call had${quoted:- none} (with those that the recipe's run.sh gives)."
 options="
@@ -66,6 +67,10 @@ gpu_inference   BOOL     ''         decode on GPUs, one for each process; empty:
 batch_size      SIZE     auto       utterances decoded together; auto: on a GPU as many as its memory holds, on a CPU 8
 decode_dtype    NAME     ''         precision of the LLM in decoding: float32, bfloat16, or int8 (on x86 CPUs); empty:
                                     float32, on a GPU bfloat16
+with_models     BOOL     false      stages 6 and 8: pretrained models, too, those whose licences are known to allow it
+hub_repo        NAME     ''         stage 8: org/name on the Hugging Face hub, made if need be; the token is that of
+                                    'hf auth login', or \$HF_TOKEN
+hub_public      BOOL     false      stage 8: whether all may see it
 ${data_options:+
 Options of the data of this recipe; relative paths start at its folder${data_options}}"
 # shellcheck source=utils/parse_options.sh
@@ -247,7 +252,8 @@ if wants 6; then
     archive=${exp}/${tag}.zip
     begin 6 pack "${exp}/, its models" "${archive}"
     needs "${exp}/results.json" "--stage 3 --stop_stage 5"
-    module pam_pack --exp "${exp}" --decode_name "${decode_tag}" --out "${archive}"
+    module pam_pack --exp "${exp}" --decode_name "${decode_tag}" --out "${archive}" \
+        --with_models "${with_models}"
     answer="python -m pam_espnet.bin.pam_inference --model ${archive} clip.wav --prompt \"...\""
     end "${answer}, or ./run.sh --stage 7 --stop_stage 7"
 fi
@@ -255,4 +261,13 @@ fi
 if wants 7; then
     begin 7 demo "${exp}/${tag}.zip" "nothing"
     module pam_demo --model "${exp}/${tag}.zip" --device "${decode_device}"
+fi
+
+if wants 8; then
+    begin 8 upload "${exp}/, its models" "${hub_repo:-nothing} on the Hugging Face hub"
+    [ -n "${hub_repo}" ] || fail "stage 8 needs --hub_repo org/name, where it is sent to"
+    needs "${exp}/results.json" "--stage 3 --stop_stage 5"
+    module pam_upload --exp "${exp}" --decode_name "${decode_tag}" --repo "${hub_repo}" --public "${hub_public}" \
+        --with_models "${with_models}"
+    end "python -m pam_espnet.bin.pam_inference --model ${hub_repo} clip.wav --prompt \"...\""
 fi

@@ -1,0 +1,1 @@
+"""Packages on the Hugging Face hub: model cards, and sending one."""
