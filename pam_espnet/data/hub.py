@@ -81,7 +81,8 @@ def _explain(error: Exception, revision: str | None) -> str:
         do = log_in if status in (401, 403) else "see the message; if it is the hub's fault, try again later"
         return f"{constants.ENDPOINT} refused ({status}: {words})\n  -> {do}"
     if isinstance(error, errors.HTTPError):
-        return f"the connection broke ({error or type(error).__name__})\n  -> the same command again goes on from there"
+        again = "run the same command again: what arrived whole is kept"
+        return f"the connection broke ({error or type(error).__name__})\n  -> {again}"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"{error.filename}: {error.strerror}\n  -> free some space, or keep the cache elsewhere: HF_HOME=DIR"
     return str(error)

@@ -52,7 +52,7 @@ class ModelHub(ThreadingHTTPServer):
     Attributes:
         token: opens private repositories and may write.
         requests: method and path of every request.
-        budget: bytes of large files that pass, in either direction, before each further connection breaks; None: all.
+        breaks: bytes of large files that pass, in either direction, before each break of a connection; then all pass.
         refusal: what is answered to a commit in place of making it, or None.
     """
 
@@ -64,7 +64,7 @@ class ModelHub(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}  # by SHA-256
         self.requests: list[str] = []
-        self.budget: int | None = None
+        self.breaks: list[int] = []
         self.refusal: tuple[int, str] | None = None
 
     @property
@@ -217,9 +217,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_json({"error": f"Invalid rev id: {revision}"}, 404, "RevisionNotFound")
         elif (content := repo.commits[oid].get(path)) is None:
             self.send_json({"error": "Entry not found"}, 404, "EntryNotFound", {"X-Repo-Commit": oid})
-        elif path.endswith(LARGE):
+        elif path.endswith(LARGE):  # at another host's address, as on the hub
             linked = {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{_sha256(content)}"'}
-            where = {"Location": f"{self.server.address}/large/{_sha256(content)}"}
+            where = {"Location": f"{self.server.address.replace('127.0.0.1', 'localhost')}/large/{_sha256(content)}"}
             self.send_json({}, 302, "", {"X-Repo-Commit": oid, **linked, **where})
         else:
             self.send_bytes(content, {"X-Repo-Commit": oid, "ETag": f'"{_oid(path, content)}"'})
@@ -250,10 +250,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def passing(self, size: int) -> int:
         """How many of ``size`` bytes pass before the connection breaks."""
-        if self.server.budget is None:
+        if not self.server.breaks:
             return size
-        passing = min(size, self.server.budget)
-        self.server.budget -= passing
+        passing = min(size, self.server.breaks[0])
+        self.server.breaks[0] -= passing
+        if passing < size:
+            del self.server.breaks[0]
         return passing
 
     def hang_up(self) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 @contextmanager
 def read_only(folder: Path, *files: Path) -> Iterator[Path]:
-    """``folder`` with copies of ``files`` (or folders), without permission to write; for root, whom permissions do not stop, a
-    read-only file system is mounted there (EROFS, which is no PermissionError)."""
+    """``folder`` with copies of ``files`` or folders, without permission to write; for root, whom permissions do not
+    stop, a read-only file system is mounted there (EROFS, which is no PermissionError)."""
     folder.mkdir()
     root = os.geteuid() == 0
     if root and subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, check=False).returncode:
