@@ -48,7 +48,7 @@ OVERLAYS = [
     pytest.param(path.parents[1], path.name, id=f"{path.parents[2].name}-{path.stem}")
     for recipe in RECIPES
     for path in sorted(recipe.glob("conf/*.yaml"))
-    if path.name != "train.yaml" and not path.name.startswith("decode")
+    if path.name not in ("train.yaml", "card.yaml") and not path.name.startswith("decode")
 ]
 
 
@@ -111,6 +111,17 @@ def test_packing_and_the_demo_are_not_run_by_default(recipe: Path) -> None:
     assert done.returncode == 0 and "pam_pack --exp exp/mine --decode_name beam --out exp/mine/mine.zip" in done.stdout
     assert "pam_demo --model exp/mine/mine.zip" in done.stdout
     assert "stage 6 " not in call(recipe, "--dry_run", "true").stdout
+
+
+def test_upload_needs_a_name_and_is_private() -> None:
+    words = ["--dry_run", "true", "--stage", "8", "--stop_stage", "8", "--tag", "mine"]
+    done = call(RECIPES[0], *words)
+    assert done.returncode == 1 and "stage 8 needs --hub_repo org/name" in done.stderr
+    done = call(RECIPES[0], *words, "--hub_repo", "me/mine")
+    assert done.returncode == 0
+    assert "pam_upload --exp exp/mine --decode_name beam --repo me/mine --public false --with_models false" in done.stdout
+    more = call(RECIPES[0], *words, "--hub_repo", "me/mine", "--hub_public", "true", "--with_models", "true")
+    assert "--repo me/mine --public true --with_models true" in more.stdout
 
 
 def test_audio_is_put_into_archives_only_when_asked_for() -> None:

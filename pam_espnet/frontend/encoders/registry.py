@@ -43,7 +43,8 @@ def encoder_class(type: str) -> type[AbsEncoder]:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"type: cannot import encoder {target}: {error}") from error
+        hint = "install the package it is in, or put its file into the folder that you call this from"
+        raise ConfigError(f"type: cannot import encoder {target}: {error}\n  -> {hint}") from error
     if not (inspect.isclass(found) and issubclass(found, AbsEncoder)):
         raise ConfigError(f"type: {target} is not a subclass of {AbsEncoder.__module__}.AbsEncoder")
     return found
