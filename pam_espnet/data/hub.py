@@ -50,17 +50,19 @@ def fetch_listed(repo: str, revision: str | None, listing: str) -> Path:
 @contextmanager
 def hub_errors(subject: str, revision: str | None = None) -> Iterator[None]:
     """Turn the errors of huggingface_hub into ``ConfigError("<subject>: what is wrong, and what to do")``."""
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError, XetDownloadError
 
     try:
         yield
-    except (OSError, ValueError, HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, HTTPError, XetDownloadError) as error:
         raise ConfigError(f"{subject}: {_explain(error, revision)}") from error
 
 
 def _explain(error: Exception, revision: str | None) -> str:
     from huggingface_hub import constants, errors
 
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # one file of an upload
+        return f"{error} {_explain(error.__cause__, revision)}"
     log_in = "log in (hf auth login) or set HF_TOKEN=... to a token that has access"
     if isinstance(error, errors.GatedRepoError):
         return f"its owners must grant access first\n  -> ask on its page at {constants.ENDPOINT}, then {log_in}"

@@ -119,9 +119,10 @@ def test_upload_needs_a_name_and_is_private() -> None:
     assert done.returncode == 1 and "stage 8 needs --hub_repo org/name" in done.stderr
     done = call(RECIPES[0], *words, "--hub_repo", "me/mine")
     assert done.returncode == 0
-    assert "pam_upload --exp exp/mine --decode_name beam --repo me/mine --public false --with_models false" in done.stdout
+    command = "pam_upload --exp exp/mine --decode_name beam --repo me/mine"
+    assert f"{command} --public false --with_models false" in done.stdout
     more = call(RECIPES[0], *words, "--hub_repo", "me/mine", "--hub_public", "true", "--with_models", "true")
-    assert "--repo me/mine --public true --with_models true" in more.stdout
+    assert f"{command} --public true --with_models true" in more.stdout
 
 
 def test_audio_is_put_into_archives_only_when_asked_for() -> None:
@@ -199,9 +200,7 @@ def test_mistakes_are_named(args: list[str], message: str) -> None:
 
 
 @pytest.mark.parametrize(("recipe", "fusion", "size"), CONFIGS)
-def test_every_configuration_is_one_that_training_accepts(
-    recipe: Path, fusion: str, size: str, tmp_path: Path
-) -> None:
+def test_every_configuration_is_one_that_training_accepts(recipe: Path, fusion: str, size: str, tmp_path: Path) -> None:
     file, changes = overlay(recipe, fusion)
     check_configuration(recipe, [Path("conf/train.yaml"), file, Path(f"conf/size/{size}.yaml")], changes, tmp_path)
 
@@ -285,11 +284,7 @@ def test_a_model_is_built_of_every_fusion(recipe: Path, fusion: str, tiny_llm_di
 
 @pytest.mark.parametrize(
     "script",
-    [
-        pytest.param(script, id=recipe.parent.name)
-        for recipe in RECIPES
-        for script in recipe.glob("run_ablation.sh")
-    ],
+    [pytest.param(script, id=recipe.parent.name) for recipe in RECIPES for script in recipe.glob("run_ablation.sh")],
 )
 def test_a_comparison_runs_every_fusion_once_and_puts_them_side_by_side(script: Path) -> None:
     recipe = script.parent
