@@ -26,6 +26,8 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
     a message alone (status 1); Ctrl-C gives status 130; any other exception is a bug and keeps its stack trace.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    for client in ("httpx", "httpx2"):  # huggingface_hub's, by its version: a line for each request
+        logging.getLogger(client).setLevel(logging.WARNING)
     try:
         return main(argv) or 0
     except PamError as error:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tiny_encoder
 from huggingface_hub import ModelCard, constants
 from model_hub import ModelHub, files_of, in_this_process, model_hub
 from tiny_package import LICENCE, answers, llm
@@ -215,7 +216,8 @@ def test_as_commands(exp: Path, data: Path, hub: ModelHub, tmp_path: Path) -> No
     (exp.parents[1] / "downloads/tiny-llm/LICENSE").write_text(MIT)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_TOKEN": hub.token, "PYTHONPATH": str(Path(pam_espnet.__file__).parents[1])}
+    folders = [str(Path(module.__file__ or "").parent) for module in (tiny_encoder, pam_espnet)]
+    environment |= {"HF_TOKEN": hub.token, "PYTHONPATH": os.pathsep.join([folders[0], str(Path(folders[1]).parent)])}
 
     def call(module: str, *args: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", f"pam_espnet.bin.{module}", *args]
