@@ -99,8 +99,8 @@ def load(
     if not os.path.exists(path):  # False also for what is too long to be a path
         if not is_hub_id(str(path)):
             raise ConfigError(f"{path}: no such package or experiment directory")
-        path = fetch_listed(str(path), revision, MANIFEST)
-        logging.info(f"{path.parents[1].name.removeprefix('models--').replace('--', '/')}: commit {path.name}")
+        repo, path = path, fetch_listed(str(path), revision, MANIFEST)
+        logging.info(f"{repo}: commit {path.name}")
     elif revision is not None:
         raise ConfigError(f"{path} is on this machine: a revision is for ids of the Hugging Face hub")
     with _opened(path) as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ def upload(
         for line in describe(repo, manifest, files, stale, there.public or (public and not there.commit), with_models):
             show(line)
         if dry_run:
-            show("dry run: nothing was sent")
+            show(f"{CARD_FILE}:\n\n{files[CARD_FILE].read_text(encoding='utf-8')}\ndry run: nothing was sent")
             return None
         with hub_errors(f"{repo}: nothing of it is visible yet"):
             if there.commit is None:
@@ -94,13 +95,15 @@ def _look_up(api: HfApi, repo: str) -> Repository:
             info = api.model_info(repo)
         except RepositoryNotFoundError:  # or no access, which making it will tell
             return Repository()
-        names = {file.rfilename for file in info.siblings or ()}
-        if MANIFEST not in names:
-            if names - {".gitattributes", CARD_FILE}:
-                raise ConfigError(f"{repo} holds something that is no package\n  -> choose another name")
-            return Repository(info.sha, not info.private)
-        old = Path(api.hf_hub_download(repo, MANIFEST, revision=info.sha))
-        return Repository(info.sha, not info.private, frozenset(names & read_json(old)["members"].keys()))
+        names, members = {file.rfilename for file in info.siblings or ()}, set[str]()
+        if MANIFEST in names:
+            try:
+                members = set(read_json(api.hf_hub_download(repo, MANIFEST, revision=info.sha))["members"])
+            except (ValueError, KeyError, TypeError):
+                logging.info(f"{repo}: its {MANIFEST} is another program's")
+        if not members and names - {".gitattributes", CARD_FILE}:
+            raise ConfigError(f"{repo} holds something that is no package\n  -> choose another name")
+        return Repository(info.sha, not info.private, frozenset(names & members))
 
 
 def describe(
@@ -111,7 +114,8 @@ def describe(
     public: bool,
     with_models: bool,
 ) -> list[str]:
-    """What will be sent, in lines: the target, each file with its size, what is removed, and each pretrained model."""
+    """What will be sent, in lines: the target, each file with its size, what is removed, each pretrained model, and the
+    commands in its report, which may have this machine's paths."""
     sizes = {name: path.stat().st_size for name, path in files.items()}
     total = f"{len(files)} files, {sum(sizes.values()):,} bytes"
     lines = [f"to {constants.ENDPOINT}/{repo} ({'public' if public else 'private'}): {total}"]
@@ -127,4 +131,8 @@ def describe(
         if with_models and model["licence"] not in SHAREABLE:
             how += f"; its licence ({model['licence'] or 'not known'}) is not one that is known to let it travel"
         lines.append(f"  {model['name']}: {how}")
+    decodings = read_json(files["results.json"]).get("decodings", ())
+    lines += [
+        f"  a command that can be read in it: {command}" for command in {made["command"]: 0 for made in decodings}
+    ]
     return lines

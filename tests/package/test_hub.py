@@ -19,7 +19,7 @@ import pam_espnet
 from pam_espnet.bin import pam_upload
 from pam_espnet.config import load_yaml, write_config
 from pam_espnet.errors import ConfigError, DataError
-from pam_espnet.fileio import sha256_file, write_json
+from pam_espnet.fileio import read_json, sha256_file, write_json
 from pam_espnet.hub.upload import upload
 from pam_espnet.package import save
 
@@ -118,16 +118,19 @@ def test_licences(exp: Path) -> None:
 
 
 def test_a_dry_run_asks_the_hub_nothing(
-    recipe: Path, hub: ModelHub, client: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    exp: Path, hub: ModelHub, client: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     client.delenv("HF_TOKEN")
-    args = ["--exp", str(recipe / "exp/mine"), "--repo", "me/mine"]
+    made = {"decode": "greedy", "command": "./run.sh --librispeech /home/me/corpora"}
+    write_json(exp / "results.json", {**read_json(exp / "results.json"), "decodings": [made, made]})
+    args = ["--exp", str(exp), "--repo", "me/mine"]
     assert pam_upload.main([*args, "--dry_run"]) == 0 and not hub.requests
     shown = capsys.readouterr().out
     assert f"to {hub.address}/me/mine (private): " in shown and "nothing was sent" in shown
     for name in ("model.safetensors", "README.md", "manifest.json", "licences/llm/LICENSE"):
         assert f"  {name}\n" in shown
-    assert "llm: is named by SHA-256" in shown
+    assert "llm: is named by SHA-256" in shown and "# mine\n" in shown  # the card
+    assert shown.count("a command that can be read in it: ./run.sh --librispeech /home/me/corpora\n") == 1
     with pytest.raises(ConfigError, match=r"no token for the hub\n.*hf auth login"):
         pam_upload.main(args)
     assert not hub.requests
@@ -147,8 +150,9 @@ def test_who_may_see_it(recipe: Path, hub: ModelHub, client: pytest.MonkeyPatch)
     assert "(private)" in send(exp, "me/new", public=True)[0]
 
 
-def test_something_else_is_not_overwritten(recipe: Path, hub: ModelHub, client: pytest.MonkeyPatch) -> None:
-    hub.add("me/mine", {"README.md": b"# mine\n", "config.json": b"{}"}, private=True)
+@pytest.mark.parametrize("name", ["config.json", "manifest.json"])
+def test_something_else_is_not_overwritten(recipe: Path, hub: ModelHub, client: pytest.MonkeyPatch, name: str) -> None:
+    hub.add("me/mine", {"README.md": b"# mine\n", name: b"{}"}, private=True)
     with pytest.raises(ConfigError, match="me/mine holds something that is no package"):
         send(recipe / "exp/mine")
     assert not [line for line in hub.requests if "POST" in line]
