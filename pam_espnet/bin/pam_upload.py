@@ -11,6 +11,7 @@ pam_inference --model me/mine answers with it, and pam_espnet.load("me/mine") lo
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from pam_espnet.cli import run_main
@@ -30,8 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from pam_espnet.hub.upload import upload
 
-    public, with_models = args.public == "true", args.with_models == "true"
-    upload(args.exp, args.repo, args.decode_name, public=public, with_models=with_models, dry_run=args.dry_run)
+    upload(
+        args.exp,
+        args.repo,
+        args.decode_name,
+        public=args.public == "true",
+        with_models=args.with_models == "true",
+        dry_run=args.dry_run,
+        show=partial(print, flush=True),  # before it is sent, also where it goes to a file
+    )
     return 0
 
 

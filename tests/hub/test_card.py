@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from pam_espnet.config import load_yaml, write_config
+from pam_espnet.config import write_config
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import write_json
 from pam_espnet.hub.card import model_card, read_facts
@@ -128,9 +128,7 @@ def test_a_card_that_cannot_be_read(tmp_path: Path, facts: dict[str, Any], messa
 
 
 def test_the_recipes_state_what_they_were_trained_on(repo_root: Path) -> None:
-    recipes = sorted(path.parent for path in repo_root.glob("egs/*/pam1/run.sh"))
-    assert len(recipes) >= 5
-    for recipe in recipes:
-        facts = read_facts(recipe / "conf")
-        assert facts["trained_on"] and "speech" in facts and facts == load_yaml(recipe / "conf/card.yaml")
+    for name in ("audiocaps", "libricount", "librispeech", "mini", "multitask"):
+        facts = read_facts(repo_root / f"egs/{name}/pam1/conf")
+        assert facts["trained_on"] and facts["languages"] == ["en"] and "speech" in facts
     assert "acted" in read_facts(repo_root / "egs/mini/pam1/conf")["speech"]
