@@ -158,18 +158,19 @@ def _speech(facts: Mapping[str, Any]) -> str:
 
 def _usage(folder: Path, repo: str, models: list[dict[str, Any]], scores: list[dict[str, Any]]) -> str:
     """Commands to copy, with the folders that whoever loads it has to name."""
-    prompt = task_spec(scores[0]["task"]).default_prompt if scores else task_spec("asr").default_prompt
+    task = scores[0]["task"] if scores else "asr"
     absent = [model for model in models if not (model["revision"] or _is_packed(folder, model))]
     options = "".join(f" --models {model['name']}=DIR" for model in absent)
     folders = ", ".join(f'"{model["name"]}": "DIR"' for model in absent)
+    parts = f'"clip.wav", task="{task}"' + ("" if task == "asr" else ", window=10")
     lines = [
         "```",
-        f'python -m pam_espnet.bin.pam_inference --model {repo}{options} clip.wav --prompt "{prompt}"',
+        f'python -m pam_espnet.bin.pam_inference --model {repo}{options} clip.wav --prompt "..."',
         "```\n",
         "```python",
+        "import pam_espnet",
         f'model = pam_espnet.load("{repo}"{f", models={{{folders}}}" if absent else ""})',
-        'wave, _ = soundfile.read("clip.wav", dtype="float32")  # one channel, 16 kHz',
-        f'print(model.answer([wave], ["{prompt}"])[0].texts[0])',
+        f"print(*(part.text for part in model.transcribe({parts})))",
         "```\n",
         *(f"DIR of `{model['name']}`: `{model['source']}`, {model['get']}.\n" for model in absent),
     ]

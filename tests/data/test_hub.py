@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from model_hub import ModelHub, in_this_process, model_hub
+from hub_server import running
+from model_hub import ModelHub, in_this_process
 from read_only_disk import read_only
 
 from pam_espnet.data.hub import fetch_listed, hub_folder, is_hub_id
@@ -29,7 +30,7 @@ FILES = {
 
 @pytest.fixture
 def hub() -> Iterator[ModelHub]:
-    with model_hub() as server:
+    with running(ModelHub()) as server:
         yield server
 
 

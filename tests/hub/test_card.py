@@ -87,7 +87,8 @@ def test_text(package: Path) -> None:
         in text
     )
     assert f"| yamnet | `downloads/yamnet` | model.safetensors: SHA-256 `{DIGEST}` | apache-2.0 |" in text
-    assert '--model me/mine --models yamnet=DIR clip.wav --prompt "Transcribe the speech."' in text
+    assert "--model me/mine --models yamnet=DIR clip.wav --prompt" in text
+    assert 'print(*(part.text for part in model.transcribe("clip.wav", task="asr")))' in text
     assert 'pam_espnet.load("me/mine", models={"yamnet": "DIR"})' in text and "./run.sh --stage 1" in text
 
 
@@ -132,3 +133,14 @@ def test_the_recipes_state_what_they_were_trained_on(repo_root: Path) -> None:
         facts = read_facts(repo_root / f"egs/{name}/pam1/conf")
         assert facts["trained_on"] and facts["languages"] == ["en"] and "speech" in facts
     assert "acted" in read_facts(repo_root / "egs/mini/pam1/conf")["speech"]
+
+
+def test_what_a_user_may_state_of_own_data(repo_root: Path, tmp_path: Path) -> None:
+    """The file is an example; it can be read as it is, and with its marks taken away."""
+    text = (repo_root / "egs/own/pam1/conf/card.yaml").read_text()
+    assert read_facts(repo_root / "egs/own/pam1/conf") == {}
+    stated = [
+        line.removeprefix("# ") for line in text.splitlines() if line.partition(":")[0].lstrip("# ").isidentifier()
+    ]
+    (tmp_path / "card.yaml").write_text("\n".join(stated))
+    assert len(read_facts(tmp_path)) == 5

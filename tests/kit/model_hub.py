@@ -6,18 +6,16 @@ import base64
 import hashlib
 import json
 import re
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
+from hub_server import HubHandler, HubServer
 
 type Files = dict[str, bytes]
 LARGE = (".safetensors", ".png")  # what is stored outside of git
@@ -46,34 +44,20 @@ class Repo:
         return found if found in self.commits else None
 
 
-class ModelHub(ThreadingHTTPServer):
-    """Repositories of models.
+class ModelHub(HubServer):
+    """Repositories of models; ``token`` opens private ones and may write below ``me/``.
 
     Attributes:
-        token: opens private repositories and may write.
-        requests: method and path of every request.
-        breaks: bytes of large files that pass, in either direction, before each break of a connection; then all pass.
         refusal: what is answered to a commit in place of making it, or None.
     """
 
-    daemon_threads = True
     token = "hf_right"
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}  # by SHA-256
-        self.requests: list[str] = []
-        self.breaks: list[int] = []
         self.refusal: tuple[int, str] | None = None
-
-    @property
-    def address(self) -> str:
-        """The value of HF_ENDPOINT."""
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing: a client that went away."""
 
     def add(self, name: str, files: Files, private: bool = False) -> str:
         """Make a repository with one commit."""
@@ -82,20 +66,8 @@ class ModelHub(ThreadingHTTPServer):
         return self.repos[name].commit(files)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(HubHandler):
     server: ModelHub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self.answer()
-
-    do_HEAD = do_GET
-
-    def do_POST(self) -> None:
-        self.answer(self.rfile.read(int(self.headers["Content-Length"])))
 
     def do_PUT(self) -> None:
         size = int(self.headers["Content-Length"])
@@ -106,19 +78,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.large[_sha256(content)] = content
         self.send_json({})
 
-    def answer(self, body: bytes = b"") -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.server.requests.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
-        given = self.headers.get("Authorization")
-        self.known = given == f"Bearer {self.server.token}"
-        if given and not self.known:
+    def answer(self, path: str, body: bytes) -> None:
+        if self.headers.get("Authorization") and not self.knows_token:
             self.send_json({"error": "Invalid username or password."}, 401)
         elif path == "/api/repos/create":
             self.create(json.loads(body))
         elif path == "/api/validate-yaml":
             self.validate(json.loads(body)["content"])
         elif found := re.fullmatch(r"/large/(\w{64})", path):
-            self.send_bytes(self.server.large[found[1]], {})
+            self.send_file(self.server.large[found[1]], {})
         elif found := re.fullmatch(r"/api/models/(\w+/[\w.-]+)(?:/(revision|tree|preupload|commit)/([^/]+))?", path):
             self.api(found[1], found[2] or "revision", found[3] or "main", body)
         elif found := re.fullmatch(r"/(\w+/[\w.-]+)\.git/info/lfs/objects/batch", path):
@@ -131,14 +99,14 @@ class _Handler(BaseHTTPRequestHandler):
     def repo(self, name: str) -> Repo | None:
         """The repository, or None after an answer that does not tell a private one from none."""
         repo = self.server.repos.get(name)
-        if repo is None or (repo.private and not self.known):
-            self.send_json({"error": "Repository not found"}, 404 if self.known else 401, "RepoNotFound")
+        if repo is None or (repo.private and not self.knows_token):
+            self.send_json({"error": "Repository not found"}, 404 if self.knows_token else 401, "RepoNotFound")
             return None
         return repo
 
     def create(self, wanted: dict[str, Any]) -> None:
         name = f"{wanted['organization']}/{wanted['name']}"
-        if not self.known:
+        if not self.knows_token:
             self.send_json({"error": "Invalid username or password."}, 401)
         elif wanted["organization"] != "me":
             self.send_json({"error": f'You don\'t have the rights to create a model under "{name}"'}, 403)
@@ -162,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
     def api(self, name: str, what: str, revision: str, body: bytes) -> None:
         if (repo := self.repo(name)) is None:
             return
-        if what in ("preupload", "commit") and not self.known:
+        if what in ("preupload", "commit") and not self.knows_token:
             self.send_json({"error": "Forbidden"}, 403)
         elif (oid := repo.find(revision)) is None:
             self.send_json({"error": f"Invalid rev id: {revision}"}, 404, "RevisionNotFound")
@@ -222,46 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
             where = {"Location": f"{self.server.address.replace('127.0.0.1', 'localhost')}/large/{_sha256(content)}"}
             self.send_json({}, 302, "", {"X-Repo-Commit": oid, **linked, **where})
         else:
-            self.send_bytes(content, {"X-Repo-Commit": oid, "ETag": f'"{_oid(path, content)}"'})
-
-    def send_json(self, value: Any, status: int = 200, code: str = "", headers: dict[str, str] | None = None) -> None:
-        codes = {"X-Error-Code": code} if code else {}
-        self.send(json.dumps(value).encode(), status, {"Content-Type": "application/json", **codes, **(headers or {})})
-
-    def send_bytes(self, content: bytes, headers: dict[str, str]) -> None:
-        status, size = 200, len(content)
-        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last = int(found[1]), int(found[2] or size - 1)
-            content, status = content[first : last + 1], 206
-            headers = {**headers, "Content-Range": f"bytes {first}-{last}/{size}"}
-        self.send(content, status, {**headers, "Accept-Ranges": "bytes"}, large=self.path.startswith("/large/"))
-
-    def send(self, content: bytes, status: int, headers: dict[str, str], large: bool = False) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        passing = self.passing(len(content)) if large else len(content)
-        self.wfile.write(content[:passing])
-        if passing < len(content):
-            self.hang_up()
-
-    def passing(self, size: int) -> int:
-        """How many of ``size`` bytes pass before the connection breaks."""
-        if not self.server.breaks:
-            return size
-        passing = min(size, self.server.breaks[0])
-        self.server.breaks[0] -= passing
-        if passing < size:
-            del self.server.breaks[0]
-        return passing
-
-    def hang_up(self) -> None:
-        self.wfile.flush()
-        self.close_connection = True
-        self.connection.close()
+            self.send_file(content, {"X-Repo-Commit": oid, "ETag": f'"{_oid(path, content)}"'}, breaks=False)
 
 
 def _sha256(content: bytes) -> str:
@@ -285,17 +214,6 @@ def _entry(path: str, content: bytes) -> dict[str, Any]:
 def files_of(folder: Path) -> Files:
     """All files of a folder, to put into a repository."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@contextmanager
-def model_hub() -> Iterator[ModelHub]:
-    """The server, while the block runs."""
-    with ModelHub() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 @contextmanager

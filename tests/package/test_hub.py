@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import tiny_encoder
+from hub_server import running
 from huggingface_hub import ModelCard, constants
-from model_hub import ModelHub, files_of, in_this_process, model_hub
+from model_hub import ModelHub, files_of, in_this_process
 from tiny_package import LICENCE, answers, llm
 
 import pam_espnet
@@ -28,7 +29,7 @@ MIT = "Permission is hereby granted, free of charge, to any person obtaining a c
 
 @pytest.fixture
 def hub() -> Iterator[ModelHub]:
-    with model_hub() as server:
+    with running(ModelHub()) as server:
         yield server
 
 

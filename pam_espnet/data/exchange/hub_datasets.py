@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -58,8 +57,6 @@ def open_splits(name: str, *, config: str | None = None, revision: str | None = 
     except ImportError as error:
         raise ConfigError("datasets is not installed\n  -> tools/setup.sh --extras import") from error
     datasets.disable_progress_bars()
-    for client in CLIENTS:
-        logging.getLogger(client).setLevel(logging.WARNING)  # else a line for each request
     path = Path(name)
     stamp: dict[str, Any]
     try:

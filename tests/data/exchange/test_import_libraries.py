@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from dataset_hub import COMMIT, DatasetHub, dataset_hub
+from dataset_hub import COMMIT, DatasetHub
+from hub_server import running
 from make_data import RATE, noise
 from services import unavailable
 
@@ -314,7 +315,7 @@ def hub(tmp_path: Path) -> Iterator[DatasetHub]:
         piece = make_dataset(180, 1.0).select(range(60 * part, 60 * part + 60))
         piece.to_parquet(str(folder / f"train-0000{part}-of-00003.parquet"), batch_size=20)
     make_dataset(3).to_parquet(str(folder / "test-00000-of-00001.parquet"))
-    with dataset_hub(tmp_path / "repo") as server:
+    with running(DatasetHub(tmp_path / "repo")) as server:
         yield server
 
 
@@ -331,13 +332,13 @@ def from_hub(hub: DatasetHub, folder: Path, *options: str, name: str = "me/mine"
 def test_a_dataset_of_the_hub_goes_on_after_a_broken_connection(tmp_path: Path, hub: DatasetHub) -> None:
     hub.token = "hf_secret"
     sizes = [path.stat().st_size for path in sorted((tmp_path / "repo/data").glob("train-*"))]
-    hub.budget = sizes[0] + sizes[1] + 600_000
+    hub.breaks = [sizes[0] + sizes[1] + 600_000, *[0] * 99]
     done = from_hub(hub, tmp_path, "--split", "train", token="hf_secret")
     assert done.returncode == 1 and "me/mine: cannot be read any further: " in done.stderr, done.stderr
     assert "-> run the same command again: it continues where it stopped" in done.stderr
     before = len((tmp_path / "out/.import.jsonl").read_text().splitlines())
     assert before == 120
-    hub.budget, hub.requests = None, []
+    hub.breaks, hub.requests = [], []
     done = from_hub(hub, tmp_path, "--split", "train", token="hf_secret")
     assert done.returncode == 0, done.stderr
     data = DataDir.load(tmp_path / "out")
@@ -356,7 +357,7 @@ def test_an_audio_folder_of_the_hub(tmp_path: Path) -> None:
     for number in range(3):
         (folder / f"{number}.flac").write_bytes(flac(number))
     (folder / "metadata.csv").write_text("file_name,sentence\n" + "".join(f"{n}.flac,text {n}\n" for n in range(3)))
-    with dataset_hub(tmp_path / "repo") as server:
+    with running(DatasetHub(tmp_path / "repo")) as server:
         done = from_hub(server, tmp_path)
     assert done.returncode == 0, done.stderr
     data = DataDir.load(tmp_path / "out")
