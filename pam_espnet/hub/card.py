@@ -183,7 +183,9 @@ def _part(folder: Path, model: Mapping[str, Any]) -> list[str]:
     where = f"[{source}]({HUB}/{source}/tree/{commit})" if commit else f"`{source}`"
     if _is_packed(folder, model):
         where = f"[here]({MODELS}/{name}), from {where}"
-    weights = [(file, digest) for file, digest in model["files"].items() if not file.endswith((".json", ".jinja", ".txt"))]
+    weights = [
+        (file, digest) for file, digest in model["files"].items() if not file.endswith((".json", ".jinja", ".txt"))
+    ]
     digests = "<br>".join(f"{file}: SHA-256 `{digest}`" for file, digest in weights)
     return [name, where, f"commit `{commit}`" if commit else digests, model["licence"] or "not known here"]
 
