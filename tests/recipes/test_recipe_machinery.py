@@ -253,7 +253,7 @@ def check_configuration(recipe: Path, files: list[Path], changes: list[str], tmp
         kind = own.pop("type")
         inspect.signature(encoder_class(kind)).bind(**own)
         stacking(RATES[kind], frontend["frame_rate"], name)
-    assert set(args.lr_scale_conf) <= {"decoder", "frontend.fusion.experts", "frontend.fusion.project"}
+    assert set(args.lr_scale_conf) <= {"decoder", "frontend", "frontend.fusion.experts", "frontend.fusion.project"}
     for decode in recipe.glob("conf/decode*.yaml"):
         AnswerOptions.from_dict(load_yaml(decode), decode)
 
