@@ -46,6 +46,16 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
         return 130
 
 
+def espnet_options(description: str | None, argv: Sequence[str] | None = None) -> list[str]:
+    """The options of a program that hands all of them to one of ESPnet's, but answers ``--help`` without loading it."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--help_all", action="store_true", help="ESPnet's options (slow: it loads ESPnet)")
+    args, options = parser.parse_known_args(argv)
+    return ["--help"] if args.help_all else options
+
+
 def run_record(program: str) -> dict[str, Any]:
     """Command (its words) and commit, for result files; the command is the recipe's where a recipe started this."""
     typed = os.environ.get("PAM_COMMAND") or shlex.join([program, *sys.argv[1:]])
