@@ -100,9 +100,8 @@ def train(exp: Path, frontend: Mapping[str, Any], args: argparse.Namespace) -> N
     """Train with ESPnet's command, or what is left of it."""
     from pam_espnet.bin import pam_asr_train
     from pam_espnet.config import write_config
+    from pam_espnet.fileio import check_key
 
-    if (exp / CHECKPOINT).exists():
-        return
     blocks = {"attention_heads": 4, "linear_units": 512}
     epoch_steps = min(args.epoch_steps, args.steps)
     config = {
@@ -121,6 +120,9 @@ def train(exp: Path, frontend: Mapping[str, Any], args: argparse.Namespace) -> N
         "best_model_criterion": [["valid", "acc", "max"]], "keep_nbest_models": 3,
         "use_tensorboard": False, "use_matplotlib": False, "num_att_plot": 0,
     }  # fmt: skip
+    check_key(exp / "key.json", {**config, "train": args.train, "valid": args.valid}, "give another --output")
+    if (exp / CHECKPOINT).exists():
+        return
     write_config(config, exp / "given.yaml")
     words = ["--config", str(exp / "given.yaml"), "--output_dir", str(exp), "--resume", "true"]
     for part, source in (("train", args.train), ("valid", args.valid)):

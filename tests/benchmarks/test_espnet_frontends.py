@@ -7,6 +7,7 @@ from benchmarks import espnet_frontends
 from tiny_model import tiny_config, write_data
 
 from pam_espnet.config import write_config
+from pam_espnet.errors import PamError
 from pam_espnet.fileio import read_json
 
 
@@ -27,6 +28,8 @@ def test_every_frontend_is_measured(tiny_llm_dir: Path, tmp_path: Path, capsys: 
     espnet_frontends.main([*words, "--frontends", "static"])
     assert read_json(tmp_path / "out/results.json")["rows"] == [row for row in rows if row["frontend"] == "static"]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.pth")} == files
+    with pytest.raises(PamError, match="give another --output"):
+        espnet_frontends.main([*words, "--batch_size", "3"])
 
 
 def test_an_unknown_frontend(tiny_llm_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
