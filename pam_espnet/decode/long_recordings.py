@@ -69,14 +69,22 @@ def answer_pieces(
 
 
 def cut_recording(speech: SpeechLLM, path: str | Path, window: float | None, max_seconds: float) -> Iterator[Piece]:
-    """Pieces of a recording at the frontend's sample rate: windows of ``window`` seconds, or, where that is None, what
-    lies between pauses, at most ``max_seconds`` each.
+    """Pieces of a recording: see ``cut_blocks``. Raises DataError: as ``stream_audio``."""
+    return cut_blocks(speech, stream_audio(path, speech.model.frontend.sample_rate), window, max_seconds)
 
-    Raises ConfigError: lengths that cannot be, a sample rate that the voice activity model does not know; DataError: as
-    ``stream_audio``.
+
+def cut_blocks(
+    speech: SpeechLLM, blocks: Iterable[np.ndarray], window: float | None, max_seconds: float
+) -> Iterator[Piece]:
+    """Pieces of a recording: windows of ``window`` seconds, or, where that is None, what lies between pauses, at most
+    ``max_seconds`` each.
+
+    Args:
+        blocks: waves (N,) that follow each other, float32 at the frontend's sample rate.
+
+    Raises ConfigError: lengths that cannot be, a sample rate that the voice activity model does not know.
     """
     rate = speech.model.frontend.sample_rate
-    blocks = stream_audio(path, rate)
     if window is not None:
         check_number(window, "window", at_least=MIN_SECONDS)
         return cut_into_windows(blocks, rate, window, MIN_SECONDS)

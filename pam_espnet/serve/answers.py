@@ -14,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import numpy as np
+
 from pam_espnet.data.audio import TooLong, read_upload
-from pam_espnet.data.audio_stream import stated_seconds
+from pam_espnet.data.audio_stream import stated_seconds, stream_audio
 from pam_espnet.data.format import Settings, as_formatted
-from pam_espnet.decode.long_recordings import MAX_SECONDS, MIN_SECONDS, Segment, cut_recording, formatted_piece
+from pam_espnet.decode.long_recordings import MAX_SECONDS, MIN_SECONDS, Segment, cut_blocks, formatted_piece
 from pam_espnet.decode.segments import Piece
 from pam_espnet.decode.speech_llm import PartialAnswer
 from pam_espnet.serve.queue import DecodingQueue, Job
@@ -25,6 +27,15 @@ from pam_espnet.serve.queue import DecodingQueue, Job
 READERS = 2  # threads that read recordings
 TOGETHER = 16  # pieces of one recording that are submitted at once, while as many may wait
 NAME = "file"  # of a recording in messages
+
+
+@dataclass
+class Recording:
+    """A file that a client sent."""
+
+    content: bytes
+    cut: bool | None = None  # at pauses; None: if it is too long to be answered as a whole; False: it is refused then
+    seconds: float = 0.0  # of it that were read; its length when the last answer is there
 
 
 class Answers:
@@ -46,21 +57,19 @@ class Answers:
         self.queue.close()
 
     async def segments(
-        self, content: bytes, prompt: str, task: str, cut: bool | None = None, growing: bool = False
+        self, recording: Recording, prompt: str, task: str, growing: bool = False
     ) -> AsyncIterator[str | Segment]:
         """The answers about a recording in their order; where this ends early, what waits is withdrawn.
 
         Args:
-            content: of a file.
             task: "": none.
-            cut: at pauses; None: if it is too long to be answered as a whole; False: it is refused then.
             growing: before a segment the pieces of its text, each once it cannot change any more. All pieces join to
                 the segments' texts with spaces between them.
 
         Raises DataError: a recording that cannot be used; PamError: no answer.
         """
         loop = asyncio.get_running_loop()
-        pieces, more, space = self._pieces(content, cut), True, ""
+        pieces, more, space = self._pieces(recording), True, ""
         pending: deque[_Asked] = deque()
         try:
             while more or pending:
@@ -84,30 +93,39 @@ class Answers:
                 if one.job is not None:
                     one.job.answer.cancel()
 
-    def _pieces(self, content: bytes, cut: bool | None) -> Iterator[Piece]:
+    def _pieces(self, recording: Recording) -> Iterator[Piece]:
         """Those of a recording with the 16 bits of stage 2; (0,) where silent."""
-        rate = self._settings.sample_rate
-        if not cut:
+        speech, settings = self.queue.speech, self._settings
+        if not recording.cut:
             try:
-                wave = as_formatted(NAME, *read_upload(content, NAME, self._settings.max_seconds), self._settings)
+                wave = as_formatted(NAME, *read_upload(recording.content, NAME, settings.max_seconds), settings)
             except TooLong:
-                if cut is False or self.max_seconds <= MAX_SECONDS:
+                if recording.cut is False or self.max_seconds <= MAX_SECONDS:
                     raise
             else:
-                yield Piece(wave, 0.0, len(wave) / rate)
+                recording.seconds = len(wave) / settings.sample_rate
+                yield Piece(wave, 0.0, recording.seconds)
                 return
         with tempfile.NamedTemporaryFile(prefix="pam_serve_") as file:
-            file.write(content)
+            file.write(recording.content)
             file.flush()
             if (stated := stated_seconds(file.name) or 0) > self.max_seconds:
                 raise TooLong(NAME, stated, self.max_seconds)
-            for piece in cut_recording(self.queue.speech, file.name, None, self._settings.max_seconds):
-                if piece.end > self.max_seconds:  # its header said less, or nothing
-                    raise TooLong(NAME, piece.end, self.max_seconds)
-                yield replace(piece, wave=formatted_piece(self.queue.speech, piece, NAME))
+            for piece in cut_blocks(speech, self._blocks(file.name, recording), None, settings.max_seconds):
+                yield replace(piece, wave=formatted_piece(speech, piece, NAME))
+
+    def _blocks(self, path: str, recording: Recording) -> Iterator[np.ndarray]:
+        """Of a file with a recording, which is timed. Raises TooLong: its header said less, or nothing."""
+        rate, samples = self._settings.sample_rate, 0
+        for block in stream_audio(path, rate):
+            samples += len(block)
+            recording.seconds = samples / rate
+            if round(recording.seconds, 2) > self.max_seconds:  # resampling may round up
+                raise TooLong(NAME, recording.seconds, self.max_seconds)
+            yield block
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Asked:
     """A piece that was asked about."""
 
@@ -142,7 +160,10 @@ class _Asked:
         """The answer, when it is there. Raises PamError: there is none."""
         if self.job is None:
             return Segment(self.piece.start, self.piece.end, "", None)
-        answer = await asyncio.wrap_future(self.job.answer)
+        try:
+            answer = await asyncio.wrap_future(self.job.answer)
+        finally:
+            self.job = None  # else an error, its frames, this, the job and the error would be a cycle
         return Segment(self.piece.start, self.piece.end, answer.texts[0], answer)
 
 

@@ -23,7 +23,7 @@ from pam_espnet.decode import subtitles
 from pam_espnet.decode.long_recordings import Segment
 from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.errors import DataError, PamError
-from pam_espnet.serve.answers import Answers
+from pam_espnet.serve.answers import Answers, Recording
 from pam_espnet.serve.limits import Gate, Limits, Refused, error_response
 from pam_espnet.serve.metrics import Metrics
 from pam_espnet.serve.queue import DecodingQueue
@@ -86,12 +86,13 @@ def build_app(speech: SpeechLLM, name: str, limits: Limits, key: str | None = No
     @app.post("/v1/audio/transcriptions")
     async def transcriptions(form: Annotated[TranscriptionForm, Form()]) -> Response:
         check_name(form.model)
-        cut = True if form.response_format in CUT else None
+        recording = Recording(await form.file.read(), True if form.response_format in CUT else None)
         answers: Answers = app.state.answers
-        found = answers.segments(await form.file.read(), TASKS["asr"].default_prompt, "asr", cut, form.stream)
+        found = answers.segments(recording, TASKS["asr"].default_prompt, "asr", form.stream)
         if form.stream:
             return await _streamed(_transcript_events(found))
-        return _transcript([one async for one in found if isinstance(one, Segment)], form)
+        segments = [one async for one in found if isinstance(one, Segment)]
+        return _transcript(segments, recording.seconds, form)
 
     @app.post("/v1/chat/completions")
     async def chat(request: ChatRequest) -> Response:
@@ -102,7 +103,7 @@ def build_app(speech: SpeechLLM, name: str, limits: Limits, key: str | None = No
         if min(request.max_tokens or most, request.max_completion_tokens or most) < most:
             raise Refused(400, f"max_tokens: answers are cut at {most}, an option of decoding", "invalid_value")
         answers: Answers = app.state.answers
-        found = answers.segments(request.audio, request.prompt, request.task or "", False, request.stream)
+        found = answers.segments(Recording(request.audio, False), request.prompt, request.task or "", request.stream)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if request.stream:
             return await _streamed(_chat_events(found, head | {"object": "chat.completion.chunk"}))
@@ -172,20 +173,20 @@ def _line(event: Mapping[str, Any] | str) -> str:
     return f"data: {event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)}\n\n"
 
 
-def _transcript(segments: list[Segment], form: TranscriptionForm) -> Response:
-    """In the format that was asked for."""
+def _transcript(segments: list[Segment], seconds: float, form: TranscriptionForm) -> Response:
+    """In the format that was asked for; ``seconds`` of the recording."""
     kind, text = form.response_format, subtitles.to_text(segments)
     if kind in TEXTS:
         return PlainTextResponse(TEXTS[kind](segments))
-    seconds = round(segments[-1].end, 3) if segments else 0.0
-    usage = {"type": "duration", "seconds": seconds}
+    duration = round(seconds, 3)
+    usage = {"type": "duration", "seconds": duration}
     if kind == "json":
         return JSONResponse({"text": text.rstrip("\n"), "usage": usage})
     parts = [
         {"id": number, "start": round(one.start, 3), "end": round(one.end, 3), "text": one.text}
         for number, one in enumerate(segments)
     ]
-    about = {"task": "transcribe", "language": form.language or "", "duration": seconds}
+    about = {"task": "transcribe", "language": form.language or "", "duration": duration}
     return JSONResponse({**about, "text": text.rstrip("\n"), "segments": parts, "usage": usage})
 
 

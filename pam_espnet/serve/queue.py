@@ -9,12 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -38,10 +36,11 @@ class Job:
     answer: Future[Answer] = field(default_factory=Future)
 
     def settle(self, found: Answer | Exception) -> None:
-        """Set the answer, or why there is none, unless it was withdrawn."""
+        """Set the answer, or why there is none, unless it was withdrawn. An error loses its traceback, which would keep
+        this job."""
         with suppress(InvalidStateError):
             if isinstance(found, Exception):
-                self.answer.set_exception(found)
+                self.answer.set_exception(found.with_traceback(None))
             else:
                 self.answer.set_result(found)
 
@@ -65,7 +64,7 @@ class DecodingQueue:
     def __init__(self, speech: SpeechLLM, observe: Callable[[int, float, float], None]) -> None:
         self.speech, self.observe = speech, observe
         self.healthy, self.pace = True, 0.0
-        self._waiting: deque[Job] = deque()
+        self._waiting: dict[Future[Answer], Job] = {}
         self._changed = threading.Condition()
         self._closed = False
         self._most = MOST_UTTERANCES  # of a batch; less once a GPU's memory was too small for it
@@ -80,12 +79,12 @@ class DecodingQueue:
         """Put jobs at the end; they are cancelled where the queue is closed."""
         with self._changed:
             if not self._closed:
-                self._waiting += jobs
+                self._waiting |= {job.answer: job for job in jobs}
                 self._changed.notify()
         for job in jobs:
             if self._closed:
                 job.answer.cancel()
-            job.answer.add_done_callback(partial(self._withdraw, job))
+            job.answer.add_done_callback(self._withdraw)
 
     def close(self) -> None:
         """Cancel what waits, abandon what is being decoded, and wait for the thread to end."""
@@ -93,43 +92,48 @@ class DecodingQueue:
             self._closed = True
             left = [*self._waiting]
             self._changed.notify()
-        for job in left:
-            job.answer.cancel()
+        for answer in left:
+            answer.cancel()
         self._thread.join()
 
-    def _withdraw(self, job: Job, _: Future[Answer]) -> None:
-        with self._changed, suppress(ValueError):  # ValueError: it is being decoded, or done
-            self._waiting.remove(job)
+    def _withdraw(self, answer: Future[Answer]) -> None:
+        with self._changed:
+            self._waiting.pop(answer, None)  # None: it is being decoded, or done
 
     def _run(self) -> None:
         if self.speech.on_gpu and torch.device(self.speech.device).index is not None:  # each thread has its own
             torch.cuda.set_device(self.speech.device)
-        while jobs := self._take():
-            began = time.perf_counter()
-            self._decode(jobs)
-            took = time.perf_counter() - began
-            self.pace += PACE * (took / len(jobs) - self.pace)
-            self.observe(len(jobs), sum(map(self._seconds, jobs)), took)
-            self.speech.forget_prompts(MOST_PROMPTS)
+        while self._wait():
+            self._next_batch()  # its variables must not outlive it: they hold recordings
+
+    def _wait(self) -> bool:
+        """Whether there is a job; False once the queue is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            return not self._closed
+
+    def _next_batch(self) -> None:
+        if not (jobs := self._take()):
+            return
+        began = time.perf_counter()
+        self._decode(jobs)
+        took = time.perf_counter() - began
+        self.pace += PACE * (took / len(jobs) - self.pace)
+        self.observe(len(jobs), sum(map(self._seconds, jobs)), took)
+        self.speech.forget_prompts(MOST_PROMPTS)
 
     def _take(self) -> list[Job]:
-        """The next batch; none once the queue is closed."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if self._closed:
-                    return []
-                jobs = [*self._waiting]
-            try:
-                size = plan_batches(self.speech, [job.prompt for job in jobs], [self._seconds(job) for job in jobs])[0]
-            except PamError:  # a prompt that cannot be asked: alone it gets its error
-                size = 1
-            with self._changed:
-                taken = [job for job in jobs[: min(size, self._most)] if job in self._waiting]  # some were withdrawn
-                for job in taken:
-                    self._waiting.remove(job)
-            if taken:
-                return taken
+        """The next batch; none where all that waited was withdrawn."""
+        with self._changed:
+            jobs = [*self._waiting.values()]
+        if not jobs:
+            return []
+        try:
+            size = plan_batches(self.speech, [job.prompt for job in jobs], [self._seconds(job) for job in jobs])[0]
+        except PamError:  # a prompt that cannot be asked: alone it gets its error
+            size = 1
+        with self._changed:  # some may have been withdrawn
+            return [job for job in jobs[: min(size, self._most)] if self._waiting.pop(job.answer, None)]
 
     def _decode(self, jobs: list[Job]) -> None:
         """Settle all of them."""
@@ -169,7 +173,9 @@ class DecodingQueue:
         try:
             return [*self.speech.answer(waves, prompts, tasks, on_partial=show)]
         except PamError as error:  # about one of them, or about all
-            return [error] if len(jobs) == 1 else [one for job in jobs for one in self._answer([job])]
+            if len(jobs) == 1:
+                return [error]
+        return [one for job in jobs for one in self._answer([job])]
 
     def _shrink(self, batches: list[list[Job]]) -> None:
         self._most = max(map(len, batches))

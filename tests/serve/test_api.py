@@ -87,12 +87,15 @@ def test_a_long_recording(client: OpenAI, speech: SpeechLLM, talk: Path) -> None
     segments = speech.transcribe(talk)
     text = to_text(segments).rstrip("\n")
     asked = {"model": "tiny", "file": talk}
-    assert len(segments) > TOGETHER
-    assert client.audio.transcriptions.create(**asked).text == text
+    seconds = pytest.approx(soundfile.info(talk).duration, abs=0.001)
+    assert len(segments) > TOGETHER and segments[-1].end < seconds.expected - 1  # it ends with a pause
+    found = client.audio.transcriptions.create(**asked)
+    assert found.text == text and found.usage is not None and found.usage.to_dict()["seconds"] == seconds
     assert client.audio.transcriptions.create(**asked, response_format="srt") == to_srt(segments)
     assert client.audio.transcriptions.create(**asked, response_format="vtt") == to_vtt(segments)
     verbose = client.audio.transcriptions.create(**asked, response_format="verbose_json")
     assert verbose.text == text and verbose.segments is not None
+    assert verbose.duration == seconds and verbose.usage is not None and verbose.usage.seconds == seconds
     found = [(one.start, one.end, one.text) for one in verbose.segments]
     assert found == [(round(one.start, 3), round(one.end, 3), one.text) for one in segments]
     *deltas, done = client.audio.transcriptions.create(**asked, stream=True)
@@ -105,6 +108,10 @@ def test_a_short_recording_has_times_where_they_are_asked_for(client: OpenAI, wa
     assert re.match(r"1\n00:00:00,\d{3} --> 00:00:02,\d{3}\n", cues) and cues.count("-->") == 1
     none: Any = client.audio.transcriptions.create(model="tiny", file=("a.wav", wav_bytes(wave)), response_format="vtt")
     assert none == "WEBVTT\n\n"  # a tone is no speech
+    empty = client.audio.transcriptions.create(
+        model="tiny", file=("a.wav", wav_bytes(wave)), response_format="verbose_json"
+    )
+    assert empty.segments == [] and empty.duration == 0.8
 
 
 def test_a_long_recording_is_no_question(client: OpenAI, talk: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from served import until
 
 from pam_espnet.decode.speech_llm import PartialAnswer, SpeechLLM
 from pam_espnet.errors import ConfigError, PamError
@@ -169,6 +173,51 @@ def test_batches_shrink_where_a_gpu_has_too_little_memory(
     watched.submit(*late)
     assert all(job.answer.result(30).texts for job in late)
     assert max(tried[before:]) <= 2  # it has learnt
+
+
+def test_what_is_settled_is_freed_at_once(
+    watched: Watched, tone: Callable[..., np.ndarray], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without the garbage collector: answered, refused, failed, withdrawn before it was decoded and meanwhile."""
+
+    def refuse(waves: list[np.ndarray]) -> None:
+        raise ConfigError("not this")
+
+    def break_down(waves: list[np.ndarray]) -> None:
+        raise RuntimeError("a bug")
+
+    def known(asked: list[Job]) -> list[weakref.ref[Job]]:
+        return [weakref.ref(job) for job in asked]
+
+    def freed(found: list[weakref.ref[Job]]) -> bool:
+        return all(one() is None for one in found)
+
+    caplog.set_level(logging.CRITICAL)  # pytest would keep what is logged, and so its frames
+    gc.disable()
+    try:
+        watched.go.set()
+        for fail in (lambda waves: None, refuse, break_down):
+            watched.fail = fail
+            asked = jobs(tone, 3)
+            before = known(asked)
+            watched.submit(*asked)
+            assert not wait([job.answer for job in asked], 30).not_done
+            del asked
+            until(lambda before=before: freed(before))
+        watched.fail = lambda waves: None
+        watched.go.clear()
+        watched.begun.clear()
+        asked = jobs(tone, 3)
+        before = known(asked)
+        watched.hold_one(asked[0])
+        watched.submit(*asked[1:])
+        while asked:
+            asked.pop().answer.cancel()
+        assert freed(before[1:]) and not freed(before[:1])
+        watched.go.set()
+        until(lambda: freed(before))
+    finally:
+        gc.enable()
 
 
 def test_closing_cancels_what_waits_and_what_is_decoded(watched: Watched, tone: Callable[..., np.ndarray]) -> None:
