@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from served import asks, require_serve, wav_bytes
+from served import asks, metrics, require_serve, until, wav_bytes
 
 from pam_espnet.bin.pam_serve import main
 from pam_espnet.errors import ConfigError
@@ -70,6 +70,7 @@ def test_a_signal_stops_it_when_its_requests_are_answered(exp: Path, wave: np.nd
         with asks(url, "s3cret") as client:
             body = wav_bytes(wave)
             assert client.audio.transcriptions.create(model="mine", file=("a.wav", body)).text
+            until(lambda: metrics(url, "s3cret")["pam_places"] == 0, 60)
             host, port = url.removeprefix("http://").split(":")
             head = "POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer s3cret\r\n"
             form = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nmine\r\n--x\r\n'
@@ -77,7 +78,7 @@ def test_a_signal_stops_it_when_its_requests_are_answered(exp: Path, wave: np.nd
             with socket.create_connection((host, int(port)), timeout=60) as half:
                 kind = f"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: {len(form)}\r\n\r\n"
                 half.sendall((head + kind).encode() + form[:100])
-                assert client.models.list().data  # the half has arrived, too
+                until(lambda: metrics(url, "s3cret")["pam_places"] == 1, 60)  # else it is an idle connection
                 server.send_signal(signal.SIGTERM)
                 logged("(Waiting for connections)")  # and no longer accepting any
                 with pytest.raises(OSError, match="refused"):

@@ -57,12 +57,13 @@ def asks(url: str, key: str = "none", timeout: float = 60) -> Iterator[OpenAI]:
         yield client
 
 
-def metrics(url: str) -> dict[str, float]:
+def metrics(url: str, key: str = "none") -> dict[str, float]:
     """What a server counts, read by Prometheus's own parser; names have no labels."""
     import httpx2
     from prometheus_client.parser import text_string_to_metric_families
 
-    families = text_string_to_metric_families(httpx2.get(f"{url}/metrics").text)
+    found = httpx2.get(f"{url}/metrics", headers={"Authorization": f"Bearer {key}"}, timeout=60)
+    families = text_string_to_metric_families(found.text)
     return {sample.name: sample.value for one in families for sample in one.samples}
 
 
