@@ -68,14 +68,20 @@ def load_model(args: argparse.Namespace) -> SpeechLLM:
     """The model of ``add_model_options``; ConfigError where they cannot work."""
     if args.max_seconds is not None:
         check_number(args.max_seconds, "--max_seconds", above=MIN_SECONDS)
-    folders = dict(text.partition("=")[::2] for text in args.models)
-    if wrong := [name for name, folder in folders.items() if not (name and folder)]:
-        raise ConfigError(f"--models must look like llm=DIR, got {wrong[0]!r}")
+    folders = model_folders(args.models)
     device = compute_device(args)
 
     from pam_espnet.package import load
 
     return load(args.model, folders, args.config, device, args.dtype, args.revision)
+
+
+def model_folders(texts: Sequence[str]) -> dict[str, str]:
+    """Name -> folder of each ``--models``. Raises ConfigError: one has no name or folder."""
+    folders = dict(text.partition("=")[::2] for text in texts)
+    if wrong := [name for name, folder in folders.items() if not (name and folder)]:
+        raise ConfigError(f"--models must look like llm=DIR, got {wrong[0]!r}")
+    return folders
 
 
 def main(argv: Sequence[str] | None = None) -> int:

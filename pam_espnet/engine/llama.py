@@ -25,6 +25,7 @@ from pam_espnet.engine.packed import BlockedTable, Linear, pack
 from pam_espnet.engine.tree import RESERVE, Tree
 from pam_espnet.errors import PamError
 from pam_espnet.llm.llm import LLM
+from pam_espnet.llm.lora import merged_weight
 from pam_espnet.transfer import upload
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines (N,1,E) of rows' positions
@@ -265,11 +266,8 @@ def _stack(*layers: Any) -> tuple[Tensor, Tensor | None]:
     """Weights of linear layers with the same input, LoRA merged, one below the other; and their biases."""
     weights, biases = [], []
     for layer in layers:
+        weights.append(merged_weight(layer))
         base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-        weight = base.weight.detach()
-        for name in getattr(layer, "active_adapters", ()):
-            weight = (weight.float() + layer.get_delta_weight(name).detach().float()).to(weight.dtype)
-        weights.append(weight)
         if base.bias is not None:
             biases.append(base.bias.detach())
     if len(layers) == 1:  # not copied where LoRA has nothing to add

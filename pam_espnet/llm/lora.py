@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError
@@ -96,3 +96,27 @@ def set_lora_training(model: nn.Module, mode: bool) -> None:
     for name, module in model.named_modules():
         if name.endswith("lora_dropout"):
             module.train(mode)
+
+
+def merged_weight(layer: Any) -> Tensor:
+    """Weight of a linear layer with its LoRA, if it has one, rounded to the layer's dtype; without a copy if not."""
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    weight: Tensor = base.weight.detach()
+    for name in getattr(layer, "active_adapters", ()):
+        weight = (weight.float() + layer.get_delta_weight(name).detach().float()).to(weight.dtype)
+    return weight
+
+
+def merge_lora(model: Any) -> None:
+    """Replace the layers of a Hugging Face causal LM that have LoRA by plain ones with merged weights, in place.
+    Raises ConfigError: one is an output layer that is tied to the input embeddings."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if model.config.tie_word_embeddings and isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ConfigError("LoRA beside an output layer that is tied to the input embeddings cannot be merged")
+    for module in list(model.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, BaseTunerLayer):
+                plain: Any = layer.get_base_layer()
+                plain.weight = nn.Parameter(merged_weight(layer), requires_grad=False)
+                setattr(module, name, plain)
