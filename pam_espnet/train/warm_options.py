@@ -29,6 +29,7 @@ class WarmStartOptions:
     lr_scales: Mapping[str, float] = field(default_factory=dict)
     max_utterances: int = 16  # limits of a batch (``data.batching``), of one GPU or global as ``batching_conf.limits``
     max_seconds: float = 120.0
+    task_share: Mapping[str, float] = field(default_factory=dict)  # as ``batching_conf``'s, which is of training alone
     save_every: int = 100  # steps between checkpoints that a killed run resumes from
     report_every: int = 20  # steps between lines in the log
 
@@ -39,6 +40,9 @@ class WarmStartOptions:
             task_spec(task)
             if loss not in ("ctc", "bag"):
                 raise ConfigError(f"warm_start_conf.losses.{task}: {loss!r}; choose ctc or bag")
+        for task, share in self.task_share.items():
+            task_spec(task)
+            check_number(share, f"warm_start_conf.task_share.{task}", at_least=0)
         for name in ("steps", "save_every", "report_every", "max_utterances"):
             check_number(getattr(self, name), f"warm_start_conf.{name}", at_least=1, whole=True)
         check_number(self.lr, "warm_start_conf.lr", above=0)

@@ -298,7 +298,9 @@ def run(args: argparse.Namespace) -> Path:
         factory.seconds = {utt: s for utt, s in factory.seconds.items() if utt in chosen}
         factory.tasks = chosen
         factory.announce = False  # its passes are counted, and fall in the middle of the bar
-        factory.options = BatchingOptions(options.max_utterances, options.max_seconds, factory.options.limits)
+        factory.options = BatchingOptions(
+            options.max_utterances, options.max_seconds, factory.options.limits, task_share=options.task_share
+        )
         # What a killed run resumes from is written between epochs, so these have save_every batches.
         factory.batches_per_epoch = options.save_every if mode == "train" else None
         factories[mode] = factory

@@ -155,6 +155,8 @@ def put(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         ("batching_conf", {"size": 4}, "batching_conf.*size"),
         ("lr_scaling", "root", "lr_scaling: 'root'; choose auto, none, sqrt, linear"),
         ("warm_start_conf", {"steps": 0}, "warm_start_conf"),
+        ("warm_start_conf/task_share", {"asrr": 2}, "unknown task 'asrr'"),
+        ("warm_start_conf/task_share", {"asr": -1}, "warm_start_conf.task_share.asr"),
     ],
 )
 def test_what_would_end_training_later_is_found_first(tiny_llm_dir: Path, key: str, value: Any, message: str) -> None:

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,33 @@ def test_warm_start_then_training(data: Path, tiny_llm_dir: Path, tmp_path: Path
     trained = read_trained(exp / "model.safetensors")
     assert trained["ctc.blank"].shape == warm["ctc.blank"].shape
     assert all("loss_ctc" in entry for entry in curve(exp))
+
+
+def test_the_warm_start_has_shares_of_its_own(
+    data: Path, tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pam_espnet.bin.pam_warm_start import main as warm_start
+    from pam_espnet.train import warm_start as module
+
+    seen: Counter[str] = Counter()
+    step = module._step
+
+    def counted(model: Any, batch: Any, *more: Any) -> Any:
+        seen.update(model.tasks[task] for task in batch["task"])
+        return step(model, batch, *more)
+
+    monkeypatch.setattr(module, "_step", counted)
+    config = {
+        **tiny_config(tiny_llm_dir, ctc_tokens=str(tmp_path / "ctc_tokens.txt"), ctc_weight=0.1),
+        **TRAINING,
+        "warm_start_conf": {
+            "steps": 24, "losses": {"asr": "ctc", "count": "bag", "caption": "bag"}, "max_utterances": 4,
+            "task_share": {"count": 0, "caption": 3},
+        },
+    }  # fmt: skip
+    write_config(config, tmp_path / "given.yaml")
+    assert warm_start(train_args(data, tmp_path / "given.yaml", tmp_path)) == 0
+    assert seen["count"] == 0 and seen["caption"] > 2 * seen["asr"] > 0
 
 
 def test_held_out_mixture_gets_no_training_gradients(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
