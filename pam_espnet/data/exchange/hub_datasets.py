@@ -99,7 +99,7 @@ def _open_split(name: str, split: str, part: Any, root: Path, stamp: Mapping[str
 
 
 def _stream(name: str, config: str | None = None, **options: Any) -> Mapping[str, IterableDataset]:
-    """As ``load_dataset(streaming=True)``, in memory that does not grow: by default pyarrow keeps what it has read."""
+    """As ``load_dataset(streaming=True)``, without what pyarrow keeps by default of all that it has read."""
     import datasets
     import pyarrow.dataset
 
