@@ -17,7 +17,6 @@ from pam_espnet.config import check_number
 from pam_espnet.data.audio import to_pcm16
 from pam_espnet.data.audio_stream import stream_audio
 from pam_espnet.data.format import RESAMPLER, SILENCE_PEAK, Settings, skip_reason
-from pam_espnet.data.tasks import task_spec
 from pam_espnet.decode.batches import CPU_BATCH, MOST_UTTERANCES, in_batches, plan_batches, split
 from pam_espnet.decode.segments import Piece, cut_at_pauses, cut_into_windows
 from pam_espnet.decode.voice_activity import RATE, VoiceActivity
@@ -93,22 +92,6 @@ def cut_blocks(
         raise ConfigError(f"pauses are found at {RATE} Hz, and this model works at {rate} Hz\n  -> give a window")
     activity = VoiceActivity()
     return cut_at_pauses(blocks, rate, lambda frames: activity(frames) > 0.5, max_seconds)
-
-
-def segments(
-    speech: SpeechLLM,
-    path: str | Path,
-    prompt: str | None = None,
-    task: str | None = "asr",
-    window: float | None = None,
-    max_seconds: float = MAX_SECONDS,
-) -> Iterator[Segment]:
-    """``SpeechLLM.segments``; see there."""
-    if prompt is None:
-        if task is None:
-            raise ConfigError("nothing to answer: give a prompt, or a task for its default prompt")
-        prompt = task_spec(task).default_prompt
-    return answer_pieces(speech, cut_recording(speech, path, window, max_seconds), prompt, task, str(path))
 
 
 def formatted_piece(speech: SpeechLLM, piece: Piece, name: str) -> np.ndarray:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from pam_espnet.config import load_yaml
 from pam_espnet.data.tables import one_line
+from pam_espnet.data.tasks import task_spec
 from pam_espnet.decode.batches import RESERVE
-from pam_espnet.decode.long_recordings import MAX_SECONDS, Segment, segments
+from pam_espnet.decode.long_recordings import MAX_SECONDS, Segment, answer_pieces, cut_recording
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.waveforms import as_waveform
 from pam_espnet.engine.engine import make_engine
@@ -312,7 +313,11 @@ class SpeechLLM:
         Raises ConfigError: as ``answer``, and lengths that cannot be; DataError: a file that cannot be read, or a
         damaged place of it when it is reached.
         """
-        return segments(self, path, prompt, task, window, max_seconds)
+        if prompt is None:
+            if task is None:
+                raise ConfigError("nothing to answer: give a prompt, or a task for its default prompt")
+            prompt = task_spec(task).default_prompt
+        return answer_pieces(self, cut_recording(self, path, window, max_seconds), prompt, task, str(path))
 
     def transcribe(
         self,

@@ -16,9 +16,9 @@ from pam_espnet.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-STATE_EVERY = 50  # rows; a killed import reads at most so many again
+STATE_EVERY = 50  # rows; a killed import reads at most this number again
 LOCAL = (".parquet", ".arrow")
-CLIENTS = ("httpx", "httpx2")  # what huggingface_hub speaks HTTP with, by its version
+CLIENTS = ("httpx", "httpx2")  # HTTP clients of huggingface_hub, by its version
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

@@ -72,7 +72,7 @@ def import_rows(
         options: what the user chose; another choice, or a changed source, is an error where ``folder`` was begun.
         archive_mb: size of an archive; a killed import reads again what was in an unfinished one.
         copy: put files into archives, too.
-        first: take so many rows only.
+        first: number of rows to take, from the beginning.
 
     Raises DataError: the folder was begun with something else, a column is not there, more than half of the rows cannot
     be used, the source cannot be read any further.
