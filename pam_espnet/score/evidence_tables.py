@@ -84,13 +84,17 @@ def write_tables(folder: str | Path, size: str, output: str | Path) -> str:
 
 def readme_tables(readme: str | Path) -> str:
     """The text of a README with every table between ``<!-- table: FILE.json -->`` and ``<!-- end -->`` made anew from
-    the JSON of evidence or of a comparison; FILE.json is relative to the README. Raises DataError: no such file."""
+    the JSON of evidence, of a comparison or of answers; FILE.json is relative to the README.
+    Raises DataError: no such file."""
 
     def fill(match: re.Match[str]) -> str:
         path = Path(readme).parent / match[2]
         if not path.is_file():
             raise DataError(readme, f"table of {match[2]}: no such file", hint="correct the name after '<!-- table:'")
         rows = read_json(path)["rows"]
+        if "answers" in rows[0]:
+            prompts = list(rows[0]["answers"])
+            return match[1] + table(("recording", *prompts), [_answer_cells(row, prompts) for row in rows]) + match[3]
         columns = _main(list(dict.fromkeys(_column(entry) for row in rows for entry in row["scores"])))
         titles = [f"{column.set}, {METRICS[column.metric].title}" for column in columns]
         return match[1] + table(("", *titles), [_score_cells(row, columns) for row in rows]) + match[3]
@@ -128,6 +132,16 @@ def _score_cells(row: Mapping[str, Any], columns: Sequence[Column]) -> list[str]
     seeds = row.get("seeds")  # a comparison of experiments has none
     label = row["experiment"] + ("" if seeds is None else f", {len(seeds)} seeds" if len(seeds) > 1 else " †")
     return [label, *(METRICS[column.metric].show_entry(entries.get(column)) for column in columns)]
+
+
+def _answer_cells(row: Mapping[str, Any], prompts: Sequence[str]) -> list[str]:
+    """The answers about a recording (``bin/pam_answers.py``); below the one whose answer is known, what is right."""
+    known = row["right"]
+    cells = [
+        f"{answer}<br>*right: {known['answer']}*" if prompt == known["prompt"] else answer
+        for prompt, answer in ((prompt, row["answers"][prompt]) for prompt in prompts)
+    ]
+    return [f"`{row['recording']}`", *cells]
 
 
 def _difference_cells(row: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
