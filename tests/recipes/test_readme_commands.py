@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-READMES = [ROOT / "README.md", *sorted(ROOT.glob("egs/*/pam1/README.md"))]
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("egs/*/pam1/README.md")), ROOT / "egs/mini/pam1/TRAINING.md"]
 
 
 def commands(readme: Path) -> list[tuple[Path, list[str]]]:
