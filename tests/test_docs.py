@@ -13,7 +13,8 @@ from services import unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
 
-MARKDOWN = sorted(path for pattern in ("*.md", "egs/*/pam1/*.md", "tests/*/*.md") for path in ROOT.glob(pattern))
+PATTERNS = ("*.md", "docs/*.md", "egs/*/pam1/*.md", "tests/*/*.md")
+MARKDOWN = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 
 
 def anchors(path: Path) -> set[str]:

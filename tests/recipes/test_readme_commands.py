@@ -1,4 +1,4 @@
-"""Every recipe command that a README shows is one that the recipe takes: each is run as it stands, as a dry run."""
+"""Recipe commands in READMEs and in docs/ are those that the recipes take: each is run as it stands, as a dry run."""
 
 import re
 import shlex
@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-READMES = [ROOT / "README.md", *sorted(ROOT.glob("egs/*/pam1/README.md")), ROOT / "egs/mini/pam1/TRAINING.md"]
+READMES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("egs/*/pam1/README.md")),
+    ROOT / "egs/mini/pam1/TRAINING.md",
+    *sorted(ROOT.glob("docs/*.md")),
+]
 
 
 def commands(readme: Path) -> list[tuple[Path, list[str]]]:
@@ -21,14 +26,14 @@ def commands(readme: Path) -> list[tuple[Path, list[str]]]:
     for line in lines:
         if match := re.match(r"(?:\./)?(egs/\w+/pam1/)?(?:\./)?(run\w*\.sh)\b(.*)", " ".join(line.split())):
             folder = ROOT / match[1] if match[1] else readme.parent
-            if folder == ROOT:  # the main README names any recipe there
+            if folder in (ROOT, ROOT / "docs"):  # these name any recipe there
                 folder = ROOT / "egs/mini/pam1"
             found.append((folder, [f"./{match[2]}", *shlex.split(match[3], comments=True)]))
     return found
 
 
 CASES = [
-    pytest.param(folder, words, id=f"{readme.parent.parent.name if readme.parent != ROOT else 'main'}-{number}")
+    pytest.param(folder, words, id=f"{readme.relative_to(ROOT)}-{number}")
     for readme in READMES
     for number, (folder, words) in enumerate(commands(readme))
 ]
@@ -36,7 +41,8 @@ CASES = [
 
 def test_they_are_found() -> None:
     for readme in READMES:
-        assert len(commands(readme)) >= 2, readme
+        assert len(commands(readme)) >= (0 if readme.parent.name == "docs" else 2), readme
+    assert sum(folder == ROOT / "egs/mini/pam1" for folder, _ in (case.values for case in CASES)) >= 8
 
 
 @pytest.mark.parametrize(("folder", "words"), CASES)

