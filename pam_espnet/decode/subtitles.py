@@ -1,9 +1,8 @@
 """Segments of a recording as files: plain text, a table, JSON, and subtitles (SubRip .srt, WebVTT .vtt)."""
 
 import html
-import json
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pam_espnet.decode.long_recordings import Segment
@@ -53,20 +52,6 @@ def values(segments: Sequence[Segment]) -> dict[str, Any]:
         ],
         "routing": next((one.answer.routing for one in segments if one.answer), None),
     }
-
-
-def to_json(segments: Sequence[Segment]) -> str:
-    """``values`` on one line."""
-    return json.dumps(values(segments), ensure_ascii=False) + "\n"
-
-
-FORMATS: dict[str, Callable[[Sequence[Segment]], str]] = {
-    "text": to_text,
-    "table": to_table,
-    "json": to_json,
-    "srt": to_srt,
-    "vtt": to_vtt,
-}
 
 
 def _clock(seconds: float, mark: str) -> str:

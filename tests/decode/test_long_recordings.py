@@ -16,7 +16,7 @@ from pam_espnet.decode.long_recordings import answer_pieces
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.segments import Piece
 from pam_espnet.decode.speech_llm import SpeechLLM
-from pam_espnet.decode.subtitles import to_json, to_srt, to_table, to_text, to_vtt
+from pam_espnet.decode.subtitles import to_srt, to_table, to_text, to_vtt, values
 from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.fileio import save_trained
 from pam_espnet.model import build_model
@@ -132,7 +132,7 @@ def test_formats(speech: SpeechLLM, talk: Path) -> None:
     spoken = [one for one in found if one.text]
     assert to_text(found) == " ".join(one.text for one in spoken) + "\n"
     assert len(to_table(found).splitlines()) == len(found) + 1
-    content = json.loads(to_json(found))
+    content = json.loads(json.dumps(values(found)))
     assert [one["answer"] for one in content["segments"]] == [one.text for one in found]
     assert content["answer"] + "\n" == to_text(found) and content["routing"]["encoders"].keys() == {"one", "two"}
     assert to_srt(found).count(" --> ") == to_vtt(found).count(" --> ") == len(spoken)

@@ -43,15 +43,7 @@ def read_cut(row: Row) -> Iterator[Row]:
         parts = [cut] if len(cut.supervisions) == 1 else cut.trim_to_supervisions(keep_overlapping=False)
         for part in parts:
             yield replace(row, values=_read_utterance(part))
-    except (
-        AssertionError,
-        AudioLoadingError,
-        DurationMismatchError,
-        KeyError,
-        OSError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (*_WRONG, AudioLoadingError, DurationMismatchError) as error:
         yield replace(row, problem=f"cut {row.values.get('id')}: {error or type(error).__name__}".split("\n")[0])
 
 
