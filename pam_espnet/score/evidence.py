@@ -16,11 +16,12 @@ from pam_espnet.data.batching import BatchingOptions, epoch_batches
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import Passport
 from pam_espnet.data.tables import read_table
-from pam_espnet.data.tasks import task_spec
+from pam_espnet.data.tasks import TASKS, task_spec
 from pam_espnet.errors import DataError
 from pam_espnet.fileio import read_json, read_text, write_text
 from pam_espnet.score.compare import Column
 from pam_espnet.score.intervals import Statistics
+from pam_espnet.score.plots import read_curve
 from pam_espnet.score.report import Decoding, find_decodings, read_spread, routing_of
 from pam_espnet.score.result import MAIN_METRICS, statistics_of
 from pam_espnet.score.routing import read_routing
@@ -48,6 +49,7 @@ class Run:
     versions: dict[str, str]
     processor: dict[str, Any]  # what torch uses of it, and whether it computes bfloat16 natively
     routing: dict[str, dict[str, Any]]  # task -> TaskRouting.record()
+    curve: list[dict[str, Any]]  # of joint training: step, split, and acc_<task>, the share of tokens predicted right
     wordings: list[dict[str, Any]]  # of the prompt; see ``_wordings``
     utterances: list[dict[str, Any]]  # utt, set, task, audio, hypothesis, references, and of each figure its numbers
 
@@ -102,6 +104,7 @@ def gather(
         versions=made["versions"],
         processor=_processor(),
         routing={task: routing.record() for task, routing in routing_of(decodings).items()},
+        curve=_curve(exp / "curve.jsonl"),
         wordings=[line for decoding in decodings if not decoding.audio_off for line in _wordings(decoding)],
         utterances=[line for decoding in decodings for line in _utterances(decoding)],
     )
@@ -145,6 +148,11 @@ def _hours_trained(config: dict[str, Any], train: Path) -> float:
     epochs = range(1, config["max_epoch"] + 1)
     plans = (epoch_batches(seconds, tasks, options, seed, n, config["num_iters_per_epoch"]) for n in epochs)
     return sum(seconds[utt] for plan in plans for batch in plan for utt in batch) / 3600
+
+
+def _curve(path: Path) -> list[dict[str, Any]]:
+    kept = [f"acc_{task}" for task in TASKS]
+    return [{k: line[k] for k in ("step", "split", *kept) if line.get(k) is not None} for line in read_curve(path)]
 
 
 def _processor() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pam_espnet.errors import DataError
 from pam_espnet.fileio import read_json, read_text, write_json, write_text
 from pam_espnet.score.compare import Column, Difference, show_difference
 from pam_espnet.score.evidence import Run, read_run
+from pam_espnet.score.evidence_plots import plot_curves, plot_seeds, plot_weights
 from pam_espnet.score.intervals import Statistics, bootstrap_seeds, value_of
 from pam_espnet.score.report import table
 from pam_espnet.score.result import MAIN_METRICS, METRICS
@@ -54,9 +55,8 @@ def read_runs(folder: str | Path, size: str) -> dict[str, list[Run]]:
 
 
 def write_tables(folder: str | Path, size: str, output: str | Path) -> str:
-    """Write ``<output>.md``, ``.json`` and ``.png`` from a size's files; return the Markdown. Raises: ``read_runs``."""
-    from pam_espnet.score.plots import plot_seeds
-
+    """Write ``<output>.md``, ``.json`` and three pictures from a size's files; return the Markdown.
+    Raises: ``read_runs``."""
     found, output = read_runs(folder, size), Path(output)
     columns = list(dict.fromkeys(column for runs in found.values() for run in runs for column in run.columns()))
     statistics = {
@@ -77,6 +77,14 @@ def write_tables(folder: str | Path, size: str, output: str | Path) -> str:
         rows.append({"experiment": label, "seeds": seeds, **found_in})
     write_json(output.with_suffix(".json"), {"size": size, "rows": rows})
     plot_seeds(rows, _main(columns), output.with_suffix(".png"))
+    plot_curves({name: [run.curve for run in runs] for name, runs in found.items()}, _beside(output, "curves"))
+    weights = {
+        f"{name}, seed {run.seed}": {task: _task_routing(one).encoders for task, one in run.routing.items()}
+        for name, runs in found.items()
+        for run in runs
+        if run.routing
+    }
+    plot_weights(weights, _beside(output, "weights"))
     text = _markdown(size, rows, columns, found, output.name)
     write_text(output.with_suffix(".md"), text)
     return text
@@ -100,6 +108,10 @@ def readme_tables(readme: str | Path) -> str:
         return match[1] + table(("", *titles), [_score_cells(row, columns) for row in rows]) + match[3]
 
     return _TABLE.sub(fill, read_text(readme))
+
+
+def _beside(output: Path, name: str) -> Path:
+    return output.with_name(f"{output.name}_{name}.png")
 
 
 def _cell(
@@ -170,7 +182,9 @@ def _markdown(
     parts.append(f"![Figures of each seed]({name}.png)\n")
     tasks = sorted({task for run in runs for task in run.routing})
     cells = [[f"{r.name}, seed {r.seed}", *(_routing(r.routing.get(task)) for task in tasks)] for r in runs]
-    parts += ["## Weights of the encoders\n", table(("", *tasks), cells)]
+    parts += [f"## Learning curves\n\n![Tokens predicted right in training]({name}_curves.png)\n"]
+    parts += [f"## Weights of the encoders\n\n![Weights of each training]({name}_weights.png)\n"]
+    parts.append(table(("", *tasks), cells))
     if worded := {label: group for label, group in found.items() if any(run.wordings for run in group)}:
         note = "Means over seeds: the score; how often the router chose the expert of wording 1, that of training.\n"
         parts += ["## Wordings of the prompt\n", note, _wordings_table(worded)]
@@ -187,9 +201,13 @@ def _markdown(
 def _routing(record: Mapping[str, Any] | None) -> str:
     if record is None:
         return "–"
+    return _task_routing(record).describe()
+
+
+def _task_routing(record: Mapping[str, Any]) -> TaskRouting:
     layers = {name: np.array(weights) for name, weights in record["layers"].items()}
     share, probs = np.array(record["expert_share"]), np.array(record["expert_probs"])
-    return TaskRouting(record["utterances"], share, probs, layers).describe()
+    return TaskRouting(record["utterances"], share, probs, layers)
 
 
 def _wordings_table(worded: Mapping[str, list[Run]]) -> str:

@@ -4,7 +4,7 @@ matplotlib is imported where it is used: everything else of this package works w
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import numpy as np
 from pam_espnet.data.tasks import TASKS
 from pam_espnet.errors import DataError
 from pam_espnet.fileio import atomic_path
-from pam_espnet.score.result import METRICS
 from pam_espnet.score.routing import TaskRouting
 
 # Colour-blind safe (Okabe and Ito), in the order of use.
@@ -187,27 +186,3 @@ def plot_confusions(confusions: Mapping[str, Mapping[str, Any]], path: str | Pat
         figure.colorbar(image, ax=axes, label="share of the row", pad=0.02)
     figure.suptitle(title)
     save_figure(figure, Path(path))
-
-
-def plot_seeds(rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, str, str]], path: Path) -> None:
-    """Draw for each of ``columns`` (set, task, metric) a panel: each seed of a row, the mean, and its interval.
-
-    ``rows``: ``{"experiment", "scores": [{"set", "task", "metric", "value", "low", "high", "by_seed"}]}``.
-    """
-    size = (1.8 + 3.6 * len(columns), 1.2 + 0.34 * len(rows))
-    figure, grid = new_figure(1, len(columns), size, sharey=True)
-    for axes, column in zip(grid[0], columns, strict=True):
-        for index, row in enumerate(rows):
-            for one in row["scores"]:
-                if (one["set"], one["task"], one["metric"]) != tuple(column) or one["value"] is None:
-                    continue
-                seeds = [value for value in one["by_seed"].values() if value is not None]
-                axes.plot(seeds, [index] * len(seeds), "o", color=COLOURS[1], markersize=4, zorder=3)
-                if one["low"] is not None:
-                    axes.plot([one["low"], one["high"]], [index, index], color=COLOURS[0])
-                axes.plot(one["value"], index, "|", color=COLOURS[0], markersize=12, markeredgewidth=2)
-        axes.set(title=f"{column[0]}: {column[1]}", xlabel=METRICS[column[2]].title)
-        axes.set_yticks(range(len(rows)), [row["experiment"] for row in rows])
-        axes.grid(alpha=0.3)
-    grid[0][0].set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
-    save_figure(figure, path)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from pam_espnet.cli import run_main
 from pam_espnet.data.passport import Passport
 from pam_espnet.errors import DataError
 from pam_espnet.fileio import read_json, write_json, write_text
+from pam_espnet.score import evidence_plots
 from pam_espnet.score.evidence import Run, read_run
 from pam_espnet.score.evidence_tables import read_runs, readme_tables, write_tables
 from pam_espnet.score.scoring import score_directory
@@ -31,9 +33,8 @@ def make_run(name: str, seed: int, correct: list[int], settings: str = "") -> Ru
     made = {"settings": settings, "commit": "0123abc", "command": "./run.sh", "versions": {"torch": "2.14"}}
     processor = {"capability": "AVX2", "bfloat16": False}
     numbers = {"hours_trained": 1.5, "wall_seconds": 60.0, "cpu_seconds": 90.0, "killed_attempts": 0}
-    return Run(
-        1, name, "quick", seed, routing={}, wordings=[], utterances=utterances, processor=processor, **made, **numbers
-    )
+    empty: dict[str, Any] = {"routing": {}, "wordings": [], "curve": []}
+    return Run(1, name, "quick", seed, utterances=utterances, processor=processor, **empty, **made, **numbers)
 
 
 def save(run: Run, folder: Path) -> Path:
@@ -52,6 +53,8 @@ def experiment(tmp_path: Path) -> Path:
         score_directory(make_decoding(exp / f"decode_{name}", text, audio), data, resamples=20)
     config = {"seed": 3, "max_epoch": 2, "num_iters_per_epoch": 5, "batching_conf": {"max_utterances": 2}}
     write_text(exp / "config.yaml", yaml.safe_dump(config))
+    points = [{"step": 10 * n, "epoch": 1, "split": "train", "acc_asr": 0.1 * n, "loss": 1.0} for n in (1, 2)]
+    write_text(exp / "curve.jsonl", "".join(json.dumps(one) + "\n" for one in points))
     write_text(exp / "attempts.txt", "begin\nbegin\n10.5 9 1\nbegin\n2 1.5 0.5\n")
     return exp
 
@@ -65,6 +68,7 @@ def test_a_file_holds_what_the_experiment_measured(experiment: Path, tmp_path: P
     run = read_run(path)
     assert (run.seed, run.settings, run.commit, run.command) == (3, "a.b=1", "0123abc", "pam_decode --set 'a b'")
     assert (run.wall_seconds, run.cpu_seconds, run.killed_attempts) == (12.5, 12.0, 1)
+    assert run.curve == [{"step": 10, "split": "train", "acc_asr": 0.1}, {"step": 20, "split": "train", "acc_asr": 0.2}]
     # ten batches of one or two utterances of 36 s
     assert 0.1 <= run.hours_trained <= 0.2
     assert {column.metric for column in run.columns()} == {
@@ -116,7 +120,8 @@ def test_rows_are_means_over_seeds_and_paired_with_the_first(tmp_path: Path) -> 
     worse = rows[2]["difference_to_first"][0]
     assert worse["value"] == pytest.approx(-100 * hits[:, ::2].sum() / 180) and worse["high"] < 0
     assert "| average † |" in text and "| pam, 3 seeds |" in text and "| worse | **-" in text and "+0.0] † |" in text
-    assert (tmp_path / "EVIDENCE_quick.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("", "_curves", "_weights"):
+        assert (tmp_path / f"EVIDENCE_quick{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -181,3 +186,26 @@ def test_committed_tables_are_those_of_the_committed_files(path: Path, tmp_path:
     text = write_tables(path.parent / "evidence", size, tmp_path / path.stem)
     assert text == path.with_suffix(".md").read_text(encoding="utf-8")
     assert json.loads((tmp_path / path.name).read_text()) == read_json(path)
+
+
+def test_curves_and_weights_are_drawn_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean and band of the seeds at each step, also where one has no such task; bars that lie end to end."""
+    figures = []
+    monkeypatch.setattr(evidence_plots, "save_figure", lambda figure, path: figures.append(figure))
+    curves = [
+        [
+            {"step": 10, "split": "train", "acc_asr": 0.2, "acc_count": 0.5},
+            {"step": 20, "split": "train", "acc_asr": 0.4},
+        ],
+        [{"step": 10, "split": "train", "acc_asr": 0.4}, {"step": 20, "split": "valid", "acc_asr": 0.9}],
+    ]
+    evidence_plots.plot_curves({"pam": curves}, tmp_path / "a.png")
+    asr, count = figures[0].axes
+    assert np.allclose(asr.lines[0].get_xydata(), [[10, 30], [20, 40]]) and asr.get_title() == "asr"
+    assert np.allclose(count.lines[0].get_xydata(), [[10, 50]])
+    edges = asr.collections[0].get_paths()[0].vertices[:, 1]
+    assert edges.min() == pytest.approx(20) and edges.max() == pytest.approx(40)
+    own = {"asr": {"whisper": 0.75, "yamnet": 0.25}}
+    evidence_plots.plot_weights({"pam, seed 1": own, "pam, seed 2": {"asr": {"yamnet": 1.0}}}, tmp_path / "b.png")
+    bars = [(bar.get_x(), bar.get_width()) for bar in figures[1].axes[0].patches]
+    assert bars == [(0, 0.75), (0, 0), (0.75, 0.25), (0, 1)]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every way to combine encoders with several seeds on the same data: evidence/<name>_<size>_<seed>.json for each training,
-# then EVIDENCE_<size>.md, .json and .png from these files alone, and the tables in READMEs that quote them.
+# then EVIDENCE_<size>.md, .json and pictures from these files alone, and the tables in READMEs that quote them.
 #   ./run_evidence.sh                                        all fusions, three seeds, quick size: hours
 #   ./run_evidence.sh --size full --fusions "pam static"     resumable: a run whose file exists is skipped
 #   ./run_evidence.sh --fusions pam --wordings true          pam also asked in wordings that it was not trained on
