@@ -80,7 +80,7 @@ def plot_weights(weights: Mapping[str, Mapping[str, Mapping[str, float]]], path:
             widths = np.array([one.get(task, {}).get(name, 0.0) for one in weights.values()])
             axes.barh(range(len(weights)), widths, left=left, color=COLOURS[index % len(COLOURS)], label=name)
             left += widths
-        axes.set(title=task, xlabel="weight")
+        axes.set(title=task, xlabel="weight", xlim=(0, 1))
         axes.set_yticks(range(len(weights)), list(weights))
     grid[0][0].set_ylim(max(len(weights), 1) - 0.5, -0.5)  # the first training on top
     if encoders:
