@@ -1,8 +1,9 @@
 """Fit maps and gates of early exit on development data, and judge whether they are worth it.
 
-Writes <exp>/exit.safetensors (maps, gates, threshold) and <exp>/exit.json (what was judged). Half of the utterances are
-fitted to, the other half judge. To decode with it: exit: {mode: gate, calibration: <exp>/exit.safetensors} in the
-decoding configuration. Where the predicted speed-up is below 1.05 the advice is to leave early exit off.
+Writes <exp>/exit.safetensors (maps, gates, threshold) and <exp>/exit.json (what was judged). Half of --data is fitted
+to, the other half judges; with --fit, which gates of some hundred weights need where --data is small, that is fitted to
+and all of --data judges. To decode with it: exit: {mode: gate, calibration: <exp>/exit.safetensors} in the decoding
+configuration. Where the predicted speed-up is below 1.05 the advice is to leave early exit off.
 """
 
 import argparse
@@ -18,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exp", required=True, type=Path, help="experiment directory")
     parser.add_argument("--data", required=True, help="formatted development data, dump/raw/dev")
+    parser.add_argument("--fit", metavar="DATA", help="other formatted data to fit to, such as dump/raw/train")
+    parser.add_argument("--fit_utterances", type=int, default=1000, help="about as many of --fit (default: 1000)")
     parser.add_argument("--layers", type=int, nargs="+", help="candidate blocks (default: upper half, every second)")
     parser.add_argument("--precision", type=float, default=0.95, help="of the tokens that exit (default: 0.95)")
     parser.add_argument("--no_maps", action="store_true", help="gates alone; hidden states are read as they are")
@@ -26,12 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from dataclasses import asdict
 
+    from pam_espnet.config import check_number
     from pam_espnet.decode.options import AnswerOptions
     from pam_espnet.decode.speech_llm import SpeechLLM
     from pam_espnet.early_exit.fitting import CostModel, calibrate, candidate_blocks, observe
     from pam_espnet.errors import ConfigError
     from pam_espnet.fileio import write_json
 
+    check_number(args.fit_utterances, "--fit_utterances", at_least=1)
     if not 0 < args.precision <= 1:
         raise ConfigError(f"--precision {args.precision}: must be above 0 and at most 1")
     speech = SpeechLLM.load(args.exp, AnswerOptions(), compute_device(args), args.dtype or "float32")
@@ -39,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     blocks = model.decoder.num_layers
     layers = list(candidate_blocks(args.layers or (), blocks))
     observed = observe(speech, args.data, layers, args.batch_size)
-    calibration, judgement = calibrate(observed, layers, model.decoder, args.precision, not args.no_maps)
+    if args.fit is None:
+        fit, rest = observed.halves()
+    else:
+        fit, rest = observe(speech, args.fit, layers, args.batch_size, args.fit_utterances), observed
+    calibration, judgement = calibrate(fit, rest, layers, model.decoder, args.precision, not args.no_maps)
     calibration.save(args.exp / "exit.safetensors", asdict(judgement))
     verdict = "on" if judgement.worth_it else "off"
     write_json(
@@ -51,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "precision_wanted": args.precision,
             "judgement": asdict(judgement),
             "cost_model": asdict(CostModel.of(model.decoder)),
-            "tokens": len(observed.last),
+            "tokens": {"fitted": len(fit.last), "judged": len(rest.last)},
             "data": str(args.data),
+            "fit": args.fit,
         },
     )
     logging.info(f"wrote {args.exp / 'exit.safetensors'}, {args.exp / 'exit.json'}")

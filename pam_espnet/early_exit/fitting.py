@@ -1,7 +1,7 @@
 """Early exit of a trained experiment, fitted to development data and judged by a cost model, without a clock.
 
-Maps and gates (``engine.calibration``) are fitted to the utterances with even index and judged on the others; what is
-not predicted to be worth it is answered with "off".
+Maps and gates (``engine.calibration``) are fitted to some utterances and judged on others; what is not predicted to be
+worth it is answered with "off".
 
 N tokens, C candidate blocks, D width.
 """
@@ -24,7 +24,7 @@ from pam_espnet.errors import ConfigError
 from pam_espnet.llm.llm import LLM
 
 RIDGES = (0.01, 0.1, 1.0)
-FEWEST_TOKENS = 200  # on either half; with fewer the judgement would be a guess
+FEWEST_TOKENS = 200  # to fit, and to judge; with fewer the judgement would be a guess
 WORTH_IT = 1.05  # predicted speed-up below which the answer is "off"
 
 
@@ -100,11 +100,20 @@ class Observed:
         """The tokens at ``chosen`` (N,) bool."""
         return Observed([states[chosen] for states in self.hidden], self.last[chosen], self.utterance[chosen])
 
+    def halves(self) -> tuple[Observed, Observed]:
+        """The utterances with even index, and the others."""
+        even = self.utterance % 2 == 0
+        return self.take(even), self.take(~even)
 
-def observe(speech: SpeechLLM, data_dir: str | Path, layers: Sequence[int], batch_size: int = 8) -> Observed:
-    """Run the reference answers of a formatted data directory through the LLM.
-    Raises DataError: audio of another sample rate than the model's."""
+
+def observe(
+    speech: SpeechLLM, data_dir: str | Path, layers: Sequence[int], batch_size: int = 8, most: int | None = None
+) -> Observed:
+    """Run the reference answers of a formatted data directory through the LLM; of about ``most`` utterances, evenly
+    drawn. Raises DataError: audio of another sample rate than the model's."""
     data = DataDir.load(data_dir)
+    if most is not None:
+        data = data.subset(data.utterances[:: -(-len(data) // most)])
     hidden: list[list[Tensor]] = [[] for _ in layers]
     last: list[Tensor] = []
     owners: list[Tensor] = []
@@ -126,14 +135,14 @@ def candidate_blocks(layers: Sequence[int], blocks: int) -> tuple[int, ...]:
 
 
 def calibrate(
-    observed: Observed, layers: Sequence[int], llm: LLM, precision: float, use_maps: bool
+    fit: Observed, rest: Observed, layers: Sequence[int], llm: LLM, precision: float, use_maps: bool
 ) -> tuple[Calibration, Judgement]:
-    """Maps and gates from the utterances with even index, their judgement from the others.
+    """Maps and gates from the tokens of ``fit``, their judgement from those of ``rest``.
 
-    The ridge is the one with which most tokens of a held-out third of the fitted half become the last block's.
+    The ridge is the one with which most tokens of a held-out third of ``fit`` become the last block's.
 
     Args:
-        observed: at ``layers``, the candidate blocks.
+        fit, rest: of different utterances, at ``layers``, the candidate blocks.
         llm: whose final norm and output layer are read.
         precision: wanted among the tokens that exit.
         use_maps: False leaves hidden states as they are, the setting of arXiv 2412.01455.
@@ -141,10 +150,9 @@ def calibrate(
     Raises ConfigError: too few tokens.
     """
     norm, head = _on(llm, llm.final_norm), _on(llm, llm.logits)
-    even = observed.utterance % 2 == 0
-    fit, rest = observed.take(even), observed.take(~even)
     if min(len(fit.last), len(rest.last)) < FEWEST_TOKENS:
-        raise ConfigError(f"{len(observed.last)} tokens are too few to calibrate on; each half needs {FEWEST_TOKENS}")
+        counts = f"{len(fit.last)} tokens to fit and {len(rest.last)} to judge"
+        raise ConfigError(f"{counts}: too few to calibrate on; each needs {FEWEST_TOKENS}")
     tokens, rest_tokens = head(norm(fit.last)).argmax(-1), head(norm(rest.last)).argmax(-1)
     inner = (fit.utterance // 2) % 3 > 0
     maps, gates = [], []

@@ -12,6 +12,7 @@ from pam_espnet.config import write_config
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.early_exit.fitting import CostModel, observe
+from pam_espnet.engine.calibration import Calibration
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import read_json, save_trained
 from pam_espnet.model import build_model
@@ -55,6 +56,22 @@ def test_calibrate_and_decode(exp: Path, data: Path, more: list[str], capsys: py
     assert decode([*args, "--limit", "4"]) == 0
     lines = (exp / "out" / "nbest.jsonl").read_text()
     assert '"depths": [2, 1' in lines  # at threshold zero every token after the first exits at block 1
+
+
+def test_other_data_are_fitted_to(exp: Path, data: Path, tmp_path: Path) -> None:
+    """All of --data judges then, and what is fitted does not depend on it."""
+    train = write_data(tmp_path / "train", "train", size=150)
+    common = ["--exp", str(exp), "--layers", "1", "--fit", str(train), "--fit_utterances", "60"]
+    gates = []
+    for judged in (data, write_data(tmp_path / "other", "dev", size=110)):
+        assert calibrate([*common, "--data", str(judged)]) == 0
+        record = read_json(exp / "exit.json")
+        speech = SpeechLLM.load(exp, AnswerOptions())
+        counts = [len(observe(speech, one, [1], most=most).last) for one, most in ((train, 60), (judged, None))]
+        assert record["tokens"] == {"fitted": counts[0], "judged": counts[1]} and record["fit"] == str(train)
+        gates.append(Calibration.load(exp / "exit.safetensors", 32).gates)
+    assert torch.equal(*gates)
+    assert 30 < observe(speech, train, [1], most=60).utterance.unique().numel() <= 60
 
 
 def test_the_cost_model_knows_the_llm(tiny_llm_dir: Path) -> None:
