@@ -67,7 +67,7 @@ class Answering:
         found = read_upload(Path(path).read_bytes(), NAME, self.settings.max_seconds)
         return as_formatted(NAME, *found, self.settings)
 
-    async def views(self, path: str | None, prompt: str) -> AsyncIterator[View]:
+    async def views(self, path: str | None, prompt: str | None) -> AsyncIterator[View]:
         """The answer as it grows, then whole with all that is shown beside it. A task's default prompt is asked as
         that task, with its answer set. Raises PamError: there is none, see ``read``,
         ``checked``."""
@@ -113,9 +113,9 @@ class Answering:
         return shares((text, score * len(tokens) ** penalty) for text, score, tokens in nbest)
 
 
-def checked(prompt: str) -> str:
+def checked(prompt: str | None) -> str:
     """A prompt without white space around it. Raises ConfigError: there is none, or a long one."""
-    prompt = prompt.strip()
+    prompt = (prompt or "").strip()
     if not prompt:
         raise ConfigError("ask something first")
     if len(prompt) > PROMPT_LENGTH:

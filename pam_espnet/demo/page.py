@@ -55,7 +55,7 @@ def build_page(models: Mapping[str, Answering | PamError], max_seconds: float) -
             with gradio.Column(scale=2), gradio.Row():
                 columns = {name: shown for name, model in models.items() if (shown := _column(name, model))}
 
-        def begin(wav: str | None, prompt: str) -> Iterator[list[Any]]:
+        def begin(wav: str | None, prompt: str | None) -> Iterator[list[Any]]:
             empty = _values(View("")) * len(columns)
             yield [None, *empty]
             with _explained():
@@ -109,8 +109,8 @@ def _shades(blocks: int) -> dict[str, str]:
     return {str(n): to_hex(colormaps["viridis_r"](0.4 + 0.6 * n / blocks)) for n in range(1, blocks + 1)}
 
 
-def _listener(name: str, model: Answering) -> Callable[[str | None, str], AsyncIterator[list[Any]]]:
-    async def answer(wav: str | None, prompt: str) -> AsyncIterator[list[Any]]:
+def _listener(name: str, model: Answering) -> Callable[[str | None, str | None], AsyncIterator[list[Any]]]:
+    async def answer(wav: str | None, prompt: str | None) -> AsyncIterator[list[Any]]:
         with _explained(name):
             yield _values(View(""))
             async for view in model.views(wav, prompt):
