@@ -64,7 +64,7 @@ cat "${work}/static"
 # pytest's closing line comes last.
 case "$*" in
     *"-m "*) ;;
-    *) echo "== left out: tests marked services (minutes, or a real Slurm, METEOR, gradio's page); .ci/run runs them" ;;
+    *) echo "== left out: tests marked services (minutes, or a real Slurm, METEOR, the page in Chromium); .ci/run runs them" ;;
 esac
 echo "== wall time: ${times}; beside pytest: $(tr -d '\n' <"${work}/times" | cut -c3-)"
 [ ! -f "${work}/failed" ] || echo "failed:$(tr -d '\n' <"${work}/failed")"

@@ -1,77 +1,77 @@
-"""Answer prompts about recordings in a web browser: upload or record, ask, and see the weight of each encoder.
+"""Answer prompts about recordings in a web browser: upload or record, ask, and see what the answer is made of.
 
     python -m pam_espnet.bin.pam_demo --model mine.zip
+    python -m pam_espnet.bin.pam_demo --model exp/pam_quick exp/single_whisper_quick
+
+Beside the answer, as it grows: the weight of each encoder and of its layers, other answers with their probability, the
+block of the LLM that predicted each token where early exit is on (--config), the spectrogram.
 
 Needs gradio (tools/setup.sh --extras demo). The page is served to this machine alone unless --host is given; it
-asks for no password. Recordings are treated as by pam_inference.
+asks for no password. Recordings are treated as by pam_inference. Ctrl-C ends it.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pam_espnet.bin.pam_inference import add_model_options, answer, load_model
+from pam_espnet.bin.pam_inference import add_model_options, load_model
 from pam_espnet.cli import run_main
+from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError, PamError
 
 if TYPE_CHECKING:
-    from pam_espnet.decode.speech_llm import SpeechLLM
+    from pam_espnet.demo.answering import Answering
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_options(parser)
+    add_model_options(parser, several=True)
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 is all (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=7860, help="(default: 7860)")
     args = parser.parse_args(argv)
-    try:
-        import gradio  # noqa: F401  before a model is loaded for nothing
+    check_number(args.port, "--port", at_least=1, at_most=65535, whole=True)
+    try:  # before a model is loaded for nothing
+        from pam_espnet.demo.page import LAUNCH, build_page
     except ImportError as error:
         raise ConfigError(f"the demo needs gradio ({error})\n  -> tools/setup.sh --extras demo") from error
-    page = build_page(load_model(args), args.max_seconds)
-    page.launch(server_name=args.host, server_port=args.port, share=False)
+    with loaded_models(args) as models:
+        page = build_page(models, args.max_seconds)
+        try:
+            page.launch(server_name=args.host, server_port=args.port, **LAUNCH)
+        except OSError as error:
+            raise ConfigError(f"--host {args.host} --port {args.port}: cannot be served at: {error}") from error
     return 0
 
 
-def respond(model: SpeechLLM, wav: str | None, prompt: str, max_seconds: float) -> tuple[str, dict[str, float]]:
-    """The answer about an audio file, and the weight of each encoder for this prompt.
-    Raises ConfigError: no recording, or no prompt; DataError: a recording that cannot be used."""
-    if not wav:
-        raise ConfigError("record or upload something first")
-    if not prompt.strip():
-        raise ConfigError("ask something first")
-    found = answer(model, wav, prompt, None, max_seconds)
-    return found["answer"], found["routing"]["encoders"]
+@contextmanager
+def loaded_models(args: argparse.Namespace) -> Iterator[dict[str, Answering | PamError]]:
+    """Name -> model, or why it cannot be loaded; they are closed afterwards. Raises PamError: none of them can be."""
+    from pam_espnet.demo.answering import Answering
 
-
-def build_page(model: SpeechLLM, max_seconds: float) -> Any:
-    """The page, a ``gradio.Interface``; programs reach it under ``/answer``."""
-    import gradio
-
-    from pam_espnet.data.tasks import TASKS
-
-    def answer_or_explain(wav: str | None, prompt: str) -> tuple[str, dict[str, float]]:
-        try:
-            return respond(model, wav, prompt, max_seconds)
-        except PamError as error:
-            raise gradio.Error(str(error), print_exception=False) from error
-
-    prompts = [spec.default_prompt for spec in TASKS.values()]
-    return gradio.Interface(
-        answer_or_explain,
-        inputs=[
-            gradio.Audio(type="filepath", label=f"Recording, at most {max_seconds:g} s"),
-            gradio.Dropdown(prompts, value=prompts[0], allow_custom_value=True, label="Prompt"),
-        ],
-        outputs=[gradio.Textbox(label="Answer"), gradio.Label(label="Weights of the encoders")],
-        title="PaM-ESPnet",
-        api_name="answer",
-        flagging_mode="never",
-        analytics_enabled=False,
-    )
+    models: dict[str, Answering | PamError] = {}
+    with ExitStack() as stack:
+        for number, path in enumerate(args.model, 1):
+            name = Path(path).resolve().name.removesuffix(".zip")
+            name = f"{name} ({number})" if name in models else name
+            try:
+                speech = load_model(argparse.Namespace(**{**vars(args), "model": path}))
+            except PamError as error:
+                if len(args.model) == 1:
+                    raise
+                logging.warning("%s", error)
+                models[name] = error
+            else:
+                models[name] = answering = Answering(speech, args.max_seconds)
+                stack.callback(answering.close)
+        if all(isinstance(model, PamError) for model in models.values()):
+            raise ConfigError("no model could be loaded:\n" + "\n".join(map(str, models.values())))
+        yield models
 
 
 if __name__ == "__main__":

@@ -42,12 +42,16 @@ WINDOW = 10.0  # seconds
 SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}  # of --format
 
 
-def add_model_options(parser: argparse.ArgumentParser, max_seconds: float | None = 30.0) -> None:
-    """Options of ``load_model``, and ``--max_seconds`` with its default."""
+def add_model_options(
+    parser: argparse.ArgumentParser, max_seconds: float | None = 30.0, several: bool = False
+) -> None:
+    """Options of ``load_model``, and ``--max_seconds`` with its default; ``several``: --model takes a list."""
     parser.add_argument(
         "--model",
         required=True,
-        help="package (zip file, folder, or org/name on the Hugging Face hub), or experiment directory",
+        nargs="+" if several else None,
+        help="package (zip file, folder, or org/name on the Hugging Face hub), or experiment directory"
+        + ("; several are shown side by side" if several else ""),
     )
     parser.add_argument("--revision", help="branch, tag or commit of --model on the hub (default: the newest commit)")
     parser.add_argument(

@@ -27,6 +27,7 @@ from pam_espnet.serve.queue import DecodingQueue, Job
 READERS = 2  # threads that read recordings
 TOGETHER = 16  # pieces of one recording that are submitted at once, while as many may wait
 NAME = "file"  # of a recording in messages
+PROMPT_LENGTH = 2000  # characters, the most that a stranger may ask
 
 
 @dataclass
@@ -70,13 +71,13 @@ class Answers:
         """
         loop = asyncio.get_running_loop()
         pieces, more, space = self._pieces(recording), True, ""
-        pending: deque[_Asked] = deque()
+        pending: deque[Asked] = deque()
         try:
             while more or pending:
                 if more and len(pending) <= TOGETHER:
                     some = await loop.run_in_executor(self._readers, _some, pieces)
                     more = len(some) == TOGETHER
-                    asked = [_Asked.about(piece, prompt, task, growing) for piece in some]
+                    asked = [Asked.about(piece, prompt, task, growing) for piece in some]
                     pending += asked
                     self.queue.submit(*(one.job for one in asked if one.job is not None))
                     continue
@@ -126,7 +127,7 @@ class Answers:
 
 
 @dataclass
-class _Asked:
+class Asked:
     """A piece that was asked about."""
 
     piece: Piece
@@ -134,7 +135,7 @@ class _Asked:
     texts: asyncio.Queue[str | None]  # what cannot change any more, after each step; None: that was all
 
     @classmethod
-    def about(cls, piece: Piece, prompt: str, task: str, growing: bool) -> _Asked:
+    def about(cls, piece: Piece, prompt: str, task: str, growing: bool) -> Asked:
         """With a job that is not submitted yet; without ``growing`` there are no texts."""
         loop, texts = asyncio.get_running_loop(), asyncio.Queue[str | None]()
 

@@ -10,8 +10,7 @@ from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pam_espnet.data.tasks import TASKS
-
-PROMPT_LENGTH = 2000  # characters
+from pam_espnet.serve.answers import PROMPT_LENGTH
 
 
 class _Request(BaseModel):
