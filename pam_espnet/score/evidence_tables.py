@@ -27,7 +27,8 @@ from pam_espnet.score.routing import TaskRouting
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _NOTE = (
     "Means over seeds. In brackets: 95 % interval that counts seeds (Student's t) and utterances (bootstrap, the same "
-    "for all seeds). † one seed: the interval counts utterances alone.\n"
+    "for all seeds). † one seed: the interval counts utterances alone. In parentheses: both seeds, where there are "
+    "two.\n"
 )
 
 
@@ -143,7 +144,15 @@ def _score_cells(row: Mapping[str, Any], columns: Sequence[Column]) -> list[str]
     entries = {_column(entry): entry for entry in row["scores"]}
     seeds = row.get("seeds")  # a comparison of experiments has none
     label = row["experiment"] + ("" if seeds is None else f", {len(seeds)} seeds" if len(seeds) > 1 else " †")
-    return [label, *(METRICS[column.metric].show_entry(entries.get(column)) for column in columns)]
+    return [label, *(_figure(column, entries.get(column)) for column in columns)]
+
+
+def _figure(column: Column, entry: Mapping[str, Any] | None) -> str:
+    """A figure with its interval; of two seeds both instead, of which no useful interval can be had."""
+    metric, seeds = METRICS[column.metric], list((entry or {}).get("by_seed", {}).values())
+    if entry is None or len(seeds) != 2:
+        return metric.show_entry(entry)
+    return f"{metric.number(entry['value'])} ({', '.join(metric.number(value) for value in seeds)})"
 
 
 def _answer_cells(row: Mapping[str, Any], prompts: Sequence[str]) -> list[str]:

@@ -188,6 +188,12 @@ def test_committed_tables_are_those_of_the_committed_files(path: Path, tmp_path:
     assert json.loads((tmp_path / path.name).read_text()) == read_json(path)
 
 
+def test_of_two_seeds_both_are_shown(tmp_path: Path) -> None:
+    for seed, row in ((1, [1, 0, 0, 0]), (2, [1, 1, 1, 0])):
+        save(make_run("pam", seed, row), tmp_path)
+    assert "| pam, 2 seeds | 50.0 (25.0, 75.0) |" in write_tables(tmp_path, "quick", tmp_path / "EVIDENCE_quick")
+
+
 def test_curves_and_weights_are_drawn_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean and band of the seeds at each step, also where one has no such task; bars that lie end to end."""
     figures = []
