@@ -42,8 +42,8 @@ WINDOW = 10.0  # seconds
 SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}  # of --format
 
 
-def add_model_options(parser: argparse.ArgumentParser, max_seconds: float | None = 30.0) -> None:
-    """Options of ``load_model``, and ``--max_seconds`` with its default."""
+def add_model_names(parser: argparse.ArgumentParser) -> None:
+    """Options that name a model and its pretrained ones."""
     parser.add_argument(
         "--model",
         required=True,
@@ -58,6 +58,11 @@ def add_model_options(parser: argparse.ArgumentParser, max_seconds: float | None
         help="where a pretrained model of the package is; may be given several times "
         "(default: where the recipe has it, seen from here, or the Hugging Face hub)",
     )
+
+
+def add_model_options(parser: argparse.ArgumentParser, max_seconds: float | None = 30.0) -> None:
+    """Options of ``load_model``, and ``--max_seconds`` with its default."""
+    add_model_names(parser)
     parser.add_argument("--config", help="YAML with options of decoding (default: as it was packed, or decoded)")
     shown = "any length" if max_seconds is None else f"{max_seconds:g}"
     parser.add_argument("--max_seconds", type=float, default=max_seconds, help=f"longest recording (default: {shown})")
