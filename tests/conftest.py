@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from locked_folder import locked
 
 if TYPE_CHECKING:
     import numpy as np
+    from model_hub import ModelHub
 
 # Before torch is imported anywhere: two busy threads on a shared machine can be a hundred times slower than one.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -69,6 +70,25 @@ def mini_models() -> Path:
             done = subprocess.run(command, cwd=recipe, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return downloads / "models"
+
+
+@pytest.fixture
+def hub() -> Iterator[ModelHub]:
+    """A server on loopback that speaks as the Hugging Face hub."""
+    from hub_server import running
+    from model_hub import ModelHub
+
+    with running(ModelHub()) as server:
+        yield server
+
+
+@pytest.fixture
+def hub_client(hub: ModelHub, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    """huggingface_hub in this process as a client of ``hub``, with an empty cache and no token."""
+    from model_hub import in_this_process
+
+    with in_this_process(hub, tmp_path / "cache") as patch:
+        yield patch
 
 
 @pytest.fixture(scope="session")

@@ -11,14 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pam_espnet.bin.pam_inference import model_folders
+from pam_espnet.bin.pam_inference import add_model_names, model_folders
 from pam_espnet.cli import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="package (zip file or folder), or experiment directory")
-    parser.add_argument("--models", action="append", default=[], metavar="NAME=DIR", help="as in pam_inference")
+    add_model_names(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: as trained)")
     parser.add_argument("--vllm", required=True, type=Path, metavar="DIR", help="what to write; must not exist")
     args = parser.parse_args(argv)
@@ -27,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pam_espnet.package import load
 
     check_target(args.vllm)  # before a model is loaded for nothing
-    export_llm(load(args.model, folders, {}, "cpu", args.dtype).model.decoder, args.vllm)
+    export_llm(load(args.model, folders, {}, "cpu", args.dtype, args.revision).model.decoder, args.vllm)
     print(f"wrote {args.vllm}")
     return 0
 

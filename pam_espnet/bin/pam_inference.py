@@ -42,10 +42,8 @@ WINDOW = 10.0  # seconds
 SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}  # of --format
 
 
-def add_model_options(
-    parser: argparse.ArgumentParser, max_seconds: float | None = 30.0, several: bool = False
-) -> None:
-    """Options of ``load_model``, and ``--max_seconds`` with its default; ``several``: --model takes a list."""
+def add_model_names(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Options that name a model and its pretrained ones; ``several``: --model takes a list."""
     parser.add_argument(
         "--model",
         required=True,
@@ -62,6 +60,11 @@ def add_model_options(
         help="where a pretrained model of the package is; may be given several times "
         "(default: where the recipe has it, seen from here, or the Hugging Face hub)",
     )
+
+
+def add_model_options(parser: argparse.ArgumentParser, max_seconds: float | None = 30.0, several: bool = False) -> None:
+    """Options of ``load_model``, and ``--max_seconds`` with its default; ``several``: see ``add_model_names``."""
+    add_model_names(parser, several)
     parser.add_argument("--config", help="YAML with options of decoding (default: as it was packed, or decoded)")
     shown = "any length" if max_seconds is None else f"{max_seconds:g}"
     parser.add_argument("--max_seconds", type=float, default=max_seconds, help=f"longest recording (default: {shown})")

@@ -230,7 +230,8 @@ def read_formatted(path: str | Path, settings: Settings) -> np.ndarray:
 def as_formatted(path: str | Path, wave: np.ndarray, rate: int, settings: Settings) -> np.ndarray:
     """What ``read_formatted`` makes of ``wave`` (N,) at ``rate`` Hz, read from ``path``; raises what it raises."""
     if reason := skip_reason(wave, rate, settings):
-        raise DataError(path, reason, hint="name a recording with sound in it, cut to the limits of stage 2")
+        hint = "name a recording with sound in it, within full scale and the limits of stage 2"
+        raise DataError(path, reason, hint=hint)
     return to_pcm16(resample(wave, rate, settings.sample_rate))[0].astype(np.float32) / 32768
 
 

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pam_espnet.config import check_number
-from pam_espnet.data.audio import to_pcm16
 from pam_espnet.data.audio_stream import stream_audio
-from pam_espnet.data.format import RESAMPLER, SILENCE_PEAK, Settings, skip_reason
+from pam_espnet.data.format import SILENCE_PEAK, Settings, as_formatted
 from pam_espnet.decode.batches import CPU_BATCH, MOST_UTTERANCES, in_batches, plan_batches, split
 from pam_espnet.decode.segments import Piece, cut_at_pauses, cut_into_windows
 from pam_espnet.decode.voice_activity import RATE, VoiceActivity
-from pam_espnet.errors import ConfigError, DataError
+from pam_espnet.errors import ConfigError
 
 if TYPE_CHECKING:
     from pam_espnet.decode.speech_llm import Answer, SpeechLLM
@@ -98,8 +97,6 @@ def formatted_piece(speech: SpeechLLM, piece: Piece, name: str) -> np.ndarray:
     """The piece's wave (N,) with the 16 bits of stage 2; (0,) where it is silent."""
     if np.abs(piece.wave).max() < SILENCE_PEAK:
         return piece.wave[:0]
-    settings = Settings(speech.model.frontend.sample_rate, "flac", np.inf, 0, RESAMPLER)
-    if reason := skip_reason(piece.wave, settings.sample_rate, settings):
-        hint = "convert it to 16 bits, or scale it to [-1, 1]"
-        raise DataError(name, f"{piece.start:.1f} to {piece.end:.1f} s: {reason}", hint=hint)
-    return to_pcm16(piece.wave)[0].astype(np.float32) / 32768
+    rate = speech.model.frontend.sample_rate
+    part = f"{name}: {piece.start:.1f} to {piece.end:.1f} s"
+    return as_formatted(part, piece.wave, rate, Settings(rate, "flac", np.inf, 0))

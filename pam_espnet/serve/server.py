@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+import shlex
+import socket
 from typing import Any, cast
 
 import uvicorn
@@ -46,6 +49,22 @@ class Connection(H11Protocol):
             self.transport.close()
 
 
+class Server(uvicorn.Server):
+    """Logs, once it answers, the command that asks it."""
+
+    def __init__(self, config: uvicorn.Config, name: str, key: str | None) -> None:
+        super().__init__(config)
+        self.name, self.header = name, "" if key is None else ' -H "Authorization: Bearer KEY"'
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+            url = f"http://{host}:{self.servers[0].sockets[0].getsockname()[1]}"
+            form = f"-F {shlex.quote(f'model={self.name}')} -F file=@clip.wav"
+            logging.info(f"to ask it: curl {url}/v1/audio/transcriptions{self.header} {form}")
+
+
 def build_server(
     speech: SpeechLLM, name: str, limits: Limits, key: str | None = None, host: str = "127.0.0.1", port: int = 0
 ) -> uvicorn.Server:
@@ -63,4 +82,4 @@ def build_server(
         limit_concurrency=limits.places + SPARE_CONNECTIONS,
         timeout_graceful_shutdown=math.ceil(limits.seconds),
     )
-    return uvicorn.Server(config)
+    return Server(config, name, key)

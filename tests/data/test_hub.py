@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import running
-from model_hub import ModelHub, in_this_process
+from model_hub import ModelHub
 from read_only_disk import read_only
 
 from pam_espnet.data.hub import fetch_listed, hub_folder, is_hub_id
@@ -26,18 +24,6 @@ FILES = {
     "notes/b.md": b"b",
     "evil.py": b"raise SystemExit\n",
 }
-
-
-@pytest.fixture
-def hub() -> Iterator[ModelHub]:
-    with running(ModelHub()) as server:
-        yield server
-
-
-@pytest.fixture
-def client(hub: ModelHub, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    with in_this_process(hub, tmp_path / "cache") as patch:
-        yield patch
 
 
 def fetch(repo: str = "me/mine", revision: str | None = None) -> Path:
@@ -59,7 +45,7 @@ def test_what_is_an_id() -> None:
         assert not is_hub_id(path), path
 
 
-def test_only_what_is_listed_is_fetched(hub: ModelHub, client: pytest.MonkeyPatch) -> None:
+def test_only_what_is_listed_is_fetched(hub: ModelHub, hub_client: pytest.MonkeyPatch) -> None:
     commit = hub.add("me/mine", FILES)
     folder = fetch()
     assert folder.name == commit
@@ -68,7 +54,7 @@ def test_only_what_is_listed_is_fetched(hub: ModelHub, client: pytest.MonkeyPatc
     assert not [line for line in hub.requests if "evil" in line]
 
 
-def test_a_branch_moves_a_tag_and_a_commit_do_not(hub: ModelHub, client: pytest.MonkeyPatch) -> None:
+def test_a_branch_moves_a_tag_and_a_commit_do_not(hub: ModelHub, hub_client: pytest.MonkeyPatch) -> None:
     first = hub.add("me/mine", FILES)
     hub.repos["me/mine"].tags["v1"] = first
     assert fetch().name == first
@@ -79,22 +65,22 @@ def test_a_branch_moves_a_tag_and_a_commit_do_not(hub: ModelHub, client: pytest.
     assert "has no revision 'v2'" in message and "lists branches, tags and commits" in message
 
 
-def test_private_repositories_and_tokens(hub: ModelHub, client: pytest.MonkeyPatch) -> None:
+def test_private_repositories_and_tokens(hub: ModelHub, hub_client: pytest.MonkeyPatch) -> None:
     hub.add("me/mine", FILES, private=True)
     message = refused()
     assert f"there is none at {hub.address}, or it is private" in message and "HF_TOKEN=..." in message
-    client.setenv("HF_TOKEN", "hf_wrong")
+    hub_client.setenv("HF_TOKEN", "hf_wrong")
     message = refused()
     assert "refused (401" in message and "hf auth login" in message
-    client.setenv("HF_TOKEN", hub.token)
+    hub_client.setenv("HF_TOKEN", hub.token)
     assert (fetch() / "model.safetensors").read_bytes() == WEIGHTS
     assert "there is none at" in refused("me/other")
 
 
-def test_a_broken_connection(hub: ModelHub, client: pytest.MonkeyPatch) -> None:
+def test_a_broken_connection(hub: ModelHub, hub_client: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    client.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
+    hub_client.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
     hub.add("me/mine", FILES)
     hub.breaks = [200_000, *[0] * 9]
     message = refused()
@@ -106,17 +92,17 @@ def test_a_broken_connection(hub: ModelHub, client: pytest.MonkeyPatch) -> None:
     assert not [line for line in hub.requests if line.startswith("GET") and line.endswith("config.yaml")]
 
 
-def test_offline(hub: ModelHub, client: pytest.MonkeyPatch) -> None:
+def test_offline(hub: ModelHub, hub_client: pytest.MonkeyPatch) -> None:
     from huggingface_hub import close_session, constants
 
     hub.add("me/mine", FILES)
     folder = fetch()
-    client.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub_client.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests = []
     assert fetch() == fetch(revision=folder.name) == folder and not hub.requests
     message = refused("me/other")
     assert "not in the cache" in message and "HF_HUB_OFFLINE is set" in message
-    client.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub_client.setattr(constants, "HF_HUB_OFFLINE", False)
     hub.shutdown()
     hub.server_close()
     close_session()  # the connection that is open
@@ -125,28 +111,28 @@ def test_offline(hub: ModelHub, client: pytest.MonkeyPatch) -> None:
     assert f"{hub.address} cannot be reached (" in message and "check the connection" in message
 
 
-def test_a_cache_that_cannot_be_written(hub: ModelHub, client: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written(hub: ModelHub, hub_client: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from huggingface_hub import constants
 
     commit = hub.add("me/mine", FILES)
     fetch()
     with read_only(tmp_path / "full", tmp_path / "cache") as disk:
-        client.setattr(constants, "HF_HUB_CACHE", str(disk / "cache"))
+        hub_client.setattr(constants, "HF_HUB_CACHE", str(disk / "cache"))
         assert fetch() == disk / f"cache/models--me--mine/snapshots/{commit}"
     with read_only(tmp_path / "empty") as disk:
-        client.setattr(constants, "HF_HUB_CACHE", str(disk))
+        hub_client.setattr(constants, "HF_HUB_CACHE", str(disk))
         message = refused()
         assert str(disk) in message and "HF_HOME=DIR" in message and not list(disk.iterdir())
 
 
-def test_what_is_no_package(hub: ModelHub, client: pytest.MonkeyPatch) -> None:
+def test_what_is_no_package(hub: ModelHub, hub_client: pytest.MonkeyPatch) -> None:
     hub.add("me/other", {"config.json": b"{}"})
     assert "not a package of pam_upload" in refused("me/other")
     hub.add("me/odd", {"manifest.json": b"[]"})
     assert [path.name for path in fetch("me/odd").iterdir()] == ["manifest.json"]  # its reader says what is wrong
 
 
-def test_a_pretrained_model_by_id(hub: ModelHub, client: pytest.MonkeyPatch) -> None:
+def test_a_pretrained_model_by_id(hub: ModelHub, hub_client: pytest.MonkeyPatch) -> None:
     commit = hub.add("org/tiny", FILES)
     assert hub_folder("org/tiny", commit, allow_patterns=["config.yaml"]).name == commit
     with pytest.raises(ConfigError, match="org/tiny: no such folder, and not from the Hugging Face hub: it has no rev"):

@@ -7,46 +7,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
-from synthetic_voice import RATE, hiss, voice
-from tiny_model import tiny_config
+from synthetic_voice import RATE, hiss, voice, write_talk
+from tiny_model import write_exp
 
-from pam_espnet.config import write_config
+import pam_espnet
 from pam_espnet.decode.long_recordings import answer_pieces
-from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.segments import Piece
 from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.decode.subtitles import to_srt, to_table, to_text, to_vtt, values
 from pam_espnet.errors import ConfigError, DataError
-from pam_espnet.fileio import save_trained
-from pam_espnet.model import build_model
 
 PROMPT = "Transcribe the speech."
 
 
 @pytest.fixture(scope="module")
 def speech(tiny_llm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> SpeechLLM:
-    exp, config = tmp_path_factory.mktemp("exp"), tiny_config(tiny_llm_dir)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_trained(build_model(config).state_dict(), exp / "model.safetensors")
-    write_config(config, exp / "config.yaml")
-    options = {"beam_size": 2, "max_new_tokens": 4, "answer_sets": {"count": ["0", "1"]}}
-    return SpeechLLM.load(exp, AnswerOptions.from_dict(options))
+    exp = write_exp(tmp_path_factory.mktemp("exp"), tiny_llm_dir)
+    return pam_espnet.load(exp, options=exp / "decode.yaml")
 
 
 @pytest.fixture(scope="module")
 def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve voices of one to two seconds between noise and digital silence, 71 s at 22050 Hz, stereo."""
-    from pam_espnet.data.audio import resample
-
-    parts = [hiss(3.0)]
-    for number in range(12):
-        parts += [voice(1.0 + number / 12, 90 + 10 * number), hiss(2.0) if number % 2 else np.zeros(6 * RATE, "f4")]
-    wave = resample(np.concatenate(parts), RATE, 22050)
-    path = tmp_path_factory.mktemp("talk") / "talk.flac"
-    soundfile.write(path, np.stack([wave, wave], axis=1), 22050)
-    return path
+    return write_talk(tmp_path_factory.mktemp("talk"), 12)
 
 
 def test_each_piece_is_answered_as_alone(speech: SpeechLLM, talk: Path) -> None:

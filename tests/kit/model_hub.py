@@ -83,6 +83,9 @@ class _Handler(HubHandler):
             self.send_json({"error": "Invalid username or password."}, 401)
         elif path == "/api/repos/create":
             self.create(json.loads(body))
+        elif path == "/api/whoami-v2":  # hf auth login
+            token = {"displayName": "a token", "role": "write"}
+            self.send_json({"type": "user", "name": "me", "orgs": [], "auth": {"accessToken": token}})
         elif path == "/api/validate-yaml":
             self.validate(json.loads(body)["content"])
         elif found := re.fullmatch(r"/large/(\w{64})", path):

@@ -6,18 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny_encoder
-from hub_server import running
 from huggingface_hub import ModelCard, constants
-from model_hub import ModelHub, files_of, in_this_process
+from model_hub import ModelHub, files_of
 from tiny_package import LICENCE, answers, llm
 
 import pam_espnet
-from pam_espnet.bin import pam_upload
+from pam_espnet.bin import pam_export, pam_upload
 from pam_espnet.config import load_yaml, write_config
 from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.fileio import read_json, sha256_file, write_json
@@ -28,17 +26,10 @@ MIT = "Permission is hereby granted, free of charge, to any person obtaining a c
 
 
 @pytest.fixture
-def hub() -> Iterator[ModelHub]:
-    with running(ModelHub()) as server:
-        yield server
-
-
-@pytest.fixture
-def client(hub: ModelHub, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+def hub_client(hub: ModelHub, hub_client: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A client with a token that may write."""
-    with in_this_process(hub, tmp_path / "cache") as patch:
-        patch.setenv("HF_TOKEN", hub.token)
-        yield patch
+    hub_client.setenv("HF_TOKEN", hub.token)
+    return hub_client
 
 
 def send(exp: Path, repo: str = "me/mine", **options: bool) -> list[str]:
@@ -51,7 +42,9 @@ def send(exp: Path, repo: str = "me/mine", **options: bool) -> list[str]:
 # Sending
 
 
-def test_sent_and_loaded(recipe: Path, hub: ModelHub, client: pytest.MonkeyPatch, data: Path, package: Path) -> None:
+def test_sent_and_loaded(
+    recipe: Path, hub: ModelHub, hub_client: pytest.MonkeyPatch, data: Path, package: Path
+) -> None:
     requests: list[str] = []
     exp = recipe / "exp/mine"
 
@@ -71,11 +64,11 @@ def test_sent_and_loaded(recipe: Path, hub: ModelHub, client: pytest.MonkeyPatch
     expected = answers(package, data, models=llm(recipe))
     assert answers(Path("me/mine"), data, models=llm(recipe)) == expected
     assert answers(Path("me/mine"), data, models=llm(recipe), revision=commit) == expected
-    client.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub_client.setattr(constants, "HF_HUB_OFFLINE", True)
     assert answers(Path("me/mine"), data, models=llm(recipe)) == expected
 
 
-def test_a_second_time(exp: Path, hub: ModelHub, client: pytest.MonkeyPatch) -> None:
+def test_a_second_time(exp: Path, hub: ModelHub, hub_client: pytest.MonkeyPatch) -> None:
     """The same is no commit; what is not in the package any more is removed, what others added is not."""
     first = upload(exp, "me/mine", show=str)
     assert upload(exp, "me/mine", show=str) == first
@@ -88,7 +81,7 @@ def test_a_second_time(exp: Path, hub: ModelHub, client: pytest.MonkeyPatch) -> 
 
 
 def test_pretrained_models_travel_where_their_licences_allow(
-    exp: Path, hub: ModelHub, client: pytest.MonkeyPatch, data: Path, recipe: Path
+    exp: Path, hub: ModelHub, hub_client: pytest.MonkeyPatch, data: Path, recipe: Path
 ) -> None:
     lines = send(exp, with_models=True)
     assert not [name for name in hub.repos["me/mine"].commits[hub.repos["me/mine"].head] if name.startswith("models/")]
@@ -119,9 +112,9 @@ def test_licences(exp: Path) -> None:
 
 
 def test_a_dry_run_asks_the_hub_nothing(
-    exp: Path, hub: ModelHub, client: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    exp: Path, hub: ModelHub, hub_client: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    client.delenv("HF_TOKEN")
+    hub_client.delenv("HF_TOKEN")
     made = {"decode": "greedy", "command": "./run.sh --librispeech /home/me/corpora"}
     write_json(exp / "results.json", {**read_json(exp / "results.json"), "decodings": [made, made]})
     args = ["--exp", str(exp), "--repo", "me/mine"]
@@ -139,7 +132,7 @@ def test_a_dry_run_asks_the_hub_nothing(
         pam_upload.main([*args, "--repo", "mine"])
 
 
-def test_who_may_see_it(recipe: Path, hub: ModelHub, client: pytest.MonkeyPatch) -> None:
+def test_who_may_see_it(recipe: Path, hub: ModelHub, hub_client: pytest.MonkeyPatch) -> None:
     exp = recipe / "exp/mine"
     hub.add("me/mine", {"README.md": b"# soon\n"})
     with pytest.raises(ConfigError, match=r"me/mine is public: all would see what is sent\n.*--public true"):
@@ -152,28 +145,30 @@ def test_who_may_see_it(recipe: Path, hub: ModelHub, client: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", ["config.json", "manifest.json"])
-def test_something_else_is_not_overwritten(recipe: Path, hub: ModelHub, client: pytest.MonkeyPatch, name: str) -> None:
+def test_something_else_is_not_overwritten(
+    recipe: Path, hub: ModelHub, hub_client: pytest.MonkeyPatch, name: str
+) -> None:
     hub.add("me/mine", {"README.md": b"# mine\n", name: b"{}"}, private=True)
     with pytest.raises(ConfigError, match="me/mine holds something that is no package"):
         send(recipe / "exp/mine")
     assert not [line for line in hub.requests if "POST" in line]
 
 
-def test_what_the_hub_refuses(recipe: Path, hub: ModelHub, client: pytest.MonkeyPatch) -> None:
+def test_what_the_hub_refuses(recipe: Path, hub: ModelHub, hub_client: pytest.MonkeyPatch) -> None:
     exp = recipe / "exp/mine"
     with pytest.raises(ConfigError, match=r"they/mine: nothing of it is visible yet: .*refused \(403: You don't have"):
         send(exp, "they/mine")
-    client.setenv("HF_TOKEN", "hf_wrong")
+    hub_client.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(ConfigError, match=r"refused \(401: Invalid username or password.*\n.*HF_TOKEN=..."):
         send(exp)
-    client.setenv("HF_TOKEN", hub.token)
+    hub_client.setenv("HF_TOKEN", hub.token)
     hub.refusal = (413, "too large")
     with pytest.raises(ConfigError, match=r"nothing of it is visible yet: .*refused \(413: too large"):
         send(exp)
     assert len(hub.repos["me/mine"].commits) == 1
 
 
-def test_a_broken_connection_leaves_the_older_commit(exp: Path, hub: ModelHub, client: pytest.MonkeyPatch) -> None:
+def test_a_broken_connection_leaves_the_older_commit(exp: Path, hub: ModelHub, hub_client: pytest.MonkeyPatch) -> None:
     first = upload(exp, "me/mine", show=str)
     (exp / "routing.png").write_bytes(b"\x89PNG" + os.urandom(50_000))
     hub.breaks = [10_000, *[0] * 20]
@@ -190,7 +185,7 @@ def test_a_broken_connection_leaves_the_older_commit(exp: Path, hub: ModelHub, c
 # Loading
 
 
-def test_no_code_is_taken_from_the_hub(recipe: Path, exp: Path, hub: ModelHub, client: pytest.MonkeyPatch) -> None:
+def test_no_code_is_taken_from_the_hub(recipe: Path, exp: Path, hub: ModelHub, hub_client: pytest.MonkeyPatch) -> None:
     """Neither a file of the repository nor one that the manifest lists becomes a module."""
     config = load_yaml(exp / "config.yaml")
     config["frontend_conf"]["encoders"]["one"]["type"] = "evil:Encoder"
@@ -204,7 +199,7 @@ def test_no_code_is_taken_from_the_hub(recipe: Path, exp: Path, hub: ModelHub, c
         pam_espnet.load("me/mine", models=llm(recipe))
 
 
-def test_a_changed_file_and_a_wrong_revision(recipe: Path, hub: ModelHub, client: pytest.MonkeyPatch) -> None:
+def test_a_changed_file_and_a_wrong_revision(recipe: Path, hub: ModelHub, hub_client: pytest.MonkeyPatch) -> None:
     save(recipe / "exp/mine", "mine")
     hub.add("me/mine", {**files_of(Path("mine")), "config.yaml": b"llm: x\n"})
     with pytest.raises(DataError, match=r"member config\.yaml: changed"):
@@ -213,6 +208,17 @@ def test_a_changed_file_and_a_wrong_revision(recipe: Path, hub: ModelHub, client
         pam_espnet.load("me/mine", revision="v9")
     with pytest.raises(ConfigError, match="mine is on this machine: a revision is for ids of the Hugging Face hub"):
         pam_espnet.load("mine", revision="v9")
+
+
+def test_an_export_at_a_revision(recipe: Path, hub: ModelHub, hub_client: pytest.MonkeyPatch) -> None:
+    save(recipe / "exp/mine", "mine")
+    first = hub.add("me/mine", files_of(Path("mine")))
+    hub.repos["me/mine"].commit({"README.md": b"# gone\n"})
+    args = ["--model", "me/mine", "--models", f"llm={llm(recipe)['llm']}", "--vllm", "merged"]
+    with pytest.raises(ConfigError, match="not a package of pam_upload"):
+        pam_export.main(args)
+    assert pam_export.main([*args, "--revision", first]) == 0
+    assert Path("merged/model.safetensors").is_file() and f"/{first}/model.safetensors" in " ".join(hub.requests)
 
 
 @pytest.mark.slow

@@ -78,10 +78,10 @@ def write_jsonl(folder: Path, count: int = 12) -> Path:
     return path
 
 
-def run(recipe: Path, *args: str) -> subprocess.CompletedProcess[str]:
+def run(recipe: Path, *args: str, called_from: Path | None = None) -> subprocess.CompletedProcess[str]:
     own = {"PAM_NO_SETUP": "1", "PAM_PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "TQDM_MININTERVAL": "60"}
-    command = ["./run.sh", "--nj", "1", "--size", "tiny", *args]
-    return subprocess.run(command, cwd=recipe, env={**os.environ, **own}, capture_output=True, text=True, check=False)
+    command, cwd = [str(recipe / "run.sh"), "--nj", "1", "--size", "tiny", *args], called_from or recipe
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **own}, capture_output=True, text=True, check=False)
 
 
 def test_from_a_jsonl_to_formatted_sets(tmp_path: Path) -> None:
@@ -101,6 +101,10 @@ def test_from_a_jsonl_to_formatted_sets(tmp_path: Path) -> None:
         "test": {"asr": 1, "count": 1, "caption": 1},
     }
     assert set(sets["train"].prompt.values()) == {"asr?", "count?", "caption?"}
+    # the same, named as it is seen from another folder
+    options = ("--source", "my data.jsonl", "--models", "false", "--stop_stage", "1")
+    done = run(recipe, *options, called_from=tmp_path / "mine")
+    assert done.returncode == 0 and "12 utterances; 1 rows left out" in done.stdout, done.stderr
     # sets of one's own, and a table with other names of columns
     table = tmp_path / "mine/table.csv"
     table.write_text("the sound,words\n" + "".join(f"wav/{n}.wav,w {n}\n" for n in range(4)), encoding="utf-8")

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 from served import asks, metrics, question, require_serve, serving, wav_bytes
-from synthetic_voice import RATE, hiss, voice
+from synthetic_voice import hiss, voice, write_talk
 
-from pam_espnet.data.audio import resample
 from pam_espnet.data.tasks import TASKS
 from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.decode.subtitles import to_srt, to_text, to_vtt
@@ -73,14 +72,7 @@ def test_a_transcription_as_it_grows(client: OpenAI, wave: np.ndarray, transcrip
 
 @pytest.fixture(scope="module")
 def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty voices between noise and silence, 89 s at 22050 Hz, stereo."""
-    parts = [hiss(3.0)]
-    for number in range(20):
-        parts += [voice(1.0 + number / 20, 90 + 8 * number), hiss(2.0) if number % 2 else np.zeros(3 * RATE, "f4")]
-    wave = resample(np.concatenate(parts), RATE, 22050)
-    path = tmp_path_factory.mktemp("talk") / "talk.flac"
-    soundfile.write(path, np.stack([wave, wave], axis=1), 22050)
-    return path
+    return write_talk(tmp_path_factory.mktemp("talk"), 20)
 
 
 def test_a_long_recording(client: OpenAI, speech: SpeechLLM, talk: Path) -> None:

