@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"the demo needs gradio ({error})\n  -> tools/setup.sh --extras demo") from error
     with loaded_models(args) as models:
         page = build_page(models, args.max_seconds)
+        for signum in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs that ignore the first
+            signal.signal(signum, signal.default_int_handler)
         try:
             page.launch(server_name=args.host, server_port=args.port, **LAUNCH)
         except OSError as error:
