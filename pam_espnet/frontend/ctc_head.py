@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from pam_espnet.transfer import upload
 
 BLANK = 0
-# Of the bag's scores; what they learn without CTC beside them is 0.046 to 0.048. At CTC's own, which transcripts take to
-# 0.026, one seed of two detected fewer words of captions than a constant guess does.
+# Of the bag's scores; what they learn without CTC beside them is 0.046 to 0.048. At CTC's own, which transcripts take
+# to 0.026, one seed of two detected fewer words of captions than a constant guess does.
 BAG_TEMPERATURE = 0.05
 
 
