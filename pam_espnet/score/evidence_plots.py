@@ -44,9 +44,9 @@ def plot_curves(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
     ``curves``: row -> the lines of each seed's ``curve.jsonl``.
     """
     lines = [line for some in curves.values() for curve in some for line in curve]
-    tasks = [task for task in TASKS if any(f"acc_{task}" in line for line in lines)]
-    figure, grid = new_figure(1, max(len(tasks), 1), (1.5 + 4 * max(len(tasks), 1), 3.8), sharey=True)
-    for axes, task in zip(grid[0], tasks, strict=False):
+    tasks = [task for task in TASKS if any(f"acc_{task}" in line for line in lines)] or [""]
+    figure, grid = new_figure(1, len(tasks), (1.5 + 4 * len(tasks), 3.8), sharey=True)
+    for axes, task in zip(grid[0], tasks, strict=True):
         for index, (row, some) in enumerate(curves.items()):
             values: dict[int, list[float]] = {}  # step -> of the seeds that had this task then
             for line in (line for curve in some for line in curve if line["split"] == "train"):
@@ -70,11 +70,10 @@ def plot_weights(weights: Mapping[str, Mapping[str, Mapping[str, float]]], path:
 
     ``weights``: training -> task -> encoder -> weight.
     """
-    tasks = list(dict.fromkeys(task for one in weights.values() for task in one))
+    tasks = list(dict.fromkeys(task for one in weights.values() for task in one)) or [""]
     encoders = list(dict.fromkeys(name for one in weights.values() for own in one.values() for name in own))
-    size = (2.5 + 3 * max(len(tasks), 1), 1.5 + 0.3 * len(weights))
-    figure, grid = new_figure(1, max(len(tasks), 1), size, sharey=True)
-    for axes, task in zip(grid[0], tasks, strict=False):
+    figure, grid = new_figure(1, len(tasks), (2.5 + 3 * len(tasks), 1.5 + 0.3 * len(weights)), sharey=True)
+    for axes, task in zip(grid[0], tasks, strict=True):
         left = np.zeros(len(weights))
         for index, name in enumerate(encoders):
             widths = np.array([one.get(task, {}).get(name, 0.0) for one in weights.values()])

@@ -157,12 +157,8 @@ def _figure(column: Column, entry: Mapping[str, Any] | None) -> str:
 
 def _answer_cells(row: Mapping[str, Any], prompts: Sequence[str]) -> list[str]:
     """The answers about a recording (``bin/pam_answers.py``); below the one whose answer is known, what is right."""
-    known = row["right"]
-    cells = [
-        f"{answer}<br>*right: {known['answer']}*" if prompt == known["prompt"] else answer
-        for prompt, answer in ((prompt, row["answers"][prompt]) for prompt in prompts)
-    ]
-    return [f"`{row['recording']}`", *cells]
+    right = {row["right"]["prompt"]: f"<br>*right: {row['right']['answer']}*"}
+    return [f"`{row['recording']}`", *(row["answers"][prompt] + right.get(prompt, "") for prompt in prompts)]
 
 
 def _difference_cells(row: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
