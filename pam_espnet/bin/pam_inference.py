@@ -32,8 +32,9 @@ from pam_espnet.errors import ConfigError, PamError, printable
 from pam_espnet.fileio import write_text
 
 if TYPE_CHECKING:
+    from pam_espnet.decode.answers import Answer, PartialAnswer
     from pam_espnet.decode.long_recordings import Segment
-    from pam_espnet.decode.speech_llm import Answer, PartialAnswer, SpeechLLM
+    from pam_espnet.decode.speech_llm import SpeechLLM
 
 type Show = Callable[[list[PartialAnswer]], None]
 REFRESH = 0.1  # seconds between two updates of the text behind a bar

@@ -22,7 +22,8 @@ from pam_espnet.decode.voice_activity import RATE, VoiceActivity
 from pam_espnet.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pam_espnet.decode.speech_llm import Answer, SpeechLLM
+    from pam_espnet.decode.answers import Answer
+    from pam_espnet.decode.speech_llm import SpeechLLM
 
 MAX_SECONDS = 30.0  # of a piece
 MIN_SECONDS = 0.1  # of a piece, as of a recording in stage 2

@@ -22,8 +22,9 @@ from pam_espnet.data.audio import read_audio
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import Passport
 from pam_espnet.data.tables import write_table
+from pam_espnet.decode.answers import Answer, PartialAnswer
 from pam_espnet.decode.batches import AUTO, CPU_BATCH, in_batches, read_batches
-from pam_espnet.decode.speech_llm import Answer, PartialAnswer, SpeechLLM
+from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.errors import CheckpointError, ConfigError, DataError
 from pam_espnet.fileio import MODEL_FILE, check_key, exclusive, read_json, sha256_file, write_json, write_text
 

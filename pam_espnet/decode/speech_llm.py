@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from pam_espnet.config import load_yaml
 from pam_espnet.data.tables import one_line
 from pam_espnet.data.tasks import task_spec
+from pam_espnet.decode.answers import Answer, PartialAnswer
 from pam_espnet.decode.batches import RESERVE
 from pam_espnet.decode.long_recordings import MAX_SECONDS, Segment, answer_pieces, cut_recording
 from pam_espnet.decode.options import AnswerOptions
@@ -37,46 +38,6 @@ from pam_espnet.search.constraints import AnswerSet, Constraint, NoRepeatNgram
 from pam_espnet.search.ctc import CTCTable, token_classes
 from pam_espnet.search.drafts import WholeAnswer, draft_search
 from pam_espnet.search.hypothesis import Partial
-
-
-@dataclass
-class Answer:
-    """The n-best answers to one utterance, best first."""
-
-    texts: list[str]
-    tokens: list[list[int]]  # the LLM's ids
-    scores: list[float]
-    depths: list[list[int]]  # of each token, the LLM's block that predicted it
-    routing: dict[str, Any]  # how the encoders were combined
-    constraints: dict[str, int]  # how often each fired, over steps and hypotheses; length_cap: the best answer was cut
-    answer_log_probs: dict[str, float] | None = None  # of every answer, where the task has a set of them
-    draft: dict[str, Any] | None = None  # what drafts were worth, and their kind, where they are on
-
-
-@dataclass(frozen=True)
-class PartialAnswer:
-    """How far the answer to an utterance is; ``text`` costs nothing until it is read."""
-
-    utterance: int  # index among the waveforms
-    tokens: list[int]  # ids of the best running hypothesis, of the answer once ``done``
-    score: float  # sum of log-probabilities; once done, divided by length ** length_penalty
-    done: bool
-    decode: Callable[[Sequence[int]], str]
-    settled: int = 0  # how many of the tokens cannot change any more
-
-    @property
-    def text(self) -> str:
-        """The words so far; bytes of a letter that is not whole yet are left out."""
-        return self._text(self.tokens)
-
-    @property
-    def settled_text(self) -> str:
-        """The words that cannot change any more, whatever else the search finds."""
-        return self._text(self.tokens[: self.settled])
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        text = self.decode(tokens)
-        return text if self.done else text.rstrip("\ufffd")
 
 
 class SpeechLLM:

@@ -16,9 +16,10 @@ import numpy as np
 from pam_espnet.data.audio import read_upload
 from pam_espnet.data.format import Settings, as_formatted
 from pam_espnet.data.tasks import TASKS
+from pam_espnet.decode.answers import Answer
 from pam_espnet.decode.long_recordings import MIN_SECONDS
 from pam_espnet.decode.segments import Piece
-from pam_espnet.decode.speech_llm import Answer, SpeechLLM
+from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.errors import ConfigError
 from pam_espnet.serve.answers import PROMPT_LENGTH, Asked
 from pam_espnet.serve.queue import DecodingQueue

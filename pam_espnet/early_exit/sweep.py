@@ -21,6 +21,7 @@ import torch
 
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import Passport
+from pam_espnet.decode.answers import Answer
 from pam_espnet.decode.batches import in_batches, read_batches
 from pam_espnet.decode.shards import (
     JOURNAL,
@@ -34,7 +35,7 @@ from pam_espnet.decode.shards import (
     read_wave,
     shard_keys,
 )
-from pam_espnet.decode.speech_llm import Answer, SpeechLLM
+from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.engine.exits import ExitOptions
 from pam_espnet.engine.static import StaticEngine
 from pam_espnet.errors import ConfigError

@@ -19,9 +19,9 @@ import numpy as np
 from pam_espnet.data.audio import TooLong, read_upload
 from pam_espnet.data.audio_stream import stated_seconds, stream_audio
 from pam_espnet.data.format import Settings, as_formatted
+from pam_espnet.decode.answers import PartialAnswer
 from pam_espnet.decode.long_recordings import MAX_SECONDS, MIN_SECONDS, Segment, cut_blocks, formatted_piece
 from pam_espnet.decode.segments import Piece
-from pam_espnet.decode.speech_llm import PartialAnswer
 from pam_espnet.serve.queue import DecodingQueue, Job
 
 READERS = 2  # threads that read recordings

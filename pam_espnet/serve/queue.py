@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from pam_espnet.decode.answers import Answer, PartialAnswer
 from pam_espnet.decode.batches import MOST_UTTERANCES, in_batches, plan_batches
-from pam_espnet.decode.speech_llm import Answer, PartialAnswer, SpeechLLM
+from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.errors import PamError
 
 MOST_PROMPTS = 1000  # whose vectors are kept

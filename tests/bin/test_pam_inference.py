@@ -16,8 +16,9 @@ import torch
 from pam_espnet.bin.pam_inference import answer_all, main
 from pam_espnet.config import load_yaml
 from pam_espnet.data.tasks import TASKS
+from pam_espnet.decode.answers import PartialAnswer
 from pam_espnet.decode.options import AnswerOptions
-from pam_espnet.decode.speech_llm import PartialAnswer, SpeechLLM
+from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.search.hypothesis import BeamOptions
 

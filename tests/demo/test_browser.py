@@ -31,7 +31,8 @@ from shown_page import EXIT, require_gradio, showing
 
 import pam_espnet
 from pam_espnet.data.tasks import TASKS
-from pam_espnet.decode.speech_llm import Answer, PartialAnswer, SpeechLLM
+from pam_espnet.decode.answers import Answer, PartialAnswer
+from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.demo.answering import Answering
 from pam_espnet.errors import ConfigError
 

@@ -9,8 +9,9 @@ from random_encoders import KINDS, SMALL, random_frontend
 from random_llm import random_llm
 from torch import Tensor
 
+from pam_espnet.decode.answers import Answer
 from pam_espnet.decode.options import AnswerOptions
-from pam_espnet.decode.speech_llm import Answer, SpeechLLM
+from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.frontend.frontend import PaMFrontend
 from pam_espnet.model import ESPnetPaMModel
 

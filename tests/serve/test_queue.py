@@ -15,7 +15,8 @@ import pytest
 import torch
 from served import until
 
-from pam_espnet.decode.speech_llm import PartialAnswer, SpeechLLM
+from pam_espnet.decode.answers import PartialAnswer
+from pam_espnet.decode.speech_llm import SpeechLLM
 from pam_espnet.errors import ConfigError, PamError
 from pam_espnet.serve import queue as module
 from pam_espnet.serve.queue import DecodingQueue, Job

@@ -207,6 +207,17 @@ def test_espnets_asr_trains_and_decodes_with_the_llm_gone(root: Path, tiny_llm_d
     }
 
 
+def test_error_rates_need_the_package_that_counts_them(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before training, and by name: ESPnet would import it after the first epoch."""
+    monkeypatch.setattr("pam_espnet.train.espnet_asr.find_spec", lambda name: None)
+    message = "report_wer: .* not installed\n  -> pip install editdistance, or --model_conf report_wer=false"
+    with pytest.raises(ConfigError, match=message):
+        train(root, tmp_path / "exp", STATIC, "--model_conf", "report_wer=true")
+    assert not (tmp_path / "exp/checkpoint.pth").exists()
+
+
 def test_training_begins_with_the_frontend_of_an_experiment(root: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
     """A speech LLM's checkpoint, through ESPnet's ``init_param``."""
     conf = {**pam(tiny_llm_dir), "width": 32}
