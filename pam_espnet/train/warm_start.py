@@ -99,6 +99,9 @@ def fit(
     model.train()
     model.decoder.requires_grad_(False)
     groups = parameter_groups(model, lr_scales or {}, lr)
+    for group in groups:
+        # The losses compare directions: the length's gradient is rounding, of which AdamW makes steps as of any other.
+        group["params"] = [p for p in group["params"] if p is not model.frontend.gain]
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.01)
     step, epoch = 0, 0
     lines: list[dict] = []
