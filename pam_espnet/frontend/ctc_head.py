@@ -22,8 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from pam_espnet.transfer import upload
 
 BLANK = 0
-# Of the bag's scores; what they learn without CTC beside them is 0.046 to 0.048. At CTC's own, which transcripts take
-# to 0.026, one seed of two detected fewer words of captions than a constant guess does.
+# Of the bag's scores while encoders are drawn; what they learn without CTC beside them is 0.046 to 0.048. From the
+# beginning at CTC's own, which transcripts take to 0.026, one seed of two detected fewer words of captions than a
+# constant guess does. To the end at another one than CTC's, posteriors are sharper than they were trained to be.
 BAG_TEMPERATURE = 0.05
 
 
@@ -106,28 +107,36 @@ class EmbeddingCTC(nn.Module):
         total = F.ctc_loss(log_probs, flat, lengths[rows], target_lengths, blank=BLANK, reduction="sum")
         return total, flat.numel(), len(answers) - len(rows)
 
-    def pooled_scores(self, frames: Tensor, lengths: Tensor) -> Tensor:
+    def pooled_scores(self, frames: Tensor, lengths: Tensor, temperature: float | None = None) -> Tensor:
         """Scores (B,C-1) of each token type anywhere in an utterance, in the order of ``token_ids``.
 
-        Cosines as CTC's over ``BAG_TEMPERATURE``, log-mean-exp over the valid frames: near the maximum for a short
-        sound, near the mean for a long one (pooling for weak labels; Wang, Li and Metze, ICASSP 2019, compare).
+        Cosines as CTC's over ``temperature``, by default CTC's own, log-mean-exp over the valid frames: near the
+        maximum for a short sound, near the mean for a long one (pooling for weak labels; Wang, Li and Metze,
+        ICASSP 2019, compare).
         """
-        cosine = F.normalize(frames.float(), dim=-1) @ self.rows.T / BAG_TEMPERATURE
+        cosine = F.normalize(frames.float(), dim=-1) @ self.rows.T / (temperature or self.log_temperature.exp())
         valid = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None].to(frames.device)
         pooled = cosine.masked_fill(~valid[..., None], -torch.inf).logsumexp(dim=1)
         return pooled - lengths.to(pooled)[:, None].clamp_min(1).log()
 
-    def bag_loss(self, frames: Tensor, lengths: Tensor, answers: Sequence[Sequence[int]]) -> tuple[Tensor, int, int]:
+    def bag_loss(
+        self,
+        frames: Tensor,
+        lengths: Tensor,
+        answers: Sequence[Sequence[int]],
+        temperature: float | None = None,
+    ) -> tuple[Tensor, int, int]:
         """Summed cross-entropy of the answers' token types, in any order and at any time.
 
         For answers that do not follow the audio in time, where CTC learns little more than its blank: each word of a
-        caption must score high somewhere. Arguments and results are those of ``loss``.
+        caption must score high somewhere. Arguments and results are those of ``loss``; ``temperature`` as in
+        ``pooled_scores``.
         """
         found = [self.classes(sorted(set(answer))) for answer in answers]
         rows = [b for b, classes in enumerate(found) if classes]
         if not rows:
             return frames.sum() * 0.0, 0, len(answers)
-        log_probs = F.log_softmax(self.pooled_scores(frames[rows], lengths[rows]), dim=-1)
+        log_probs = F.log_softmax(self.pooled_scores(frames[rows], lengths[rows], temperature), dim=-1)
         pairs = torch.tensor([(row, c - 1) for row, b in enumerate(rows) for c in found[b] or []], device=frames.device)
         return -log_probs[pairs[:, 0], pairs[:, 1]].sum(), len(pairs), len(answers) - len(rows)
 

@@ -9,11 +9,13 @@ Dimension letters: B utterances, U adapter frames, D width.
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pam_espnet.frontend.ctc_head import BAG_TEMPERATURE
 from pam_espnet.frontend.frontend import AudioEmbeddings
 from pam_espnet.model import ESPnetPaMModel, cached_features
 from pam_espnet.processes import gathered
@@ -37,23 +39,33 @@ def _answers(batch: Mapping[str, Any]) -> list[list[int]]:
 
 
 def warm_loss(
-    model: ESPnetPaMModel, batch: Mapping[str, Any], losses: Mapping[str, str], only: Sequence[str] | None = None
+    model: ESPnetPaMModel,
+    batch: Mapping[str, Any],
+    losses: Mapping[str, str],
+    only: Sequence[str] | None = None,
+    bag_temperature: float | None = None,
 ) -> tuple[Tensor, int, int]:
-    """Loss of a batch by its tasks' ``losses``: the sum, the target tokens, the utterances left out."""
+    """Loss of a batch by its tasks' ``losses``: the sum, the target tokens, the utterances left out.
+    ``bag_temperature``: see ``EmbeddingCTC.pooled_scores``."""
     audio, names = embed_batch(model, batch, only), [model.tasks[index] for index in batch["task"]]
     total, count, skipped = audio.embeddings.sum() * 0.0, 0, 0
     for kind in ("ctc", "bag"):
         if rows := [b for b, name in enumerate(names) if losses[name] == kind]:
-            one, targets, left_out = _loss(model, kind, audio, _answers(batch), rows)
+            one, targets, left_out = _loss(model, kind, audio, _answers(batch), rows, bag_temperature)
             total, count, skipped = total + one, count + targets, skipped + left_out
     return total, count, skipped
 
 
 def _loss(
-    model: ESPnetPaMModel, kind: str, audio: AudioEmbeddings, answers: list[list[int]], rows: list[int]
+    model: ESPnetPaMModel,
+    kind: str,
+    audio: AudioEmbeddings,
+    answers: list[list[int]],
+    rows: list[int],
+    bag_temperature: float | None,
 ) -> tuple[Tensor, int, int]:
     assert model.ctc is not None
-    loss = model.ctc.loss if kind == "ctc" else model.ctc.bag_loss
+    loss = model.ctc.loss if kind == "ctc" else partial(model.ctc.bag_loss, temperature=bag_temperature)
     return loss(audio.embeddings[rows], audio.lengths[rows], [answers[b] for b in rows])
 
 
@@ -71,7 +83,8 @@ def encoder_weights(
             pairs = list(zip(audio.routing.expert.tolist(), batch["task"], strict=True))
             for pair in sorted(set(pairs)):
                 rows = [b for b, one in enumerate(pairs) if one == pair]
-                total, count, _ = _loss(model, losses[model.tasks[pair[1]]], audio, _answers(batch), rows)
+                kind = losses[model.tasks[pair[1]]]
+                total, count, _ = _loss(model, kind, audio, _answers(batch), rows, BAG_TEMPERATURE)
                 groups[pair][2 * m] += float(total)
                 groups[pair][2 * m + 1] += count
     every, found = gathered(dict(groups)), {}

@@ -15,8 +15,9 @@ import logging
 import math
 import pickle
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from pam_espnet.data.tables import read_table
 from pam_espnet.data.tasks import TASKS
 from pam_espnet.errors import CheckpointError, ConfigError
 from pam_espnet.fileio import atomic_path, load_strict, read_trained, save_trained, write_text
+from pam_espnet.frontend.ctc_head import BAG_TEMPERATURE
 from pam_espnet.frontend.fusion.routing import router_loss
 from pam_espnet.llm.shard import stream_blocks
 from pam_espnet.model import ESPnetPaMModel, build_model
@@ -138,7 +140,9 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["scale"] * rate(step, options)
                 only = draws.draw(keys, batch, step)
-                total, count, skipped = _step(model, batch, options.losses, only, optimizer, networks)
+                bag = BAG_TEMPERATURE if step < options.single_steps else None  # then CTC's own
+                loss_of = partial(warm_loss, losses=options.losses, bag_temperature=bag)
+                total, count, skipped = _step(model, batch, loss_of, only, optimizer, networks)
                 unaligned += skipped
                 if count == 0:
                     continue
@@ -146,7 +150,7 @@ def fit(
                     raise diverged(step + 1, total.item())
                 if mixture and step % options.held_out_every == 0:
                     keys, batch = next(held_out)
-                    _step(model, batch, options.losses, draws.draw(keys, batch, step), optimizer, mixture)
+                    _step(model, batch, loss_of, draws.draw(keys, batch, step), optimizer, mixture)
                 step += 1
                 bar.update()
                 if step % options.report_every == 0 or step == options.steps:
@@ -186,14 +190,14 @@ def fit(
 def _step(
     model: ESPnetPaMModel,
     batch: Mapping[str, Any],
-    losses: Mapping[str, str],
+    loss_of: Callable[..., tuple[Tensor, int, int]],
     only: Sequence[str] | None,
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[torch.nn.Parameter],
 ) -> tuple[Tensor, int, int]:
-    """One optimizer step of ``parameters`` alone; of all processes the summed loss, its target tokens, utterances left
-    out."""
-    own, count, skipped = warm_loss(model, batch, losses, only)
+    """One optimizer step of ``parameters`` alone; ``loss_of`` is ``warm_loss`` with its options. Returns, of all
+    processes, the summed loss, its target tokens, utterances left out."""
+    own, count, skipped = loss_of(model, batch, only=only)
     total = own.detach()
     if dist.is_initialized():
         sums = torch.stack([total.double(), *(total.new_tensor(n, dtype=torch.double) for n in (count, skipped))])

@@ -81,6 +81,10 @@ def test_a_bag_depends_on_neither_time_nor_number(head: EmbeddingCTC) -> None:
     assert total.item() == pytest.approx(head.bag_loss(frames.flip(1), lengths, [[9, 5]])[0].item(), rel=1e-5)
     assert total < head.bag_loss(frames, lengths, [[5, 40]])[0]
     assert head.detect(frames, lengths, [2]) == [{5, 9}]
+    # A temperature of its own, and by default CTC's.
+    own, learned = float(head.log_temperature.exp().detach()), [[5, 40]]
+    assert head.bag_loss(frames, lengths, learned)[0] == head.bag_loss(frames, lengths, learned, own)[0]
+    assert head.bag_loss(frames, lengths, [[5]], own / 2)[0] < head.bag_loss(frames, lengths, [[5]], own)[0]
 
 
 def test_bags_of_a_batch_ignore_padding_and_count_what_they_cannot_name(head: EmbeddingCTC) -> None:

@@ -8,6 +8,7 @@ import torch
 from tiny_model import TEXTS, tiny_config
 
 from pam_espnet.data.tasks import TASKS
+from pam_espnet.frontend.ctc_head import BAG_TEMPERATURE
 from pam_espnet.model import ESPnetPaMModel, build_model
 from pam_espnet.train.warm_losses import by_expert, encoder_weights, warm_loss
 
@@ -43,7 +44,8 @@ def test_weights_are_the_likelihoods_of_a_token(model: ESPnetPaMModel) -> None:
             for _, one in batches:
                 rows = [b for b, index in enumerate(one["task"]) if model.tasks[index] == task]
                 part = {key: [value[b] for b in rows] for key, value in one.items() if key != "speech"}
-                loss, tokens, _ = warm_loss(model, {**part, "speech": one["speech"][rows]}, LOSSES, [name] * len(rows))
+                part |= {"speech": one["speech"][rows]}
+                loss, tokens, _ = warm_loss(model, part, LOSSES, [name] * len(rows), BAG_TEMPERATURE)
                 total, count = total + loss.item(), count + tokens
             means.append(-total / count)
         pairs = [pair for pair in found if pair[1] == model.tasks.index(task)]
