@@ -101,9 +101,13 @@ def fit(
     model.train()
     model.decoder.requires_grad_(False)
     groups = parameter_groups(model, lr_scales or {}, lr)
+    # The losses compare directions: the length's gradient is rounding, of which AdamW makes steps as of any other.
+    still = {id(model.frontend.gain)}
+    if router_pairs and model.router_loss_weight > 0:
+        # It is fitted to the tasks, and nothing here would hold it there: a straight-through router leaves for one expert.
+        still |= {id(p) for p in model.frontend.fusion.router_parameters()}
     for group in groups:
-        # The losses compare directions: the length's gradient is rounding, of which AdamW makes steps as of any other.
-        group["params"] = [p for p in group["params"] if p is not model.frontend.gain]
+        group["params"] = [p for p in group["params"] if id(p) not in still]
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.01)
     step, epoch = 0, 0
     lines: list[dict] = []

@@ -53,6 +53,10 @@ class AbsFusion(nn.Module, ABC):
     def forward(self, embeddings: Sequence[Tensor | None], routing: Routing) -> Tensor:
         """Combine M streams (B,U,D) into one (B,U,D); None for an encoder of weight zero in the whole batch."""
 
+    def router_parameters(self) -> list[nn.Parameter]:
+        """What reads the prompt vector; none by default."""
+        return []
+
     def mixture_parameters(self) -> list[nn.Parameter]:
         """The weights of encoders and layers, apart from the networks behind them."""
         return [parameter for name, parameter in self.named_parameters() if name.startswith("layer_logits")]

@@ -84,6 +84,9 @@ class PaMFusion(AbsFusion):
         self.layer_logits = nn.Parameter(start + init_std * torch.randn(num_experts, len(start)))  # (E, sum of H)
         self.experts = ResidualExperts(num_experts, inputs.width, expert_hidden)
 
+    def router_parameters(self) -> list[nn.Parameter]:
+        return list(self.router.parameters())
+
     def route(self, prompt_vector: Tensor) -> Routing:
         """See AbsFusion; ``expert_logits`` include the noise."""
         logits = self.router(prompt_vector)  # (B,E)
