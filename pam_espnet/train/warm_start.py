@@ -104,7 +104,7 @@ def fit(
     # The losses compare directions: the length's gradient is rounding, of which AdamW makes steps as of any other.
     still = {id(model.frontend.gain)}
     if router_pairs and model.router_loss_weight > 0:
-        # It is fitted to the tasks, and nothing here would hold it there: a straight-through router leaves for one expert.
+        # Fitted to the tasks, and nothing here would hold it there: a straight-through router leaves for one expert.
         still |= {id(p) for p in model.frontend.fusion.router_parameters()}
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in still]

@@ -194,6 +194,33 @@ def test_warm_start_then_training(data: Path, tiny_llm_dir: Path, tmp_path: Path
     assert all("loss_ctc" in entry for entry in curve(exp))
 
 
+def test_a_supervised_router_stays_as_it_was_fitted(
+    data: Path, tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pam_espnet.bin.pam_warm_start import main as warm_start
+    from pam_espnet.train import warm_start as module
+
+    fit_router, fitted = module.fit_router, {}
+
+    def noted(model: Any, *more: Any) -> float:
+        loss = fit_router(model, *more)
+        fitted.update({name: value.clone() for name, value in model.frontend.fusion.router.state_dict().items()})
+        return loss
+
+    monkeypatch.setattr(module, "fit_router", noted)
+    config = {
+        **tiny_config(tiny_llm_dir, ctc_tokens=str(tmp_path / "ctc_tokens.txt"), ctc_weight=0.1),
+        **TRAINING,
+        "warm_start_conf": {"steps": 6, "lr": 0.1},
+    }
+    config["frontend_conf"]["fusion_conf"]["gradient"] = "straight_through"
+    config["model_conf"]["router_loss_weight"] = 0.1
+    write_config(config, tmp_path / "given.yaml")
+    assert warm_start(train_args(data, tmp_path / "given.yaml", tmp_path)) == 0
+    warm = read_trained(tmp_path / "warm_start.safetensors")
+    assert fitted and all(torch.equal(warm[f"frontend.fusion.router.{name}"], fitted[name]) for name in fitted)
+
+
 def test_the_warm_start_has_shares_of_its_own(
     data: Path, tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
