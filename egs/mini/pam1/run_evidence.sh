@@ -4,7 +4,7 @@
 #   ./run_evidence.sh                                        all fusions, three seeds, quick size: hours
 #   ./run_evidence.sh --size full --fusions "pam static"     resumable: a run whose file exists is skipped
 #   ./run_evidence.sh --fusions pam --wordings true          pam also asked in wordings that it was not trained on
-#   ./run_evidence.sh --variants "straight:frontend_conf.fusion_conf.gradient=straight_through"
+#   ./run_evidence.sh --variants "scaled:frontend_conf.fusion_conf.gradient=scaled"
 #   ./run_evidence.sh --seeds ""                             the tables alone
 # shellcheck disable=SC2154  # options are variables that utils/parse_options.sh sets
 set -euo pipefail
