@@ -1,4 +1,4 @@
-"""Products of a step one by one: cuBLAS against the tiles of ``engine.kernels``, weights read from memory every time.
+"""Products of a step one by one: cuBLAS against the tiles of ``engine.products``, weights read from memory every time.
 
 R rows.
 """
@@ -24,7 +24,7 @@ def measure(searches: Searches, rows: Rows, speed: float) -> None:
     if not searches.gpu:
         rows.add("product", note="needs a GPU")
         return
-    from pam_espnet.engine import kernels
+    from pam_espnet.engine import products
 
     engine = searches.engine("graphs")
     block = engine.blocks[0]
@@ -34,11 +34,11 @@ def measure(searches: Searches, rows: Rows, speed: float) -> None:
     for count, (name, layer) in itertools.product(ROWS, matrices.items()):
         weight = layer.weight
         x = torch.randn(count, weight.shape[1], device="cuda", dtype=weight.dtype)
-        own = kernels.choose_tiles(count, *weight.shape, weight.itemsize, kernels._shared_memory(weight.device))
+        own = products.choose_tiles(count, *weight.shape, weight.itemsize, products.shared_memory(weight.device))
         found: dict[str, Any] = {
             "at_bandwidth": 1e6 * weight.nbytes / speed,
             "cublas": micro(lambda x=x, weight=weight: F.linear(x, weight), flush),
-            "own": micro(lambda x=x, weight=weight: kernels.multiply(x, weight, False, False), flush),
+            "own": micro(lambda x=x, weight=weight: products.multiply(x, weight, False, False), flush),
             "own_tiles": "x".join(map(str, own)),
         }
         row = rows.add("product, us", matrix=name, rows=count, **found)
@@ -51,19 +51,19 @@ def measure(searches: Searches, rows: Rows, speed: float) -> None:
         logits_topk=micro(lambda: logits.topk(8), flush),
     )  # fmt: skip
     for row, own, x, weight in later:
-        row |= best_of(kernels, own, x, weight, flush)
+        row |= best_of(products, own, x, weight, flush)
         print(f"{row['matrix']}, {row['rows']} rows: {row['best']} us with {row['best_tiles']}", flush=True)
         rows.save()
 
 
-def best_of(kernels: Any, own: Any, x: torch.Tensor, weight: torch.Tensor, flush: torch.Tensor) -> dict[str, Any]:
+def best_of(products: Any, own: Any, x: torch.Tensor, weight: torch.Tensor, flush: torch.Tensor) -> dict[str, Any]:
     """The fastest tiles of a few; those that do not fit on the card are passed over."""
     best, failed = (float("inf"), ""), 0
     for width, parts, stages in itertools.product(WIDTHS, PARTS, STAGES):
         tiles = own._replace(width=width, parts=parts, stages=stages)
-        with mock.patch.object(kernels, "choose_tiles", return_value=tiles):
+        with mock.patch.object(products, "choose_tiles", return_value=tiles):
             try:
-                took = micro(lambda: kernels.multiply(x, weight, False, False), flush, 3)
+                took = micro(lambda: products.multiply(x, weight, False, False), flush, 3)
             except Exception:  # of Triton, whose errors have no common class: too much shared memory
                 failed += 1
                 continue

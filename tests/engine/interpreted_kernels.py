@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pam_espnet.engine import kernels
+from pam_espnet.engine import kernels, products
 from pam_espnet.engine.kernels import SPLIT, Kernels, Parts
 from pam_espnet.engine.ops import Ops
 from pam_espnet.engine.packed import Plain
@@ -65,10 +65,10 @@ def test_cublas_is_tried_once_per_shape_and_refused_where_rows_depend_on_their_i
         return x @ weight.t() + torch.arange(len(x))[:, None] * 1e-3
 
     steady, moved = layer_of(6, 20, False).weight, layer_of(7, 20, False).weight
-    assert kernels.cublas_holds(steady, None)
-    monkeypatch.setattr(kernels, "_product_of_prefixes", product)
-    assert kernels.cublas_holds(steady, None) and not tried
-    assert not kernels.cublas_holds(moved, None) and not kernels.cublas_holds(moved, None)
+    assert products.cublas_holds(steady, None)
+    monkeypatch.setattr(products, "product_of_prefixes", product)
+    assert products.cublas_holds(steady, None) and not tried
+    assert not products.cublas_holds(moved, None) and not products.cublas_holds(moved, None)
     assert tried == [1024, 1024, 1024]
 
 
@@ -89,7 +89,7 @@ def test_sums_in_parts() -> None:
 
 def test_keys_and_values_alone_are_summed_as_with_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where early exit has skipped a block alone, and where neighbours were still in it."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 4)  # as if the weights were large: fewer outputs, more parts
+    monkeypatch.setattr(products, "PROGRAMS", 4)  # as if the weights were large: fewer outputs, more parts
     whole = layer_of(256, 1024, True)
     assert whole.bias is not None
     part, x = Plain(whole.weight[192:], whole.bias[192:]), torch.randn(3, 1024)

@@ -13,7 +13,8 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from pam_espnet.engine.kernels import _product, choose_tiles  # noqa: E402
+from pam_espnet.engine.products import choose_tiles  # noqa: E402
+from pam_espnet.engine.triton_kernels import product  # noqa: E402
 
 CARDS = {"A100": (80, 163), "RTX 4090": (89, 99), "H100": (90, 227)}  # compute capability, KiB of shared memory
 ALIGNED = ("*bf16", "*fp32", "i32")
@@ -47,7 +48,7 @@ def test_products_fit_the_card_and_use_the_same_instructions_for_any_number_of_r
         tiles = choose_tiles(rows, 2560, 2048, 2, memory * 1024)
         constants = {"WIDTH": tiles.width, "ROWS": tiles.rows, "DEPTH": tiles.depth, "PARTS": tiles.parts, "EVEN": True}
         types = {"x": "*bf16", "weight": "*bf16", **dict.fromkeys(("rows", "outputs", "inputs"), "i32")}
-        made = compiled(_product, capability, constants, types, num_warps=tiles.warps, num_stages=tiles.stages)
+        made = compiled(product, capability, constants, types, num_warps=tiles.warps, num_stages=tiles.stages)
         assert made.metadata.shared <= memory * 1024
         wide, narrow = "wgmma.mma_async" in made.asm["ptx"], "mma.sync.aligned.m16n8k16" in made.asm["ptx"]
         assert wide == (card == "H100") and narrow != wide
