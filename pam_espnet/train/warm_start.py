@@ -49,6 +49,7 @@ from pam_espnet.train.warm_options import WarmStartOptions, rate
 OUTPUT = "warm_start.safetensors"
 STATE = "warm_start.pth"
 LOG = "warm_start.jsonl"
+CLIP = 1.0  # gradient norm; at 5 and a rate of 2e-3 one run of eight left for good what it had learned
 
 
 def fit_router(model: ESPnetPaMModel, pairs: Sequence[tuple[str, int]], steps: int = 200, lr: float = 1e-3) -> float:
@@ -181,6 +182,12 @@ def fit(
     if not first:
         return done
     rates = {task: wrong / max(tokens, 1) for task, (wrong, tokens) in sorted(errors.items())}
+    if lost := [task for task, rate in rates.items() if options.losses[task] == "ctc" and rate >= 1.0]:
+        logging.warning(
+            f"the warm start learned nothing of {', '.join(lost)}: every token on the validation set is wrong\n"
+            f"  -> are {options.steps} steps enough? else give another --tag and a lower rate than {options.lr:g} "
+            "(warm_start_conf.lr)"
+        )
     lines.append({"step": step, **{f"valid_token_error_rate_{task}": round(rate, 4) for task, rate in rates.items()}})
     _write_log(output_dir, lines)
     save_trained(trained, done)
@@ -212,7 +219,7 @@ def _step(
         gradients = torch.autograd.grad(own / count, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, _summed(gradients, parameters), strict=True):
             parameter.grad = gradient
-        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
     return total, count, skipped
 

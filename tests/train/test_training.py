@@ -378,6 +378,24 @@ def test_a_diverged_warm_start_is_none(data: Path, tiny_llm_dir: Path, tmp_path:
     assert not (exp / "warm_start.safetensors").exists()
 
 
+def test_a_warm_start_that_learned_nothing_says_so(
+    data: Path, tiny_llm_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CTC's answer is nothing but blanks, as after a jump that left all losses finite."""
+    from pam_espnet.bin.pam_warm_start import main as warm_start
+    from pam_espnet.train import warm_start as module
+
+    monkeypatch.setattr(module, "token_errors", lambda *_: {"asr": (5, 5)})
+    config = {
+        **tiny_config(tiny_llm_dir, ctc_tokens=str(tmp_path / "ctc_tokens.txt"), ctc_weight=0.1),
+        **TRAINING,
+        "warm_start_conf": {"steps": 1},
+    }
+    write_config(config, tmp_path / "given.yaml")
+    assert warm_start(train_args(data, tmp_path / "given.yaml", tmp_path)) == 0
+    assert "learned nothing of asr: every token on the validation set is wrong\n  -> are 1 steps enough" in caplog.text
+
+
 def test_a_warm_start_that_diverges_in_its_last_step_is_none(
     data: Path, tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
