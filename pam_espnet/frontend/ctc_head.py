@@ -24,7 +24,7 @@ from pam_espnet.transfer import upload
 BLANK = 0
 # Of the bag's scores while encoders are drawn; what they learn without CTC beside them is 0.046 to 0.048. From the
 # beginning at CTC's own, which transcripts take to 0.026, one seed of two detected fewer words of captions than a
-# constant guess does. To the end at another one than CTC's, posteriors are sharper than they were trained to be.
+# constant guess does. Posteriors are at CTC's, so the bag ends there.
 BAG_TEMPERATURE = 0.05
 
 
