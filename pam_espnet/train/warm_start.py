@@ -273,7 +273,10 @@ def _resume(path: Path, model: ESPnetPaMModel, optimizer: Any, steps: int) -> tu
         )
     rest = {k: v for k, v in model.state_dict().items() if k.startswith("decoder.")}
     load_strict(model, {**rest, **state["model"]}, path)
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except ValueError as error:  # begun by a version that trained more
+        raise CheckpointError(f"{path}: fits other parameters ({error})\n  -> remove it to start again") from error
     logging.info(f"warm start: resumed at step {state['step']} from {path}")
     return state["step"], state["epoch"], state["lines"]
 
