@@ -312,6 +312,7 @@ def test_warm_start_with_held_out_mixture_resumes_to_the_same_weights(
     monkeypatch.setattr(module, "_step", killed)
     with pytest.raises(KeyboardInterrupt):
         start("broken")
+    assert (tmp_path / "broken" / "warm_start.pth").exists()
     monkeypatch.setattr(module, "_step", step)
     begun = torch.load(tmp_path / "broken" / "warm_start.pth", weights_only=True)
     begun["optimizer"]["param_groups"][0]["params"].append(10**6)  # as by a version that trained more
