@@ -102,21 +102,20 @@ def fit(
     model.train()
     model.decoder.requires_grad_(False)
     groups = parameter_groups(model, lr_scales or {}, lr)
-    # The losses compare directions: the length's gradient is rounding, of which AdamW makes steps as of any other.
-    still = {id(model.frontend.gain)}
-    if router_pairs and model.router_loss_weight > 0:
-        # Fitted to the tasks, and nothing here would hold it there: a straight-through router leaves for one expert.
-        still |= {id(p) for p in model.frontend.fusion.router_parameters()}
     for group in groups:
-        group["params"] = [p for p in group["params"] if id(p) not in still]
+        # The losses compare directions: the length's gradient is rounding, of which AdamW makes steps as of any other.
+        group["params"] = [p for p in group["params"] if p is not model.frontend.gain]
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.01)
     step, epoch = 0, 0
     lines: list[dict] = []
     if agree((output_dir / STATE).exists()):
         step, epoch, lines = _resume(output_dir / STATE, model, optimizer, options.steps)
     started = time.monotonic()
-    if step == 0 and router_pairs and model.router_loss_weight > 0:
+    supervised = bool(router_pairs) and model.router_loss_weight > 0
+    if step == 0 and supervised:
         logging.info(f"router fitted to {len(router_pairs)} prompts: loss {fit_router(model, router_pairs):.4f}")
+    # Nothing here would hold it at its tasks: a straight-through router leaves for one expert.
+    model.frontend.fusion.router_held = supervised
     if dist.is_initialized():
         for tensor in _trained(model).values():
             dist.broadcast(tensor, src=0)
@@ -177,6 +176,7 @@ def fit(
     trained = _trained(model)
     if not_finite(trained):  # since the last step
         raise diverged(step, total.item())
+    model.frontend.fusion.router_held = False
     model.eval()
     errors = token_errors(model, valid.build_iter(1), options.losses)
     if not first:

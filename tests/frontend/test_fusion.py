@@ -121,6 +121,24 @@ def test_no_gradient_to_the_router_at_inference():
     assert all(parameter.grad is None for parameter in fusion.router.parameters())
 
 
+@pytest.mark.parametrize("gradient", ["scaled", "straight_through"])
+def test_a_router_that_is_held_changes_nothing_but_its_own_gradient(gradient):
+    found = []
+    for held in (False, True):
+        fusion = make_pam(gradient=gradient).train()
+        fusion.router_held = held
+        routing = fusion.route(prompts())
+        assert (routing.chosen is None) == (gradient == "straight_through" and not held)  # else experts run alone
+        out = fusion(streams(), routing)
+        torch.manual_seed(4)
+        (out * torch.randn_like(out)).sum().backward()
+        of_router = [parameter.grad for parameter in fusion.router.parameters()]
+        assert all((grad is None) == held for grad in of_router)
+        found.append((out, fusion.layer_logits.grad, *(parameter.grad for parameter in fusion.experts.parameters())))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_an_expert_that_nobody_chose_gets_a_gradient_of_zeros():
     fusion = make_pam(gradient="scaled").train()
     routing = fusion.route(prompts(1))

@@ -36,9 +36,11 @@ class AbsFusion(nn.Module, ABC):
         used: names of the encoders whose stream this fusion can ever need.
         learns_encoder_weights: whether encoders compete for weight. Only then does a skip threshold mean anything:
             an encoder that a fusion combines by definition (average, concat, single) is never skipped.
+        router_held: whether the router stays as it is; it then gets no gradient.
     """
 
     learns_encoder_weights = False
+    router_held = False
 
     def __init__(self, inputs: FusionInputs) -> None:
         super().__init__()
@@ -52,10 +54,6 @@ class AbsFusion(nn.Module, ABC):
     @abstractmethod
     def forward(self, embeddings: Sequence[Tensor | None], routing: Routing) -> Tensor:
         """Combine M streams (B,U,D) into one (B,U,D); None for an encoder of weight zero in the whole batch."""
-
-    def router_parameters(self) -> list[nn.Parameter]:
-        """What reads the prompt vector; none by default."""
-        return []
 
     def mixture_parameters(self) -> list[nn.Parameter]:
         """The weights of encoders and layers, apart from the networks behind them."""

@@ -84,12 +84,10 @@ class PaMFusion(AbsFusion):
         self.layer_logits = nn.Parameter(start + init_std * torch.randn(num_experts, len(start)))  # (E, sum of H)
         self.experts = ResidualExperts(num_experts, inputs.width, expert_hidden)
 
-    def router_parameters(self) -> list[nn.Parameter]:
-        return list(self.router.parameters())
-
     def route(self, prompt_vector: Tensor) -> Routing:
         """See AbsFusion; ``expert_logits`` include the noise."""
-        logits = self.router(prompt_vector)  # (B,E)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.router_held):
+            logits = self.router(prompt_vector)  # (B,E)
         if self.training and self.noise > 0:
             logits = logits + self.noise * torch.randn_like(logits)
         probs = logits.softmax(dim=1)
@@ -102,7 +100,8 @@ class PaMFusion(AbsFusion):
             gate = mixing = top + (probs - probs.detach())  # the bracket is exactly zero: forward stays one-hot
         # Products and sums instead of a matrix product: a one-hot row picks its expert's weights bit by bit.
         weights = (mixing[:, :, None] * self.layer_logits.softmax(dim=1)).sum(dim=1)  # (B, sum of H)
-        needs_all = self.training and self.gradient == "straight_through"
+        # The gradient of a straight-through router compares all experts; nothing else needs what was not chosen.
+        needs_all = self.training and self.gradient == "straight_through" and not self.router_held
         # The host needs it: it waits for the device now, when little has been asked of it yet, and not after encoders.
         chosen = None if needs_all else expert.tolist()
         return Routing(logits, probs, expert, gate, list(weights.split(self.num_layers, dim=1)), chosen)
