@@ -198,7 +198,7 @@ def test_a_supervised_router_stays_as_it_was_fitted(
     data: Path, tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pam_espnet.bin.pam_warm_start import main as warm_start
-    from pam_espnet.train import warm_start as module
+    from pam_espnet.train import warm_fit as module
 
     fit_router, fitted = module.fit_router, {}
 
@@ -225,7 +225,7 @@ def test_the_warm_start_has_shares_of_its_own(
     data: Path, tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pam_espnet.bin.pam_warm_start import main as warm_start
-    from pam_espnet.train import warm_start as module
+    from pam_espnet.train import warm_fit as module
 
     seen: Counter[str] = Counter()
     step = module._step
@@ -251,7 +251,7 @@ def test_the_warm_start_has_shares_of_its_own(
 def test_held_out_mixture_gets_no_training_gradients(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
     """One step on the training set moves everything but the mixture, one on the validation set the mixture alone."""
     from pam_espnet.model import build_model
-    from pam_espnet.train import warm_start
+    from pam_espnet.train import warm_fit
 
     tokens = tmp_path / "ctc_tokens.txt"
     tokens.write_text("".join(f"{token}\n" for token in range(3, 60)))
@@ -271,8 +271,8 @@ def test_held_out_mixture_gets_no_training_gradients(data: Path, tiny_llm_dir: P
     }
     for moving, still in ((rest, mixture), (mixture, rest)):
         before = [p.detach().clone() for p in still], [p.detach().clone() for p in moving]
-        loss_of = partial(warm_start.warm_loss, losses={"asr": "ctc", "count": "bag"})
-        _, count, skipped = warm_start._step(model, batch, loss_of, None, optimizer, moving)
+        loss_of = partial(warm_fit.warm_loss, losses={"asr": "ctc", "count": "bag"})
+        _, count, skipped = warm_fit._step(model, batch, loss_of, None, optimizer, moving)
         assert (count, skipped) == (3, 0)
         assert all(torch.equal(p, old) for p, old in zip(still, before[0], strict=True))
         assert any(not torch.equal(p, old) for p, old in zip(moving, before[1], strict=True))
@@ -282,7 +282,7 @@ def test_warm_start_with_held_out_mixture_resumes_to_the_same_weights(
     data: Path, tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pam_espnet.bin.pam_warm_start import main as warm_start
-    from pam_espnet.train import warm_start as module
+    from pam_espnet.train import warm_fit as module
 
     def start(name: str) -> Path:
         exp = tmp_path / name
@@ -389,7 +389,7 @@ def test_a_warm_start_that_learned_nothing_says_so(
 ) -> None:
     """CTC's answer is nothing but blanks, as after a jump that left all losses finite."""
     from pam_espnet.bin.pam_warm_start import main as warm_start
-    from pam_espnet.train import warm_start as module
+    from pam_espnet.train import warm_fit as module
 
     monkeypatch.setattr(module, "token_errors", lambda *_: {"asr": (5, 5)})
     config = {
