@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKPOINT = "valid.acc.ave.pth"
+WIDTH = 256  # of the mixture's features
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,7 +71,12 @@ def frontends(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
     mixtures["static"] = {"encoders": encoders, "fusion": "static"}
     mixtures["pam"] = {"encoders": encoders, "fusion": "pam", **asked}
-    found = {name: {"frontend": "pam", "frontend_conf": conf} for name, conf in mixtures.items()}  # 50 Hz
+    # 50 Hz, to as many features as log-mel has: what ESPnet's recipes do with features of pretrained models.
+    narrow = {"preencoder": "linear", "preencoder_conf": {"input_size": WIDTH, "output_size": 80}}
+    found = {
+        name: {"frontend": "pam", "frontend_conf": {**conf, "width": WIDTH}, **narrow}
+        for name, conf in mixtures.items()
+    }
     return {"log-mel": {"frontend": "default", "frontend_conf": mel}, **found}
 
 
