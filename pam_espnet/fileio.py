@@ -172,7 +172,8 @@ def read_trained(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> str:
-    """Load ``state`` into ``model``; every trained tensor must be there with its shape, and nothing else.
+    """Load ``state`` into ``model``; every trained tensor must be there with its shape, and nothing else. One number
+    where the model has a vector is for all its elements: the temperature that experts shared in earlier versions.
 
     Returns:
         a one-line report: how many tensors and parameters were loaded, per top-level part, and from where.
@@ -180,6 +181,7 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str | Pat
     Raises CheckpointError: naming missing, unexpected and wrongly shaped tensors (at most ten of each).
     """
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = {name: one.expand(own[name]) if not one.dim() and name in own else one for name, one in state.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     both = sorted(set(own) & set(shapes))
     wrong = [f"{name}: checkpoint {shapes[name]}, model {own[name]}" for name in both if shapes[name] != own[name]]

@@ -128,7 +128,8 @@ class ESPnetPaMModel(AbsESPnetModel):
             laid_out = laid_out._replace(numbers=send(laid_out.numbers, audio.embeddings.device))
         embeddings = audio.embeddings
         if self.ctc_posteriors and self.ctc is not None:
-            embeddings = embeddings + self.ctc.expected_embeddings(embeddings, audio.lengths if alone else None)
+            lengths, expert = audio.lengths if alone else None, audio.routing.expert
+            embeddings = embeddings + self.ctc.expected_embeddings(embeddings, expert, lengths)
         return build_inputs(laid_out, embeddings, self.decoder.embed)
 
     # -- ESPnet's contract ------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ class ESPnetPaMModel(AbsESPnetModel):
         if self.ctc_weight > 0 and self.ctc is not None and "asr" in self.tasks:
             asr = self.tasks.index("asr")
             transcripts = [answer[:-1] if one == asr else [] for answer, one in zip(answers, tasks, strict=True)]
-            total, count, _ = self.ctc.loss(audio.embeddings, audio.lengths, transcripts)
+            total, count, _ = self.ctc.loss(audio.embeddings, audio.lengths, transcripts, audio.routing.expert)
             value = total / max(count, 1) * rank_share(count, weight)
             if not count and _several_ranks():  # nothing to align here: a gradient of zeros is what others' is added to
                 value = value + 0.0 * sum(p.sum() for p in self.ctc.parameters())
@@ -332,7 +333,8 @@ def build_model(config: Mapping[str, Any]) -> ESPnetPaMModel:
     ctc = None
     if tokens:
         token_ids = _read_token_ids(Path(tokens), decoder)
-        ctc = EmbeddingCTC(token_ids, decoder.embed(torch.tensor(token_ids)))
+        experts = frontend.fusion.num_experts
+        ctc = EmbeddingCTC(token_ids, decoder.embed(torch.tensor(token_ids)), num_experts=experts)
     elif options.get("ctc_weight"):
         raise ConfigError("model_conf.ctc_weight needs model_conf.ctc_tokens (written by the warm start of stage 3)")
     model = ESPnetPaMModel(frontend=frontend, decoder=decoder, tasks=tuple(TASKS), ctc=ctc, **options)

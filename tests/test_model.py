@@ -163,7 +163,7 @@ def test_posteriors_of_the_ctc_head_are_shown_to_the_llm(tiny_llm_dir: Path, tmp
     audio = model.audio_embeddings(batch["prompt"], torch.tensor(batch["num_samples"]), batch["speech"])
     shown = model.build_inputs(batch["prompt"], audio, batch["text"]).embeds
     alone = model.build_inputs(batch["prompt"], audio, batch["text"], alone=True).embeds
-    expected = model.ctc.expected_embeddings(audio.embeddings)
+    expected = model.ctc.expected_embeddings(audio.embeddings, audio.routing.expert)
     model.ctc_posteriors = False
     plain = model.build_inputs(batch["prompt"], audio, batch["text"]).embeds
     head = len(layout(model.decoder.tokenizer, batch["prompt"][0], model.decoder.system).head_ids)

@@ -302,7 +302,8 @@ class SpeechLLM:
         found: list[WholeAnswer | None] = [None] * len(tasks)
         covered = self._ctc_rows(tasks)
         if covered and self.model.ctc is not None:
-            paths = self.model.ctc.greedy(audio.embeddings[covered], audio.lengths[covered], self.encodes_alone)
+            embeddings, lengths, experts = (x[covered] for x in (audio.embeddings, audio.lengths, audio.routing.expert))
+            paths = self.model.ctc.greedy(embeddings, lengths, experts, self.encodes_alone)
             for b, tokens in zip(covered, paths, strict=True):
                 found[b] = WholeAnswer(self.engine.indices(tokens))
         return found
@@ -319,7 +320,8 @@ class SpeechLLM:
             class_of = {self.engine.index[token]: number for token, number in class_of.items()}
         width = self.engine.llm.vocab_size if self.engine.ids is None else len(self.engine.ids)
         classes = token_classes(class_of, self.engine.eos_ids, width)
-        log_probs = head.log_probs(audio.embeddings, audio.lengths if self.encodes_alone else None)  # (B,U,C)
+        lengths = audio.lengths if self.encodes_alone else None
+        log_probs = head.log_probs(audio.embeddings, audio.routing.expert, lengths)  # (B,U,C)
         return CTCTable.of(log_probs, audio.lengths, torch.tensor(covered), classes, self.options.ctc)
 
     def _show(self, on_partial: Callable[[list[PartialAnswer]], None], found: Sequence[Partial]) -> None:

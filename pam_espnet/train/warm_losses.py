@@ -66,7 +66,7 @@ def _loss(
 ) -> tuple[Tensor, int, int]:
     assert model.ctc is not None
     loss = model.ctc.loss if kind == "ctc" else partial(model.ctc.bag_loss, temperature=bag_temperature)
-    return loss(audio.embeddings[rows], audio.lengths[rows], [answers[b] for b in rows])
+    return loss(audio.embeddings[rows], audio.lengths[rows], [answers[b] for b in rows], audio.routing.expert[rows])
 
 
 @torch.no_grad()
@@ -118,15 +118,16 @@ def token_errors(
     rows = []
     for _, batch in batches:
         audio = embed_batch(model, batch)
-        embeddings, lengths = audio.embeddings, audio.lengths
+        embeddings, lengths, experts = audio.embeddings, audio.lengths, audio.routing.expert
         answers = _answers(batch)
         for b, index in enumerate(batch["task"]):
-            task, one, length = model.tasks[index], embeddings[b : b + 1], lengths[b : b + 1]
+            task, one, length, expert = model.tasks[index], *(x[b : b + 1] for x in (embeddings, lengths, experts))
             if losses[task] == "ctc":
-                wrong, tokens = Levenshtein.distance(answers[b], model.ctc.greedy(one, length)[0]), len(answers[b])
+                path = model.ctc.greedy(one, length, expert)[0]
+                wrong, tokens = Levenshtein.distance(answers[b], path), len(answers[b])
             else:
                 types = set(answers[b])
-                wrong, tokens = len(types - model.ctc.detect(one, length, [len(types)])[0]), len(types)
+                wrong, tokens = len(types - model.ctc.detect(one, length, [len(types)], expert)[0]), len(types)
             rows.append((task, wrong, tokens))
     found: dict[str, tuple[int, int]] = {}
     for task, wrong, tokens in itertools.chain(*gathered(rows)):

@@ -253,14 +253,16 @@ def test_encoded_one_by_one_equals_together_and_alone(
             torch.testing.assert_close(one, other)
         head = model.model.ctc
         assert head is not None
-        log_probs = head.log_probs(found.embeddings, found.lengths)
-        assert head.greedy(found.embeddings, found.lengths, True) == head.greedy(found.embeddings, found.lengths)
+        experts = found.routing.expert
+        log_probs = head.log_probs(found.embeddings, experts, found.lengths)
+        paths = head.greedy(found.embeddings, found.lengths, experts)
+        assert head.greedy(found.embeddings, found.lengths, experts, alone=True) == paths
         for index, (wave, prompt) in enumerate(zip(waves, prompts, strict=True)):
             alone, length = model.encode([wave], [prompt]), int(found.lengths[index])
             assert torch.equal(found.embeddings[index, :length], alone.embeddings[0])
             assert not found.embeddings[index, length:].any()
             assert torch.equal(found.routing.expert_probs[index], alone.routing.expert_probs[0])
-            assert torch.equal(log_probs[index, :length], head.log_probs(alone.embeddings)[0])
+            assert torch.equal(log_probs[index, :length], head.log_probs(alone.embeddings, alone.routing.expert)[0])
             assert not log_probs[index, length:].any()
 
 

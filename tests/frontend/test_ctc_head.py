@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pam_espnet.fileio import load_strict
 from pam_espnet.frontend.ctc_head import EmbeddingCTC
 
 IDS = [5, 9, 40]
@@ -49,7 +50,7 @@ def test_posteriors_are_read_back_as_the_embeddings_that_they_are_of() -> None:
     head.log_temperature.data.fill_(0.0)
     mean = head.log_probs(frames).exp()[..., 1:] @ embeddings
     assert torch.allclose(head.expected_embeddings(frames), mean, atol=1e-5)
-    alone = head.expected_embeddings(frames, torch.tensor([2]))
+    alone = head.expected_embeddings(frames, alone=torch.tensor([2]))
     assert torch.allclose(alone[:, :2], mean[:, :2], atol=1e-5)
     head.expected_embeddings(frames)[0, 0, 0].backward()
     assert frames.grad is not None and bool(frames.grad[0, 0].any()) and head.blank.grad is not None
@@ -83,8 +84,9 @@ def test_a_bag_depends_on_neither_time_nor_number(head: EmbeddingCTC) -> None:
     assert head.detect(frames, lengths, [2]) == [{5, 9}]
     # A temperature of its own, and by default CTC's.
     own, learned = float(head.log_temperature.exp().detach()), [[5, 40]]
-    assert head.bag_loss(frames, lengths, learned)[0] == head.bag_loss(frames, lengths, learned, own)[0]
-    assert head.bag_loss(frames, lengths, [[5]], own / 2)[0] < head.bag_loss(frames, lengths, [[5]], own)[0]
+    assert head.bag_loss(frames, lengths, learned)[0] == head.bag_loss(frames, lengths, learned, temperature=own)[0]
+    wide, sharp = (head.bag_loss(frames, lengths, [[5]], temperature=t)[0] for t in (own, own / 2))
+    assert sharp < wide
 
 
 def test_bags_of_a_batch_ignore_padding_and_count_what_they_cannot_name(head: EmbeddingCTC) -> None:
@@ -97,3 +99,30 @@ def test_bags_of_a_batch_ignore_padding_and_count_what_they_cannot_name(head: Em
     nothing, count, skipped = head.bag_loss(frames, lengths, [[7], [], [7]])
     assert (nothing.item(), count, skipped) == (0.0, 0, 3)
     nothing.backward()
+
+
+def test_each_expert_has_its_own_temperature() -> None:
+    torch.manual_seed(0)
+    head = EmbeddingCTC(IDS, torch.randn(3, 16), num_experts=2)
+    head.log_temperature.data[1] -= 1.0
+    frames, lengths, expert = torch.randn(3, 5, 16), torch.tensor([5, 4, 5]), torch.tensor([1, 0, 1])
+    together = head.log_probs(frames, expert)
+    for b, one in enumerate(expert.tolist()):
+        single = EmbeddingCTC(IDS, head.rows * head.norms[:, None], head.log_temperature[one].exp().item())
+        single.blank.data.copy_(head.blank.data)
+        own, length = frames[b : b + 1], lengths[b : b + 1]
+        torch.testing.assert_close(together[b], single.log_probs(own)[0])
+        chosen = expert[b : b + 1]
+        torch.testing.assert_close(head.pooled_scores(own, length, chosen), single.pooled_scores(own, length))
+        torch.testing.assert_close(head.expected_embeddings(own, chosen), single.expected_embeddings(own))
+        for loss in ("loss", "bag_loss"):
+            mine = getattr(head, loss)(own, length, [[5, 9]], chosen)[0]
+            torch.testing.assert_close(mine, getattr(single, loss)(own, length, [[5, 9]])[0])
+    with pytest.raises(ValueError, match="whose temperature"):
+        head.log_probs(frames)
+
+
+def test_one_temperature_of_an_earlier_version_is_for_all_experts() -> None:
+    head = EmbeddingCTC(IDS, torch.randn(3, 16), num_experts=2)
+    load_strict(head, {"blank": torch.zeros(16), "log_temperature": torch.tensor(-3.0)}, "earlier")
+    assert head.log_temperature.tolist() == [-3.0, -3.0]

@@ -36,10 +36,12 @@ class AbsFusion(nn.Module, ABC):
         used: names of the encoders whose stream this fusion can ever need.
         learns_encoder_weights: whether encoders compete for weight. Only then does a skip threshold mean anything:
             an encoder that a fusion combines by definition (average, concat, single) is never skipped.
+        num_experts: E, of which the routing chooses one for each prompt; 1 without a router.
         router_held: whether the router stays as it is; it then gets no gradient.
     """
 
     learns_encoder_weights = False
+    num_experts = 1
     router_held = False
 
     def __init__(self, inputs: FusionInputs) -> None:

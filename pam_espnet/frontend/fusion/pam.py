@@ -81,6 +81,7 @@ class PaMFusion(AbsFusion):
             nn.Linear(router_hidden, num_experts),
         )
         start = balanced_logits(inputs.num_layers)
+        self.num_experts = num_experts
         self.layer_logits = nn.Parameter(start + init_std * torch.randn(num_experts, len(start)))  # (E, sum of H)
         self.experts = ResidualExperts(num_experts, inputs.width, expert_hidden)
 
