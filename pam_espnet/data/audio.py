@@ -6,7 +6,6 @@ matter. Shape letters: N samples, C channels.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import shlex
@@ -22,7 +21,6 @@ import soxr
 from pam_espnet.data.audio_ark import locate, read_record
 from pam_espnet.data.audio_header import REPAIR_HINT, counts_mp3_frames, cut_short, ogg_streams, whole_file
 from pam_espnet.errors import DataError
-from pam_espnet.fileio import atomic_path
 
 if TYPE_CHECKING:
     import av
@@ -328,34 +326,6 @@ def _run_pipe(value: str, allow_pipes: bool) -> bytes:
         message = f"exited with status {result.returncode}: {lines[-1]}"
         raise DataError(value, message, hint="run the command by hand and repair it")
     return result.stdout
-
-
-def to_pcm16(wave: np.ndarray) -> tuple[np.ndarray, int]:
-    """``wave`` (N,) float in [-1, 1] as (int16 samples (N,), how many of them were clipped)."""
-    scaled = np.round(wave.astype(np.float64) * 32768)
-    clipped = int(np.count_nonzero((scaled < -32768) | (scaled > 32767)))
-    return np.clip(scaled, -32768, 32767).astype("<i2"), clipped
-
-
-def encode_audio(samples: np.ndarray, rate: int, audio_format: str) -> bytes:
-    """The bytes of a "flac" or "wav" file with int16 ``samples`` (N,)."""
-    encoded = io.BytesIO()
-    soundfile.write(encoded, samples, rate, subtype="PCM_16", format=audio_format.upper())
-    return encoded.getvalue()
-
-
-def write_audio(path: str | Path, samples: np.ndarray, rate: int, audio_format: str) -> None:
-    """Write int16 ``samples`` (N,) as "flac" or "wav", a whole file or none.
-    Raises OSError: a full disk among others, which libsndfile does not name, or not notice, where it writes the
-    file.
-    """
-    with atomic_path(path) as tmp:
-        tmp.write_bytes(encode_audio(samples, rate, audio_format))
-
-
-def pcm16_sha256(samples: np.ndarray) -> str:
-    """SHA-256 of int16 samples (N,) as little-endian bytes: the audio's identity, whatever file format holds it."""
-    return hashlib.sha256(np.ascontiguousarray(samples, dtype="<i2").tobytes()).hexdigest()
 
 
 def resample(wave: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:

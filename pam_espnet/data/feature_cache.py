@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from pam_espnet.data.audio import pcm16_sha256, read_audio, to_pcm16
+from pam_espnet.data.audio import read_audio
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.download import check_space
 from pam_espnet.data.kaldi_io import REBUILD_HINT, write_matrices
 from pam_espnet.data.passport import FORMAT_HINT, Passport
+from pam_espnet.data.pcm import pcm16_sha256, to_pcm16
 from pam_espnet.data.tables import read_table, write_table
 from pam_espnet.errors import DataError
 from pam_espnet.fileio import compare_keys, read_json, write_json

@@ -20,10 +20,11 @@ import soundfile
 
 import pam_espnet
 from pam_espnet.config import check_number
-from pam_espnet.data.audio import RESAMPLER, encode_audio, pcm16_sha256, read_audio, resample, to_pcm16, write_audio
+from pam_espnet.data.audio import RESAMPLER, read_audio, resample
 from pam_espnet.data.audio_ark import ARCHIVES, locate, pack
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.passport import PASSPORT_NAME, Passport
+from pam_espnet.data.pcm import encode_audio, pcm16_sha256, to_pcm16, write_audio
 from pam_espnet.data.tables import read_table, write_table
 from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.fileio import write_text

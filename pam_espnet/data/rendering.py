@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from pam_espnet.data.audio import RESAMPLER, to_pcm16, write_audio
+from pam_espnet.data.audio import RESAMPLER
+from pam_espnet.data.pcm import to_pcm16, write_audio
 from pam_espnet.data.signals import SAMPLE_RATE
 from pam_espnet.fileio import read_json, write_json
 

@@ -7,9 +7,7 @@ B utterances, P positions, D width, V vocabulary.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +21,7 @@ from pam_espnet.llm.lora import add_lora, lora_off, lora_precision, set_lora_tra
 from pam_espnet.llm.prompt_layout import Inputs, answer_ids, check_answer_prefix, end_of_turn_id, layout
 from pam_espnet.llm.quantize import check_layers, check_quantize, loading_options
 from pam_espnet.llm.shard import load_sharded, shard_mesh, wanted_by_any
+from pam_espnet.llm.sources import choose_dtype, hub_source, load_tokenizer
 
 # Settings of models whose logits are more than final norm + output layer; exit_logits and loss would be wrong.
 _SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -310,51 +309,3 @@ def needed_mask(mask: Tensor) -> Tensor | None:
 
 def _forget_prompt_vectors(llm: LLM, _: Any) -> None:
     llm._prompt_vectors.clear()
-
-
-# ---- where a pretrained LLM comes from ------------------------------------------------------------------------------
-
-
-def load_tokenizer(
-    path_or_id: str, revision: str | None = None, local_files_only: bool = False, chat_template: str | None = None
-) -> Any:
-    """The LLM's own tokenizer, from a folder or id; ``chat_template`` (Jinja text or file) replaces its template.
-    Raises ConfigError: no such folder or id."""
-    from transformers import AutoTokenizer
-
-    source = hub_source(path_or_id, revision, local_files_only)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id, **source)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"cannot load the tokenizer of {path_or_id!r}: {error}") from error
-    if chat_template is not None:
-        is_file = "\n" not in chat_template and os.path.isfile(chat_template)
-        tokenizer.chat_template = Path(chat_template).read_text("utf-8") if is_file else chat_template
-    return tokenizer
-
-
-def hub_source(path_or_id: str, revision: str | None, local_files_only: bool) -> dict[str, Any]:
-    """Options of transformers' ``from_pretrained`` that choose where to look; for a folder nothing is fetched.
-    Raises ConfigError: a path that does not exist."""
-    if os.path.isdir(path_or_id):
-        return {"local_files_only": True}
-    if path_or_id.count("/") > 1 or path_or_id.startswith((".", "/", "~", "downloads")):
-        raise ConfigError(
-            f"the LLM folder {path_or_id} does not exist; make it with stage 1 of the recipe: "
-            "./run.sh --stage 1 --stop_stage 1"
-        )
-    return {"local_files_only": local_files_only, **({} if revision is None else {"revision": revision})}
-
-
-def choose_dtype(name: str) -> torch.dtype:
-    """Precision by name; "auto" is bfloat16 where the device computes it natively (emulation is slower than float32).
-    Raises ConfigError: another name."""
-    if name not in ("auto", "float32", "bfloat16"):
-        raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', not {name!r}")
-    if name == "auto":
-        if torch.cuda.is_available():
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            native = torch.cpu.get_capabilities().get("avx512_bf16", False)
-        name = "bfloat16" if native else "float32"
-    return getattr(torch, name)

@@ -261,10 +261,11 @@ def bare_llm(config: Mapping[str, Any], cuda: bool = False) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from pam_espnet.llm.llm import choose_dtype, hub_source, recomputed_every
+    from pam_espnet.llm.llm import recomputed_every
     from pam_espnet.llm.lora import add_lora
     from pam_espnet.llm.quantize import check_quantize
     from pam_espnet.llm.shard import check_shard
+    from pam_espnet.llm.sources import choose_dtype, hub_source
 
     conf = dict(config.get("llm_conf") or {})
     recomputed_every(conf.get("gradient_checkpointing"))  # raises

@@ -22,7 +22,7 @@ from pam_espnet.data.tables import read_table
 from pam_espnet.data.tasks import TASKS
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import load_strict, read_trained
-from pam_espnet.llm.llm import load_tokenizer
+from pam_espnet.llm.sources import load_tokenizer
 from pam_espnet.model import ESPnetPaMModel, build_model
 from pam_espnet.train.collate import PaMCollate
 from pam_espnet.train.estimate import fitting_checkpointing

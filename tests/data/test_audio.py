@@ -10,7 +10,8 @@ import pytest
 import soundfile
 from make_data import BARE_MP3, RATE, encode, noise, sine
 
-from pam_espnet.data.audio import RESAMPLER, read_audio, read_upload, resample, to_pcm16
+from pam_espnet.data.audio import RESAMPLER, read_audio, read_upload, resample
+from pam_espnet.data.pcm import to_pcm16
 from pam_espnet.errors import DataError
 
 

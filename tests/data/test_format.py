@@ -12,10 +12,11 @@ from make_data import RATE, add_segments, make_data, noise
 import pam_espnet.data.format as format_module
 from pam_espnet.bin.pam_format import main
 from pam_espnet.cli import run_main
-from pam_espnet.data.audio import pcm16_sha256, read_audio
+from pam_espnet.data.audio import read_audio
 from pam_espnet.data.datadir import validate
 from pam_espnet.data.format import format_data_dir
 from pam_espnet.data.passport import Passport
+from pam_espnet.data.pcm import pcm16_sha256
 from pam_espnet.data.tables import read_table
 from pam_espnet.errors import ConfigError, DataError
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pam_espnet.data.audio import read_audio, to_pcm16, write_audio
+from pam_espnet.data.audio import read_audio
 from pam_espnet.data.audio_ark import locate, read_record
 from pam_espnet.data.datadir import DataDir
 from pam_espnet.data.edit import NUM_SAMPLES
 from pam_espnet.data.exchange.json_files import AUDIO_TAG
 from pam_espnet.data.passport import Passport
+from pam_espnet.data.pcm import to_pcm16, write_audio
 from pam_espnet.data.tables import read_table
 from pam_espnet.errors import ConfigError, DataError
 from pam_espnet.fileio import atomic_path

@@ -67,7 +67,7 @@ def _read_utterance(cut: Any) -> dict[str, Any]:
             whole = cut.start == 0 and cut.duration == recordings[0].duration
             piece = {} if whole else {"start": cut.start, "end": cut.end}
             return {**values, "audio": sources[0].source, **piece}
-    from pam_espnet.data.audio import encode_audio, to_pcm16
+    from pam_espnet.data.pcm import encode_audio, to_pcm16
 
     wave = cut.load_audio().mean(axis=0)  # (C, N)
     return {**values, "audio": {"bytes": encode_audio(to_pcm16(wave)[0], cut.sampling_rate, "flac")}}

@@ -21,11 +21,12 @@ import soundfile
 from make_data import RATE, noise
 
 from pam_espnet.cli import run_main
-from pam_espnet.data.audio import encode_audio, read_audio, to_pcm16
+from pam_espnet.data.audio import read_audio
 from pam_espnet.data.datadir import DataDir, Segment
 from pam_espnet.data.exchange.convert import make_key
 from pam_espnet.data.exchange.json_files import open_json, read_json_rows
 from pam_espnet.data.format import format_data_dir
+from pam_espnet.data.pcm import encode_audio, to_pcm16
 from pam_espnet.data.tables import read_table
 
 ROOT = Path(__file__).resolve().parents[3]

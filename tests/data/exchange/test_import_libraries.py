@@ -22,10 +22,11 @@ from make_data import RATE, noise
 from services import unavailable
 
 from pam_espnet.cli import run_main
-from pam_espnet.data.audio import encode_audio, read_audio, to_pcm16
+from pam_espnet.data.audio import read_audio
 from pam_espnet.data.datadir import DataDir, Segment
 from pam_espnet.data.exchange.hub_datasets import STATE_EVERY, open_dataset
 from pam_espnet.data.format import format_data_dir
+from pam_espnet.data.pcm import encode_audio, to_pcm16
 from pam_espnet.fileio import read_json
 
 pytestmark = pytest.mark.services

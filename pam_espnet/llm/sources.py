@@ -1,0 +1,54 @@
+"""Where a pretrained LLM comes from: a folder or the Hugging Face hub; its tokenizer; the precision of its weights."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pam_espnet.errors import ConfigError
+
+
+def load_tokenizer(
+    path_or_id: str, revision: str | None = None, local_files_only: bool = False, chat_template: str | None = None
+) -> Any:
+    """The LLM's own tokenizer, from a folder or id; ``chat_template`` (Jinja text or file) replaces its template.
+    Raises ConfigError: no such folder or id."""
+    from transformers import AutoTokenizer
+
+    source = hub_source(path_or_id, revision, local_files_only)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id, **source)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"cannot load the tokenizer of {path_or_id!r}: {error}") from error
+    if chat_template is not None:
+        is_file = "\n" not in chat_template and os.path.isfile(chat_template)
+        tokenizer.chat_template = Path(chat_template).read_text("utf-8") if is_file else chat_template
+    return tokenizer
+
+
+def hub_source(path_or_id: str, revision: str | None, local_files_only: bool) -> dict[str, Any]:
+    """Options of transformers' ``from_pretrained`` that choose where to look; for a folder nothing is fetched.
+    Raises ConfigError: a path that does not exist."""
+    if os.path.isdir(path_or_id):
+        return {"local_files_only": True}
+    if path_or_id.count("/") > 1 or path_or_id.startswith((".", "/", "~", "downloads")):
+        raise ConfigError(
+            f"the LLM folder {path_or_id} does not exist; make it with stage 1 of the recipe: "
+            "./run.sh --stage 1 --stop_stage 1"
+        )
+    return {"local_files_only": local_files_only, **({} if revision is None else {"revision": revision})}
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """Precision by name; "auto" is bfloat16 where the device computes it natively (emulation is slower than float32).
+    Raises ConfigError: another name."""
+    if name not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', not {name!r}")
+    if name == "auto":
+        if torch.cuda.is_available():
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        name = "bfloat16" if native else "float32"
+    return getattr(torch, name)
