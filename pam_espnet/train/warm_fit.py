@@ -259,7 +259,9 @@ def _resume(path: Path, model: ESPnetPaMModel, optimizer: Any, steps: int) -> tu
     load_strict(model, {**rest, **state["model"]}, path)
     try:
         optimizer.load_state_dict(state["optimizer"])
-    except ValueError as error:  # begun by a version that trained more
+        if any(moments["exp_avg"].shape != parameter.shape for parameter, moments in optimizer.state.items()):
+            raise ValueError("of other shapes")
+    except ValueError as error:  # begun by a version that trained more, or had one temperature for all experts
         raise CheckpointError(f"{path}: fits other parameters ({error})\n  -> remove it to start again") from error
     logging.info(f"warm start: resumed at step {state['step']} from {path}")
     return state["step"], state["epoch"], state["lines"]
