@@ -128,7 +128,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["scale"] * rate(step, options)
                 only = draws.draw(keys, batch, step)
-                bag = BAG_TEMPERATURE if step < options.single_steps else None  # then CTC's own
+                bag = BAG_TEMPERATURE if step < options.single_steps else None  # then the expert's own
                 loss_of = partial(warm_loss, losses=options.losses, bag_temperature=bag)
                 total, count, skipped = _step(model, batch, loss_of, only, optimizer, networks)
                 unaligned += skipped
