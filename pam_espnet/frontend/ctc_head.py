@@ -22,9 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from pam_espnet.transfer import upload
 
 BLANK = 0
-# Of the bag's scores while encoders are drawn, for every expert and fusion; then they have the expert's own, at which the
-# LLM is shown posteriors. Where transcripts share it, they take it to 0.026: from the beginning, that led one seed of two
-# to detect fewer words of captions than a constant guess does.
+# Of the bag's scores while encoders are drawn, for every expert and fusion; then they have the expert's own, at which
+# the LLM is shown posteriors. Where transcripts share it, they take it to 0.026: from the beginning, that led one seed
+# of two to detect fewer words of captions than a constant guess does.
 BAG_TEMPERATURE = 0.05
 
 
