@@ -148,21 +148,31 @@ class EmbeddingCTC(nn.Module):
         answers: Sequence[Sequence[int]],
         expert: Tensor | None = None,
         temperature: float | None = None,
+        log_prior: Tensor | None = None,
     ) -> tuple[Tensor, int, int]:
         """Summed cross-entropy of the answers' token types, in any order and at any time.
 
         For answers that do not follow the audio in time, where CTC learns little more than its blank: each word of a
         caption must score high somewhere. Arguments and results are those of ``loss``; ``temperature`` as in
-        ``pooled_scores``.
+        ``pooled_scores``; ``log_prior`` (B,C-1), see ``log_shares``, is added to the scores here and nowhere else, so
+        that they need not say what is true of any answer (logit adjustment: Menon et al., ICLR 2021).
         """
         found = [self.classes(sorted(set(answer))) for answer in answers]
         rows = [b for b, classes in enumerate(found) if classes]
         if not rows:
             return frames.sum() * 0.0, 0, len(answers)
         chosen = None if expert is None else expert[rows]
-        log_probs = F.log_softmax(self.pooled_scores(frames[rows], lengths[rows], chosen, temperature), dim=-1)
+        scores = self.pooled_scores(frames[rows], lengths[rows], chosen, temperature)
+        log_probs = F.log_softmax(scores if log_prior is None else scores + log_prior[rows], dim=-1)
         pairs = torch.tensor([(row, c - 1) for row, b in enumerate(rows) for c in found[b] or []], device=frames.device)
         return -log_probs[pairs[:, 0], pairs[:, 1]].sum(), len(pairs), len(answers) - len(rows)
+
+    def log_shares(self, answers: Sequence[Sequence[int]]) -> Tensor:
+        """(C-1,) logarithm of the share of ``answers`` that have each token type; one that none has counts as rare."""
+        shares = torch.zeros(len(self.rows))
+        for answer in answers:
+            shares[[c - 1 for c in self.classes(sorted(set(answer))) or ()]] += 1
+        return (shares.clamp_min(1) / max(len(answers), 1)).log().to(self.rows.device)
 
     @torch.no_grad()
     def detect(

@@ -24,10 +24,18 @@ class EncoderDraws:
 
     Args:
         valid: ``PaMIterFactory`` of the held-out utterances.
+        priors: of tasks, see ``warm_losses.warm_loss``.
     """
 
-    def __init__(self, model: ESPnetPaMModel, valid: Any, options: WarmStartOptions, seed: int) -> None:
-        self.model, self.valid, self.losses, self.seed = model, valid, options.losses, seed
+    def __init__(
+        self,
+        model: ESPnetPaMModel,
+        valid: Any,
+        options: WarmStartOptions,
+        seed: int,
+        priors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.model, self.valid, self.losses, self.seed, self.priors = model, valid, options.losses, seed, priors
         self.steps, self.fusion = options.single_steps, model.frontend.fusion
         held_out = options.held_out_every > 0 and bool(self.fusion.mixture_parameters())
         self.competing = held_out and self.steps > 0 and self.fusion.learns_encoder_weights
@@ -62,7 +70,7 @@ class EncoderDraws:
         an unbroken one does."""
         state = torch.get_rng_state()
         self.model.eval()
-        found = encoder_weights(self.model, self.valid.build_iter(1), self.losses)
+        found = encoder_weights(self.model, self.valid.build_iter(1), self.losses, self.priors)
         self.model.train()
         torch.set_rng_state(state)
         return found

@@ -64,6 +64,7 @@ def fit(
     lr_scales: Mapping[str, float] | None = None,
     router_pairs: Sequence[tuple[str, int]] = (),
     lr_factor: float = 1.0,
+    priors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Fit frontend and CTC head; resumes from ``warm_start.pth``; returns the path of ``warm_start.safetensors``.
 
@@ -76,6 +77,7 @@ def fit(
         lr_scales: parameter-name prefix -> factor on the learning rate.
         router_pairs: (prompt, task index) to fit the router to first, where it is supervised.
         lr_factor: of several processes, on ``options.lr``.
+        priors: of tasks whose loss is "bag", see ``warm_losses.task_priors``.
 
     Raises ConfigError: no utterance can be aligned, or the loss is not finite.
     """
@@ -113,7 +115,7 @@ def fit(
     mixture = model.frontend.fusion.mixture_parameters() if options.held_out_every else []
     fixed = {id(p) for p in mixture}
     networks = [p for group in groups for p in group["params"] if id(p) not in fixed]
-    draws = EncoderDraws(model, valid, options, train.seed)
+    draws = EncoderDraws(model, valid, options, train.seed, priors)
     with tqdm(
         total=options.steps, initial=step, desc="CTC warm start", unit="step", mininterval=2.0, disable=not first
     ) as bar:
@@ -129,7 +131,7 @@ def fit(
                     group["lr"] = lr * group["scale"] * rate(step, options)
                 only = draws.draw(keys, batch, step)
                 bag = BAG_TEMPERATURE if step < options.single_steps else None  # then the expert's own
-                loss_of = partial(warm_loss, losses=options.losses, bag_temperature=bag)
+                loss_of = partial(warm_loss, losses=options.losses, bag_temperature=bag, priors=priors)
                 total, count, skipped = _step(model, batch, loss_of, only, optimizer, networks)
                 unaligned += skipped
                 if count == 0:

@@ -44,16 +44,28 @@ def warm_loss(
     losses: Mapping[str, str],
     only: Sequence[str] | None = None,
     bag_temperature: float | None = None,
+    priors: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, int, int]:
     """Loss of a batch by its tasks' ``losses``: the sum, the target tokens, the utterances left out.
-    ``bag_temperature``: see ``EmbeddingCTC.pooled_scores``."""
+    ``bag_temperature``, ``priors`` of tasks: see ``EmbeddingCTC.bag_loss``."""
     audio, names = embed_batch(model, batch, only), [model.tasks[index] for index in batch["task"]]
     total, count, skipped = audio.embeddings.sum() * 0.0, 0, 0
     for kind in ("ctc", "bag"):
         if rows := [b for b, name in enumerate(names) if losses[name] == kind]:
-            one, targets, left_out = _loss(model, kind, audio, _answers(batch), rows, bag_temperature)
+            bag = bag_temperature, _prior([names[b] for b in rows], priors)
+            one, targets, left_out = _loss(model, kind, audio, _answers(batch), rows, *bag)
             total, count, skipped = total + one, count + targets, skipped + left_out
     return total, count, skipped
+
+
+def task_priors(model: ESPnetPaMModel, answers: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Tensor]:
+    """Of tasks whose loss is "bag", from their training answers (token ids without the end token): task -> (C-1,)."""
+    assert model.ctc is not None
+    return {task: model.ctc.log_shares(some) for task, some in answers.items()}
+
+
+def _prior(tasks: Sequence[str], priors: Mapping[str, Tensor] | None) -> Tensor | None:
+    return torch.stack([priors[task] for task in tasks]) if priors and set(tasks) <= set(priors) else None
 
 
 def _loss(
@@ -63,15 +75,20 @@ def _loss(
     answers: list[list[int]],
     rows: list[int],
     bag_temperature: float | None,
+    prior: Tensor | None,
 ) -> tuple[Tensor, int, int]:
     assert model.ctc is not None
-    loss = model.ctc.loss if kind == "ctc" else partial(model.ctc.bag_loss, temperature=bag_temperature)
+    bag_loss = partial(model.ctc.bag_loss, temperature=bag_temperature, log_prior=prior)
+    loss = model.ctc.loss if kind == "ctc" else bag_loss
     return loss(audio.embeddings[rows], audio.lengths[rows], [answers[b] for b in rows], audio.routing.expert[rows])
 
 
 @torch.no_grad()
 def encoder_weights(
-    model: ESPnetPaMModel, batches: Iterator[tuple[list[str], dict[str, Any]]], losses: Mapping[str, str]
+    model: ESPnetPaMModel,
+    batches: Iterator[tuple[list[str], dict[str, Any]]],
+    losses: Mapping[str, str],
+    priors: Mapping[str, Tensor] | None = None,
 ) -> dict[tuple[int, int], Tensor]:
     """What each encoder alone makes of held-out utterances: (expert, index of the task) -> weights (M,), in proportion
     to the likelihood of a target token (model averaging)."""
@@ -83,8 +100,9 @@ def encoder_weights(
             pairs = list(zip(audio.routing.expert.tolist(), batch["task"], strict=True))
             for pair in sorted(set(pairs)):
                 rows = [b for b, one in enumerate(pairs) if one == pair]
-                kind = losses[model.tasks[pair[1]]]
-                total, count, _ = _loss(model, kind, audio, _answers(batch), rows, BAG_TEMPERATURE)
+                task = model.tasks[pair[1]]
+                bag = BAG_TEMPERATURE, _prior([task] * len(rows), priors)
+                total, count, _ = _loss(model, losses[task], audio, _answers(batch), rows, *bag)
                 groups[pair][2 * m] += float(total)
                 groups[pair][2 * m + 1] += count
     every, found = gathered(dict(groups)), {}

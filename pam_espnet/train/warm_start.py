@@ -8,6 +8,7 @@ takes hours. What it trains (frontend and CTC head) is written as safetensors an
 import argparse
 import logging
 import math
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from pam_espnet.train.scaling import factors
 from pam_espnet.train.step_checkpoint import disk_errors
 from pam_espnet.train.task import PaMTask
 from pam_espnet.train.warm_fit import OUTPUT, fit
+from pam_espnet.train.warm_losses import task_priors
 from pam_espnet.train.warm_options import WarmStartOptions
 
 
@@ -78,10 +80,12 @@ def run(args: argparse.Namespace) -> Path:
     if not (args.model_conf or {}).get("ctc_tokens"):
         raise ConfigError("model_conf.ctc_tokens is missing: the file for the head's token ids (pam.sh sets it)")
     tokens = Path(args.model_conf["ctc_tokens"])
+    texts, strings = read_table(paths["text"]), PaMTask.build_preprocess_fn(args, train=True)
+    answers: defaultdict[str, list[list[int]]] = defaultdict(list)
+    for utt, task in factories["train"].tasks.items():
+        answers[task].append(strings.answer_ids(texts[utt], task)[:-1])
     if first_process() and not tokens.exists():
-        texts, strings = read_table(paths["text"]), PaMTask.build_preprocess_fn(args, train=True)
-        answers = (strings.answer_ids(texts[utt], task)[:-1] for utt, task in factories["train"].tasks.items())
-        ids = {token for answer in answers for token in answer}
+        ids = {token for some in answers.values() for answer in some for token in answer}
         write_text(tokens, "".join(f"{token}\n" for token in sorted(ids)))
         logging.info(f"{tokens}: {len(ids)} token types in {len(factories['train'].tasks)} training answers")
     agree(None)  # the others wait for the file
@@ -91,5 +95,8 @@ def run(args: argparse.Namespace) -> Path:
     model = build_model(vars(args))
     if (args.llm_conf or {}).get("shard") and model.decoder.shard_group is None:  # it would not fit on one GPU
         stream_blocks(model.decoder.lm, device)
+    bags = {task: some for task, some in answers.items() if options.losses[task] == "bag"}
+    priors = {task: prior.to(device) for task, prior in task_priors(model, bags).items()}
+    sets = factories["train"], factories["valid"]
     with disk_errors(output_dir):
-        return fit(model, factories["train"], factories["valid"], options, output_dir, device, scales, pairs, growth)
+        return fit(model, *sets, options, output_dir, device, scales, pairs, growth, priors)

@@ -126,3 +126,17 @@ def test_one_temperature_of_an_earlier_version_is_for_all_experts() -> None:
     head = EmbeddingCTC(IDS, torch.randn(3, 16), num_experts=2)
     load_strict(head, {"blank": torch.zeros(16), "log_temperature": torch.tensor(-3.0)}, "earlier")
     assert head.log_temperature.tolist() == [-3.0, -3.0]
+
+
+def test_a_prior_explains_what_is_true_of_any_answer(head: EmbeddingCTC) -> None:
+    """With the shares as prior, scores that say nothing lose nothing on the mean answer; without it they do."""
+    answers = [[5, 9], [5, 5], [5], [5, 9]]
+    shares = head.log_shares(answers)
+    torch.testing.assert_close(shares.exp(), torch.tensor([1.0, 0.5, 0.25]))  # 40 is in none: as one that is in one
+    assert torch.equal(head.log_shares([]), torch.zeros(3))
+    frames, lengths = torch.zeros(2, 4, 16, requires_grad=True), torch.tensor([4, 4])
+    total, count, _ = head.bag_loss(frames, lengths, [[5], [9, 5]], log_prior=shares.expand(2, -1))
+    expected = -(2 * shares[0] + shares[1] - 3 * shares.logsumexp(0))
+    assert count == 3 and total.item() == pytest.approx(expected.item(), rel=1e-5)
+    second = head.bag_loss(frames, lengths, [[7], [9]], log_prior=torch.stack([torch.zeros(3), shares]))[0]  # its row
+    assert second.item() == pytest.approx((shares.logsumexp(0) - shares[1]).item(), rel=1e-5)
