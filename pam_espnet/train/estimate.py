@@ -204,7 +204,7 @@ def parameters(
             frontend = PaMFrontend(width=width, prompt_width=width, **{**config["frontend_conf"], "specs": specs})
         size = sum(p.numel() for p in frontend.parameters())
         if (config.get("model_conf") or {}).get("ctc_tokens"):
-            size += width + 1  # blank and temperature
+            size += width + frontend.fusion.num_experts  # blank and temperatures
         parts["adapters, fusion, CTC head"] = (0, size, 4 * size)
     return parts
 
