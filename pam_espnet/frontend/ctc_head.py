@@ -172,7 +172,7 @@ class EmbeddingCTC(nn.Module):
         shares = torch.zeros(len(self.rows))
         for answer in answers:
             shares[[c - 1 for c in self.classes(sorted(set(answer))) or ()]] += 1
-        return (shares.clamp_min(1) / max(len(answers), 1)).log().to(self.rows.device)
+        return (shares.clamp_min(1) / max(len(answers), 1)).log()
 
     @torch.no_grad()
     def detect(

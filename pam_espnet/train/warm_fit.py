@@ -77,7 +77,7 @@ def fit(
         lr_scales: parameter-name prefix -> factor on the learning rate.
         router_pairs: (prompt, task index) to fit the router to first, where it is supervised.
         lr_factor: of several processes, on ``options.lr``.
-        priors: of tasks whose loss is "bag", see ``warm_losses.task_priors``.
+        priors: of tasks whose loss is "bag", see ``EmbeddingCTC.log_shares``.
 
     Raises ConfigError: no utterance can be aligned, or the loss is not finite.
     """

@@ -9,7 +9,6 @@ Dimension letters: B utterances, U adapter frames, D width.
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -52,35 +51,27 @@ def warm_loss(
     total, count, skipped = audio.embeddings.sum() * 0.0, 0, 0
     for kind in ("ctc", "bag"):
         if rows := [b for b, name in enumerate(names) if losses[name] == kind]:
-            bag = bag_temperature, _prior([names[b] for b in rows], priors)
-            one, targets, left_out = _loss(model, kind, audio, _answers(batch), rows, *bag)
+            one, targets, left_out = _loss(model, kind, audio, batch, rows, bag_temperature, priors)
             total, count, skipped = total + one, count + targets, skipped + left_out
     return total, count, skipped
-
-
-def task_priors(model: ESPnetPaMModel, answers: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Tensor]:
-    """Of tasks whose loss is "bag", from their training answers (token ids without the end token): task -> (C-1,)."""
-    assert model.ctc is not None
-    return {task: model.ctc.log_shares(some) for task, some in answers.items()}
-
-
-def _prior(tasks: Sequence[str], priors: Mapping[str, Tensor] | None) -> Tensor | None:
-    return torch.stack([priors[task] for task in tasks]) if priors and set(tasks) <= set(priors) else None
 
 
 def _loss(
     model: ESPnetPaMModel,
     kind: str,
     audio: AudioEmbeddings,
-    answers: list[list[int]],
+    batch: Mapping[str, Any],
     rows: list[int],
     bag_temperature: float | None,
-    prior: Tensor | None,
+    priors: Mapping[str, Tensor] | None,
 ) -> tuple[Tensor, int, int]:
     assert model.ctc is not None
-    bag_loss = partial(model.ctc.bag_loss, temperature=bag_temperature, log_prior=prior)
-    loss = model.ctc.loss if kind == "ctc" else bag_loss
-    return loss(audio.embeddings[rows], audio.lengths[rows], [answers[b] for b in rows], audio.routing.expert[rows])
+    answers = _answers(batch)
+    chosen = audio.embeddings[rows], audio.lengths[rows], [answers[b] for b in rows], audio.routing.expert[rows]
+    if kind == "ctc":
+        return model.ctc.loss(*chosen)
+    prior = None if priors is None else torch.stack([priors[model.tasks[batch["task"][b]]] for b in rows])
+    return model.ctc.bag_loss(*chosen, bag_temperature, prior)
 
 
 @torch.no_grad()
@@ -100,9 +91,8 @@ def encoder_weights(
             pairs = list(zip(audio.routing.expert.tolist(), batch["task"], strict=True))
             for pair in sorted(set(pairs)):
                 rows = [b for b, one in enumerate(pairs) if one == pair]
-                task = model.tasks[pair[1]]
-                bag = BAG_TEMPERATURE, _prior([task] * len(rows), priors)
-                total, count, _ = _loss(model, losses[task], audio, _answers(batch), rows, *bag)
+                kind = losses[model.tasks[pair[1]]]
+                total, count, _ = _loss(model, kind, audio, batch, rows, BAG_TEMPERATURE, priors)
                 groups[pair][2 * m] += float(total)
                 groups[pair][2 * m + 1] += count
     every, found = gathered(dict(groups)), {}

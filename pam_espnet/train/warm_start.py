@@ -29,7 +29,6 @@ from pam_espnet.train.scaling import factors
 from pam_espnet.train.step_checkpoint import disk_errors
 from pam_espnet.train.task import PaMTask
 from pam_espnet.train.warm_fit import OUTPUT, fit
-from pam_espnet.train.warm_losses import task_priors
 from pam_espnet.train.warm_options import WarmStartOptions
 
 
@@ -81,10 +80,12 @@ def run(args: argparse.Namespace) -> Path:
         raise ConfigError("model_conf.ctc_tokens is missing: the file for the head's token ids (pam.sh sets it)")
     tokens = Path(args.model_conf["ctc_tokens"])
     texts, strings = read_table(paths["text"]), PaMTask.build_preprocess_fn(args, train=True)
+    missing = first_process() and not tokens.exists()
     answers: defaultdict[str, list[list[int]]] = defaultdict(list)
     for utt, task in factories["train"].tasks.items():
-        answers[task].append(strings.answer_ids(texts[utt], task)[:-1])
-    if first_process() and not tokens.exists():
+        if missing or options.losses[task] == "bag":
+            answers[task].append(strings.answer_ids(texts[utt], task)[:-1])
+    if missing:
         ids = {token for some in answers.values() for answer in some for token in answer}
         write_text(tokens, "".join(f"{token}\n" for token in sorted(ids)))
         logging.info(f"{tokens}: {len(ids)} token types in {len(factories['train'].tasks)} training answers")
@@ -95,8 +96,9 @@ def run(args: argparse.Namespace) -> Path:
     model = build_model(vars(args))
     if (args.llm_conf or {}).get("shard") and model.decoder.shard_group is None:  # it would not fit on one GPU
         stream_blocks(model.decoder.lm, device)
-    bags = {task: some for task, some in answers.items() if options.losses[task] == "bag"}
-    priors = {task: prior.to(device) for task, prior in task_priors(model, bags).items()}
+    assert model.ctc is not None
+    bags = [task for task in answers if options.losses[task] == "bag"]
+    priors = {task: model.ctc.log_shares(answers[task]).to(device) for task in bags}
     sets = factories["train"], factories["valid"]
     with disk_errors(output_dir):
         return fit(model, *sets, options, output_dir, device, scales, pairs, growth, priors)
