@@ -121,7 +121,7 @@ def check_torch() -> list[Finding]:
         text = f"GPU {index}: {device.name}, {device.total_memory / GIB:.0f} GiB, capability {major}.{minor}, {bf16}"
         findings.append(Finding("torch", "ok", text))
     if not findings:
-        bf16 = "native bfloat16" if cpu_has_bf16() else "no native bfloat16 (float32 is used)"
+        bf16 = "native bfloat16 (used where it is faster)" if cpu_has_bf16() else "no native bfloat16 (float32 is used)"
         text = f"no GPU; CPU with {os.cpu_count()} cores, {torch.get_num_threads()} threads, {bf16}"
         findings.append(Finding("torch", "ok", text))
         driver = Path("/proc/driver/nvidia/version")

@@ -120,7 +120,7 @@ class LLM(nn.Module):
         Args:
             path_or_id: a folder (nothing is fetched), or an id such as "org/name".
             lora: as in the constructor.
-            dtype: "float32", "bfloat16", or "auto": bfloat16 where the device (CUDA or CPU) computes it natively,
+            dtype: "float32", "bfloat16", or "auto": bfloat16 where the device (CUDA or CPU) computes it faster,
                 else float32.
             attention: transformers' attention implementation ("sdpa", "eager", "flash_attention_2"), or "auto":
                 "sdpa", but "eager" for bfloat16 on a CPU, where the fused kernel's backward pass is slower.

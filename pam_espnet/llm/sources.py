@@ -1,6 +1,9 @@
 """Where a pretrained LLM comes from: a folder or the Hugging Face hub; its tokenizer; the precision of its weights."""
 
+import logging
 import os
+import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +44,37 @@ def hub_source(path_or_id: str, revision: str | None, local_files_only: bool) ->
 
 
 def choose_dtype(name: str) -> torch.dtype:
-    """Precision by name; "auto" is bfloat16 where the device computes it natively (emulation is slower than float32).
-    Raises ConfigError: another name."""
+    """Precision by name; "auto" is bfloat16 where the device computes it faster than float32: GPUs with native
+    bfloat16, CPUs as measured. Raises ConfigError: another name."""
     if name not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', not {name!r}")
     if name == "auto":
         if torch.cuda.is_available():
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            faster = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            native = torch.cpu.get_capabilities().get("avx512_bf16", False)
-        name = "bfloat16" if native else "float32"
+            faster = cpu_prefers_bfloat16()
+        name = "bfloat16" if faster else "float32"
     return getattr(torch, name)
+
+
+@cache
+def cpu_prefers_bfloat16() -> bool:
+    """Whether this CPU multiplies matrices faster in bfloat16 than in float32: once a process, in a tenth of a second.
+
+    That it has the instructions does not say so: some processors take half the time with them, others, whose AMX is
+    hidden, 1.6 times as long (tests/benchmarks/RESULTS.md).
+    """
+    if not torch.cpu.get_capabilities().get("avx512_bf16", False):
+        return False  # emulated
+    fastest = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        rows, weight = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        seconds = []
+        for _ in range(5):
+            started = time.perf_counter()
+            torch.nn.functional.linear(rows, weight)
+            seconds.append(time.perf_counter() - started)
+        fastest[dtype] = min(seconds)  # what other work on the machine slowed down least
+    ratio = fastest[torch.bfloat16] / fastest[torch.float32]
+    logging.info(f"bfloat16 takes {ratio:.2f} times as long as float32 here: dtype auto is the faster one")
+    return ratio < 1

@@ -164,10 +164,10 @@ def fit(
         raise diverged(step, total.item())
     model.frontend.fusion.router_held = False
     model.eval()
-    errors = token_errors(model, valid.build_iter(1), options.losses)
+    errors = token_errors(model, valid.build_iter(1), options.losses, priors)
     if not first:
         return done
-    rates = {task: wrong / max(tokens, 1) for task, (wrong, tokens) in sorted(errors.items())}
+    rates = {task: wrong / max(tokens, 1e-9) for task, (wrong, tokens) in sorted(errors.items())}
     if lost := [task for task, rate in rates.items() if options.losses[task] == "ctc" and rate >= 1.0]:
         logging.warning(
             f"the warm start learned nothing of {', '.join(lost)}: every token on the validation set is wrong\n"

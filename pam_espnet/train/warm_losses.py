@@ -8,7 +8,7 @@ Dimension letters: B utterances, U adapter frames, D width.
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,12 +113,17 @@ def by_expert(weights: Mapping[tuple[int, int], Tensor]) -> dict[int, Tensor]:
 
 @torch.no_grad()
 def token_errors(
-    model: ESPnetPaMModel, batches: Iterator[tuple[list[str], dict[str, Any]]], losses: Mapping[str, str]
-) -> dict[str, tuple[int, int]]:
+    model: ESPnetPaMModel,
+    batches: Iterator[tuple[list[str], dict[str, Any]]],
+    losses: Mapping[str, str],
+    priors: Mapping[str, Tensor] | None = None,
+) -> dict[str, tuple[float, float]]:
     """Held-out errors of all processes: task -> (errors, reference tokens).
 
     For "ctc" the edit distance of greedy decoding; for "bag" the answer's token types that are not among as many
-    types that are detected most (for an answer of one token: the wrong answers).
+    types that are detected most (for an answer of one token: the wrong answers). With ``priors``, see
+    ``EmbeddingCTC.log_shares``, such a type counts as much as it tells, the logarithm of one over its share: what is
+    in most answers, as the words of a template, counts next to nothing.
     """
     from rapidfuzz.distance import Levenshtein
 
@@ -132,13 +137,23 @@ def token_errors(
             task, one, length, expert = model.tasks[index], *(x[b : b + 1] for x in (embeddings, lengths, experts))
             if losses[task] == "ctc":
                 path = model.ctc.greedy(one, length, expert)[0]
-                wrong, tokens = Levenshtein.distance(answers[b], path), len(answers[b])
+                wrong, tokens = float(Levenshtein.distance(answers[b], path)), float(len(answers[b]))
             else:
                 types = set(answers[b])
-                wrong, tokens = len(types - model.ctc.detect(one, length, [len(types)], expert)[0]), len(types)
+                missed = types - model.ctc.detect(one, length, [len(types)], expert)[0]
+                wrong, tokens = (_information(model, some, priors and priors[task]) for some in (missed, types))
             rows.append((task, wrong, tokens))
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, tuple[float, float]] = {}
     for task, wrong, tokens in itertools.chain(*gathered(rows)):
-        errors, seen = found.get(task, (0, 0))
+        errors, seen = found.get(task, (0.0, 0.0))
         found[task] = errors + wrong, seen + tokens
     return found
+
+
+def _information(model: ESPnetPaMModel, types: Iterable[int], log_shares: Tensor | None) -> float:
+    """Of token types: how many, or with their shares the nats that they tell; what the head cannot say is rare."""
+    if log_shares is None:
+        return float(len(list(types)))
+    assert model.ctc is not None
+    classes = [model.ctc.classes([token]) for token in types]
+    return sum(-float(log_shares.min() if one is None else log_shares[one[0] - 1]) for one in classes)

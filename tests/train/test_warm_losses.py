@@ -1,5 +1,6 @@
-"""What each encoder alone makes of held-out utterances, and the weights that experts get from it."""
+"""What each encoder alone makes of held-out utterances, the weights that experts get from it, and held-out errors."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from tiny_model import TEXTS, tiny_config
 from pam_espnet.data.tasks import TASKS
 from pam_espnet.frontend.ctc_head import BAG_TEMPERATURE
 from pam_espnet.model import ESPnetPaMModel, build_model
-from pam_espnet.train.warm_losses import by_expert, encoder_weights, warm_loss
+from pam_espnet.train.warm_losses import by_expert, embed_batch, encoder_weights, token_errors, warm_loss
 
 LOSSES = {"asr": "ctc", "count": "bag", "caption": "bag"}
 
@@ -59,3 +60,28 @@ def test_an_expert_of_two_tasks_gets_the_geometric_mean() -> None:
     expected = (one * other).sqrt()
     torch.testing.assert_close(found[0], expected / expected.sum())
     torch.testing.assert_close(found[2], other)
+
+
+def test_held_out_errors_count_what_a_word_tells(model: ESPnetPaMModel) -> None:
+    """The second token is in every answer, the first of some in half of them: it tells one bit."""
+    assert model.ctc is not None
+    _, utterances = batch(model, ["count"] * 4, 1)
+    utterances["text"] = [[token, 101, model.decoder.end_id] for token in (102, 103, 102, 103)]
+    priors = {"count": model.ctc.log_shares([answer[:-1] for answer in utterances["text"]])}
+    audio = embed_batch(model, utterances)
+    detected = model.ctc.detect(audio.embeddings, audio.lengths, [2] * 4, audio.routing.expert)
+    wrong = sum(answer[0] not in types for answer, types in zip(utterances["text"], detected, strict=True))
+    missed = sum(len(set(answer[:-1]) - types) for answer, types in zip(utterances["text"], detected, strict=True))
+    assert token_errors(model, iter([([], utterances)]), LOSSES) == {"count": (missed, 8)}
+    errors, nats = token_errors(model, iter([([], utterances)]), LOSSES, priors)["count"]
+    assert nats == pytest.approx(4 * math.log(2)) and errors == pytest.approx(wrong * math.log(2))
+    assert missed > 0
+
+
+def test_a_word_that_the_head_cannot_say_is_as_rare_as_any(model: ESPnetPaMModel) -> None:
+    assert model.ctc is not None
+    _, utterances = batch(model, ["count"] * 2, 1)
+    utterances["text"] = [[102, model.decoder.end_id], [999, model.decoder.end_id]]  # the head has 100 to 289
+    priors = {"count": model.ctc.log_shares([[102], [102]])}
+    errors, nats = token_errors(model, iter([([], utterances)]), LOSSES, priors)["count"]
+    assert nats == pytest.approx(math.log(2)) and errors == pytest.approx(math.log(2))
