@@ -141,7 +141,8 @@ def token_errors(
             else:
                 types = set(answers[b])
                 missed = types - model.ctc.detect(one, length, [len(types)], expert)[0]
-                wrong, tokens = (_information(model, some, priors and priors[task]) for some in (missed, types))
+                shares = None if priors is None else priors[task]
+                wrong, tokens = (_information(model, some, shares) for some in (missed, types))
             rows.append((task, wrong, tokens))
     found: dict[str, tuple[float, float]] = {}
     for task, wrong, tokens in itertools.chain(*gathered(rows)):
