@@ -67,6 +67,8 @@ class Judgement:
         mean_depth: blocks per token.
         speedup: by the cost model, against full depth.
         checks: gates asked per token, whatever they cost.
+        found: share of tokens that exit at the first candidate block that predicts the last block's token, or go
+            through all blocks where none does: the accuracy of the choice of a block.
     """
 
     threshold: float | None
@@ -75,6 +77,7 @@ class Judgement:
     mean_depth: float
     speedup: float
     checks: float = 0.0
+    found: float = 0.0
 
     @property
     def worth_it(self) -> bool:
@@ -245,6 +248,7 @@ def outcome(
     good = right.gather(0, first[None])[0][exits].float()
     depths = torch.where(exits, torch.tensor(layers)[first], cost.blocks)
     asked = torch.where(exits, first + 1, len(layers))
+    best = torch.where(right.any(dim=0), torch.tensor(layers)[right.float().argmax(dim=0)], cost.blocks)
     return Judgement(
         threshold,
         coverage=float(exits.float().mean()),
@@ -252,6 +256,7 @@ def outcome(
         mean_depth=float(depths.float().mean()),
         speedup=cost.speedup(depths, asked if checked else 0.0),
         checks=float(asked.float().mean()),
+        found=float((depths == best).float().mean()),
     )
 
 

@@ -23,8 +23,10 @@ from pam_espnet.early_exit.fitting import CostModel, outcome
 from pam_espnet.early_exit.states import answer_states
 from pam_espnet.engine.calibration import Calibration
 from pam_espnet.engine.exits import ExitOptions, ExitPolicy
+from pam_espnet.llm.llm import LLM
 
 PATIENCES = (2, 3)
+WORD_STARTS = ("Ġ", "▁")  # what byte-level BPE and SentencePiece write for the blank before a word
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 0.999)
 PRECISIONS = (0.95, 0.99)  # of the tokens that exit, for which tables show the best threshold
 
@@ -36,6 +38,7 @@ class Profile:
     Attributes:
         task: of each of N tokens.
         step: (N,) bool; False for the first token of an answer, which decoding takes from the prefix at full depth.
+        piece: of each token: "first" of a word, "later", or "end" of the answer.
         layers: C candidate blocks.
         bare: (P,N) bool, whether the most likely token is the last block's, at every block.
         mapped: (C,N) the same at the candidate blocks; None without maps.
@@ -45,6 +48,7 @@ class Profile:
 
     task: Sequence[str]
     step: Tensor
+    piece: Sequence[str]
     layers: tuple[int, ...]
     bare: Tensor
     mapped: Tensor | None
@@ -99,6 +103,7 @@ def profile(
     return Profile(
         task=[data.utt2task[key] for key in keys for _ in answers[key]],
         step=torch.tensor([at > 0 for key in keys for at in range(len(answers[key]))]),
+        piece=[piece for key in keys for piece in pieces(llm, answers[key])],
         layers=chosen,
         bare=joined.pop("bare"),
         mapped=joined.pop("mapped", None),
@@ -107,11 +112,18 @@ def profile(
     )
 
 
+def pieces(llm: LLM, answer: Sequence[int]) -> list[str]:
+    """Of each token of an answer: the "first" piece of a word, a "later" one, or the "end" token."""
+    names = llm.tokenizer.convert_ids_to_tokens(list(answer))
+    found = ["first" if at == 0 or name.startswith(WORD_STARTS) else "later" for at, name in enumerate(names)]
+    return ["end" if token in llm.eos_ids else piece for token, piece in zip(answer, found, strict=True)]
+
+
 def summarise(found: Profile, cost: CostModel, threshold: float | None) -> dict[str, Any]:
     """All figures of a test set by task, as JSON values.
 
-    Groups of tokens: ``all``; and ``step``, all but an answer's first. An empty group has no agreement (None). Gates:
-    ``step``, as only steps can exit.
+    Groups of tokens: ``all``; ``step``, all but an answer's first; ``first`` and ``later`` pieces of words, of which
+    there is agreement alone. An empty group has none (None). Gates: ``step``, as only steps can exit.
 
     Args:
         found: the profile.
@@ -126,6 +138,7 @@ def summarise(found: Profile, cost: CostModel, threshold: float | None) -> dict[
 
 def _summary(found: Profile, chosen: Tensor, cost: CostModel, threshold: float | None) -> dict[str, Any]:
     groups = {"all": chosen, "step": chosen & found.step}
+    groups |= {piece: chosen & torch.tensor([one == piece for one in found.piece]) for piece in ("first", "later")}
     readings = {"bare": found.bare} | ({} if found.mapped is None else {"mapped": found.mapped})
     at = [layer - 1 for layer in found.layers]
     right = found.bare[at] if found.mapped is None else found.mapped  # (C,N)
@@ -150,7 +163,7 @@ def _summary(found: Profile, chosen: Tensor, cost: CostModel, threshold: float |
                 "every block, bare": oracle(found.bare[:, groups[name]], range(1, cost.blocks + 1), cost),
                 "candidate blocks": oracle(right[:, groups[name]], found.layers, cost),
             }
-            for name in groups
+            for name in ("all", "step")
         },
         "gates": {mode: [asdict(one) for one in rows] for mode, rows in gates.items()} if steps.any() else {},
     }
@@ -181,6 +194,7 @@ def shown_outcomes(outcomes: Sequence[Mapping[str, Any]], own: float | None) -> 
     if len(outcomes) == 1:  # patience has none
         return [("", outcomes[0])]
     found = [("calibrated", one) for one in outcomes if one["threshold"] == own]
+    found.append(("the right block", max(outcomes, key=lambda one: one["found"])))
     exiting = [one for one in outcomes if one["coverage"] > 0]
     for wanted in PRECISIONS:
         if good := [one for one in exiting if one["precision"] >= wanted]:

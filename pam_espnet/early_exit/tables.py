@@ -14,6 +14,7 @@ from pam_espnet.score.report import table
 from pam_espnet.score.result import MAIN_METRICS, METRICS
 
 GROUPS = {"all": "all", "step": "steps"}
+PIECES = {"first": "first piece", "later": "later piece"}  # of words; the end of the answer is neither
 
 
 def markdown(report: Mapping[str, Any], picture: str | None) -> str:
@@ -51,10 +52,11 @@ _ORACLE = (
     "*Steps* are all tokens but an answer's first, which decoding takes from the prefix at full depth.\n"
 )
 _GATES = (
-    "For each measure the threshold with the greatest predicted speed-up among those that are precise enough; where "
-    "none is, the most precise one. Steps only. Coverage: share of steps that exit early; precision: share of those "
-    "whose token is the last block's. Confidence, entropy and patience are charged for every output layer that they "
-    "run to decide, a gate is counted as free.\n"
+    "For each measure the threshold that finds most exits (the right block), and the one with the greatest predicted "
+    "speed-up among those that are precise enough; where none is, the most precise one. Steps only. Coverage: share of "
+    "steps that exit early; precision: share of those whose token is the last block's; right block: share of steps that "
+    "exit where the oracle does (first match among the candidates), or with it nowhere. Confidence, entropy and patience "
+    "are charged for every output layer that they run to decide, a gate is counted as free.\n"
 )
 _DECODING = (
     "Beam search as in the recipe, with and without exits. In brackets: 95 % interval, bootstrap over utterances; "
@@ -82,15 +84,16 @@ def _share(value: float | None) -> str:
 
 def _agreement(report: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     """Agreement of the upper half of the blocks."""
-    counts = ", ".join(f"{GROUPS[name]} {figures['tokens'][name]}" for name in GROUPS)
+    groups = GROUPS | PIECES
+    counts = ", ".join(f"{shown} {figures['tokens'][name]}" for name, shown in groups.items())
     bare, mapped, rows = figures["agreement"]["bare"], figures["agreement"].get("mapped"), []
     for block in range(report["blocks"] // 2, report["blocks"] + 1):
-        row = [str(block), *(_share(None if bare[name] is None else bare[name][block - 1]) for name in GROUPS)]
+        row = [str(block), *(_share(None if bare[name] is None else bare[name][block - 1]) for name in groups)]
         if mapped:
             layers = report["layers"]
             row.append(_share(mapped["all"][layers.index(block)] if block in layers else None))
         rows.append(row)
-    head = ["block", *(f"bare, {shown}" for shown in GROUPS.values()), *(["mapped, all"] if mapped else [])]
+    head = ["block", *(f"bare, {shown}" for shown in groups.values()), *(["mapped, all"] if mapped else [])]
     return f"Tokens: {counts}. Agreement with the last block in % of them.\n\n{table(head, rows)}"
 
 
@@ -119,9 +122,10 @@ def _gates(report: Mapping[str, Any]) -> str:
                     at = "–" if one["threshold"] is None else f"{one['threshold']:.3g}"
                     rows.append([
                         f"{name}: {task}", mode, why, at, _share(one["coverage"]), _share(one["precision"]),
-                        f"{one['mean_depth']:.1f}", f"{one['speedup']:.2f}x",
+                        _share(one["found"]), f"{one['mean_depth']:.1f}", f"{one['speedup']:.2f}x",
                     ])  # fmt: skip
-    head = ("set", "measure", "chosen for", "threshold", "coverage %", "precision %", "mean depth", "speed-up")
+    head = ("set", "measure", "chosen for", "threshold", "coverage %", "precision %", "right block %",
+            "mean depth", "speed-up")  # fmt: skip
     return table(head, rows)
 
 

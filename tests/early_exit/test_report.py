@@ -105,7 +105,8 @@ def test_blocks_that_change_nothing_agree_with_the_last(speech: SpeechLLM, data:
     for task in ("asr", "count", "caption"):
         assert figures[task]["agreement"]["bare"]["all"][CHANGING - 1 :] == [1.0, 1.0, 1.0]
         assert figures[task]["oracle"]["all"]["every block, bare"]["saturated"]["mean_depth"] <= CHANGING
-    assert figures["count"]["tokens"] == {"all": 8, "step": 4}
+    assert figures["count"]["tokens"] == {"all": 8, "step": 4, "first": 4, "later": 0}  # a digit and the end
+    assert figures["count"]["agreement"]["bare"]["later"] is None
     (gate,) = [one for one in figures["asr"]["gates"]["gate"] if one["threshold"] == 0.7]
     assert gate["coverage"] == gate["precision"] == 1.0 and gate["mean_depth"] == 2.0
 
@@ -144,19 +145,24 @@ def test_gates_on_a_table_made_by_hand() -> None:
     assert checked.speedup == pytest.approx(6 / (13 / 3 + 2 * 5 / 3))
     nobody = outcome(torch.zeros_like(opened), right, (1, 2), cost)
     assert (nobody.coverage, nobody.precision, nobody.speedup) == (0.0, 1.0, 1.0)
+    right[:, 2] = False  # two blocks are right for the second token, so the first of them; none for the third
+    assert (found.found, outcome(right, right, (1, 2), cost).found) == (0.0, 1.0)
+    assert outcome(torch.zeros_like(opened), right, (1, 2), cost).found == pytest.approx(1 / 3)
 
 
 def test_groups_of_tokens_are_kept_apart() -> None:
     same = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
     found = Profile(
         task=["asr", "asr", "asr", "count"],
-        step=torch.tensor([False, True, True, False]), layers=(1,), bare=same, mapped=None,
+        step=torch.tensor([False, True, True, False]), piece=["first", "later", "end", "first"],
+        layers=(1,), bare=same, mapped=None,
         sureness={"confidence": torch.tensor([[0.1, 0.2, 0.95, 0.9]])}, patience={},
     )  # fmt: skip
     figures = summarise(found, CostModel(2, 0.0, 0.0), None)
     assert set(figures) == {"asr", "count"}
     agreement = figures["asr"]["agreement"]["bare"]
     assert agreement["all"] == pytest.approx([2 / 3, 1.0]) and agreement["step"] == [0.5, 1.0]
+    assert (agreement["first"], agreement["later"]) == ([1.0, 1.0], [0.0, 1.0])
     (strict,) = [one for one in figures["asr"]["gates"]["confidence"] if one["threshold"] == 0.9]
     assert strict["coverage"] == 0.5 and strict["precision"] == 1.0  # the end token alone
     assert figures["count"]["gates"] == {} and figures["count"]["oracle"]["step"]["candidate blocks"] is None
