@@ -54,9 +54,9 @@ _ORACLE = (
 _GATES = (
     "For each measure the threshold that finds most exits (the right block), and the one with the greatest predicted "
     "speed-up among those that are precise enough; where none is, the most precise one. Steps only. Coverage: share of "
-    "steps that exit early; precision: share of those whose token is the last block's; right block: share of steps that "
-    "exit where the oracle does (first match among the candidates), or with it nowhere. Confidence, entropy and patience "
-    "are charged for every output layer that they run to decide, a gate is counted as free.\n"
+    "steps that exit early; precision: share of those whose token is the last block's; right block: share of steps "
+    "that exit where the oracle does (first match among the candidates), or with it nowhere. Confidence, entropy and "
+    "patience are charged for every output layer that they run to decide, a gate is counted as free.\n"
 )
 _DECODING = (
     "Beam search as in the recipe, with and without exits. In brackets: 95 % interval, bootstrap over utterances; "
