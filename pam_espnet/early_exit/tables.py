@@ -176,7 +176,7 @@ def _made(report: Mapping[str, Any]) -> str:
     cost = report["cost_model"]
     lines = [
         f"- checkpoint `model.safetensors`, SHA-256 `{report['checkpoint_sha256']}`",
-        f"- commit {report['commit'] or 'unknown'}; LLM in {report['dtype'] or 'the precision it was trained in'}",
+        f"- commit {report['commit'] or 'unknown'}; LLM in {report['dtype'] or 'the precision of its configuration'}",
         f"- costs in units of one block: output layer {cost['head']:.2f}, keys and values of a skipped block "
         f"{cost['memory']:.3f}",
     ]

@@ -13,6 +13,7 @@ Dimension letters: B utterances, U adapter frames, D width, C classes (token typ
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ class EmbeddingCTC(nn.Module):
         on a GPU the rounding of a product depends on all rows."""
         if alone is not None:
             rows = [
-                self.log_probs(frames[b : b + 1, :u], None if expert is None else expert[b : b + 1])[0]
+                self.log_probs(frames[b : b + 1, :u], _of(expert, slice(b, b + 1)))[0]
                 for b, u in enumerate(alone.tolist())
             ]
             return pad_sequence(rows, batch_first=True)
@@ -123,7 +124,7 @@ class EmbeddingCTC(nn.Module):
         rows = list(targets)
         index, flat = upload(frames.device, rows, [c for target in targets.values() for c in target])
         target_lengths = torch.tensor([len(target) for target in targets.values()])
-        log_probs = self.log_probs(frames[index], None if expert is None else expert[index]).transpose(0, 1)
+        log_probs = self.log_probs(frames[index], _of(expert, index)).transpose(0, 1)
         total = F.ctc_loss(log_probs, flat, lengths[rows], target_lengths, blank=BLANK, reduction="sum")
         return total, flat.numel(), len(answers) - len(rows)
 
@@ -161,8 +162,7 @@ class EmbeddingCTC(nn.Module):
         rows = [b for b, classes in enumerate(found) if classes]
         if not rows:
             return frames.sum() * 0.0, 0, len(answers)
-        chosen = None if expert is None else expert[rows]
-        scores = self.pooled_scores(frames[rows], lengths[rows], chosen, temperature)
+        scores = self.pooled_scores(frames[rows], lengths[rows], _of(expert, rows), temperature)
         log_probs = F.log_softmax(scores if log_prior is None else scores + log_prior[rows], dim=-1)
         pairs = torch.tensor([(row, c - 1) for row, b in enumerate(rows) for c in found[b] or []], device=frames.device)
         return -log_probs[pairs[:, 0], pairs[:, 1]].sum(), len(pairs), len(answers) - len(rows)
@@ -194,3 +194,8 @@ class EmbeddingCTC(nn.Module):
             collapsed = torch.unique_consecutive(row[:length])
             answers.append(self.token_ids[collapsed[collapsed != BLANK] - 1].tolist())
         return answers
+
+
+def _of(expert: Tensor | None, rows: Any) -> Tensor | None:
+    """The experts of some utterances; None where there is one for all."""
+    return None if expert is None else expert[rows]

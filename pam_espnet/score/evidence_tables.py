@@ -93,7 +93,8 @@ def write_tables(folder: str | Path, size: str, output: str | Path) -> str:
 
 def readme_tables(readme: str | Path) -> str:
     """The text of a README with every table between ``<!-- table: FILE.json -->`` and ``<!-- end -->`` made anew from
-    the JSON of evidence, of a comparison or of answers; FILE.json is relative to the README.
+    the JSON of evidence, of a comparison, of answers or of cells (``early_exit.comparison``); FILE.json is relative to
+    the README.
     Raises DataError: no such file."""
 
     def fill(match: re.Match[str]) -> str:
@@ -104,6 +105,8 @@ def readme_tables(readme: str | Path) -> str:
         if "answers" in rows[0]:
             prompts = list(rows[0]["answers"])
             return match[1] + table(("recording", *prompts), [_answer_cells(row, prompts) for row in rows]) + match[3]
+        if "scores" not in rows[0]:
+            return match[1] + table(tuple(rows[0]), [list(row.values()) for row in rows]) + match[3]
         columns = _main(list(dict.fromkeys(_column(entry) for row in rows for entry in row["scores"])))
         titles = [f"{column.set}, {METRICS[column.metric].title}" for column in columns]
         return match[1] + table(("", *titles), [_score_cells(row, columns) for row in rows]) + match[3]

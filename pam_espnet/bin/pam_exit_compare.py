@@ -1,0 +1,40 @@
+"""Reports of early exit side by side, as JSON of tables in READMEs.
+
+    python -m pam_espnet.bin.pam_exit_compare --reports plain=exp/plain/exit_report/exit_report.json \
+        joint=exp/joint/exit_report/exit_report.json --set test_asr --out exit
+
+The reports are of pam_exit_report --calibration --sweep, with the same candidate blocks. Writes <out>/BLOCKS.json (how
+often each candidate predicts the last block's token), GATES.json (how often each measure finds the exit block, and how
+fast it may be) and SAVINGS.json (blocks of a step at a bounded loss of WER). `pam_evidence --readme README.md` writes
+the tables between <!-- table: exit/GATES.json --> and <!-- end -->.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pam_espnet.cli import run_main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reports", required=True, nargs="+", metavar="NAME=FILE", help="exit_report.json of models")
+    parser.add_argument("--set", required=True, help="test set of recognition that all of them have")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the JSON files")
+    args = parser.parse_args(argv)
+    if wrong := [one for one in args.reports if "=" not in one]:
+        parser.error(f"--reports: {wrong[0]!r} is not NAME=FILE")
+    from pam_espnet.early_exit.comparison import comparison
+    from pam_espnet.fileio import read_json, write_json
+
+    files = dict(one.split("=", 1) for one in args.reports)
+    tables = comparison({name: read_json(file) for name, file in files.items()}, args.set)
+    for name, rows in tables.items():
+        write_json(args.out / f"{name}.json", {"set": args.set, "reports": files, "rows": rows})
+        print(f"wrote {args.out / name}.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
