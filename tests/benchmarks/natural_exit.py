@@ -28,12 +28,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from pam_espnet.early_exit.profile import WORD_STARTS
 from pam_espnet.fileio import write_json
 from pam_espnet.score.intervals import Ratio, bootstrap
 from pam_espnet.score.report import table
 
 CONTEXT = 8  # tokens
-WORD_STARTS = ("Ġ", "▁")  # what byte-level BPE and SentencePiece write for the blank before a word
 
 
 def load(source: str) -> tuple[Any, Any]:

@@ -30,7 +30,8 @@ PLAIN: dict[str, Any] = {
     "sets": {"test": {"asr": {
         "agreement": {"bare": {"all": [0, 0.25, 0.5, 1], "first": [0, 0.3, 0.6, 1], "later": None},
                       "mapped": {"all": [0.7, 0.8]}},
-        "gates": {"gate": [outcome(0.5, 0.4, 0.8, 2.5, 1.4), outcome(0.9, 0.3, 0.96, 3.5, 1.1), outcome(0.99, 0.1, 1, 4, 1)],
+        "gates": {"gate": [outcome(0.5, 0.4, 0.8, 2.5, 1.4), outcome(0.9, 0.3, 0.96, 3.5, 1.1),
+                           outcome(0.99, 0.1, 1, 4, 1)],
                   "patience 2": [outcome(None, 0.2, 0.5, 3.0, 1.2)]},
         "oracle": {"step": {"candidate blocks": {"first match": {"mean_depth": 2.2, "speedup": 1.5}}}},
     }}},
