@@ -16,6 +16,7 @@ from pam_espnet.config import check_number
 from pam_espnet.errors import ConfigError, PamError, printable
 from pam_espnet.fileio import DISK_ERRORS
 
+CODE = ("*.py", "*.sh", "*.yaml", "*.cfg", "*.toml", "*.lock")  # files that a result may depend on
 DTYPES = ("float32", "bfloat16", "int8")  # precisions of the LLM in decoding
 
 
@@ -67,10 +68,13 @@ def run_record(program: str) -> dict[str, Any]:
 
 
 def code_commit() -> str | None:
-    """The commit of the code that runs, or None outside a git checkout of it."""
+    """The commit of the code that runs, or None outside a git checkout of it; "-dirty" where code or configuration,
+    not the tables that commands write, has changed since."""
     if os.environ.get("PAM_COMMIT"):
         return os.environ["PAM_COMMIT"]
-    return _git("describe", "--always", "--dirty", "--abbrev=12")
+    commit = _git("describe", "--always", "--abbrev=12")
+    changed = commit and _git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
+    return f"{commit}-dirty" if changed else commit
 
 
 def commit_date(commit: str) -> str | None:

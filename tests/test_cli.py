@@ -3,12 +3,14 @@
 import argparse
 import errno
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from pam_espnet.cli import add_compute_options, chosen_device, compute_device, run_main
+from pam_espnet import cli
+from pam_espnet.cli import add_compute_options, chosen_device, code_commit, compute_device, run_main
 from pam_espnet.errors import ConfigError
 
 
@@ -66,3 +68,24 @@ def test_user_errors_have_no_stack_trace(capsys: pytest.CaptureFixture[str]) -> 
     assert run_main(lambda _: fail(KeyboardInterrupt())) == 130
     with pytest.raises(ZeroDivisionError):
         run_main(lambda _: fail(ZeroDivisionError()))
+
+
+def test_tables_that_commands_write_do_not_make_the_code_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PAM_COMMIT", raising=False)
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "pam_espnet" / "cli.py"))
+    assert code_commit() is None  # no checkout
+    for name in ("pam_espnet/cli.py", "egs/EVIDENCE.md"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("1")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    commit = code_commit()
+    assert commit is not None and len(commit) == 12
+    (tmp_path / "egs/EVIDENCE.md").write_text("2")
+    (tmp_path / "new.py").write_text("")  # nothing runs it yet
+    assert code_commit() == commit
+    (tmp_path / "pam_espnet/cli.py").write_text("2")
+    assert code_commit() == f"{commit}-dirty"

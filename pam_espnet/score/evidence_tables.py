@@ -24,7 +24,7 @@ from pam_espnet.score.report import table
 from pam_espnet.score.result import MAIN_METRICS, METRICS
 from pam_espnet.score.routing import TaskRouting
 
-_TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table: (\S+)(?: without (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 _NOTE = (
     "Means over seeds. In brackets: 95 % interval that counts seeds (Student's t) and utterances (bootstrap, the same "
     "for all seeds). † one seed: the interval counts utterances alone. In parentheses: both seeds, where there are "
@@ -94,7 +94,7 @@ def write_tables(folder: str | Path, size: str, output: str | Path) -> str:
 def readme_tables(readme: str | Path) -> str:
     """The text of a README with every table between ``<!-- table: FILE.json -->`` and ``<!-- end -->`` made anew from
     the JSON of evidence, of a comparison, of answers or of cells (``early_exit.comparison``); FILE.json is relative to
-    the README.
+    the README. ``<!-- table: FILE.json without NAME -->`` leaves out an experiment and its control without audio.
     Raises DataError: no such file."""
 
     def fill(match: re.Match[str]) -> str:
@@ -104,12 +104,13 @@ def readme_tables(readme: str | Path) -> str:
         rows = read_json(path)["rows"]
         if "answers" in rows[0]:
             prompts = list(rows[0]["answers"])
-            return match[1] + table(("recording", *prompts), [_answer_cells(row, prompts) for row in rows]) + match[3]
+            return match[1] + table(("recording", *prompts), [_answer_cells(row, prompts) for row in rows]) + match[4]
         if "scores" not in rows[0]:
-            return match[1] + table(tuple(rows[0]), [list(row.values()) for row in rows]) + match[3]
+            return match[1] + table(tuple(rows[0]), [list(row.values()) for row in rows]) + match[4]
+        rows = [row for row in rows if row["experiment"].partition(",")[0] != match[3]]
         columns = _main(list(dict.fromkeys(_column(entry) for row in rows for entry in row["scores"])))
         titles = [f"{column.set}, {METRICS[column.metric].title}" for column in columns]
-        return match[1] + table(("", *titles), [_score_cells(row, columns) for row in rows]) + match[3]
+        return match[1] + table(("", *titles), [_score_cells(row, columns) for row in rows]) + match[4]
 
     return _TABLE.sub(fill, read_text(readme))
 

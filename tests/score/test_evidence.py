@@ -161,13 +161,17 @@ def test_runs_of_a_table_have_the_same_settings_and_utterances(tmp_path: Path) -
 
 
 def test_marked_tables_of_a_readme_are_made_anew(tmp_path: Path) -> None:
-    save(make_run("pam", 1, [1, 0]), tmp_path / "evidence")
+    for name in ("pam", "joint"):
+        save(make_run(name, 1, [1, 0]), tmp_path / "evidence")
     write_tables(tmp_path / "evidence", "quick", tmp_path / "EVIDENCE_quick")
     readme = tmp_path / "README.md"
     write_text(readme, "before\n<!-- table: EVIDENCE_quick.json -->\n| 99.9 |\n<!-- end -->\nafter\n")
     assert run_main(pam_evidence.main, ["--readme", str(readme)]) == 0
     text = readme.read_text(encoding="utf-8")
-    assert "| pam † | 50.0 [0.0, 100.0] |" in text and "99.9" not in text
+    assert "| pam † | 50.0 [0.0, 100.0] |" in text and "| joint † |" in text and "99.9" not in text
+    marked = text.replace("EVIDENCE_quick.json -->", "EVIDENCE_quick.json without joint -->")
+    write_text(readme, marked)
+    assert "| pam † |" in readme_tables(readme) and "joint †" not in readme_tables(readme)
     assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n")
     write_text(readme, "<!-- table: none.json -->\n<!-- end -->\n")
     with pytest.raises(DataError, match=r"table of none\.json: no such file"):
