@@ -3,10 +3,10 @@
     python -m pam_espnet.bin.pam_exit_compare --reports plain=exp/plain/exit_report/exit_report.json \
         joint=exp/joint/exit_report/exit_report.json --set test_asr --out exit
 
-The reports are of pam_exit_report --calibration --sweep, with the same candidate blocks. Writes <out>/BLOCKS.json (how
-often each candidate predicts the last block's token), GATES.json (how often each measure finds the exit block, and how
-fast it may be) and SAVINGS.json (blocks of a step at a bounded loss of WER). `pam_evidence --readme README.md` writes
-the tables between <!-- table: exit/GATES.json --> and <!-- end -->.
+The reports are of pam_exit_report --calibration, with the same candidate blocks. Writes to <out> BLOCKS.json (how often
+each candidate predicts the last block's token), GATES.json (how often each measure finds the exit block, how fast it may
+be) and, of reports with a sweep, SAVINGS.json (blocks of a step at a bounded loss of WER). `pam_evidence --readme
+README.md` writes the tables between <!-- table: exit/GATES.json --> and <!-- end -->.
 """
 
 import argparse
@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reports", required=True, nargs="+", metavar="NAME=FILE", help="exit_report.json of models")
     parser.add_argument("--set", required=True, help="test set of recognition that all of them have")
     parser.add_argument("--out", required=True, type=Path, help="folder of the JSON files")
+    parser.add_argument("--tables", nargs="+", metavar="NAME", help="these of them alone")
     args = parser.parse_args(argv)
     if wrong := [one for one in args.reports if "=" not in one]:
         parser.error(f"--reports: {wrong[0]!r} is not NAME=FILE")
@@ -30,7 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     files = dict(one.split("=", 1) for one in args.reports)
     tables = comparison({name: read_json(file) for name, file in files.items()}, args.set)
+    if unknown := sorted(set(args.tables or ()) - set(tables)):
+        parser.error(f"--tables: {', '.join(unknown)} not among {', '.join(tables)}")
     for name, rows in tables.items():
+        if args.tables and name not in args.tables:
+            continue
         write_json(args.out / f"{name}.json", {"set": args.set, "reports": files, "rows": rows})
         print(f"wrote {args.out / name}.json")
     return 0

@@ -15,11 +15,11 @@ TASK = "asr"
 
 
 def comparison(reports: Mapping[str, Mapping[str, Any]], test_set: str) -> dict[str, list[Row]]:
-    """Tables by name: BLOCKS, GATES, SAVINGS.
+    """Tables by name: BLOCKS, GATES, and where all were decoded at exit points SAVINGS.
 
     Args:
         reports: model -> what its ``exit_report.json`` holds.
-        test_set: whose figures, with a sweep.
+        test_set: whose figures.
 
     Raises ConfigError: a report without them, or with other candidate blocks than the first.
     """
@@ -35,7 +35,8 @@ def comparison(reports: Mapping[str, Mapping[str, Any]], test_set: str) -> dict[
         name: [one for one in report["sweep"] if (one["set"], one["task"]) == (test_set, TASK)]
         for name, report in reports.items()
     }
-    return {"BLOCKS": _blocks(figures, layers), "GATES": _gates(figures), "SAVINGS": _savings(swept)}
+    tables = {"BLOCKS": _blocks(figures, layers), "GATES": _gates(figures)}
+    return tables | ({"SAVINGS": _savings(swept)} if all(swept.values()) else {})
 
 
 def _blocks(figures: Mapping[str, Mapping[str, Any]], layers: Sequence[int]) -> list[Row]:

@@ -6,7 +6,7 @@ that READMEs quote both in the same way.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from pam_espnet.score.report import table
 from pam_espnet.score.result import MAIN_METRICS, METRICS
 from pam_espnet.score.routing import TaskRouting
 
-_TABLE = re.compile(r"(<!-- table: (\S+)(?: without (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table: (\S+)(?: (of|without) (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 _NOTE = (
     "Means over seeds. In brackets: 95 % interval that counts seeds (Student's t) and utterances (bootstrap, the same "
     "for all seeds). † one seed: the interval counts utterances alone. In parentheses: both seeds, where there are "
@@ -94,8 +94,9 @@ def write_tables(folder: str | Path, size: str, output: str | Path) -> str:
 def readme_tables(readme: str | Path) -> str:
     """The text of a README with every table between ``<!-- table: FILE.json -->`` and ``<!-- end -->`` made anew from
     the JSON of evidence, of a comparison, of answers or of cells (``early_exit.comparison``); FILE.json is relative to
-    the README. ``<!-- table: FILE.json without NAME -->`` leaves out an experiment and its control without audio.
-    Raises DataError: no such file."""
+    the README. ``<!-- table: FILE.json without NAME,... -->`` leaves out experiments and their controls without audio,
+    ``of`` shows these alone, without controls.
+    Raises DataError: no such file or experiment."""
 
     def fill(match: re.Match[str]) -> str:
         path = Path(readme).parent / match[2]
@@ -104,15 +105,26 @@ def readme_tables(readme: str | Path) -> str:
         rows = read_json(path)["rows"]
         if "answers" in rows[0]:
             prompts = list(rows[0]["answers"])
-            return match[1] + table(("recording", *prompts), [_answer_cells(row, prompts) for row in rows]) + match[4]
+            return match[1] + table(("recording", *prompts), [_answer_cells(row, prompts) for row in rows]) + match[5]
         if "scores" not in rows[0]:
-            return match[1] + table(tuple(rows[0]), [list(row.values()) for row in rows]) + match[4]
-        rows = [row for row in rows if row["experiment"].partition(",")[0] != match[3]]
+            return match[1] + table(tuple(rows[0]), [list(row.values()) for row in rows]) + match[5]
+        if match[3]:
+            names, labels = set(match[4].split(",")), [row["experiment"] for row in rows]
+            if unknown := names - set(labels):
+                hint = f"there are {', '.join(labels)}"
+                raise DataError(readme, f"table of {match[2]}: no {', '.join(sorted(unknown))}", hint=hint)
+            of = match[3] == "of"
+            rows = [row for row in rows if _shown(row["experiment"], names, of)]
         columns = _main(list(dict.fromkeys(_column(entry) for row in rows for entry in row["scores"])))
         titles = [f"{column.set}, {METRICS[column.metric].title}" for column in columns]
-        return match[1] + table(("", *titles), [_score_cells(row, columns) for row in rows]) + match[4]
+        return match[1] + table(("", *titles), [_score_cells(row, columns) for row in rows]) + match[5]
 
     return _TABLE.sub(fill, read_text(readme))
+
+
+def _shown(label: str, names: Collection[str], of: bool) -> bool:
+    """Whether a README's table has a row; see ``readme_tables``."""
+    return label in names if of else label.partition(",")[0] not in names
 
 
 def _beside(output: Path, name: str) -> Path:

@@ -13,6 +13,9 @@ from pam_espnet.early_exit.comparison import comparison
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import read_json, write_json
 
+RECIPE = Path(__file__).parents[2] / "egs/mini/pam1"
+COMMITTED = sorted(RECIPE.glob("exit/*/[A-Z]*.json"))
+
 
 def outcome(threshold: float | None, found: float, precision: float, depth: float, speedup: float) -> dict[str, Any]:
     coverage = 0.0 if depth == 4 else 0.5
@@ -60,6 +63,23 @@ def test_tables_of_two_models(tmp_path: Path) -> None:
     readme.write_text("<!-- table: exit/GATES.json -->\n<!-- end -->\n")
     assert run_main(pam_evidence.main, ["--readme", str(readme)]) == 0
     assert "| patience 2 | 20.0 | none | 20.0 | none |" in readme.read_text()
+
+
+def test_reports_without_a_sweep_have_no_savings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(tmp_path / "plain.json", {**PLAIN, "sweep": []})
+    args = ["--reports", f"plain={tmp_path / 'plain.json'}", "--set", "test", "--out", str(tmp_path)]
+    assert run_main(main, [*args, "--tables", "GATES"]) == 0
+    assert {path.name for path in tmp_path.glob("[A-Z]*.json")} == {"GATES.json"}
+    with pytest.raises(SystemExit):
+        main([*args, "--tables", "SAVINGS"])
+    assert "--tables: SAVINGS not among BLOCKS, GATES" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_committed_tables_are_those_of_the_committed_reports(path: Path) -> None:
+    made = read_json(path)
+    reports = {name: read_json(RECIPE / file) for name, file in made["reports"].items()}
+    assert comparison(reports, made["set"])[path.stem] == made["rows"]
 
 
 def test_reports_that_cannot_be_compared() -> None:

@@ -172,6 +172,11 @@ def test_marked_tables_of_a_readme_are_made_anew(tmp_path: Path) -> None:
     marked = text.replace("EVIDENCE_quick.json -->", "EVIDENCE_quick.json without joint -->")
     write_text(readme, marked)
     assert "| pam † |" in readme_tables(readme) and "joint †" not in readme_tables(readme)
+    write_text(readme, marked.replace("without", "of"))
+    assert "| pam † |" not in readme_tables(readme) and "joint †" in readme_tables(readme)
+    write_text(readme, marked.replace("joint -->", "static -->"))
+    with pytest.raises(DataError, match=r"EVIDENCE_quick\.json: no static\n  -> there are pam, joint"):
+        readme_tables(readme)
     assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n")
     write_text(readme, "<!-- table: none.json -->\n<!-- end -->\n")
     with pytest.raises(DataError, match=r"table of none\.json: no such file"):
