@@ -4,8 +4,8 @@
         joint=exp/joint/exit_report/exit_report.json --set test_asr --out exit
 
 The reports are of pam_exit_report --calibration, with the same candidate blocks. Writes to <out> BLOCKS.json (how often
-each candidate predicts the last block's token), GATES.json (how often each measure finds the exit block, how fast it may
-be) and, of reports with a sweep, SAVINGS.json (blocks of a step at a bounded loss of WER). `pam_evidence --readme
+each candidate predicts the last block's token), GATES.json (how often each measure finds the exit block, how fast it
+may be) and, of reports with a sweep, SAVINGS.json (blocks of a step at a bounded loss of WER). `pam_evidence --readme
 README.md` writes the tables between <!-- table: exit/GATES.json --> and <!-- end -->.
 """
 

@@ -149,6 +149,8 @@ def _summary(found: Profile, chosen: Tensor, cost: CostModel, threshold: float |
             outcome((sureness >= at)[:, steps], right[:, steps], found.layers, cost, at, checked=mode != "gate")
             for at in sorted([*own, *(at for at in THRESHOLDS if not own or abs(at - own[0]) > 1e-6)])
         ]
+    nowhere = torch.zeros_like(right[:, steps])  # what a measure has to beat in finding exits, where many have none
+    gates["never"] = [outcome(nowhere, right[:, steps], found.layers, cost)]
     for count, opened in found.patience.items():
         gates[f"patience {count}"] = [outcome(opened[:, steps], right[:, steps], found.layers, cost, checked=True)]
 
