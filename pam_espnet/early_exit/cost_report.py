@@ -122,6 +122,8 @@ def predictions(report: Mapping[str, Any]) -> list[dict[str, Any]]:
                     for kind, one in (kinds or {}).items():
                         yield row(f"{name}: {task}", f"oracle, {may}, {kind}", one["mean_depth"], one["speedup"])
                 for mode, outcomes in figures["gates"].items():
+                    if mode == "never":  # full depth
+                        continue
                     for why, one in shown_outcomes(outcomes, own if mode == "gate" else None):
                         at = "" if one["threshold"] is None else f":{one['threshold']:.3g} ({why})"
                         kind = "gate" if mode == "gate" else "head"
