@@ -1,15 +1,21 @@
 """Early-exit reports of several models side by side on a test set of recognition, as rows of cells for tables: what
 blocks predict, which gates find the exit block, and how many blocks can be saved at which loss of quality."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pam_espnet.early_exit.profile import PRECISIONS
+from pam_espnet.early_exit.profile import PRECISIONS, fastest, most_found
+from pam_espnet.early_exit.tables import ratio
 from pam_espnet.errors import ConfigError
 
 Row = dict[str, str]  # title of a column -> cell
-READINGS = (("bare", "all"), ("bare", "first"), ("bare", "later"), ("mapped", "all"))
-TITLES = {"all": "as it is", "first": "first piece", "later": "later piece", "mapped": "with its map"}
+READINGS = {  # of a block, and a group of tokens
+    ("bare", "all"): "as it is",
+    ("bare", "first"): "first piece",
+    ("bare", "later"): "later piece",
+    ("mapped", "all"): "with its map",
+}
 LOSSES = (0.0, 0.5, 1.0, 2.0)  # points of WER
 TASK = "asr"
 
@@ -21,7 +27,7 @@ def comparison(reports: Mapping[str, Mapping[str, Any]], test_set: str) -> dict[
         reports: model -> what its ``exit_report.json`` holds.
         test_set: whose figures.
 
-    Raises ConfigError: a report without them, or with other candidate blocks than the first.
+    Raises ConfigError: a report without them, of an older version, or with other candidate blocks than the first.
     """
     layers = next(iter(reports.values()))["layers"]
     figures = {}
@@ -31,6 +37,8 @@ def comparison(reports: Mapping[str, Mapping[str, Any]], test_set: str) -> dict[
         if report["layers"] != layers:
             raise ConfigError(f"{name}: candidate blocks {report['layers']}, but {layers} before; calibrate them alike")
         figures[name] = report["sets"][test_set][TASK]
+        if "first" not in figures[name]["agreement"]["bare"]:
+            raise ConfigError(f"the report of {name} is of an older version; make it again with pam_exit_report")
     swept = {
         name: [one for one in report["sweep"] if (one["set"], one["task"]) == (test_set, TASK)]
         for name, report in reports.items()
@@ -45,10 +53,10 @@ def _blocks(figures: Mapping[str, Mapping[str, Any]], layers: Sequence[int]) -> 
     for at, layer in enumerate(layers):
         row = {"block": str(layer)}
         for name, found in figures.items():
-            for reading, group in READINGS:
+            for (reading, group), title in READINGS.items():
                 shares = found["agreement"].get(reading, {}).get(group)
-                title = f"{name}, {TITLES['mapped' if reading == 'mapped' else group]} %"
-                row[title] = "–" if shares is None else f"{100 * shares[layer - 1 if reading == 'bare' else at]:.1f}"
+                index = layer - 1 if reading == "bare" else at
+                row[f"{name}, {title} %"] = "–" if shares is None else f"{100 * shares[index]:.1f}"
         rows.append(row)
     return rows
 
@@ -56,27 +64,26 @@ def _blocks(figures: Mapping[str, Mapping[str, Any]], layers: Sequence[int]) -> 
 def _gates(figures: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     """Of each measure: the threshold with which it finds most exits, and the fastest of a wanted precision."""
     wanted = PRECISIONS[0]
-    right, fastest = "right block %", f"fastest at {wanted:.0%} precision"
+    right, fast = "right block %", f"fastest at {wanted:.0%} precision"
     rows = []
     for measure in next(iter(figures.values()))["gates"]:
         row = {"measure": measure}
         for name, found in figures.items():
             outcomes = found["gates"].get(measure, [])
-            precise = [one for one in outcomes if one["precision"] >= wanted and one["coverage"] > 0]
-            best = max(outcomes, key=lambda one: one["found"], default=None)
-            fast = max(precise, key=lambda one: one["speedup"], default=None)
-            row[f"{name}, {right}"] = "–" if best is None else f"{100 * best['found']:.1f}{_at(best)}"
-            row[f"{name}, {fastest}"] = "none" if fast is None else _depth(fast)
+            row[f"{name}, {right}"] = _found(most_found(outcomes)) if outcomes else "–"
+            best = fastest(outcomes, wanted)
+            row[f"{name}, {fast}"] = "none" if best is None else _depth(best)
         rows.append(row)
     row = {"measure": "oracle, first match"}
     for name, found in figures.items():
         row[f"{name}, {right}"] = "100"
-        row[f"{name}, {fastest}"] = _depth(found["oracle"]["step"]["candidate blocks"]["first match"])
+        row[f"{name}, {fast}"] = _depth(found["oracle"]["step"]["candidate blocks"]["first match"])
     return [*rows, row]
 
 
-def _at(outcome: Mapping[str, Any]) -> str:
-    return "" if outcome["threshold"] is None else f" (at {outcome['threshold']:.3g})"
+def _found(outcome: Mapping[str, Any]) -> str:
+    at = "" if outcome["threshold"] is None else f" (at {outcome['threshold']:.3g})"
+    return f"{100 * outcome['found']:.1f}{at}"
 
 
 def _depth(outcome: Mapping[str, Any]) -> str:
@@ -89,13 +96,18 @@ def _savings(swept: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
     for loss in LOSSES:
         row = {"WER lost, points, at most": f"{loss:g}"}
         for name, points in swept.items():
-            good = [one for one in points if one["point"] != "never" and one["difference"]["wer"]["value"] <= loss]
+            good = [one for one in points if one["point"] != "never" and _lost(one) <= loss]
             if not good:
                 row[name] = "none"
                 continue
             best = min(good, key=lambda one: one["mean_depth"])
-            timing = best["timing"]
-            ratio = timing["never"]["steps_cpu"] / timing["own"]["steps_cpu"]
-            row[name] = f"{best['mean_depth']:.1f} blocks ({best['point']}), steps {ratio:.2f}x"
+            row[name] = f"{best['mean_depth']:.1f} blocks ({best['point']})"
+            if timing := best.get("timing"):
+                row[name] += f", steps {ratio(timing['never']['steps_cpu'], timing['own']['steps_cpu'])}"
         rows.append(row)
     return rows
+
+
+def _lost(point: Mapping[str, Any]) -> float:
+    """Points of WER against full depth; a point that was not compared with it counts as useless."""
+    return point.get("difference", {}).get("wer", {}).get("value", math.inf)

@@ -196,12 +196,23 @@ def shown_outcomes(outcomes: Sequence[Mapping[str, Any]], own: float | None) -> 
     if len(outcomes) == 1:  # patience has none
         return [("", outcomes[0])]
     found = [("calibrated", one) for one in outcomes if one["threshold"] == own]
-    found.append(("the right block", max(outcomes, key=lambda one: one["found"])))
+    found.append(("the right block", most_found(outcomes)))
     exiting = [one for one in outcomes if one["coverage"] > 0]
     for wanted in PRECISIONS:
-        if good := [one for one in exiting if one["precision"] >= wanted]:
-            found.append((f"precision {wanted:.0%}", max(good, key=lambda one: one["speedup"])))
+        if (best := fastest(outcomes, wanted)) is not None:
+            found.append((f"precision {wanted:.0%}", best))
         elif exiting:
             found.append(("most precise", max(exiting, key=lambda one: one["precision"])))
             break
     return found
+
+
+def most_found(outcomes: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The threshold that finds most exit blocks."""
+    return max(outcomes, key=lambda one: one["found"])
+
+
+def fastest(outcomes: Sequence[Mapping[str, Any]], precision: float) -> Mapping[str, Any] | None:
+    """The threshold with the greatest speed-up among those at which tokens exit and are right often enough."""
+    good = [one for one in outcomes if one["coverage"] > 0 and one["precision"] >= precision]
+    return max(good, key=lambda one: one["speedup"], default=None)

@@ -157,10 +157,10 @@ def _speed(sweep: Sequence[Mapping[str, Any]]) -> str:
         runs.add(timing["runs"])
         rows.append([
             entry["set"], entry["point"], f"{own['steps_wall']:.1f} / {never['steps_wall']:.1f}",
-            _ratio(never["steps_wall"], own["steps_wall"]), _ratio(never["steps_cpu"], own["steps_cpu"]),
-            f"{own['search_wall']:.1f} / {never['search_wall']:.1f}", _ratio(never["search_wall"], own["search_wall"]),
-            _ratio(never["search_cpu"], own["search_cpu"]),
-            _ratio(never["search_wall"] + encoders, own["search_wall"] + encoders), str(timing["runs"]),
+            ratio(never["steps_wall"], own["steps_wall"]), ratio(never["steps_cpu"], own["steps_cpu"]),
+            f"{own['search_wall']:.1f} / {never['search_wall']:.1f}", ratio(never["search_wall"], own["search_wall"]),
+            ratio(never["search_cpu"], own["search_cpu"]),
+            ratio(never["search_wall"] + encoders, own["search_wall"] + encoders), str(timing["runs"]),
         ])  # fmt: skip
     head = ("set", "point", "steps, s: point / never", "wall", "CPU", "search, s: point / never", "wall", "CPU",
             "all, wall", "runs")  # fmt: skip
@@ -168,7 +168,8 @@ def _speed(sweep: Sequence[Mapping[str, Any]]) -> str:
     return table(head, rows) + (note if max(runs, default=1) > 1 else "")
 
 
-def _ratio(never: float, own: float) -> str:
+def ratio(never: float, own: float) -> str:
+    """How many times as fast, as a cell."""
     return f"{never / own:.2f}x" if own else "–"
 
 

@@ -8,7 +8,7 @@ Dimension letters: B utterances, U adapter frames, D width.
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,8 +122,8 @@ def token_errors(
 
     For "ctc" the edit distance of greedy decoding; for "bag" the answer's token types that are not among as many
     types that are detected most (for an answer of one token: the wrong answers). With ``priors``, see
-    ``EmbeddingCTC.log_shares``, such a type counts as much as it tells, the logarithm of one over its share: what is
-    in most answers, as the words of a template, counts next to nothing.
+    ``EmbeddingCTC.log_shares``, such a type is weighted by its information, the logarithm of one over its share: what
+    is in most answers, as the words of a template, counts next to nothing.
     """
     from rapidfuzz.distance import Levenshtein
 
@@ -151,10 +151,11 @@ def token_errors(
     return found
 
 
-def _information(model: ESPnetPaMModel, types: Iterable[int], log_shares: Tensor | None) -> float:
-    """Of token types: how many, or with their shares the nats that they tell; what the head cannot say is rare."""
+def _information(model: ESPnetPaMModel, types: Collection[int], log_shares: Tensor | None) -> float:
+    """The number of token types, or with shares their information in nats; outside the head's vocabulary as the
+    rarest."""
     if log_shares is None:
-        return float(len(list(types)))
+        return float(len(types))
     assert model.ctc is not None
     classes = [model.ctc.classes([token]) for token in types]
     return sum(-float(log_shares.min() if one is None else log_shares[one[0] - 1]) for one in classes)

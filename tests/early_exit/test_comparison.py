@@ -88,3 +88,7 @@ def test_reports_that_cannot_be_compared() -> None:
         comparison({"plain": PLAIN, "joint": other}, "test")
     with pytest.raises(ConfigError, match="the report of plain has no recognition on dev"):
         comparison({"plain": PLAIN}, "dev")
+    old = copy.deepcopy(PLAIN)
+    del old["sets"]["test"]["asr"]["agreement"]["bare"]["first"]
+    with pytest.raises(ConfigError, match="the report of plain is of an older version; make it again"):
+        comparison({"plain": old}, "test")

@@ -62,8 +62,8 @@ def test_an_expert_of_two_tasks_gets_the_geometric_mean() -> None:
     torch.testing.assert_close(found[2], other)
 
 
-def test_held_out_errors_count_what_a_word_tells(model: ESPnetPaMModel) -> None:
-    """The second token is in every answer, the first of some in half of them: it tells one bit."""
+def test_held_out_errors_weigh_words_by_their_information(model: ESPnetPaMModel) -> None:
+    """The second token is in every answer, the first of some in half of them: one bit."""
     assert model.ctc is not None
     _, utterances = batch(model, ["count"] * 4, 1)
     utterances["text"] = [[token, 101, model.decoder.end_id] for token in (102, 103, 102, 103)]
@@ -78,7 +78,7 @@ def test_held_out_errors_count_what_a_word_tells(model: ESPnetPaMModel) -> None:
     assert missed > 0
 
 
-def test_a_word_that_the_head_cannot_say_is_as_rare_as_any(model: ESPnetPaMModel) -> None:
+def test_a_word_outside_the_vocabulary_counts_as_the_rarest(model: ESPnetPaMModel) -> None:
     assert model.ctc is not None
     _, utterances = batch(model, ["count"] * 2, 1)
     utterances["text"] = [[102, model.decoder.end_id], [999, model.decoder.end_id]]  # the head has 100 to 289
