@@ -1,8 +1,9 @@
 """Speech recognition: English telephone prompts with their transcripts, split by text, and acted lines of a game.
 
 Test is prompts of the one studio voice, and ``test_voices`` lines of voices that are in no other set. Dev is prompts
-and lines; training has the other prompts and lines, the English picture captions and the LibriVox sentences. No
-normalised text is in two sets, nor a text of three or more words inside a text of another set.
+and lines; training has the other prompts and lines, the English picture captions, the LibriVox sentences and, where the
+size says so, synthetic speech. No normalised text is in two sets, nor a text of three or more words inside a text of
+another set.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from typing import Any
 
 import game
 import numpy as np
+import synthetic
 from recordings import Clip, asterisk_english, librivox, read_16k, tuxpaint_english
 from text import normalise
 
@@ -23,6 +25,9 @@ MAX_SECONDS = 20.0  # of a prompt; longer ones (menus read aloud) are left out
 MAX_SPLICE_SECONDS = 15.0
 MAX_GROUP = 6  # a larger family of texts goes to training whole
 LEVEL = -23.0  # dB RMS
+SYNTHETIC_SPEEDS = (0.85, 1.15)  # as count's pseudo-speakers: pitch and formants move with it
+
+Piece = Path | synthetic.Spoken  # a recording, or what is to be synthesised
 
 
 def group_texts(texts: list[str]) -> dict[str, str]:
@@ -84,17 +89,17 @@ def clip_seconds(path: Path) -> float:
 
 
 def plan(downloads: Path, folder: Path, options: dict[str, Any], seed: int, tables: Path) -> list[Job]:
-    """What to make: every clip once, then copies at other speeds and splices for training, then lines of the game."""
+    """What to make: every clip once, then copies at other speeds and splices for training, then lines of the game, then
+    synthetic speech."""
     clips = [(clip, text) for clip, text in read_clips(downloads, options.get("limit")) if text]
     clips = [(clip, text) for clip, text in clips if clip_seconds(clip.path) <= MAX_SECONDS]
     held = [text for clip, text in clips if clip.source == "asterisk-en"]
     other = [text for clip, text in clips if clip.source != "asterisk-en"]
     split = split_texts(held, other, options["test"], options["dev"])
 
-    def job(key: str, split_name: str, text: str, speaker: str, pieces: list[Path], speed: float, gap: float) -> Job:
+    def job(key: str, split_name: str, text: str, speaker: str, pieces: list[Piece], speed: float, gap: float) -> Job:
         audio = folder / split_name / f"{key}.flac"
-        spec = ([str(piece) for piece in pieces], speed, gap)
-        return Job(Utterance(key, split_name, text, speaker, str(audio)), spec)
+        return Job(Utterance(key, split_name, text, speaker, str(audio)), (pieces, speed, gap))
 
     jobs, train = [], []
     for clip, text in clips:
@@ -121,18 +126,26 @@ def plan(downloads: Path, folder: Path, options: dict[str, Any], seed: int, tabl
         text = " ".join(text for _, text in chosen)
         jobs.append(job(key, "train", text, "asr-splice", [clip.path for clip, _ in chosen], speed, gap))
     prompts = {side: [text for _, text in clips if split[text] == side] for side in SPLITS}
+    held = game.Side()
     for side, lines in game.plan(downloads, folder, prompts, options["game"], tables).items():
+        if side != "train":
+            held.add([*prompts[side], *(text for _, text, _ in lines)])
         for line, text, path in lines:
             speaker = f"asr-game-{line.voice}"
             set_name = "test_voices" if side == "test" else side
             jobs.append(job(f"{speaker}-{line.name}", set_name, text, speaker, [path], 1.0, 0.0))
+    for index, (text, spoken) in enumerate(synthetic.plan(downloads, options["synthetic"], held.touches)):
+        key, speaker = f"asr-synthetic-{index:05d}", f"asr-flite-{spoken.voice}"
+        speed = float(seeded(seed, key).uniform(*SYNTHETIC_SPEEDS))
+        jobs.append(job(key, "train", text, speaker, [spoken], speed, 0.0))
     return jobs
 
 
-def render(spec: tuple[list[str], float, float]) -> np.ndarray:
-    """The clips one after another, ``gap`` seconds apart, each at the same level; (N,) float32."""
-    paths, speed, gap = spec
-    waves = [set_level(change_speed(read_16k(Path(path)), speed), LEVEL) for path in paths]
+def render(spec: tuple[list[Piece], float, float]) -> np.ndarray:
+    """The pieces one after another, ``gap`` seconds apart, each at the same level; (N,) float32."""
+    pieces, speed, gap = spec
+    spoken = [read_16k(piece) if isinstance(piece, Path) else synthetic.synthesise(piece) for piece in pieces]
+    waves = [set_level(change_speed(wave, speed), LEVEL) for wave in spoken]
     silence = np.zeros(round(gap * SAMPLE_RATE), np.float32)
     parts = [part for wave in waves for part in (wave, silence)]
     return np.concatenate(parts[:-1])

@@ -22,7 +22,7 @@ seed            N        2026       of everything random"
 
 data_dir="${data_dir:-data/${size}}"
 
-"${python}" local/download.py --downloads "${downloads}"
+"${python}" local/download.py --downloads "${downloads}" --size "${size}"
 "${python}" local/models.py --downloads "${downloads}"
 "${python}" local/prepare.py --downloads "${downloads}" --size "${size}" --data_dir "${data_dir}" \
     --jobs "${nj}" --seed "${seed}"

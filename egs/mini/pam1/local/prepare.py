@@ -43,7 +43,7 @@ def make_task(task: str, args: argparse.Namespace, options: dict) -> list[Uttera
     plan: Callable[[], list[Job]] = partial(module.plan, args.downloads, folder, options, args.seed, LOCAL)
     if task != "asr":
         recordings.extract_gcompris(args.downloads, caption.all_recordings(caption.read_sounds(LOCAL / "sounds.yaml")))
-    lines = ["text.py", "game.py", "queen.py", "game_voices.yaml"]
+    lines = ["text.py", "game.py", "queen.py", "synthetic.py", "game_voices.yaml"]
     own = {"asr": lines, "count": ["voices.yaml", "sounds.yaml"], "caption": ["sounds.yaml"]}[task]
     files = [LOCAL / name for name in (f"{task}.py", "recordings.py", "packages.yaml", *own)]
     files += [Path(module.__file__) for module in (mixtures, rendering, signals) if module.__file__]
