@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ from pam_espnet.errors import ConfigError, DataError
 
 RECIPE = Path(__file__).resolve().parents[2] / "egs" / "mini" / "pam1"
 LOCAL = RECIPE / "local"
-MODULES = ("asr", "caption", "count", "download", "game", "models", "prepare", "queen", "rcc", "recordings", "text")
+MODULES = ("asr", "caption", "count", "download", "game", "models", "prepare", "queen", "rcc", "recordings")
+MODULES += ("synthetic", "text")
 RATE = 16000
 GAME = "flight-of-the-amazon-queen"
 SPLITS = ("train", "dev", "test")
@@ -69,6 +71,12 @@ def write_audio(path: Path, wave: np.ndarray, rate: int = RATE) -> None:
     soundfile.write(path, wave, rate)
 
 
+WORDNET = '''  1 This software and database is being provided to you
+00001 00 v 01 greet 0 000 | say hello; "She greeted the Crew warmly"; "press 1 to greet"
+00002 00 v 01 let 0 000 | permit; "Please, let me in now"; "she greeted the crew, warmly!"; "No"; "they sold the boat"
+'''
+
+
 def fake_packages(downloads: Path, voices: dict[str, dict[str, str]], sounds: dict[str, dict[str, list[str]]]) -> None:
     """Folders as download.py makes them, with hums for voices and sounds."""
     root = downloads / "unpacked"
@@ -102,8 +110,20 @@ def fake_packages(downloads: Path, voices: dict[str, dict[str, str]], sounds: di
     for number, sound in enumerate(listed):
         path = root / "scratch/usr/share/scratch/Media/Sounds" / sound.removeprefix("scratch/")
         write_audio(path, voiced(0.5, 300 + 50 * number))
+    words = root / "wordnet-base/usr/share/wordnet"
+    words.mkdir(parents=True)
+    for part in ("noun", "verb", "adj", "adv"):
+        (words / f"data.{part}").write_text(WORDNET if part == "verb" else "", encoding="latin-1")
+    libraries = root / "libflite1/usr/lib/machine"
+    libraries.mkdir(parents=True)
+    (libraries / "libflite.so.1").write_text("no library", encoding="utf-8")
     for package in [path for path in root.iterdir() if path.is_dir()]:
         (package / ".completed").write_text("x\n", encoding="utf-8")
+
+
+def read_by_machine(spoken: Any) -> np.ndarray:
+    """In place of Flite's voices."""
+    return voiced(0.1 * len(spoken.text), {"awb": 120, "rms": 90}[spoken.voice])
 
 
 @pytest.fixture
@@ -115,7 +135,7 @@ def small(tmp_path: Path, local: SimpleNamespace, monkeypatch: pytest.MonkeyPatc
         name: {"phrases": [f"a {name}", f"the {name}"], **{split: [f"scratch/{name}/{split}.wav"] for split in SPLITS}}
         for name in ("dog", "bell", "rain")
     }
-    sizes = {"mini": {"asr": {"speeds": [0.9], "splices": 2, "test": 1, "dev": 1}}}
+    sizes = {"mini": {"asr": {"speeds": [0.9], "splices": 2, "synthetic": 2, "test": 1, "dev": 1}}}
     sizes["mini"]["asr"]["game"] = {"train": 1, "min_words": 2, "dev": 2, "test": 1}
     persons = {"train": {"joe": "A"}, "dev": {"ian": "B"}, "test": {"bob": "C"}, "left_out": {}}
     sizes["mini"] |= {task: {"train": 6, "dev": 5, "test": 5} for task in ("count", "caption")}
@@ -130,6 +150,7 @@ def small(tmp_path: Path, local: SimpleNamespace, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(local.prepare, "LOCAL", tables)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rendering, "multiprocessing", in_this_process())
+    monkeypatch.setattr(local.synthetic, "synthesise", read_by_machine)
     return SimpleNamespace(root=tmp_path, voices=voices, sounds=sounds, local=local)
 
 
@@ -162,6 +183,8 @@ def test_corpus_is_whole_disjoint_and_the_same_twice(small: SimpleNamespace, mon
     assert not set(sets["test_asr"].text.values()) & set(sets["train"].text.values())
     assert list(sets["test_voices"].text.items()) == [("asr-game-bob-020006P1", "let me in now")]
     assert set(sets["dev"].utt2spk.values()) > {"asr-game-ian", "asr-game-joe"}
+    synthetic = {text for key, text in sets["train"].text.items() if key.startswith("asr-synthetic-")}
+    assert synthetic == {"she greeted the crew warmly", "they sold the boat"}  # a text of test_voices is in the other
     left_out = (data / "audio/asr/left_out.tsv").read_text(encoding="utf-8")
     assert left_out == "JOE00431\tjoe\ta cry or laughter\tHmmm...\n"
     for name, directory in sets.items():
@@ -184,6 +207,13 @@ def test_corpus_is_whole_disjoint_and_the_same_twice(small: SimpleNamespace, mon
     # another seed is another corpus, made anew in the same folder
     prepare(small.local, seed=2)
     assert hashes(data)["audio/count/test/count-test-00001.flac"] != first["audio/count/test/count-test-00001.flac"]
+
+
+def test_flite_that_cannot_be_loaded_is_named(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    ((_, spoken),) = small.local.synthetic.plan(small.root / "downloads", 1, lambda text: False)
+    with pytest.raises(DataError, match=r"libflite\.so\.1.*\n.*libasound2"):
+        small.local.synthetic.synthesise(spoken)
 
 
 def test_unknown_size_lists_the_known(small: SimpleNamespace) -> None:
@@ -326,18 +356,24 @@ def test_real_packages(
         local.recordings.sound_path(downloads, sound)
     monkeypatch.chdir(RECIPE)
     options = yaml.safe_load((LOCAL / "sizes.yaml").read_text(encoding="utf-8"))["quick"]["asr"]
+    options["synthetic"] = 200
     jobs = local.asr.plan(downloads, tmp_path, options, 0, LOCAL)
     texts: dict[str, list[str]] = {}
     for job in jobs:
         texts.setdefault(job.utterance.split, []).append(job.utterance.text)
     sizes = {split: len(found) for split, found in texts.items()}
-    assert sizes == {"train": 2604, "dev": 160, "test": 70, "test_voices": 240}
+    assert sizes == {"train": 2804, "dev": 160, "test": 70, "test_voices": 240}
     for one, other in permutations(texts, 2):
         assert not set(texts[one]) & set(texts[other])
         long = [text for text in texts[one] if len(text.split()) >= local.game.MIN_SHARED_WORDS]
         whole = "|".join(f" {text} " for text in texts[other])
         assert not [text for text in long if f" {text} " in whole]
     assert len((tmp_path / "left_out.tsv").read_text(encoding="utf-8").splitlines()) == 235
-    for suffix in (".g722", ".mp3"):
-        wave = local.recordings.read_16k(next(Path(job.spec[0][0]) for job in jobs if job.spec[0][0].endswith(suffix)))
-        assert np.abs(wave).max() > 0.01
+    first = {}
+    for job in jobs:
+        piece = job.spec[0][0]
+        first.setdefault(getattr(piece, "suffix", getattr(piece, "voice", "")), job)
+    assert first.keys() >= {".g722", ".mp3", "awb", "rms"}
+    for job in first.values():
+        wave = local.asr.render(job.spec)
+        assert np.abs(wave).max() > 0.01 and 0.03 < len(wave) / RATE / len(job.utterance.text) < 0.6

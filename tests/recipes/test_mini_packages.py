@@ -96,12 +96,26 @@ def make_wheel(path: Path, members: dict[str, bytes]) -> Path:
 
 def test_package_list_is_pinned(local: SimpleNamespace) -> None:
     packages = local.download.read_packages()
-    assert len({entry.name for entry in packages}) == len(packages)
+    assert len({(entry.name, entry.architecture) for entry in packages}) == len(packages)
     for entry in packages:
         assert len(entry.sha256) == 64 and entry.size > 0 and entry.licence and isinstance(entry.version, str)
     names = {entry.name for entry in packages}
     for model in local.models.MODELS:
         assert model.package in names and model.licence[0] in names
+
+
+def test_packages_of_a_size_and_a_machine(local: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = local.download.read_packages()
+
+    def chosen(size: str, machine: str) -> set[tuple[str, str]]:
+        monkeypatch.setattr(local.download.platform, "machine", lambda: machine)
+        return {(entry.name, entry.architecture) for entry in local.download.select(packages, size)}
+
+    assert ("libflite1", "arm64") in chosen("full", "aarch64") and ("libflite1", "amd64") in chosen("", "x86_64")
+    assert chosen("full", "x86_64") - chosen("quick", "x86_64") == {("libflite1", "amd64"), ("wordnet-base", "")}
+    assert chosen("quick", "riscv64") == chosen("quick", "x86_64")
+    with pytest.raises(ConfigError, match=r"libflite1: there is none for riscv64.*amd64, arm64(.|\n)*--size quick"):
+        chosen("full", "riscv64")
 
 
 def test_wheel_is_fetched_checked_unpacked_and_kept(
