@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of a Whisper of Hugging Face format")
     parser.add_argument("--data", required=True, help="data directory")
     parser.add_argument("--per_speaker", type=int, default=1000, help="at most this many of each speaker, at random")
+    parser.add_argument("--speakers", nargs="+", metavar="NAME", help="only these, as in utt2spk")
     args = parser.parse_args()
 
     import torch
@@ -38,6 +39,11 @@ def main() -> None:
     speakers = defaultdict(list)
     for key in sorted(key for key, task in data.utt2task.items() if task == "asr"):
         speakers[data.utt2spk[key]].append(key)
+    if args.speakers:
+        if unknown := set(args.speakers) - speakers.keys():
+            there = ", ".join(sorted(speakers))
+            parser.error(f"--speakers: {args.data} has no {', '.join(sorted(unknown))}, but {there}")
+        speakers = {name: speakers[name] for name in args.speakers}
     rng = random.Random(0)
     chosen = {name: rng.sample(keys, min(args.per_speaker, len(keys))) for name, keys in sorted(speakers.items())}
     answers = {}

@@ -1,8 +1,8 @@
 """Synthetic speech, for training alone: example sentences of WordNet, read by two voices of Flite.
 
-The recordings of speech hold few words: one in ten of ``dev`` is in no training text, and a word that was never heard
-is not recognised. WordNet's examples are short sentences of everyday words. Flite's statistical voices "awb" (Scottish)
-and "rms" (US) are the two of its library that Whisper tiny.en understands best (word errors of 6 and 11 %).
+The recordings of speech hold few words: one in ten of ``dev`` is in no training text of ``quick``, and a word that was
+never heard is not recognised. WordNet's examples are short sentences of everyday words; CORPUS.md has how well Whisper
+understands Flite's statistical voices "awb" (Scottish) and "rms" (US).
 Flite's library is called from the unpacked package: the one thing of all packages that is run and not only read.
 Shape letter: N samples at 16 kHz.
 """
