@@ -69,12 +69,14 @@ def plan(downloads: Path, limit: int, held_out: Callable[[str], bool]) -> list[t
     if limit == 0:
         return []
     unpacked = find_unpacked(downloads, "libflite1") / "usr/lib"
-    (library,) = unpacked.glob("*/libflite.so.1")
+    found = sorted(unpacked.glob("*/libflite.so.1"))
+    if not found:
+        raise DataError(unpacked, "has no libflite.so.1", hint="delete the package's folder and run stage 1 again")
     chosen: list[tuple[str, Spoken]] = []
     for sentence in examples(downloads):
         text = normalise(sentence)
         if len(chosen) < limit and not held_out(text):
-            chosen.append((text, Spoken(sentence, VOICES[len(chosen) % len(VOICES)], str(library.parent))))
+            chosen.append((text, Spoken(sentence, VOICES[len(chosen) % len(VOICES)], str(found[0].parent))))
     return chosen
 
 
@@ -100,7 +102,10 @@ def _voice(libraries: str, name: str) -> ctypes.c_void_p:
     flite.delete_wave.argtypes = [ctypes.POINTER(Wave)]
     register = getattr(_load(libraries, f"libflite_cmu_us_{name}"), f"register_cmu_us_{name}")
     register.argtypes, register.restype = [ctypes.c_char_p], ctypes.c_void_p
-    return ctypes.c_void_p(register(None))
+    voice = register(None)
+    if not voice:
+        raise DataError(libraries, f"Flite cannot make its voice {name!r}", hint="delete the folder, run stage 1 again")
+    return ctypes.c_void_p(voice)
 
 
 def synthesise(spoken: Spoken) -> np.ndarray:
