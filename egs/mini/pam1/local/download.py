@@ -248,12 +248,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", default="", help="the packages of this size of the corpus (of all sizes)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these packages of packages.yaml")
     args = parser.parse_args(argv)
-    packages = select(read_packages(), "" if args.only else args.size)
+    packages = read_packages()
     if args.only:
-        known = {package.name: package for package in packages}
+        known = dict.fromkeys(package.name for package in packages)
         if unknown := sorted(set(args.only) - known.keys()):
             raise ConfigError(f"--only: no package {unknown[0]!r} in packages.yaml; known: {', '.join(known)}")
-        packages = [known[name] for name in args.only]
+        packages = [package for package in packages if package.name in args.only]
+    packages = select(packages, "" if args.only else args.size)
     download_all(packages, args.downloads)
     return 0
 

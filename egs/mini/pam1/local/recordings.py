@@ -40,7 +40,7 @@ def read_16k(path: Path) -> np.ndarray:
     return wave - wave.mean() if len(wave) else wave
 
 
-def _only(folder: Path, pattern: str) -> Path:
+def only(folder: Path, pattern: str) -> Path:
     """The one path that matches ``pattern`` below ``folder``."""
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
@@ -54,8 +54,8 @@ def _only(folder: Path, pattern: str) -> Path:
 
 def asterisk_english(downloads: Path) -> list[Clip]:
     """English telephone prompts (core sounds): clips with a transcript; bracketed entries (tones) are left out."""
-    listing = _only(find_unpacked(downloads, "asterisk-core-sounds-en"), "usr/share/doc/*/core-sounds-en.txt.gz")
-    sounds = _only(find_unpacked(downloads, "asterisk-core-sounds-en-g722"), "usr/share/asterisk/sounds/en*")
+    listing = only(find_unpacked(downloads, "asterisk-core-sounds-en"), "usr/share/doc/*/core-sounds-en.txt.gz")
+    sounds = only(find_unpacked(downloads, "asterisk-core-sounds-en-g722"), "usr/share/asterisk/sounds/en*")
     clips = []
     with gzip.open(listing, "rt", encoding="utf-8-sig") as lines:
         for line in lines:

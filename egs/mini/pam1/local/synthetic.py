@@ -13,10 +13,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from download import find_unpacked
+from recordings import only
 from text import normalise
 
 from pam_espnet.data.signals import SAMPLE_RATE
@@ -49,35 +51,31 @@ class Wave(ctypes.Structure):
     )
 
 
-def examples(downloads: Path) -> list[str]:
-    """WordNet's example sentences as they are written (in quotes behind the definition), each once, in a fixed order.
+def examples(downloads: Path) -> dict[str, str]:
+    """WordNet's example sentences (in quotes behind the definition) as they are written, by their normalised texts.
 
-    Sentences with the same normalised text count as one.
+    The order is that of the SHA-256 of these texts.
     """
     folder = find_unpacked(downloads, "wordnet-base") / "usr/share/wordnet"
     found: dict[str, str] = {}
     for part in ("noun", "verb", "adj", "adv"):
         for line in (folder / f"data.{part}").read_text(encoding="latin-1").splitlines():
             for quoted in re.findall(r'"([^"]+)"', line.partition("|")[2]):
-                if PLAIN.fullmatch(quoted) and len(normalise(quoted).split()) in WORDS:
-                    found.setdefault(normalise(quoted), quoted)
-    return [found[text] for text in sorted(found, key=lambda text: hashlib.sha256(text.encode()).hexdigest())]
+                if PLAIN.fullmatch(quoted) and len((text := normalise(quoted)).split()) in WORDS:
+                    found.setdefault(text, quoted)
+    return dict(sorted(found.items(), key=lambda entry: hashlib.sha256(entry[0].encode()).hexdigest()))
 
 
 def plan(downloads: Path, limit: int, held_out: Callable[[str], bool]) -> list[tuple[str, Spoken]]:
     """At most ``limit`` normalised texts, none of which ``held_out`` is true of, each with who reads it."""
     if limit == 0:
         return []
-    unpacked = find_unpacked(downloads, "libflite1") / "usr/lib"
-    found = sorted(unpacked.glob("*/libflite.so.1"))
-    if not found:
-        raise DataError(unpacked, "has no libflite.so.1", hint="delete the package's folder and run stage 1 again")
-    chosen: list[tuple[str, Spoken]] = []
-    for sentence in examples(downloads):
-        text = normalise(sentence)
-        if len(chosen) < limit and not held_out(text):
-            chosen.append((text, Spoken(sentence, VOICES[len(chosen) % len(VOICES)], str(found[0].parent))))
-    return chosen
+    library = only(find_unpacked(downloads, "libflite1"), "usr/lib/*/libflite.so.1")
+    used = (entry for entry in examples(downloads).items() if not held_out(entry[0]))
+    return [
+        (text, Spoken(sentence, VOICES[number % len(VOICES)], str(library.parent)))
+        for number, (text, sentence) in enumerate(islice(used, limit))
+    ]
 
 
 @cache
