@@ -245,6 +245,7 @@ def _draw_agreement(axes: Any, report: Mapping[str, Any], figures: Mapping[str, 
     bare = [100 * agreement["bare"]["all"][block - 1] for block in where]
     axes.plot(where, bare, color=COLOURS[0], marker="o", markersize=3, label="as it is")
     axes.set(ylim=(-2, 103), ylabel=f"agreement, % of {figures['tokens']['all']} tokens")
+    axes.locator_params(axis="x", integer=True)  # there are no half blocks
     axes.grid(alpha=0.3)
 
 
