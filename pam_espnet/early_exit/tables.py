@@ -242,8 +242,13 @@ def _draw_agreement(axes: Any, report: Mapping[str, Any], figures: Mapping[str, 
     if "mapped" in agreement:
         values = [100 * value for value in agreement["mapped"]["all"]]
         axes.plot(report["layers"], values, color=COLOURS[1], marker="s", markersize=5, label="with the calibrated map")
-    bare = [100 * agreement["bare"]["all"][block - 1] for block in where]
-    axes.plot(where, bare, color=COLOURS[0], marker="o", markersize=3, label="as it is")
+    for group, style, width in (("all", "-", 1.5), ("first", "--", 0.9), ("later", ":", 0.9)):
+        tokens = figures["tokens"][group]
+        if not tokens:
+            continue
+        bare = [100 * agreement["bare"][group][block - 1] for block in where]
+        label = "as it is" + (f", {PIECES[group]}s ({tokens})" if group in PIECES else "")
+        axes.plot(where, bare, color=COLOURS[0], linestyle=style, linewidth=width, label=label)
     axes.set(ylim=(-2, 103), ylabel=f"agreement, % of {figures['tokens']['all']} tokens")
     axes.locator_params(axis="x", integer=True)  # there are no half blocks
     axes.grid(alpha=0.3)
