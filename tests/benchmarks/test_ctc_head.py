@@ -1,34 +1,26 @@
 """The CTC head's error rate is that of its best paths, beside that of a decoding."""
 
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import jiwer
 import pytest
-import torch
 from benchmarks import ctc_head
-from tiny_model import tiny_config, write_data
+from tiny_model import write_data, write_exp
 
-from pam_espnet.config import write_config
 from pam_espnet.data.datadir import validate
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.shards import read_wave
 from pam_espnet.decode.speech_llm import SpeechLLM
-from pam_espnet.fileio import save_trained
-from pam_espnet.model import build_model
 
 
 def test_rates_beside_a_decoding(
     tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.manual_seed(0)
     data = validate(write_data(tmp_path, "test", size=3))
-    tokens = tmp_path / "ctc_tokens.txt"
-    tokens.write_text("".join(f"{token}\n" for token in range(3, 250)))
-    config = tiny_config(tiny_llm_dir, ctc_tokens=str(tokens), ctc_weight=0.1)
-    config["warm_start_conf"] = {"losses": {"asr": "ctc", "caption": "bag", "count": "bag"}}
-    save_trained(build_model(config).state_dict(), tmp_path / "model.safetensors")
-    write_config(config, tmp_path / "config.yaml")
+    losses = {"asr": "ctc", "caption": "bag", "count": "bag"}
+    write_exp(tmp_path, tiny_llm_dir, ctc=True, warm_start_conf={"losses": losses})
     keys = [key for key in data.utterances if data.utt2task[key] == "asr"]
     decoded = tmp_path / "decode_beam" / data.path.name / "text"
     decoded.parent.mkdir(parents=True)
@@ -41,8 +33,7 @@ def test_rates_beside_a_decoding(
     paths = head.log_probs(audio.embeddings, audio.routing.expert).argmax(-1)
     texts = []
     for row, length in zip(paths.tolist(), audio.lengths.tolist(), strict=True):
-        path = [one for one, before in zip(row[:length], [0, *row], strict=False) if one != before and one != 0]
-        texts.append(speech.text([2 + one for one in path]))  # class 1 is token 3
+        texts.append(speech.text([2 + one for one, _ in groupby(row[:length]) if one != 0]))
     expected = 100 * jiwer.wer([data.text[key] for key in keys], texts)
     assert expected > 0
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_model import tiny_config, write_data
+from tiny_model import tiny_config, write_data, write_exp
 
 from pam_espnet.bin.pam_decode import main
 from pam_espnet.config import write_config
@@ -219,12 +219,7 @@ def test_shards_cover_everything_once() -> None:
 
 
 def test_answers_keep_to_their_constraints(data: Path, tiny_llm_dir: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    tokens = tmp_path / "ctc_tokens.txt"
-    tokens.write_text("".join(f"{token}\n" for token in range(3, 250)))
-    config = tiny_config(tiny_llm_dir, ctc_tokens=str(tokens), ctc_weight=0.1)
-    save_trained(build_model(config).state_dict(), tmp_path / "model.safetensors")
-    write_config(config, tmp_path / "config.yaml")
+    write_exp(tmp_path, tiny_llm_dir, ctc=True)
     options = {
         "beam_size": 2, "nbest": 2, "max_new_tokens": 20, "no_repeat_ngram": 1, "tokens_per_second": 2.0,
         "answer_sets": {"count": ["0", "1"]}, "task_vocabulary": True,
@@ -254,13 +249,8 @@ def test_answers_keep_to_their_constraints(data: Path, tiny_llm_dir: Path, tmp_p
 def test_drafts_change_no_answer_and_are_counted(
     data: Path, tiny_llm_dir: Path, tmp_path: Path, vocabulary: bool
 ) -> None:
-    torch.manual_seed(0)
-    tokens = tmp_path / "ctc_tokens.txt"
-    tokens.write_text("".join(f"{token}\n" for token in range(3, 250)))
-    config = tiny_config(tiny_llm_dir, ctc_tokens=str(tokens), ctc_weight=0.1)
-    config["warm_start_conf"] = {"losses": {"asr": "ctc", "caption": "bag", "count": "bag"}}
-    save_trained(build_model(config).state_dict(), tmp_path / "model.safetensors")
-    write_config(config, tmp_path / "config.yaml")
+    losses = {"asr": "ctc", "caption": "bag", "count": "bag"}
+    write_exp(tmp_path, tiny_llm_dir, ctc=True, warm_start_conf={"losses": losses})
     entries = {}
     for kind in ("none", "ctc"):
         draft = {"kind": kind, "most": 5}

@@ -28,15 +28,23 @@ def tiny_config(llm: Path, fusion: str = "pam", **model_conf: Any) -> dict[str, 
     }
 
 
-def write_exp(path: Path, llm: Path) -> Path:
-    """An experiment of random weights in the folder ``path``, with options of decoding in its ``decode.yaml``."""
+def write_exp(path: Path, llm: Path, ctc: bool = False, **more: Any) -> Path:
+    """An experiment of random weights in the folder ``path``, with options of decoding in its ``decode.yaml``.
+
+    ``ctc``: with a CTC head for tokens 3 to 249, of which token t is class t - 2; ``more``: of the configuration.
+    """
     import torch
 
     from pam_espnet.config import write_config
     from pam_espnet.fileio import save_trained
     from pam_espnet.model import build_model
 
-    config = tiny_config(llm)
+    conf: dict[str, Any] = {}
+    if ctc:
+        tokens = path / "ctc_tokens.txt"
+        tokens.write_text("".join(f"{token}\n" for token in range(3, 250)))
+        conf = {"ctc_tokens": str(tokens), "ctc_weight": 0.1}
+    config = tiny_config(llm, **conf) | more
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         save_trained(build_model(config).state_dict(), path / "model.safetensors")
