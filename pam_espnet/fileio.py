@@ -115,10 +115,13 @@ def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_file(*paths: str | Path) -> str:
+    """SHA-256 of a file's bytes, or of several one after the other, as 64 hex digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)  # takes up the one that is there
+    return digest.hexdigest()
 
 
 def check_key(path: str | Path, key: Mapping[str, Any], hint: str) -> None:

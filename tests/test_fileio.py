@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import pickle
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_json_and_hash(tmp_path: Path) -> None:
     assert sha256_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def hold(path: str, seconds: float, started: multiprocessing.synchronize.Event) -> None:
+def hold(path: str, seconds: float, started: Event) -> None:
     with exclusive(path):
         started.set()
         time.sleep(seconds)

@@ -71,10 +71,10 @@ def write_audio(path: Path, wave: np.ndarray, rate: int = RATE) -> None:
     soundfile.write(path, wave, rate)
 
 
-WORDNET = '''  1 This software and database is being provided to you
+WORDNET = """  1 This software and database is being provided to you
 00001 00 v 01 greet 0 000 | say hello; "She greeted the Crew warmly"; "press 1 to greet"
 00002 00 v 01 let 0 000 | permit; "Please, let me in now"; "she greeted the crew, warmly!"; "No"; "they sold the boat"
-'''
+"""
 
 
 def fake_packages(downloads: Path, voices: dict[str, dict[str, str]], sounds: dict[str, dict[str, list[str]]]) -> None:
@@ -236,7 +236,7 @@ def test_unknown_size_lists_the_known(small: SimpleNamespace) -> None:
         ("...to leave the conference.", "to leave the conference"),
         ("3D audio disabled", "three d audio disabled"),
         ("H.323", "h three two three"),
-        ("a polite \"don't call\" menu", "a polite don't call menu"),
+        ('a polite "don\'t call" menu', "a polite don't call menu"),
         ("o'clock", "o'clock"),
         ("extension 1234", "extension one two three four"),
         ("dial 500 or 42", "dial five hundred or forty two"),

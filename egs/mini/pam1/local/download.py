@@ -6,6 +6,7 @@ marker of the pinned hash is skipped, so a killed run continues where it stopped
 """
 
 import argparse
+import fnmatch
 import importlib.util
 import os
 import platform
@@ -45,6 +46,7 @@ class Package:
     licence: str
     use: str
     sizes: tuple[str, ...] = ()  # of the corpus that need it; empty: all
+    optional: bool = False  # only when asked for by name
     architecture: str = ""  # of the machine that it is for; empty: any
 
 
@@ -246,15 +248,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--downloads", type=Path, default=Path("downloads"), help="folder to fill (downloads)")
     parser.add_argument("--size", default="", help="the packages of this size of the corpus (of all sizes)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these packages of packages.yaml")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="only these packages of packages.yaml; * stands for any letters"
+    )
     args = parser.parse_args(argv)
     packages = read_packages()
     if args.only:
         known = dict.fromkeys(package.name for package in packages)
-        if unknown := sorted(set(args.only) - known.keys()):
-            raise ConfigError(f"--only: no package {unknown[0]!r} in packages.yaml; known: {', '.join(known)}")
-        packages = [package for package in packages if package.name in args.only]
-    packages = select(packages, "" if args.only else args.size)
+        named: set[str] = set()
+        for pattern in args.only:
+            if not (found := fnmatch.filter(known, pattern)):
+                raise ConfigError(f"--only: no package {pattern!r} in packages.yaml; known: {', '.join(known)}")
+            named.update(found)
+        packages = select([package for package in packages if package.name in named], "")
+    else:
+        packages = select([package for package in packages if not package.optional], args.size)
     download_all(packages, args.downloads)
     return 0
 
