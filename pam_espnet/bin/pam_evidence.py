@@ -1,9 +1,9 @@
 """Evidence over seeds: a file for each finished training, tables with intervals over seeds, tables in READMEs.
 
-    --exp EXP --train DIR --times FILE --name NAME --size SIZE   write evidence/NAME_SIZE_<seed>.json
-    --table SIZE                                                 EVIDENCE_SIZE.md, .json and pictures from evidence/
-    --readme FILE...                                             write the tables anew between <!-- table: X.json -->
-                                                                 and <!-- end -->
+--exp EXP --train DIR --times FILE --name NAME --size SIZE   write evidence/NAME_SIZE_<seed>.json
+--table SIZE                                                 EVIDENCE_SIZE.md, .json and pictures from evidence/
+--readme FILE...                                             write the tables anew between <!-- table: X.json -->
+                                                             and <!-- end -->
 """
 
 import argparse

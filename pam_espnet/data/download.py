@@ -1,7 +1,7 @@
 """Files over HTTP: resumed where a transfer stopped, mirrors tried in order, checked before they get their name.
 
-    FOLDER/<name>         whole and checked
-    FOLDER/<name>.part    what has arrived so far; the next call continues it
+FOLDER/<name>         whole and checked
+FOLDER/<name>.part    what has arrived so far; the next call continues it
 """
 
 import hashlib

@@ -1,9 +1,9 @@
 """LibriSpeech (Panayotov, Chen, Povey and Khudanpur, ICASSP 2015) in the folders that OpenSLR 12 and 31 unpack to.
 
-    LibriSpeech/SPEAKERS.TXT                             ; a comment
-                                                         61   | M | test-clean       |  8.08 | a name
-    LibriSpeech/test-clean/61/70968/61-70968-0000.flac
-    LibriSpeech/test-clean/61/70968/61-70968.trans.txt   61-70968-0000 HE BEGAN A CONFUSED COMPLAINT
+LibriSpeech/SPEAKERS.TXT                             ; a comment
+                                                     61   | M | test-clean       |  8.08 | a name
+LibriSpeech/test-clean/61/70968/61-70968-0000.flac
+LibriSpeech/test-clean/61/70968/61-70968.trans.txt   61-70968-0000 HE BEGAN A CONFUSED COMPLAINT
 """
 
 import os

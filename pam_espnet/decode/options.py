@@ -1,20 +1,20 @@
 """Decoding options: of the beam search, and what a task's answers may be. One YAML holds them all.
 
-    beam_size: 4              any option of ``search.hypothesis.BeamOptions``
-    no_repeat_ngram: 0        no n-gram twice in an answer; 0 allows all
-    tokens_per_second: 0      length cap from the audio's duration (plus eight tokens); 0 leaves max_new_tokens alone
-    answer_sets:              task -> the only answers there are
-      count: ["0", "1", "2", "3", "4"]
-    task_vocabulary: false    only token types of the training answers (those of the warm start's head)
-    exit:                     early exit, see engine.exits.ExitOptions
-      mode: never
-    draft:                    tokens that the LLM verifies instead of finding them one by one, see search.drafts
-      kind: none
-    ctc:                      the warm start's CTC head beside the LLM, see search.ctc
-      weight: 0
-    graphs: auto              the LLM's passes as CUDA graphs, see engine.static: auto (on CUDA, for Llama-type LLMs),
-                              on (also on a CPU, where nothing is gained), off
-    batch_invariant: true     on CUDA: an answer does not depend on its batch; false allows faster products
+beam_size: 4              any option of ``search.hypothesis.BeamOptions``
+no_repeat_ngram: 0        no n-gram twice in an answer; 0 allows all
+tokens_per_second: 0      length cap from the audio's duration (plus eight tokens); 0 leaves max_new_tokens alone
+answer_sets:              task -> the only answers there are
+  count: ["0", "1", "2", "3", "4"]
+task_vocabulary: false    only token types of the training answers (those of the warm start's head)
+exit:                     early exit, see engine.exits.ExitOptions
+  mode: never
+draft:                    tokens that the LLM verifies instead of finding them one by one, see search.drafts
+  kind: none
+ctc:                      the warm start's CTC head beside the LLM, see search.ctc
+  weight: 0
+graphs: auto              the LLM's passes as CUDA graphs, see engine.static: auto (on CUDA, for Llama-type LLMs),
+                          on (also on a CPU, where nothing is gained), off
+batch_invariant: true     on CUDA: an answer does not depend on its batch; false allows faster products
 """
 
 from __future__ import annotations

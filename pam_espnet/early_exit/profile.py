@@ -130,6 +130,7 @@ def summarise(found: Profile, cost: CostModel, threshold: float | None) -> dict[
         cost: of steps.
         threshold: the gate's own, added to those that are tried.
     """
+
     def of(task: str) -> Tensor:
         return torch.tensor([name == task for name in found.task])
 

@@ -1,10 +1,10 @@
 """The early-exit report of an experiment: what its blocks predict, what gates would do, how it decodes at exit points.
 
-    <decode>/<set>/{nbest.jsonl, key.json}        the model's own answers                              read
-    <out>/profile/<set>.json                      figures of a test set; not made twice                written
-    <out>/cost.json                               measured costs of a step (``early_exit.cost_report``)      read
-    <out>/decode_<point>/<set>/                   decode directories of the sweep (``early_exit.sweep``)     read
-    <out>/{exit_report.json, EXIT.md, exit.png}   everything; tables; a picture                        written
+<decode>/<set>/{nbest.jsonl, key.json}        the model's own answers                              read
+<out>/profile/<set>.json                      figures of a test set; not made twice                written
+<out>/cost.json                               measured costs of a step (``early_exit.cost_report``)      read
+<out>/decode_<point>/<set>/                   decode directories of the sweep (``early_exit.sweep``)     read
+<out>/{exit_report.json, EXIT.md, exit.png}   everything; tables; a picture                        written
 """
 
 import hashlib

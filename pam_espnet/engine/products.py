@@ -72,9 +72,7 @@ def cublas_holds(weight: Tensor, bias: Tensor | None) -> bool:
         size = _tile_rows(weight)
         x = torch.randn(size, weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
         order = torch.randperm(size, generator=generator, device=weight.device)
-        found, moved, equal = (
-            product_of_prefixes(rows, weight, bias) for rows in (x, x[order], x[:1].repeat(size, 1))
-        )
+        found, moved, equal = (product_of_prefixes(rows, weight, bias) for rows in (x, x[order], x[:1].repeat(size, 1)))
         _HOLDS[key] = torch.equal(moved, found[order]) and torch.equal(equal, found[:1].expand_as(found))
     return _HOLDS[key]
 

@@ -82,9 +82,7 @@ class EmbeddingCTC(nn.Module):
         cosine = torch.cat([frames @ blank[:, None], frames @ self.rows.T], dim=-1)
         return torch.log_softmax(cosine / self.temperature(expert), dim=-1)
 
-    def expected_embeddings(
-        self, frames: Tensor, expert: Tensor | None = None, alone: Tensor | None = None
-    ) -> Tensor:
+    def expected_embeddings(self, frames: Tensor, expert: Tensor | None = None, alone: Tensor | None = None) -> Tensor:
         """(B,U,D) mean of the token embeddings under the posteriors of each frame (B,U,D); the blank counts as zero.
         ``expert`` and ``alone`` as in ``log_probs``.
 

@@ -115,9 +115,7 @@ def select_by_scores(
             decode_shard(SpeechLLM.load(folder, answers, device, dtype), data_dir, out, own)
             merge_shards(data_dir, out, own, run)
             gc.collect()  # modules refer to themselves; two models may not fit on a GPU
-        entries.append(
-            {"epoch": epoch, "loss_answer": losses.get(epoch), **summarise(score_directory(out, data_dir))}
-        )
+        entries.append({"epoch": epoch, "loss_answer": losses.get(epoch), **summarise(score_directory(out, data_dir))})
     chosen = best(entries)
     export_state(exp_dir / f"{chosen['epoch']}epoch.pth", exp_dir / MODEL_FILE, {"selected_by": "validation scores"})
     record = {

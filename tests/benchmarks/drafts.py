@@ -56,9 +56,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     search = BeamOptions(beam_size=1, max_new_tokens=args.max_new_tokens)
-    options = AnswerOptions(
-        beam=search, draft=DraftOptions("ctc", args.most), task_vocabulary=args.task_vocabulary
-    )
+    options = AnswerOptions(beam=search, draft=DraftOptions("ctc", args.most), task_vocabulary=args.task_vocabulary)
     speech = SpeechLLM.load(args.exp, options, args.device, args.dtype)
     engine = speech.engine
     data = DataDir.load(args.data)

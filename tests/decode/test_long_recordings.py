@@ -52,9 +52,7 @@ def test_each_piece_is_answered_as_alone(speech: SpeechLLM, talk: Path) -> None:
         assert alone.answer.scores == pytest.approx(found[number].answer.scores, abs=1e-4)
 
 
-def test_segments_come_as_they_are_decoded(
-    speech: SpeechLLM, talk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_segments_come_as_they_are_decoded(speech: SpeechLLM, talk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = []
     answer = speech.answer
 

@@ -49,7 +49,7 @@ def parse(repo_root: Path, cwd: Path, *words: str) -> subprocess.CompletedProces
         (["--train_args="], {"train_args": ""}),
         (["--train_args", ""], {"train_args": ""}),
         (["--train_args", "two  words"], {"train_args": "two  words"}),
-        (["--train_args", "it's \"quoted\""], {"train_args": "it's \"quoted\""}),
+        (["--train_args", 'it\'s "quoted"'], {"train_args": 'it\'s "quoted"'}),
         (["--train_args", "$(touch pwned)"], {"train_args": "$(touch pwned)"}),
         (["--train_args", "`touch pwned`"], {"train_args": "`touch pwned`"}),
         (["--train_args", "x; touch pwned"], {"train_args": "x; touch pwned"}),

@@ -14,7 +14,5 @@ def installed_parts() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_parts(
-    installed_parts: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _no_parts(installed_parts: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAM_PARTS", str(tmp_path_factory.getbasetemp() / "no-parts"))

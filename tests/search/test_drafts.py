@@ -46,7 +46,11 @@ def prefix() -> Tensor:
 
 
 def drafted(
-    engine: Engine, prefix: Tensor, rows: list[int], options: BeamOptions, drafts: Sequence[WholeAnswer | None],
+    engine: Engine,
+    prefix: Tensor,
+    rows: list[int],
+    options: BeamOptions,
+    drafts: Sequence[WholeAnswer | None],
     **more: Any,
 ) -> tuple[list[list[Hypothesis]], list[DraftCount]]:
     """``reference_search.search`` with drafts: what lies behind an utterance's own length is poisoned."""

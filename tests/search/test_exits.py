@@ -169,9 +169,7 @@ def test_exited_rows_cost_nothing_more(engine: Engine, prefix: Tensor, rows_run:
     engine = make_engine(engine.llm, graphs="off")  # graphs run all rows until the last has exited
     for exits in SOME:
         rows_run.clear()
-        found = search(
-            engine.with_exits(exits), prefix, ROWS, BeamOptions(beam_size=3, max_new_tokens=9, eos_ids=())
-        )
+        found = search(engine.with_exits(exits), prefix, ROWS, BeamOptions(beam_size=3, max_new_tokens=9, eos_ids=()))
         depths = [depth for nbest in found for depth in nbest[0].depths[1:]]  # three hypotheses at each of them
         expected = [sum(LENGTHS) + 3 * sum(depth > block for depth in depths) for block in range(BLOCKS)]
         expected[-1] += len(ROWS) - sum(LENGTHS)  # of a prefix only its last position

@@ -66,9 +66,7 @@ def search(engine: Engine, prefixes: list[Tensor], options: BeamOptions) -> list
     return beam_search(engine, padded, lengths, options)
 
 
-def compare(
-    engine: Engine, prefixes: list[Tensor], options: BeamOptions, margins: dict[int, float]
-) -> tuple[int, int]:
+def compare(engine: Engine, prefixes: list[Tensor], options: BeamOptions, margins: dict[int, float]) -> tuple[int, int]:
     """How many utterances were decided clearly, all of them equal; and how many hypotheses ended by themselves."""
     found = search(engine, prefixes, options)
     decided = ended = 0

@@ -56,9 +56,7 @@ def pairs_alone(utterances: list[Any]) -> tuple[list[Any], dict[str, torch.Tenso
     return utterances, {}
 
 
-def factory(
-    train: bool = True, workers: int = 0, rank: int = 0, ranks: int = 1, files: bool = True
-) -> PaMIterFactory:
+def factory(train: bool = True, workers: int = 0, rank: int = 0, ranks: int = 1, files: bool = True) -> PaMIterFactory:
     """Batches of four, with wordings from a file or those of the data."""
     wordings = {"asr": Wordings(PROMPTS)} if files else {}
     return PaMIterFactory(
