@@ -1,4 +1,4 @@
-"""What in the experts of a trained PaM model does the work: copies of it in which a part is changed, to decode and score.
+"""What in the experts of a trained PaM model does the work: copies of it with a part changed, to decode and score.
 
     same_weights   every expert mixes encoders and layers by the experts' mean weights; its network stays its own
     no_networks    no expert has a network: its mixture is all that it does
