@@ -6,7 +6,7 @@ that READMEs quote both in the same way.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from pam_espnet.score.report import table
 from pam_espnet.score.result import MAIN_METRICS, METRICS
 from pam_espnet.score.routing import TaskRouting
 
-_TABLE = re.compile(r"(<!-- table: (\S+)(?: (of|without) (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table: (\S+)(?: of (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 _NOTE = (
     "Means over seeds. In brackets: 95 % interval that counts seeds (Student's t) and utterances (bootstrap, the same "
     "for all seeds). † one seed: the interval counts utterances alone. In parentheses: both seeds, where there are "
@@ -56,32 +56,34 @@ def read_runs(folder: str | Path, size: str) -> dict[str, list[Run]]:
 
 
 def write_tables(folder: str | Path, size: str, output: str | Path) -> str:
-    """Write ``<output>.md``, ``.json`` and three pictures from a size's files; return the Markdown.
-    Raises: ``read_runs``."""
+    """Write ``<output>.md``, ``.json`` and three pictures from a size's files; return the Markdown. Learning curves are
+    drawn of rows with the settings of the first, weights of the first alone. Raises: ``read_runs``."""
     found, output = read_runs(folder, size), Path(output)
     columns = list(dict.fromkeys(column for runs in found.values() for run in runs for column in run.columns()))
     statistics = {
-        f"{name}{suffix}": {
+        (name, suffix): {
             column: {run.seed: one[1] for run in runs if (one := run.statistics(column, audio))} for column in columns
         }
         for name, runs in found.items()
         for audio, suffix in (("on", ""), ("zero", ", audio off"))
         if any(one["audio"] == audio for run in runs for one in run.utterances)
     }
-    first = next(iter(statistics.values()))
+    first, plain = next(iter(statistics.values())), next(iter(found.values()))[0].settings
     rows = []
-    for label, own in statistics.items():
+    for (name, suffix), own in statistics.items():
         seeds = sorted({seed for by_seed in own.values() for seed in by_seed})
         scores = [_cell(column, own[column]) for column in columns]
         differences = [_cell(column, own[column], first[column]) for column in columns if own is not first]
         found_in = {"scores": list(filter(None, scores)), "difference_to_first": list(filter(None, differences))}
-        rows.append({"experiment": label, "seeds": seeds, **found_in})
+        settings = found[name][0].settings
+        rows.append({"experiment": f"{name}{suffix}", "settings": settings, "seeds": seeds, **found_in})
     write_json(output.with_suffix(".json"), {"size": size, "rows": rows})
     plot_seeds(rows, _main(columns), output.with_suffix(".png"))
-    plot_curves({name: [run.curve for run in runs] for name, runs in found.items()}, _beside(output, "curves"))
+    curves = {name: [run.curve for run in runs] for name, runs in found.items() if runs[0].settings == plain}
+    plot_curves(curves, _beside(output, "curves"))
+    name, runs = next(iter(found.items()))
     weights = {
         f"{name}, seed {run.seed}": {task: _task_routing(one).encoders for task, one in run.routing.items()}
-        for name, runs in found.items()
         for run in runs
         if run.routing
     }
@@ -94,8 +96,8 @@ def write_tables(folder: str | Path, size: str, output: str | Path) -> str:
 def readme_tables(readme: str | Path) -> str:
     """The text of a README with every table between ``<!-- table: FILE.json -->`` and ``<!-- end -->`` made anew from
     the JSON of evidence, of a comparison, of answers or of cells (``early_exit.comparison``); FILE.json is relative to
-    the README. ``<!-- table: FILE.json without NAME,... -->`` leaves out experiments and their controls without audio,
-    ``of`` shows these alone, without controls.
+    the README. Of evidence it has the rows with the settings of the first, no variants; with
+    ``<!-- table: FILE.json of NAME,... -->`` the rows of these names, without controls.
     Raises DataError: no such file or experiment."""
 
     def fill(match: re.Match[str]) -> str:
@@ -105,26 +107,22 @@ def readme_tables(readme: str | Path) -> str:
         rows = read_json(path)["rows"]
         if "answers" in rows[0]:
             prompts = list(rows[0]["answers"])
-            return match[1] + table(("recording", *prompts), [_answer_cells(row, prompts) for row in rows]) + match[5]
+            return match[1] + table(("recording", *prompts), [_answer_cells(row, prompts) for row in rows]) + match[4]
         if "scores" not in rows[0]:
-            return match[1] + table(tuple(rows[0]), [list(row.values()) for row in rows]) + match[5]
+            return match[1] + table(tuple(rows[0]), [list(row.values()) for row in rows]) + match[4]
         if match[3]:
-            names, labels = set(match[4].split(",")), [row["experiment"] for row in rows]
+            names, labels = set(match[3].split(",")), [row["experiment"] for row in rows]
             if unknown := names - set(labels):
                 hint = f"there are {', '.join(labels)}"
                 raise DataError(readme, f"table of {match[2]}: no {', '.join(sorted(unknown))}", hint=hint)
-            of = match[3] == "of"
-            rows = [row for row in rows if _shown(row["experiment"], names, of)]
+            rows = [row for row in rows if row["experiment"] in names]
+        else:
+            rows = [row for row in rows if row.get("settings") == rows[0].get("settings")]
         columns = _main(list(dict.fromkeys(_column(entry) for row in rows for entry in row["scores"])))
         titles = [f"{column.set}, {METRICS[column.metric].title}" for column in columns]
-        return match[1] + table(("", *titles), [_score_cells(row, columns) for row in rows]) + match[5]
+        return match[1] + table(("", *titles), [_score_cells(row, columns) for row in rows]) + match[4]
 
     return _TABLE.sub(fill, read_text(readme))
-
-
-def _shown(label: str, names: Collection[str], of: bool) -> bool:
-    """Whether a README's table has a row; see ``readme_tables``."""
-    return label in names if of else label.partition(",")[0] not in names
 
 
 def _beside(output: Path, name: str) -> Path:
@@ -204,7 +202,7 @@ def _markdown(
     tasks = sorted({task for run in runs for task in run.routing})
     cells = [[f"{r.name}, seed {r.seed}", *(_routing(r.routing.get(task)) for task in tasks)] for r in runs]
     parts += [f"## Learning curves\n\n![Tokens predicted right in training]({name}_curves.png)\n"]
-    parts += [f"## Weights of the encoders\n\n![Weights of each training]({name}_weights.png)\n"]
+    parts += [f"## Weights of the encoders\n\n![Weights of the first row]({name}_weights.png)\n"]
     parts.append(table(("", *tasks), cells))
     if worded := {label: group for label, group in found.items() if any(run.wordings for run in group)}:
         note = "Means over seeds: the score; how often the router chose the expert of wording 1, that of training.\n"

@@ -161,21 +161,21 @@ def test_runs_of_a_table_have_the_same_settings_and_utterances(tmp_path: Path) -
 
 
 def test_marked_tables_of_a_readme_are_made_anew(tmp_path: Path) -> None:
-    for name in ("pam", "joint"):
-        save(make_run(name, 1, [1, 0]), tmp_path / "evidence")
+    for name, settings in (("pam", ""), ("average", ""), ("joint", "a=1")):
+        save(make_run(name, 1, [1, 0], settings), tmp_path / "evidence")
     write_tables(tmp_path / "evidence", "quick", tmp_path / "EVIDENCE_quick")
     readme = tmp_path / "README.md"
     write_text(readme, "before\n<!-- table: EVIDENCE_quick.json -->\n| 99.9 |\n<!-- end -->\nafter\n")
     assert run_main(pam_evidence.main, ["--readme", str(readme)]) == 0
     text = readme.read_text(encoding="utf-8")
-    assert "| pam † | 50.0 [0.0, 100.0] |" in text and "| joint † |" in text and "99.9" not in text
-    marked = text.replace("EVIDENCE_quick.json -->", "EVIDENCE_quick.json without joint -->")
+    assert "| pam † | 50.0 [0.0, 100.0] |" in text and "| average † |" in text and "99.9" not in text
+    assert "joint" not in text  # a variant
+    marked = text.replace("EVIDENCE_quick.json -->", "EVIDENCE_quick.json of pam,joint -->")
     write_text(readme, marked)
-    assert "| pam † |" in readme_tables(readme) and "joint †" not in readme_tables(readme)
-    write_text(readme, marked.replace("without", "of"))
-    assert "| pam † |" not in readme_tables(readme) and "joint †" in readme_tables(readme)
+    found = readme_tables(readme)
+    assert "| pam † |" in found and "| joint † |" in found and "average" not in found
     write_text(readme, marked.replace("joint -->", "static -->"))
-    with pytest.raises(DataError, match=r"EVIDENCE_quick\.json: no static\n  -> there are pam, joint"):
+    with pytest.raises(DataError, match=r"EVIDENCE_quick\.json: no static\n  -> there are pam, average, joint"):
         readme_tables(readme)
     assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n")
     write_text(readme, "<!-- table: none.json -->\n<!-- end -->\n")
