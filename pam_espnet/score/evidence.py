@@ -39,7 +39,7 @@ class Run:
     name: str  # a fusion, or a variant with settings of its own
     size: str
     seed: int
-    settings: str  # changes to the configuration beside the seed, as --set takes them
+    settings: str  # changes to the configuration beside the seed, as --set takes them, or what else was changed
     commit: str
     command: str
     hours_trained: float  # of audio, in joint training; an utterance counts as often as it was in a batch
@@ -151,6 +151,9 @@ def _hours_trained(config: dict[str, Any], train: Path) -> float:
 
 
 def _curve(path: Path) -> list[dict[str, Any]]:
+    """Of a model that was changed after its training, which has no ``curve.jsonl``: no lines."""
+    if not path.is_file():
+        return []
     kept = [f"acc_{task}" for task in TASKS]
     return [{k: line[k] for k in ("step", "split", *kept) if line.get(k) is not None} for line in read_curve(path)]
 

@@ -6,16 +6,18 @@
     next_expert    every prompt gets the expert after its own
 
 Nothing is trained anew, so what changes is what the LLM has come to rely on; what can be had without a part is shown by
-rows of run_evidence.sh that are trained without it (static, one). In the recipe's folder:
+rows of run_evidence.sh that are trained without it (static, one). In the recipe's folder, for each seed:
 
-    python ../../../tests/benchmarks/expert_parts.py --exp exp/pam_quick --out exp/parts
-    R=dump/quick/raw
-    for exp in exp/parts/*; do D=$exp/decode_beam
+    E=exp/parts1 R=dump/quick/raw
+    python ../../../tests/benchmarks/expert_parts.py --exp exp/pam_quick_seed1 --out $E
+    for exp in $E/*; do D=$exp/decode_beam name=$(basename $exp)
         python -m pam_espnet.bin.pam_decode --exp $exp --data $R/test_asr $R/test_count $R/test_caption \\
             --out $D/test_asr $D/test_count $D/test_caption --config conf/decode.yaml --threads 1
         python -m pam_espnet.bin.pam_score --exp $exp --data $R/test_asr $R/test_count $R/test_caption
+        python -m pam_espnet.bin.pam_evidence --exp $exp --train $R/train --times /dev/null --name $name --size quick \\
+            --settings "after training: $name"
     done
-    python -m pam_espnet.bin.pam_score --compare exp/pam_quick exp/parts/* --output PARTS.md
+    ./run_evidence.sh --seeds ""
 """
 
 import argparse

@@ -16,7 +16,7 @@ from pam_espnet.data.passport import Passport
 from pam_espnet.errors import DataError
 from pam_espnet.fileio import read_json, write_json, write_text
 from pam_espnet.score import evidence_plots
-from pam_espnet.score.evidence import Run, read_run
+from pam_espnet.score.evidence import Run, gather, read_run
 from pam_espnet.score.evidence_tables import read_runs, readme_tables, write_tables
 from pam_espnet.score.scoring import score_directory
 
@@ -96,6 +96,11 @@ def test_a_file_holds_what_the_experiment_measured(experiment: Path, tmp_path: P
     assert spoken["hypothesis"] == GOOD["c1"] and spoken["references"] == ["a dog barks", "barking of a dog"]
     assert [(one["number"], one["share"]) for one in run.wordings if one["task"] == "asr"] == [(1, 1.0), (2, 1.0)]
     assert ' "settings": "a.b=1",\n' in path.read_text(encoding="utf-8")  # what run_evidence.sh compares
+    (experiment / "curve.jsonl").unlink()  # as of a model that was changed after its training
+    changed = gather(
+        experiment, data, experiment / "attempts.txt", tmp_path / "changed", name="pam", size="quick", settings="a.b=1"
+    )
+    assert read_run(changed) == replace(run, curve=[])
     text = write_tables(tmp_path / "evidence", "quick", tmp_path / "EVIDENCE_quick")
     assert "| pam, audio off † |" in text and "## Wordings of the prompt" in text and "expert 0: whisper 0.70" in text
 
