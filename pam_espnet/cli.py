@@ -17,14 +17,16 @@ from pam_espnet.errors import ConfigError, PamError, printable
 from pam_espnet.fileio import DISK_ERRORS
 
 CODE = ("*.py", "*.sh", "*.yaml", "*.cfg", "*.toml", "*.lock")  # files that a result may depend on
+MISSING_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # no such file, or a folder in its place, or the reverse
 DTYPES = ("float32", "bfloat16", "int8")  # precisions of the LLM in decoding
 
 
 def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
     """Call ``main(argv)``; return the process's exit status.
 
-    A ``PamError``, and a file that a full disk, a read-only disk, permissions or its long name refuse, are printed as
-    a message alone (status 1); Ctrl-C gives status 130; any other exception is a bug and keeps its stack trace.
+    A ``PamError``, a file that a full disk, a read-only disk, permissions or its long name refuse, and one that the
+    command line names, or whose folder it names, and that is not there, are printed as a message alone (status 1);
+    Ctrl-C gives status 130; any other exception is a bug and keeps its stack trace.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     for client in ("httpx", "httpx2"):  # huggingface_hub's, by its version: a line for each request
@@ -35,16 +37,27 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in (*DISK_ERRORS, errno.ENAMETOOLONG):
-            raise
         hint = "free disk space, or choose a folder that can be written; then run it again"
         if error.errno == errno.ENAMETOOLONG:
             hint = "give a shorter name"
+        elif error.errno in MISSING_ERRORS and _named_in(sys.argv[1:] if argv is None else argv, error.filename):
+            hint = "correct the path, or make the file first"
+        elif error.errno not in DISK_ERRORS:
+            raise
         print(f"error: {printable(error.filename or 'a file')}: {error.strerror}\n  -> {hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
+
+
+def _named_in(argv: Sequence[str], filename: object) -> bool:
+    """Whether arguments (of NAME=PATH the second part too) name a file or a folder that it is in."""
+    if not isinstance(filename, str | bytes) or not filename:
+        return False
+    path = Path(os.fsdecode(filename))
+    named = {Path(part) for argument in argv for part in (argument, argument.partition("=")[2]) if part}
+    return any(one in named for one in (path, *path.parents) if one != Path())
 
 
 def espnet_options(description: str | None, argv: Sequence[str] | None = None) -> list[str]:

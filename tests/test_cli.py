@@ -65,6 +65,12 @@ def test_user_errors_have_no_stack_trace(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().err.endswith("xxx: File name too long\n  -> give a shorter name\n")
     with pytest.raises(FileNotFoundError):
         run_main(lambda _: fail(FileNotFoundError(errno.ENOENT, "a bug")))
+    with pytest.raises(FileNotFoundError):
+        run_main(lambda _: fail(FileNotFoundError(errno.ENOENT, "a bug", "./other")), ["--exp", "exp", "."])
+    for argument in ("missing/a.json", "missing", "a=missing/a.json", "--data=missing"):
+        capsys.readouterr()
+        assert run_main(lambda _: fail(FileNotFoundError(2, os.strerror(2), "missing/a.json")), [argument]) == 1
+        assert capsys.readouterr().err.startswith("error: missing/a.json: No such file or directory\n  -> correct")
     assert run_main(lambda _: fail(KeyboardInterrupt())) == 130
     with pytest.raises(ZeroDivisionError):
         run_main(lambda _: fail(ZeroDivisionError()))
