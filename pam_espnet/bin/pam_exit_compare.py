@@ -3,10 +3,11 @@
     python -m pam_espnet.bin.pam_exit_compare --reports plain=exp/plain/exit_report/exit_report.json \
         joint=exp/joint/exit_report/exit_report.json --set test_asr --out exit
 
-The reports are of pam_exit_report --calibration, with the same candidate blocks. Writes to <out> BLOCKS.json (how often
-each candidate predicts the last block's token), GATES.json (how often each measure finds the exit block, how fast it
-may be) and, of reports with a sweep, SAVINGS.json (blocks of a step at a bounded loss of WER). `pam_evidence --readme
-README.md` writes the tables between <!-- table: exit/GATES.json --> and <!-- end -->.
+The reports are of pam_exit_report --calibration, with the same candidate blocks; those with the same NAME are seeds of
+one model, whose means are shown. Writes to <out> BLOCKS.json (how often each candidate predicts the last block's
+token), GATES.json (how often each measure finds the exit block, how fast it may be) and, of reports with a sweep,
+SAVINGS.json (blocks of a step at a bounded loss of WER). `pam_evidence --readme README.md` writes the tables between
+<!-- table: exit/GATES.json --> and <!-- end -->.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pam_espnet.cli import run_main
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reports", required=True, nargs="+", metavar="NAME=FILE", help="exit_report.json of models")
+    parser.add_argument("--reports", required=True, nargs="+", metavar="NAME=FILE", help="exit_report.json files")
     parser.add_argument("--set", required=True, help="test set of recognition that all of them have")
     parser.add_argument("--out", required=True, type=Path, help="folder of the JSON files")
     parser.add_argument("--tables", nargs="+", metavar="NAME", help="these of them alone")
@@ -29,8 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pam_espnet.early_exit.comparison import comparison
     from pam_espnet.fileio import read_json, write_json
 
-    files = dict(one.split("=", 1) for one in args.reports)
-    tables = comparison({name: read_json(file) for name, file in files.items()}, args.set)
+    files: dict[str, list[str]] = {}
+    for name, _, file in (one.partition("=") for one in args.reports):
+        files.setdefault(name, []).append(file)
+    tables = comparison({name: [read_json(file) for file in some] for name, some in files.items()}, args.set)
     if unknown := sorted(set(args.tables or ()) - set(tables)):
         parser.error(f"--tables: {', '.join(unknown)} not among {', '.join(tables)}")
     for name, rows in tables.items():

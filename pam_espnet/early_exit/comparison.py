@@ -1,8 +1,12 @@
 """Early-exit reports of several models side by side on a test set of recognition, as rows of cells for tables: what
-blocks predict, which gates find the exit block, and how many blocks can be saved at which loss of quality."""
+blocks predict, which gates find the exit block, and how many blocks can be saved at which loss of quality.
+
+A model may have several reports, of trainings with other seeds: figures are then means over them, with the lowest and
+the highest."""
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from pam_espnet.early_exit.profile import PRECISIONS, fastest, most_found
@@ -20,94 +24,117 @@ LOSSES = (0.0, 0.5, 1.0, 2.0)  # points of WER
 TASK = "asr"
 
 
-def comparison(reports: Mapping[str, Mapping[str, Any]], test_set: str) -> dict[str, list[Row]]:
+def comparison(reports: Mapping[str, Sequence[Mapping[str, Any]]], test_set: str) -> dict[str, list[Row]]:
     """Tables by name: BLOCKS, GATES, and where all were decoded at exit points SAVINGS.
 
     Args:
-        reports: model -> what its ``exit_report.json`` holds.
+        reports: model -> what the ``exit_report.json`` of each of its seeds holds.
         test_set: whose figures.
 
     Raises ConfigError: a report without them, of an older version, or with other candidate blocks than the first.
     """
-    layers = next(iter(reports.values()))["layers"]
-    figures = {}
-    for name, report in reports.items():
-        if TASK not in report["sets"].get(test_set, {}):
-            raise ConfigError(f"the report of {name} has no recognition on {test_set}")
-        if report["layers"] != layers:
-            raise ConfigError(f"{name}: candidate blocks {report['layers']}, but {layers} before; calibrate them alike")
-        figures[name] = report["sets"][test_set][TASK]
-        if "first" not in figures[name]["agreement"]["bare"]:
-            raise ConfigError(f"the report of {name} is of an older version; make it again with pam_exit_report")
+    layers = next(iter(reports.values()))[0]["layers"]
+    figures = {name: [_figures(one, name, test_set, layers) for one in seeds] for name, seeds in reports.items()}
     swept = {
-        name: [one for one in report["sweep"] if (one["set"], one["task"]) == (test_set, TASK)]
-        for name, report in reports.items()
+        name: [[one for one in report["sweep"] if (one["set"], one["task"]) == (test_set, TASK)] for report in seeds]
+        for name, seeds in reports.items()
     }
     tables = {"BLOCKS": _blocks(figures, layers), "GATES": _gates(figures)}
-    return tables | ({"SAVINGS": _savings(swept)} if all(swept.values()) else {})
+    return tables | ({"SAVINGS": _savings(swept)} if all(all(seeds) for seeds in swept.values()) else {})
 
 
-def _blocks(figures: Mapping[str, Mapping[str, Any]], layers: Sequence[int]) -> list[Row]:
+def _figures(report: Mapping[str, Any], name: str, test_set: str, layers: Sequence[int]) -> Mapping[str, Any]:
+    if TASK not in report["sets"].get(test_set, {}):
+        raise ConfigError(f"the report of {name} has no recognition on {test_set}")
+    if report["layers"] != layers:
+        raise ConfigError(f"{name}: candidate blocks {report['layers']}, but {layers} before; calibrate them alike")
+    figures: Mapping[str, Any] = report["sets"][test_set][TASK]
+    if "first" not in figures["agreement"]["bare"]:
+        raise ConfigError(f"the report of {name} is of an older version; make it again with pam_exit_report")
+    return figures
+
+
+def _blocks(figures: Mapping[str, Sequence[Mapping[str, Any]]], layers: Sequence[int]) -> list[Row]:
     """Agreement of the candidate blocks with the last one."""
     rows = []
     for at, layer in enumerate(layers):
         row = {"block": str(layer)}
-        for name, found in figures.items():
+        for name, seeds in figures.items():
             for (reading, group), title in READINGS.items():
-                shares = found["agreement"].get(reading, {}).get(group)
                 index = layer - 1 if reading == "bare" else at
-                row[f"{name}, {title} %"] = "–" if shares is None else f"{100 * shares[index]:.1f}"
+                shares = [one["agreement"].get(reading, {}).get(group) for one in seeds]
+                row[f"{name}, {title} %"] = _percent([own[index] for own in shares if own is not None])
         rows.append(row)
     return rows
 
 
-def _gates(figures: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+def _gates(figures: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
     """Of each measure: the threshold with which it finds most exits, and the fastest of a wanted precision."""
     wanted = PRECISIONS[0]
     right, fast = "right block %", f"fastest at {wanted:.0%} precision"
     rows = []
-    for measure in next(iter(figures.values()))["gates"]:
+    for measure in next(iter(figures.values()))[0]["gates"]:
         row = {"measure": measure}
-        for name, found in figures.items():
-            outcomes = found["gates"].get(measure, [])
-            row[f"{name}, {right}"] = _found(most_found(outcomes)) if outcomes else "–"
-            best = fastest(outcomes, wanted)
-            row[f"{name}, {fast}"] = "none" if best is None else _depth(best)
+        for name, seeds in figures.items():
+            outcomes = [own for one in seeds if (own := one["gates"].get(measure))]
+            best = [most_found(own) for own in outcomes]
+            row[f"{name}, {right}"] = _percent([one["found"] for one in best])
+            if len(best) == 1 and (threshold := best[0]["threshold"]) is not None:
+                row[f"{name}, {right}"] += f" (at {threshold:.3g})"
+            row[f"{name}, {fast}"] = _depth([fastest(own, wanted) for own in outcomes])
         rows.append(row)
     row = {"measure": "oracle, first match"}
-    for name, found in figures.items():
+    for name, seeds in figures.items():
         row[f"{name}, {right}"] = "100"
-        row[f"{name}, {fast}"] = _depth(found["oracle"]["step"]["candidate blocks"]["first match"])
+        row[f"{name}, {fast}"] = _depth([one["oracle"]["step"]["candidate blocks"]["first match"] for one in seeds])
     return [*rows, row]
 
 
-def _found(outcome: Mapping[str, Any]) -> str:
-    at = "" if outcome["threshold"] is None else f" (at {outcome['threshold']:.3g})"
-    return f"{100 * outcome['found']:.1f}{at}"
+def _percent(shares: Sequence[float]) -> str:
+    if not shares:
+        return "–"
+    spread = f" ({100 * min(shares):.1f} to {100 * max(shares):.1f})" if len(shares) > 1 else ""
+    return f"{100 * fmean(shares):.1f}{spread}"
 
 
-def _depth(outcome: Mapping[str, Any]) -> str:
-    return f"{outcome['mean_depth']:.1f} blocks, {outcome['speedup']:.2f}x"
+def _depth(outcomes: Sequence[Mapping[str, Any] | None]) -> str:
+    """Means of the seeds that have such a threshold, and how many do where not all."""
+    found = [one for one in outcomes if one is not None]
+    if not found:
+        return "none"
+    depth, speedup = (fmean(one[key] for one in found) for key in ("mean_depth", "speedup"))
+    return f"{depth:.1f} blocks, {speedup:.2f}x" + (
+        "" if len(found) == len(outcomes) else f" ({len(found)} of {len(outcomes)})"
+    )
 
 
-def _savings(swept: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
-    """The decoded point with fewest blocks that loses at most so much, and the time of its steps."""
+def _savings(swept: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> list[Row]:
+    """The decoded point with fewest blocks that loses at most so much, in the mean over seeds, and the time of its
+    steps."""
+    points: dict[str, dict[str, list[Mapping[str, Any]]]] = {}  # model -> point -> its outcome with each seed
+    for name, seeds in swept.items():
+        for one in (one for seed in seeds for one in seed if one["point"] != "never"):
+            points.setdefault(name, {}).setdefault(one["point"], []).append(one)
     rows = []
     for loss in LOSSES:
         row = {"WER lost, points, at most": f"{loss:g}"}
-        for name, points in swept.items():
-            good = [one for one in points if one["point"] != "never" and _lost(one) <= loss]
+        for name, seeds in swept.items():
+            whole = {point: outcomes for point, outcomes in points[name].items() if len(outcomes) == len(seeds)}
+            good = [point for point, outcomes in whole.items() if fmean(map(_lost, outcomes)) <= loss]
             if not good:
                 row[name] = "none"
                 continue
-            best = min(good, key=lambda one: one["mean_depth"])
-            row[name] = f"{best['mean_depth']:.1f} blocks ({best['point']})"
-            if timing := best.get("timing"):
-                row[name] += f", steps {ratio(timing['never']['steps_cpu'], timing['own']['steps_cpu'])}"
+            depths = {point: fmean(one["mean_depth"] for one in whole[point]) for point in good}
+            best = min(good, key=depths.__getitem__)
+            row[name] = f"{depths[best]:.1f} blocks ({best})"
+            if all(timings := [one.get("timing") for one in whole[best]]):
+                never, own = (sum(one[key]["steps_cpu"] for one in timings if one) for key in ("never", "own"))
+                row[name] += f", steps {ratio(never, own)}"
         rows.append(row)
     return rows
 
 
 def _lost(point: Mapping[str, Any]) -> float:
     """Points of WER against full depth; a point that was not compared with it counts as useless."""
-    return point.get("difference", {}).get("wer", {}).get("value", math.inf)
+    lost: float = point.get("difference", {}).get("wer", {}).get("value", math.inf)
+    return lost
