@@ -210,7 +210,8 @@ def _markdown(
     titles = ("", "seed", "commit", "hours of audio trained", "wall min", "CPU min", "killed attempts, not counted")
     cells = []
     for run in runs:
-        made = [run.commit, f"{run.hours_trained:.2f}", f"{run.wall_seconds / 60:.1f}", f"{run.cpu_seconds / 60:.1f}"]
+        times = [f"{one / 60:.1f}" if one else "–" for one in (run.wall_seconds, run.cpu_seconds)]
+        made = [run.commit, f"{run.hours_trained:.2f}", *times]
         machine = [run.versions["torch"], run.processor["capability"], "yes" if run.processor["bfloat16"] else "no"]
         cells.append([run.name, str(run.seed), *made, str(run.killed_attempts), *machine])
     parts += ["## Runs\n", table((*titles, "torch", "processor", "native bfloat16"), cells)]
