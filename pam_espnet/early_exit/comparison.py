@@ -103,35 +103,38 @@ def _depth(outcomes: Sequence[Mapping[str, Any] | None]) -> str:
     if not found:
         return "none"
     depth, speedup = (fmean(one[key] for one in found) for key in ("mean_depth", "speedup"))
-    return f"{depth:.1f} blocks, {speedup:.2f}x" + (
-        "" if len(found) == len(outcomes) else f" ({len(found)} of {len(outcomes)})"
-    )
+    share = "" if len(found) == len(outcomes) else f" ({len(found)} of {len(outcomes)})"
+    return f"{depth:.1f} blocks, {speedup:.2f}x{share}"
 
 
 def _savings(swept: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> list[Row]:
     """The decoded point with fewest blocks that loses at most so much, in the mean over seeds, and the time of its
     steps."""
-    points: dict[str, dict[str, list[Mapping[str, Any]]]] = {}  # model -> point -> its outcome with each seed
-    for name, seeds in swept.items():
-        for one in (one for seed in seeds for one in seed if one["point"] != "never"):
-            points.setdefault(name, {}).setdefault(one["point"], []).append(one)
+    points = {name: _by_point(seeds) for name, seeds in swept.items()}
     rows = []
     for loss in LOSSES:
         row = {"WER lost, points, at most": f"{loss:g}"}
-        for name, seeds in swept.items():
-            whole = {point: outcomes for point, outcomes in points[name].items() if len(outcomes) == len(seeds)}
-            good = [point for point, outcomes in whole.items() if fmean(map(_lost, outcomes)) <= loss]
+        for name, found in points.items():
+            good = [point for point, outcomes in found.items() if fmean(map(_lost, outcomes)) <= loss]
             if not good:
                 row[name] = "none"
                 continue
-            depths = {point: fmean(one["mean_depth"] for one in whole[point]) for point in good}
+            depths = {point: fmean(one["mean_depth"] for one in found[point]) for point in good}
             best = min(good, key=depths.__getitem__)
             row[name] = f"{depths[best]:.1f} blocks ({best})"
-            if all(timings := [one.get("timing") for one in whole[best]]):
+            if all(timings := [one.get("timing") for one in found[best]]):
                 never, own = (sum(one[key]["steps_cpu"] for one in timings if one) for key in ("never", "own"))
                 row[name] += f", steps {ratio(never, own)}"
         rows.append(row)
     return rows
+
+
+def _by_point(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Exit point -> its outcome with each seed, of those that all seeds were decoded at."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for one in (one for seed in seeds for one in seed if one["point"] != "never"):
+        found.setdefault(one["point"], []).append(one)
+    return {point: outcomes for point, outcomes in found.items() if len(outcomes) == len(seeds)}
 
 
 def _lost(point: Mapping[str, Any]) -> float:

@@ -68,7 +68,7 @@ def write_tables(folder: str | Path, size: str, output: str | Path) -> str:
         for audio, suffix in (("on", ""), ("zero", ", audio off"))
         if any(one["audio"] == audio for run in runs for one in run.utterances)
     }
-    first, plain = next(iter(statistics.values())), next(iter(found.values()))[0].settings
+    first, (top, top_runs) = next(iter(statistics.values())), next(iter(found.items()))
     rows = []
     for (name, suffix), own in statistics.items():
         seeds = sorted({seed for by_seed in own.values() for seed in by_seed})
@@ -79,12 +79,11 @@ def write_tables(folder: str | Path, size: str, output: str | Path) -> str:
         rows.append({"experiment": f"{name}{suffix}", "settings": settings, "seeds": seeds, **found_in})
     write_json(output.with_suffix(".json"), {"size": size, "rows": rows})
     plot_seeds(rows, _main(columns), output.with_suffix(".png"))
-    curves = {name: [run.curve for run in runs] for name, runs in found.items() if runs[0].settings == plain}
-    plot_curves(curves, _beside(output, "curves"))
-    name, runs = next(iter(found.items()))
+    alike = {name: runs for name, runs in found.items() if runs[0].settings == top_runs[0].settings}
+    plot_curves({name: [run.curve for run in runs] for name, runs in alike.items()}, _beside(output, "curves"))
     weights = {
-        f"{name}, seed {run.seed}": {task: _task_routing(one).encoders for task, one in run.routing.items()}
-        for run in runs
+        f"{top}, seed {run.seed}": {task: _task_routing(one).encoders for task, one in run.routing.items()}
+        for run in top_runs
         if run.routing
     }
     plot_weights(weights, _beside(output, "weights"))

@@ -83,6 +83,8 @@ def test_of_several_seeds_means_are_shown() -> None:
     # gate:0.3 was decoded with one seed alone; gate loses 0.6 in the mean, gate:0.5 0.9
     lower = "2.0 blocks (gate:0.5), steps 2.00x"
     assert [one["plain"] for one in tables["SAVINGS"]] == ["none", "none", lower, lower]
+    unswept = {**PLAIN, "sweep": [point("never", 4, 0)]}
+    assert all(one["plain"] == "none" for one in comparison({"plain": [unswept]}, "test")["SAVINGS"])
 
 
 def test_reports_without_a_sweep_have_no_savings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
