@@ -3,7 +3,8 @@
 Writes <exp>/exit.safetensors (maps, gates, threshold) and <exp>/exit.json (what was judged). Half of --data is fitted
 to, the other half judges; with --fit, which gates of some hundred weights need where --data is small, that is fitted to
 and all of --data judges. To decode with it: exit: {mode: gate, calibration: <exp>/exit.safetensors} in the decoding
-configuration. Where the predicted speed-up is below 1.05 the advice is to leave early exit off.
+configuration. Where the predicted speed-up is below 1.05 or the search cannot exit (an LLM that only transformers can
+run) the advice is to leave early exit off.
 """
 
 import argparse
@@ -50,11 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         fit, rest = observe(speech, args.fit, layers, args.batch_size, args.fit_utterances), observed
     calibration, judgement = calibrate(fit, rest, layers, model.decoder, args.precision, not args.no_maps)
     calibration.save(args.exp / "exit.safetensors", asdict(judgement))
-    verdict = "on" if judgement.worth_it else "off"
+    can_exit = speech.full_depth.can_exit
+    verdict = "on" if judgement.worth_it and can_exit else "off"
     write_json(
         args.exp / "exit.json",
         {
             "advice": verdict,
+            "can_exit": can_exit,
             "layers": layers,
             "maps": not args.no_maps,
             "precision_wanted": args.precision,
@@ -71,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"the tokens exit, {judgement.precision:.1%} of them right, {judgement.mean_depth:.1f} of {blocks} blocks on "
         "average"
     )
+    if not can_exit:
+        print(
+            "the search cannot exit, whatever is predicted: that needs a Llama-type LLM and llm_conf.fused_decoding: "
+            "true; the calibration is for pam_exit_report without --sweep"
+        )
     return 0
 
 

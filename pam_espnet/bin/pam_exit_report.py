@@ -81,7 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     @cache
     def load() -> SpeechLLM:
-        return SpeechLLM.load(args.exp, options, device, dtype)
+        speech = SpeechLLM.load(args.exp, options, device, dtype)
+        if args.sweep is not None and set(args.sweep) != {"never"} and not speech.full_depth.can_exit:  # before hours
+            raise ConfigError(
+                "--sweep: exits in the search need a Llama-type LLM and llm_conf.fused_decoding: true; leave it out "
+                "or write --sweep never (the profile of the blocks is made for any LLM)"
+            )
+        return speech
 
     together = args.batch_size if isinstance(args.batch_size, int) else CPU_BATCH  # all blocks' states are kept
     found = profile_sets(args.exp, load, args.data, answers, args.layers or (), args.calibration, search, out, together)

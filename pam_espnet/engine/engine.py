@@ -63,10 +63,12 @@ class Engine(ABC):
         eos_ids: vocabulary indices of the end tokens.
         precision: of the products, "float32", "bfloat16" or "int8".
         can_verify: whether ``prefill`` takes drafts and ``verify`` works.
+        can_exit: whether ``with_exits`` takes other exits than "never".
         graphs: whether passes run on fixed buffers, as CUDA graphs where there is CUDA.
     """
 
     can_verify = False
+    can_exit = False
     graphs = False
 
     def __init__(self, llm: LLM, vocabulary: Collection[int] | None) -> None:

@@ -92,6 +92,7 @@ class LlamaEngine(Engine):
     """See ``Engine``."""
 
     can_verify = True
+    can_exit = True
 
     def __init__(self, llm: LLM, vocabulary: Collection[int] | None, int8: bool) -> None:
         super().__init__(llm, vocabulary)

@@ -11,7 +11,7 @@ from pam_espnet.bin.pam_decode import main as decode
 from pam_espnet.config import write_config
 from pam_espnet.decode.options import AnswerOptions
 from pam_espnet.decode.speech_llm import SpeechLLM
-from pam_espnet.early_exit.fitting import CostModel, observe
+from pam_espnet.early_exit.fitting import CostModel, Judgement, observe
 from pam_espnet.engine.calibration import Calibration
 from pam_espnet.errors import ConfigError
 from pam_espnet.fileio import read_json, save_trained
@@ -56,6 +56,21 @@ def test_calibrate_and_decode(exp: Path, data: Path, more: list[str], capsys: py
     assert decode([*args, "--limit", "4"]) == 0
     lines = (exp / "out" / "nbest.jsonl").read_text()
     assert '"depths": [2, 1' in lines  # at threshold zero every token after the first exits at block 1
+
+
+def test_no_advice_to_exit_where_the_search_cannot(
+    exp: Path, data: Path, tiny_llm_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Judgement, "worth_it", True)
+    args = ["--exp", str(exp), "--data", str(data), "--layers", "1"]
+    for fused, advice in ((True, "on"), (False, "off")):
+        config = tiny_config(tiny_llm_dir)
+        config["llm_conf"] = {**config.get("llm_conf", {}), "fused_decoding": fused}
+        write_config(config, exp / "config.yaml")
+        assert calibrate(args) == 0
+        shown, record = capsys.readouterr().out, read_json(exp / "exit.json")
+        assert f"early exit: {advice}" in shown and ("the search cannot exit" in shown) != fused
+        assert record["advice"] == advice and record["can_exit"] is fused
 
 
 def test_other_data_are_fitted_to(exp: Path, data: Path, tmp_path: Path) -> None:

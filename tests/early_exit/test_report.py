@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -306,6 +307,26 @@ def test_errors_say_what_to_type(exp: Path, data: Path, tmp_path: Path) -> None:
     (early / "nbest.jsonl").write_text("")
     with pytest.raises(DataError, match="early exit"):
         report([*args, "--decode", str(early.parent)])
+
+
+def test_an_llm_that_only_transformers_can_run_has_a_profile_and_no_sweep(
+    exp: Path, llm_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "exp"
+    shutil.copytree(exp, own)
+    config = tiny_config(llm_dir)
+    config["llm_conf"] = {**config.get("llm_conf", {}), "fused_decoding": False}
+    write_config(config, own / "config.yaml")
+    out = tmp_path / "report"
+    args = [str(own), "--data", str(data), "--out", str(out), "--answers", "reference", "--measure_cost", "1"]
+    for points in ([], ["never", "fixed:2"]):
+        with pytest.raises(ConfigError, match=r"--sweep: .*Llama-type.*leave it out"):
+            report([*args, "--sweep", *points])
+    assert not list(out.rglob("*.json"))  # refused before the profile is made
+    assert report([*args, "--sweep", "never"]) == 0
+    record = read_json(out / "exit_report.json")
+    assert "has no exits" in record["measured_cost"]["reason"] and record["predictions"] == []
+    assert record["sets"]["test"]["count"]["tokens"]["all"] == 8
 
 
 def test_help_imports_nothing_heavy() -> None:
