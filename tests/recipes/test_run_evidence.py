@@ -65,7 +65,7 @@ def test_seeds_in_turn_and_what_is_done_is_skipped(recipe: Path) -> None:
     wall, *cpu = (recipe / "exp/pam_quick_seed1/log/attempts.txt").read_text().splitlines()[-1].split()
     assert float(wall) >= 0 and len(cpu) == 2
     asked = (recipe / "python.txt").read_text()
-    assert "--table quick" in asked and "--readme README.md ../../../README.md" in asked
+    assert "--table quick" in asked and "--readme README.md EXPERTS.md EARLY_EXIT.md ../../../README.md" in asked
     assert call(recipe, "--seeds", "1 2 3", "--set", "x=5", *rows).returncode == 0
     assert len(calls(recipe)) == 8 + 4
     other = call(recipe, "--fusions", "pam")

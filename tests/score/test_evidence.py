@@ -21,7 +21,7 @@ from pam_espnet.score.evidence_tables import read_runs, readme_tables, write_tab
 from pam_espnet.score.scoring import score_directory
 
 ROOT = Path(__file__).resolve().parents[2]
-READMES = [ROOT / "README.md", ROOT / "egs/mini/pam1/README.md"]
+READMES = [ROOT / "README.md", *(ROOT / "egs/mini/pam1" / f"{name}.md" for name in ("README", "EXPERTS", "EARLY_EXIT"))]
 EVIDENCE = sorted(ROOT.glob("egs/*/pam1/EVIDENCE_*.json"))
 
 
@@ -188,7 +188,7 @@ def test_marked_tables_of_a_readme_are_made_anew(tmp_path: Path) -> None:
         readme_tables(readme)
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parents[1].name)
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_numbers_in_the_readmes_are_those_of_the_json(readme: Path) -> None:
     text = readme.read_text(encoding="utf-8")
     assert "<!-- table: " in text and readme_tables(readme) == text, f"pam_evidence --readme {readme}"

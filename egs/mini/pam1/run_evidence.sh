@@ -23,7 +23,7 @@ size            NAME     quick      as for run.sh
 set             CHANGES  ''         to the configuration of all rows; evidence of other settings is an error
 wordings        BOOL     false      pam and its variants are also asked in the wordings of conf/unseen_wordings
 options         TEXT     ''         further options of run.sh, separated by blanks
-readmes         FILES    'README.md ../../../README.md'  whose marked tables are made anew
+readmes         FILES    'README.md EXPERTS.md EARLY_EXIT.md ../../../README.md'  whose marked tables are made anew
 dry_run         BOOL     false      print what would be run, and stop"
 # shellcheck source=utils/parse_options.sh
 . ../../../utils/parse_options.sh
