@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     @cache
     def load() -> SpeechLLM:
         speech = SpeechLLM.load(args.exp, options, device, dtype)
-        if args.sweep is not None and set(args.sweep) != {"never"} and not speech.full_depth.can_exit:  # before hours
+        if args.sweep is not None and set(args.sweep) != {"never"} and not speech.full_depth.can_exit:  # first
             raise ConfigError(
                 "--sweep: exits in the search need a Llama-type LLM and llm_conf.fused_decoding: true; leave it out "
                 "or write --sweep never (the profile of the blocks is made for any LLM)"

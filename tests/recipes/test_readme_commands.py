@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 READMES = [
     ROOT / "README.md",
     *sorted(ROOT.glob("egs/*/pam1/README.md")),
-    *(ROOT / "egs/mini/pam1" / name for name in ("TRAINING.md", "EARLY_EXIT.md")),
+    *(ROOT / "egs/mini/pam1" / name for name in ("TRAINING.md", "EXPERTS.md", "EARLY_EXIT.md")),
     *sorted(ROOT.glob("docs/*.md")),
 ]
 
