@@ -7,7 +7,7 @@ that READMEs quote both in the same way.
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ _NOTE = (
     "Means over seeds. In brackets: 95 % interval that counts seeds (Student's t) and utterances (bootstrap, the same "
     "for all seeds). † one seed: the interval counts utterances alone. In parentheses: both seeds, where there are "
     "two.\n"
+)
+
+_DISTANCE_NOTE = (
+    "The last columns: how far the weights of encoders and layers of two tasks are apart (total variation: 0 if they "
+    "are the same, 1 if no layer is in both).\n"
 )
 
 
@@ -199,10 +204,9 @@ def _markdown(
         parts += [f"## Difference to {rows[0]['experiment']}\n", note, table(head, cells)]
     parts.append(f"![Figures of each seed]({name}.png)\n")
     tasks = sorted({task for run in runs for task in run.routing})
-    cells = [[f"{r.name}, seed {r.seed}", *(_routing(r.routing.get(task)) for task in tasks)] for r in runs]
     parts += [f"## Learning curves\n\n![Tokens predicted right in training]({name}_curves.png)\n"]
     parts += [f"## Weights of the encoders\n\n![Weights of the first row]({name}_weights.png)\n"]
-    parts.append(table(("", *tasks), cells))
+    parts += [_DISTANCE_NOTE, _routing_table(runs, tasks)]
     if worded := {label: group for label, group in found.items() if any(run.wordings for run in group)}:
         note = "Means over seeds: the score; how often the router chose the expert of wording 1, that of training.\n"
         parts += ["## Wordings of the prompt\n", note, _wordings_table(worded)]
@@ -217,10 +221,14 @@ def _markdown(
     return "\n".join([*parts, "```", *(run.command for run in runs), "```\n"])
 
 
-def _routing(record: Mapping[str, Any] | None) -> str:
-    if record is None:
-        return "–"
-    return _task_routing(record).describe()
+def _routing_table(runs: Sequence[Run], tasks: Sequence[str]) -> str:
+    pairs, lines = list(combinations(tasks, 2)), []
+    for run in runs:
+        found = {task: _task_routing(one) for task, one in run.routing.items()}
+        cells = [found[task].describe() if task in found else "–" for task in tasks]
+        both = [f"{found[a].distance(found[b]):.2f}" if a in found and b in found else "–" for a, b in pairs]
+        lines.append([f"{run.name}, seed {run.seed}", *cells, *both])
+    return table(("", *tasks, *(f"{a} – {b}" for a, b in pairs)), lines)
 
 
 def _task_routing(record: Mapping[str, Any]) -> TaskRouting:

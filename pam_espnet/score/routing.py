@@ -33,6 +33,12 @@ class TaskRouting:
         """Encoder -> its weight, summed over its layers."""
         return {name: float(weights.sum()) for name, weights in self.layers.items()}
 
+    def distance(self, other: "TaskRouting") -> float:
+        """Total variation of the weights of encoders and layers: 0 if they are the same, 1 if no layer is in both."""
+        names = {**self.layers, **other.layers}
+        pairs = ((self.layers.get(name, np.zeros(1)), other.layers.get(name, np.zeros(1))) for name in names)
+        return float(sum(np.abs(one - two).sum() for one, two in pairs) / 2)
+
     def describe(self) -> str:
         """One cell of a table: ``expert 2: whisper 0.71, yamnet 0.29`` (largest first; no expert if there is one)."""
         parts = sorted(self.encoders.items(), key=lambda item: (-item[1], item[0]))

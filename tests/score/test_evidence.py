@@ -103,6 +103,7 @@ def test_a_file_holds_what_the_experiment_measured(experiment: Path, tmp_path: P
     assert read_run(changed) == replace(run, curve=[])
     text = write_tables(tmp_path / "evidence", "quick", tmp_path / "EVIDENCE_quick")
     assert "| pam, audio off † |" in text and "## Wordings of the prompt" in text and "expert 0: whisper 0.70" in text
+    assert "|  | asr | caption | count | asr – caption | asr – count | caption – count |" in text
 
 
 def test_rows_are_means_over_seeds_and_paired_with_the_first(tmp_path: Path) -> None:

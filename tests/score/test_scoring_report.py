@@ -279,6 +279,18 @@ def test_pictures_of_long_runs_and_many_layers(tmp_path: Path) -> None:
     assert row.describe() == "large 0.99, small 0.01"
 
 
+def test_distance_of_weights_counts_layers_and_encoders_that_one_task_lacks() -> None:
+    import numpy as np
+
+    def task(**layers: list[float]) -> TaskRouting:
+        return TaskRouting(1, np.array([1.0]), np.array([1.0]), {name: np.array(own) for name, own in layers.items()})
+
+    one = task(whisper=[0.75, 0.0], yamnet=[0.25])
+    assert one.distance(one) == 0
+    assert one.distance(task(whisper=[0.0, 0.75], yamnet=[0.25])) == pytest.approx(0.75)  # the same encoders
+    assert one.distance(task(pyannote=[0.5, 0.5])) == pytest.approx(1)
+
+
 def test_one_command_scores_every_set_of_every_decoding_and_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
