@@ -35,6 +35,7 @@ class PaMFusion(AbsFusion):
     straight_through
         ``gate`` is one-hot going forward and ``p`` going backward: trained as it is used, with a biased gradient
         that lets the router compare all experts. All of them are evaluated in training, the chosen one at inference.
+        The better choice for prompts that training does not have (egs/mini/pam1/EXPERTS.md).
 
     Args:
         num_experts: E.
