@@ -21,6 +21,8 @@ def main() -> None:
     parser.add_argument("--prompts", required=True, type=Path, help="folder of <task>.txt, a wording a line")
     parser.add_argument("--out", required=True, help="JSON of the table, which a README can quote")
     args = parser.parse_args()
+    if len({Path(exp).name for exp in args.exp}) < len(args.exp):
+        parser.error("--exp: two directories of the same name, which names their columns")
 
     import torch
     from tqdm import tqdm
