@@ -213,7 +213,8 @@ def _markdown(
     titles = ("", "seed", "commit", "hours of audio trained", "wall min", "CPU min", "killed attempts, not counted")
     cells = []
     for run in runs:
-        times = [f"{one / 60:.1f}" if one else "–" for one in (run.wall_seconds, run.cpu_seconds)]
+        least = "> " if run.killed_attempts else ""  # what a killed attempt had made is kept, its time is not known
+        times = [f"{least}{one / 60:.1f}" if one else "–" for one in (run.wall_seconds, run.cpu_seconds)]
         made = [run.commit, f"{run.hours_trained:.2f}", *times]
         machine = [run.versions["torch"], run.processor["capability"], "yes" if run.processor["bfloat16"] else "no"]
         cells.append([run.name, str(run.seed), *made, str(run.killed_attempts), *machine])

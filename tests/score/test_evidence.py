@@ -209,6 +209,14 @@ def test_of_two_seeds_both_are_shown(tmp_path: Path) -> None:
     assert "| pam, 2 seeds | 50.0 (25.0, 75.0) |" in write_tables(tmp_path, "quick", tmp_path / "EVIDENCE_quick")
 
 
+def test_times_of_a_run_with_a_killed_attempt_are_a_least(tmp_path: Path) -> None:
+    """That attempt's work is kept and its time unknown: a whole row's time would look too short beside the others."""
+    save(make_run("pam", 1, [1, 0]), tmp_path)
+    save(replace(make_run("pam", 2, [1, 1]), killed_attempts=2), tmp_path)
+    text = write_tables(tmp_path, "quick", tmp_path / "EVIDENCE_quick")
+    assert "| 1.50 | 1.0 | 1.5 | 0 |" in text and "| 1.50 | > 1.0 | > 1.5 | 2 |" in text
+
+
 def test_curves_and_weights_are_drawn_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean and band of the seeds at each step, also where one has no such task; bars that lie end to end."""
     figures = []
